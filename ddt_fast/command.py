@@ -1,0 +1,58 @@
+"""What the commands share: one-line errors with exit code 2, and the choice of device and dtype."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import jsonargparse
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CommandParser(jsonargparse.ArgumentParser):
+    """A parser whose errors are one `error:` line and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one `error:` line to stderr and exit with code 2."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_command(command: Callable[[], Any]) -> None:
+    """Run a command's main function: a user's mistake (ValueError), or a file that cannot be read or written, ends it
+    with one `error:` line and exit code 2; an interrupt with exit code 130. Warnings are one line each."""
+
+    def one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = one_line
+    try:
+        command()
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU. ValueError where it is not usable."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; allowed: auto, cpu, cuda, cuda:N")
+    return device

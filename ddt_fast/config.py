@@ -1,0 +1,349 @@
+"""Every setting of ddt-fast: frozen dataclasses that refuse wrong values, and the named presets.
+
+A wrong value raises ValueError with the name of the setting, the value seen and what is allowed, at construction:
+a configuration that exists is a valid one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+Solver = Literal["euler", "lms", "sde"]
+Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
+StateForecast = Literal["hold", "linear", "quadratic"]
+GuidanceForecast = Literal["hold", "linear"]
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def _require_int(name: str, value: object, minimum: int) -> None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    _require(valid, name, value, f"a whole number, {minimum} or more")
+
+
+def _require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    valid = valid and not (open_low and value == low)
+    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
+    _require(valid, name, value, bounds)
+
+
+def _require_choice(name: str, value: object, choices: Any) -> None:
+    options = get_args(choices)
+    _require(value in options, name, value, ", ".join(str(option) for option in options))
+
+
+@dataclass(frozen=True)
+class DDTConfig:
+    """Shape of a DDT (arXiv 2504.05741): everything its weights depend on.
+
+    Args:
+        in_channels: channels of the image or latent; 4 for stabilityai/sd-vae-ft-ema, 1 for the digits.
+        patch_size: side p of a patch; a token holds in_channels * p * p numbers.
+        hidden_size: width C of a token.
+        num_heads: attention heads H; the head dimension C / H must be a multiple of 4 (2-D RoPE pairs in x and in y).
+        num_blocks: all transformer blocks; the first num_encoder_blocks form the condition encoder, the others
+            (at least one) the velocity decoder.
+        num_encoder_blocks: blocks of the condition encoder, at least one.
+        num_classes: labels run from 0 to num_classes - 1; label num_classes is the null class of guidance.
+    """
+
+    in_channels: int
+    patch_size: int
+    hidden_size: int
+    num_heads: int
+    num_blocks: int
+    num_encoder_blocks: int
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _require_int(setting.name, getattr(self, setting.name), 1)
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a divisor of hidden_size ({self.hidden_size})",
+        )
+        _require(
+            self.head_dim % 4 == 0,
+            "hidden_size / num_heads",
+            self.head_dim,
+            "a head dimension that is a multiple of 4, for 2-D RoPE",
+        )
+        _require(
+            self.num_encoder_blocks < self.num_blocks,
+            "num_encoder_blocks",
+            self.num_encoder_blocks,
+            f"1 to {self.num_blocks - 1}, fewer than num_blocks ({self.num_blocks}), so that a decoder remains",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """D = hidden_size / num_heads."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_hidden_size(self) -> int:
+        """SwiGLU width F = int(2 * 4C / 3)."""
+        return int(2 * 4 * self.hidden_size / 3)
+
+    @property
+    def num_decoder_blocks(self) -> int:
+        """Blocks of the velocity decoder."""
+        return self.num_blocks - self.num_encoder_blocks
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Tokens N of a (height, width) image or latent; ValueError when patch_size does not divide it."""
+        for name, size in (("height", height), ("width", width)):
+            _require(
+                isinstance(size, int) and size > 0 and size % self.patch_size == 0,
+                name,
+                size,
+                f"a positive multiple of patch_size ({self.patch_size})",
+            )
+        return (height // self.patch_size) * (width // self.patch_size)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a sample is drawn. Times run from t = 0 (noise) to t = 1 (data).
+
+    Args:
+        num_steps: solver steps.
+        guidance_scale: w in v = v_uncond + w (v_cond - v_uncond); 1 needs no unconditional branch.
+        guidance_interval: (low, high): guided where low < t < high, strictly; conditional velocity elsewhere.
+        timeshift: times are t / (t + (1 - t) timeshift); above 1 spends more steps near the noise.
+        last_step: length of the final step before the shift; None is 1 / num_steps.
+        solver: "euler"; "lms", the linear multistep solver; "sde", Euler-Maruyama.
+        order: velocities the "lms" solver combines, 1 to 4; the other solvers do not read it.
+        diffusion: w(t) of the "sde" solver: "constant" 1, "sigma" (1 - t), "sigma_squared" (1 - t)^2,
+            "sine" sin(pi t)^2; the other solvers do not read it.
+        diffusion_scale: factor on w(t); 0 is the ODE.
+        refresh_every: the encoder runs at every K-th step, its state is reused between.
+        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every.
+        state_forecast: between refreshes "hold" the last state, or extrapolate it in t through the last two
+            ("linear") or three ("quadratic") states.
+        guidance_every: evaluate the unconditional branch, its state fresh, at every M-th guided step; between, the
+            guidance difference v_cond - v_uncond comes from guidance_forecast.
+        guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear").
+        cuda_graphs: replay the loop as CUDA graphs.
+    """
+
+    num_steps: int = 250
+    guidance_scale: float = 2.0
+    guidance_interval: tuple[float, float] = (0.3, 1.0)
+    timeshift: float = 1.0
+    last_step: float | None = 0.04
+    solver: Solver = "euler"
+    order: int = 2
+    diffusion: Diffusion = "sigma"
+    diffusion_scale: float = 1.0
+    refresh_every: int = 1
+    refresh_steps: tuple[int, ...] | None = None
+    state_forecast: StateForecast = "hold"
+    guidance_every: int = 1
+    guidance_forecast: GuidanceForecast = "hold"
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        _require_int("num_steps", self.num_steps, 1)
+        _require_number("guidance_scale", self.guidance_scale, 0, float("inf"))
+        interval = self.guidance_interval
+        _require(
+            isinstance(interval, (tuple, list))
+            and len(interval) == 2
+            and all(isinstance(bound, (int, float)) for bound in interval)
+            and 0 <= interval[0] < interval[1] <= 1,
+            "guidance_interval",
+            interval,
+            "two numbers, 0 <= low < high <= 1",
+        )
+        object.__setattr__(self, "guidance_interval", tuple(interval))
+        _require_number("timeshift", self.timeshift, 0, float("inf"), open_low=True)
+        if self.last_step is not None:
+            _require_number("last_step", self.last_step, 0, 1, open_low=True)
+        _require(
+            self.last_step is None or self.num_steps == 1 or self.last_step < 1,
+            "last_step",
+            self.last_step,
+            "below 1 when there is more than one step",
+        )
+        _require_choice("solver", self.solver, Solver)
+        _require(self.order in (1, 2, 3, 4), "order", self.order, "1, 2, 3 or 4")
+        _require_choice("diffusion", self.diffusion, Diffusion)
+        _require_number("diffusion_scale", self.diffusion_scale, 0, float("inf"))
+        _require_int("refresh_every", self.refresh_every, 1)
+        if self.refresh_steps is not None:
+            self._check_refresh_steps()
+        _require_choice("state_forecast", self.state_forecast, StateForecast)
+        _require_int("guidance_every", self.guidance_every, 1)
+        _require_choice("guidance_forecast", self.guidance_forecast, GuidanceForecast)
+        _require(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "true or false")
+
+    def _check_refresh_steps(self) -> None:
+        _require(
+            self.refresh_every == 1, "refresh_every", self.refresh_every, "1 (its default) when refresh_steps is given"
+        )
+        steps = self.refresh_steps
+        ascending = isinstance(steps, (tuple, list)) and all(
+            isinstance(step, int) and not isinstance(step, bool) for step in steps
+        )
+        if ascending:
+            steps = tuple(steps)  # type: ignore[arg-type]
+            ascending = (
+                len(steps) > 0
+                and steps[0] == 0
+                and steps[-1] < self.num_steps
+                and all(a < b for a, b in pairwise(steps))
+            )
+        _require(ascending, "refresh_steps", steps, f"ascending step numbers, the first 0, below {self.num_steps}")
+        object.__setattr__(self, "refresh_steps", steps)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model is trained on, and how its samples become images.
+
+    Args:
+        dataset: "digits", scikit-learn's 8x8 grey digits, in pixel space; "latents", a folder of cached latents.
+        image_size: side of the square image in pixels.
+        autoencoder: diffusers AutoencoderKL (hub id or local folder) between pixels and latents, 8 pixels a latent;
+            None for pixel space.
+    """
+
+    dataset: Literal["digits", "latents"] = "digits"
+    image_size: int = 8
+    autoencoder: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_choice("dataset", self.dataset, Literal["digits", "latents"])
+        _require_int("image_size", self.image_size, 1)
+        if self.dataset == "digits":
+            _require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
+            _require(self.autoencoder is None, "autoencoder", self.autoencoder, "null for the digits, which are pixels")
+        if self.autoencoder is not None:
+            _require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
+
+    @property
+    def sample_size(self) -> int:
+        """Side of what the model sees: latents are 8 times smaller than their image."""
+        return self.image_size if self.autoencoder is None else self.image_size // 8
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a model is trained (DDT paper, section 4 and appendix; defaults are the paper's).
+
+    Args:
+        max_steps: optimiser steps.
+        batch_size: samples per step, over all processes.
+        learning_rate: of AdamW, constant.
+        adam_betas: AdamW's.
+        weight_decay: AdamW's.
+        ema_decay: decay per step of the averaged weights that are saved, sampled from and scored.
+        label_dropout: chance that a label is replaced with the null class.
+        dtype: of the forward pass; weights, optimiser and EMA stay float32.
+        seed: of initialisation, data order, noise and dropout.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between lines of log.jsonl.
+        score_samples: samples drawn at the end to score a digits model; 0 leaves the scoring out.
+    """
+
+    max_steps: int = 400_000
+    batch_size: int = 256
+    learning_rate: float = 1e-4
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999
+    label_dropout: float = 0.1
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = 0
+    checkpoint_every: int = 10_000
+    log_every: int = 100
+    score_samples: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "checkpoint_every", "log_every"):
+            _require_int(name, getattr(self, name), 1)
+        for name in ("seed", "score_samples"):
+            _require_int(name, getattr(self, name), 0)
+        _require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
+        _require(
+            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
+            "adam_betas",
+            self.adam_betas,
+            "two numbers from 0, below 1",
+        )
+        _require_number("weight_decay", self.weight_decay, 0, float("inf"))
+        _require_number("ema_decay", self.ema_decay, 0, 1)
+        _require_number("label_dropout", self.label_dropout, 0, 1)
+        _require_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One training run and the samples drawn from it: model, data, training and sampling settings."""
+
+    model: DDTConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        self.model.num_tokens(self.data.sample_size, self.data.sample_size)
+        if self.data.dataset == "digits":
+            _require(self.model.in_channels == 1, "in_channels", self.model.in_channels, "1 for the digits")
+            _require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
+
+
+def _imagenet(
+    hidden_size: int, num_heads: int, num_blocks: int, num_encoder_blocks: int, image_size: int, guidance_scale: float
+) -> Experiment:
+    return Experiment(
+        model=DDTConfig(
+            in_channels=4,
+            patch_size=2,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_blocks=num_blocks,
+            num_encoder_blocks=num_encoder_blocks,
+            num_classes=1000,
+        ),
+        data=DataConfig(dataset="latents", image_size=image_size, autoencoder="stabilityai/sd-vae-ft-ema"),
+        sampling=SamplingConfig(guidance_scale=guidance_scale),
+    )
+
+
+PRESETS: dict[str, Experiment] = {
+    "digits": Experiment(
+        model=DDTConfig(
+            in_channels=1,
+            patch_size=2,
+            hidden_size=64,
+            num_heads=2,
+            num_blocks=4,
+            num_encoder_blocks=3,
+            num_classes=10,
+        ),
+        training=TrainingConfig(
+            max_steps=3000,
+            learning_rate=2e-3,
+            ema_decay=0.999,
+            dtype="float32",
+            checkpoint_every=500,
+            log_every=20,
+            score_samples=898,
+        ),
+        sampling=SamplingConfig(num_steps=50, last_step=None),
+    ),
+    "b2_256": _imagenet(768, 12, 12, 8, 256, 2.0),
+    "l2_256": _imagenet(1024, 16, 24, 20, 256, 2.0),
+    "xl2_256": _imagenet(1152, 16, 28, 22, 256, 2.0),
+    "xl2_512": _imagenet(1152, 16, 28, 22, 512, 3.0),
+}

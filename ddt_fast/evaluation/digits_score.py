@@ -1,0 +1,93 @@
+"""Scores of generated digits, in pixel space: are they the class asked for, distributed as real ones, and new?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
+from torch import Tensor
+
+from ddt_fast.data.digits import digits
+from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
+
+NUM_SPLITS = 10
+
+
+@dataclass(frozen=True)
+class DigitsScore:
+    """How generated digits compare with the 1,797 real ones. Pixels are in [-1, 1] here.
+
+    Attributes:
+        num_samples: samples scored.
+        accuracy: share of the samples in which a classifier trained on all real digits sees the class asked for.
+        frechet: Fréchet distance between the samples and one half of the real digits, mean over random halves.
+        frechet_real: the same between one half and as many of the other half as there were samples.
+        nearest: mean distance of a sample to the nearest real digit.
+        nearest_real: mean distance of a real digit to the nearest other one.
+    """
+
+    num_samples: int
+    accuracy: float
+    frechet: float
+    frechet_real: float
+    nearest: float
+    nearest_real: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_samples} samples: class accuracy {self.accuracy:.2%}; pixel Fréchet distance "
+            f"{self.frechet:.3f} (real halves {self.frechet_real:.3f}, ratio {self.frechet / self.frechet_real:.2f}); "
+            f"nearest training image {self.nearest:.3f} (real to real {self.nearest_real:.3f}, "
+            f"ratio {self.nearest / self.nearest_real:.2f})"
+        )
+
+
+def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
+    """Score samples (N, 1, 8, 8) in [-1, 1] drawn for labels (N,).
+
+    Fréchet distances depend on sample counts, so samples and real digits are compared at the same ones: min(N, 898)
+    samples against 899 real digits, next to min(N, 898) real against the same 899; both are means over random halves.
+
+    Raises:
+        ValueError: fewer than 65 samples (their 64x64 covariance would be singular), or shapes that do not agree.
+    """
+    if samples.shape[1:] != (1, 8, 8) or labels.shape != samples.shape[:1]:
+        raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; wanted (N, 1, 8, 8), (N,)")
+    if len(samples) < 65:
+        raise ValueError(f"{len(samples)} samples; allowed: 65 or more")
+    real_images, real_labels = digits()
+    real, generated = _pixels(real_images), _pixels(samples)
+    classifier = SVC(gamma=0.064).fit(real, real_labels.numpy())
+    neighbours = NearestNeighbors().fit(real)
+    count = min(len(samples), len(real) // 2)
+    frechet, frechet_real = [], []
+    rng = np.random.default_rng(seed)
+    for _ in range(NUM_SPLITS):
+        order = rng.permutation(len(real))
+        reference = gaussian_statistics(real[order[len(real) // 2 :]])
+        frechet_real.append(frechet_distance(*gaussian_statistics(real[order[:count]]), *reference))
+        chosen = rng.permutation(len(generated))[:count]
+        frechet.append(frechet_distance(*gaussian_statistics(generated[chosen]), *reference))
+    return DigitsScore(
+        num_samples=len(samples),
+        accuracy=float((classifier.predict(generated) == labels.numpy()).mean()),
+        frechet=float(np.mean(frechet)),
+        frechet_real=float(np.mean(frechet_real)),
+        nearest=float(neighbours.kneighbors(generated, 1)[0].mean()),
+        # The nearest neighbour of a real digit among all is itself: take the second.
+        nearest_real=float(neighbours.kneighbors(real, 2)[0][:, 1].mean()),
+    )
+
+
+def _pixels(images: Tensor) -> NDArray[np.float64]:
+    """Images as (N, 64) float64 rows, clipped to [-1, 1] as a saved image is."""
+    return images.detach().cpu().double().clamp(-1, 1).flatten(1).numpy()
+
+
+def balanced_labels(count: int, num_classes: int) -> Tensor:
+    """(count,) int64 labels 0, 1, ..., num_classes - 1, 0, 1, ...: every class as often as any other, up to one."""
+    return torch.arange(count) % num_classes

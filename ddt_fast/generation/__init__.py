@@ -1,0 +1,1 @@
+"""From a model and seeds to image files."""

@@ -1,0 +1,43 @@
+"""From samples to pictures: uint8 conversion and labelled grids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_CAPTION_HEIGHT = 16
+_GAP = 2
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """(N, 1 or 3, H, W) in [-1, 1] → (N, H, W, 3) uint8: clip((x + 1) * 127.5 + 0.5, 0, 255), grey repeated."""
+    pixels = ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def labelled_grid(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 10) -> Image.Image:
+    """A grid of (N, H, W, 3) uint8 images, each above its caption; small images are enlarged to about 64 pixels.
+
+    Args:
+        images: at least one image.
+        captions: one per image.
+        columns: images per row.
+    """
+    count, height, width, _ = images.shape
+    zoom = max(1, 64 // height)
+    columns = min(columns, count)
+    cell_width, cell_height = width * zoom + _GAP, height * zoom + _CAPTION_HEIGHT + _GAP
+    grid = Image.new("RGB", (columns * cell_width, -(-count // columns) * cell_height), "white")
+    draw = ImageDraw.Draw(grid)
+    font = ImageFont.load_default(size=11)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = i % columns * cell_width, i // columns * cell_height
+        enlarged = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (left, top))
+        draw.text((left + width * zoom / 2, top + height * zoom + 1), caption, fill="black", font=font, anchor="ma")
+    return grid

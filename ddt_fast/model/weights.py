@@ -1,0 +1,169 @@
+"""Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ddt_fast.config import PRESETS, DataConfig, DDTConfig, Experiment, SamplingConfig
+from ddt_fast.files import atomic_folder
+from ddt_fast.model.reference import DDT
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_EMA_PREFIX = "ema_denoiser."
+
+
+def save_model(model: DDT, folder: str | Path, data: DataConfig, sampling: SamplingConfig) -> None:
+    """Write a model folder that `load_model` reads, whole or not at all; an older one of that name is replaced.
+
+    config.json holds the model's shape, and how its samples become images and are best drawn, so that a folder is all
+    that sampling needs. Weights keep their dtype.
+    """
+    entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
+    with atomic_folder(Path(folder)) as temporary:
+        (temporary / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    config: DDTConfig | None = None,
+) -> DDT:
+    """Load a DDT for sampling: in eval mode, without gradients.
+
+    Args:
+        path: a folder written by `save_model`, a .safetensors file, a released Lightning .ckpt (its EMA weights are
+            taken), or a Hugging Face Hub id of such a folder.
+        device, dtype: where to put it, and the dtype of its weights.
+        config: needed only where a bare weights file leaves open what its tensor shapes do not settle (patch size,
+            number of encoder blocks) and no preset has these shapes; must agree with the folder's config.json if given.
+
+    Raises:
+        ValueError: missing or corrupt file, or weights and configuration that disagree.
+    """
+    source = resolve_checkpoint(path)
+    weights_file = source / WEIGHTS_NAME if source.is_dir() else source
+    config_file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    weights = _read_weights(weights_file)
+    if config_file.is_file() and weights_file.suffix == ".safetensors":
+        saved = read_experiment(source).model
+        if config is not None and config != saved:
+            raise ValueError(f"{config_file} says {saved}, config says {config}; leave config out or make them agree")
+        config = saved
+    with torch.device("meta"):
+        model = DDT(config or _config_from_weights(weights, weights_file))
+    _check_fit({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, weights_file)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The local folder or file of a checkpoint; a name like "user/model" that is none is fetched from the Hub.
+
+    Raises:
+        ValueError: nothing there.
+    """
+    local = Path(path)
+    if local.is_dir() and not (local / WEIGHTS_NAME).is_file():
+        raise ValueError(f"checkpoint {path}: the folder holds no {WEIGHTS_NAME}")
+    if local.exists():
+        return local
+    if str(path).count("/") != 1 or local.suffix in (".ckpt", ".safetensors") or str(path).startswith((".", "/", "~")):
+        raise ValueError(f"checkpoint {path} does not exist; wanted a folder, a .safetensors or a .ckpt file")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"checkpoint {path} is no local path and could not be had from the Hub: {reason}") from error
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Model, data and sampling settings from the config.json of (or beside) a checkpoint.
+
+    Raises:
+        ValueError: no or a corrupt config.json.
+    """
+    source = resolve_checkpoint(path)
+    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    try:
+        entries = json.loads(file.read_text())
+        model = DDTConfig(**{setting.name: entries[setting.name] for setting in fields(DDTConfig)})
+        data = DataConfig(**entries.get("data", {}))
+        sampling = SamplingConfig(**entries.get("sampling", {}))
+        return Experiment(model, data, sampling=sampling)
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} does not exist") from error
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a valid configuration: {error}") from error
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint file, under the model's own names."""
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file} does not exist")
+    if file.suffix not in (".safetensors", ".ckpt"):
+        raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        tensors = content["state_dict"]
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint: {reason}") from error
+    weights = {name.removeprefix(_EMA_PREFIX): t for name, t in tensors.items() if name.startswith(_EMA_PREFIX)}
+    if not weights:
+        raise ValueError(f"checkpoint {file} holds no {_EMA_PREFIX}* tensors; it is not a released DDT checkpoint")
+    return weights
+
+
+def _config_from_weights(weights: dict[str, Tensor], file: Path) -> DDTConfig:
+    """What the shapes settle, completed from the preset that has them."""
+    try:
+        hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
+        head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
+        num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+    except KeyError as error:
+        raise ValueError(f"checkpoint {file} holds no tensor {error}; it is not a DDT") from error
+    num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    for preset in PRESETS.values():
+        model = preset.model
+        known = (model.hidden_size, model.head_dim, model.num_blocks, model.in_channels * model.patch_size**2)
+        if known == (hidden_size, head_dim, num_blocks, patch_features):
+            return replace(model, num_classes=num_classes)
+    raise ValueError(
+        f"checkpoint {file} has {num_blocks} blocks of width {hidden_size}, which no preset has: its patch size and "
+        "number of encoder blocks are unknown; pass config"
+    )
+
+
+def _check_fit(wanted: dict[str, torch.Size], weights: dict[str, Tensor], file: Path) -> None:
+    missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    wrong = [name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape]
+    problems = [
+        f"{len(names)} {what} (such as {names[0]})"
+        for what, names in (("tensors missing", missing), ("tensors unexpected", unexpected))
+        if names
+    ]
+    if wrong:
+        name = min(wrong)
+        shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"
+        problems.append(f"{len(wrong)} tensors of another shape (such as {name}: {shapes})")
+    if problems:
+        raise ValueError(f"checkpoint {file} and its configuration disagree: {'; '.join(problems)}")

@@ -1,0 +1,144 @@
+"""Sample from a DDT: `python -m ddt_fast.sample` alone draws digits from the checkpoint in the package."""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonargparse
+import numpy as np
+from tqdm import tqdm
+
+from ddt_fast.autoencoder import Decoder
+from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.config import PRESETS, Diffusion, Experiment, GuidanceForecast, SamplingConfig, Solver, StateForecast
+from ddt_fast.files import check_writable
+from ddt_fast.generation.job import Job, generate, save_images
+from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model.weights import CONFIG_NAME, load_model, read_experiment, resolve_checkpoint
+from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling import sample as sample_function
+
+EMBEDDED_CHECKPOINT = Path(__file__).parent / "assets" / "digits"
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The options of the command; sampling settings that are not given are the checkpoint's own."""
+    parser = CommandParser(prog="python -m ddt_fast.sample", description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=str, help="folder, .safetensors, .ckpt or hub id; default: the digits in the package")
+    add("--preset", type=str, help=f"settings for a checkpoint without config.json: {', '.join(PRESETS)}")
+    add("--num-images", type=int, help="default: 100 digits, 16 otherwise, or one per seed")
+    add("--classes", type=int, nargs="+", help="classes to go round; default: all")
+    add("--seeds", type=int, nargs="+", help="one per image; default: --first-seed and up")
+    add("--first-seed", type=int, default=0, help="seed of the first image, the next image has the next seed")
+    add("--num-steps", type=int, help="solver steps")
+    add("--guidance-scale", type=float, help="1 is no guidance")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
+    add("--timeshift", type=float, help="above 1: more steps near the noise")
+    add("--last-step", type=float, help="length of the final step; 0: as long as the others")
+    add("--solver", choices=get_args(Solver), help="ODE: euler, lms (linear multistep); SDE: sde")
+    add("--order", type=int, help="of the lms solver, 1 to 4")
+    add("--diffusion", choices=get_args(Diffusion), help="w(t) of the sde solver")
+    add("--diffusion-scale", type=float, help="factor on w(t)")
+    add("--refresh-every", type=int, help="run the encoder at every K-th step")
+    add("--refresh-steps", type=int, nargs="+", help="run the encoder at these steps, the first 0")
+    add("--state-forecast", choices=get_args(StateForecast), help="the encoder's state between refreshes")
+    add("--guidance-every", type=int, help="evaluate the unconditional branch at every M-th guided step")
+    add("--guidance-forecast", choices=get_args(GuidanceForecast), help="the guidance difference between those")
+    add("--cuda-graphs", action="store_true", help="replay the loop as CUDA graphs")
+    add("--batch-size", type=int, default=100, help="images drawn at a time")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of weights and computation")
+    add("--output-dir", type=str, default="samples", help="where images, grid.png and samples.npz go")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, sample, write, report."""
+    options = build_parser().parse_args(arguments)
+    device = choose_device(options.device)
+    checkpoint = resolve_checkpoint(options.checkpoint or EMBEDDED_CHECKPOINT)
+    experiment = _experiment(checkpoint, options.preset)
+    job = _job(options, experiment)
+    output_dir = Path(options.output_dir)
+    check_writable(output_dir)
+    model = load_model(checkpoint, device, DTYPES[options.dtype], None if _has_config(checkpoint) else experiment.model)
+    autoencoder = experiment.data.autoencoder
+    decode = Decoder(autoencoder, device) if autoencoder else None
+
+    plan = SamplingPlan.from_config(job.sampling)
+    size = experiment.data.sample_size
+    print(
+        f"{len(job.seeds)} images, {len(plan.steps)} steps, per image: {plan.network_evaluations} network evaluations, "
+        f"{plan.encoder_evaluations} encoder runs, {plan.flops(experiment.model, size, size) / 1e9:.3g} GFLOP"
+    )
+    started = time.perf_counter()
+    num_batches = -(-len(job.seeds) // job.batch_size)
+    with tqdm(total=num_batches * len(plan.steps), unit="step", dynamic_ncols=True) as bar:
+        images = np.concatenate(list(generate(model, job, decode, progress=lambda *_: bar.update())))
+    seconds = time.perf_counter() - started
+    save_images(images, job, output_dir)
+    print(f"{len(images) / seconds:.1f} img/s on {device}, {options.dtype}")
+    print(f"wrote images/, grid.png and samples.npz to {output_dir}")
+
+
+def _has_config(checkpoint: Path) -> bool:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return checkpoint.suffix != ".ckpt" and (folder / CONFIG_NAME).is_file()
+
+
+def _experiment(checkpoint: Path, preset: str | None) -> Experiment:
+    """The settings beside the weights, else those of the preset that --preset names."""
+    if _has_config(checkpoint):
+        saved = read_experiment(checkpoint)
+        if preset is not None:
+            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
+        return saved
+    if preset not in PRESETS:
+        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
+        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
+def _job(options: Any, experiment: Experiment) -> Job:
+    """Labels, seeds and sampling settings as the options say; ValueError for values that are not allowed."""
+    given = {f.name: getattr(options, f.name) for f in fields(SamplingConfig) if getattr(options, f.name) is not None}
+    if given.get("last_step") == 0:
+        given["last_step"] = None
+    if "refresh_steps" in given:
+        given = {"refresh_every": 1, **given, "refresh_steps": tuple(given["refresh_steps"])}
+    elif "refresh_every" in given:
+        given["refresh_steps"] = None
+    sampling = replace(experiment.sampling, **given)
+    seeds = options.seeds
+    default_count = len(seeds) if seeds else 100 if experiment.data.autoencoder is None else 16
+    count = default_count if options.num_images is None else options.num_images
+    for name, value in (("--num-images", count), ("--batch-size", options.batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
+    if seeds and len(seeds) != count:
+        raise ValueError(f"--seeds gives {len(seeds)} seeds for {count} images; wanted one each")
+    seeds = seeds or range(options.first_seed, options.first_seed + count)
+    if min(seeds) < 0:
+        raise ValueError(f"seed {min(seeds)} is negative; allowed: 0 or more")
+    labels = assign_labels(count, experiment.model.num_classes, options.classes)
+    return Job(labels, seeds, experiment.data.sample_size, options.batch_size, sampling)
+
+
+class _CallableModule(types.ModuleType):
+    """Importing this file binds it to the name ddt_fast.sample, which is also the library's function `sample`: both
+    work when the module can be called."""
+
+    __call__ = staticmethod(sample_function)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,6 @@
+"""Sampling: settings become a plan, the engine executes it."""
+
+from ddt_fast.sampling.engine import sample
+from ddt_fast.sampling.plan import SamplingPlan
+
+__all__ = ["SamplingPlan", "sample"]

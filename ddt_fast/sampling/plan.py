@@ -1,0 +1,207 @@
+"""A sampling run written out step by step, before any tensor exists.
+
+`SamplingPlan.from_config` decides for every step which branches are evaluated, whether the encoder runs, and by which
+weights cached states and guidance differences are combined; the engine only executes. Every saving is therefore
+visible, countable and testable here:
+
+- the unconditional branch is evaluated only where guidance reads it: inside the interval, for a scale other than 1;
+- the encoder runs only at refreshes, and for the unconditional branch only in segments with a guided step (such a
+  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not);
+- between refreshes the decoder's modulations, affine in the state, are kept: no step recomputes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from ddt_fast.config import DDTConfig, SamplingConfig
+from ddt_fast.model.flops import model_flops
+from ddt_fast.sampling.schedule import timesteps
+from ddt_fast.sampling.solvers import (
+    DIFFUSIONS,
+    StepCoefficients,
+    euler,
+    euler_maruyama,
+    lagrange_weights,
+    linear_multistep,
+)
+
+_STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
+
+
+@dataclass(frozen=True)
+class BranchStep:
+    """What one branch, conditional or unconditional, does in a step.
+
+    Attributes:
+        encode: run the encoder at this step's (x, t); its state becomes the newest cached one.
+        decode: run the decoder and yield a velocity.
+        state_weights: the decoder sees sum_k state_weights[k] * (k-th newest cached state); they sum to 1.
+    """
+
+    encode: bool
+    decode: bool
+    state_weights: tuple[float, ...] = (1.0,)
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """One step: from x at time t to x at the next time.
+
+    Attributes:
+        t: time of the evaluation, in [0, 1).
+        coefficients: the solver's.
+        cond, uncond: the two branches; uncond is None where the branch is idle.
+        guidance_scale: w; 1 where the step is not guided.
+        difference_weights: v = v_cond + (w - 1) sum_k difference_weights[k] * (k-th newest guidance difference);
+            empty where the step is not guided. Where uncond.decode is set, the newest difference is this step's own.
+    """
+
+    t: float
+    coefficients: StepCoefficients
+    cond: BranchStep
+    uncond: BranchStep | None
+    guidance_scale: float
+    difference_weights: tuple[float, ...]
+
+    @property
+    def guided(self) -> bool:
+        return bool(self.difference_weights)
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """A sampling run as a tuple of steps, and what must be kept between them.
+
+    Attributes:
+        steps: in order of execution.
+        state_history: cached states (or what is affine in them) a branch needs at most, newest first.
+        velocity_history: past velocities the solver needs, this step's included.
+        difference_history: guidance differences needed at most.
+    """
+
+    steps: tuple[PlanStep, ...]
+    state_history: int
+    velocity_history: int
+    difference_history: int
+
+    @classmethod
+    def from_config(cls, config: SamplingConfig) -> SamplingPlan:
+        """The plan for a sampling configuration."""
+        times = timesteps(config.num_steps, config.last_step, config.timeshift)
+        refreshes = config.refresh_steps or tuple(range(0, config.num_steps, config.refresh_every))
+        guided = [_is_guided(config, t) for t in times[:-1]]
+        cond = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
+        if config.guidance_every == 1:
+            uncond = _branch(times, guided, refreshes, config.state_forecast)
+            differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
+        else:
+            # A held or extrapolated difference tolerates no unconditional state older than its velocity: where this
+            # branch is evaluated rarely, its encoder runs with it.
+            evaluated = _every(guided, config.guidance_every)
+            uncond = _branch(times, evaluated, [i for i, e in enumerate(evaluated) if e], "hold")
+            history = 2 if config.guidance_forecast == "linear" else 1
+            differences = _forecast(times, guided, evaluated, history)
+        solver = _solver_steps(config, times)
+        steps = tuple(
+            PlanStep(
+                t=times[i],
+                coefficients=solver[i],
+                cond=_always(cond[i]),
+                uncond=uncond[i],
+                guidance_scale=config.guidance_scale if guided[i] else 1.0,
+                difference_weights=differences[i],
+            )
+            for i in range(config.num_steps)
+        )
+        branches = [branch for step in steps for branch in (step.cond, step.uncond) if branch is not None]
+        return cls(
+            steps=steps,
+            state_history=max(len(branch.state_weights) for branch in branches),
+            velocity_history=max(len(step.coefficients.velocity_coefficients) for step in steps),
+            difference_history=max(len(step.difference_weights) for step in steps),
+        )
+
+    @property
+    def network_evaluations(self) -> int:
+        """Velocities computed per image (NFE): decoder runs of both branches."""
+        return sum(step.cond.decode + (step.uncond is not None and step.uncond.decode) for step in self.steps)
+
+    @property
+    def encoder_evaluations(self) -> int:
+        """Encoder runs per image, both branches."""
+        return sum(step.cond.encode + (step.uncond is not None and step.uncond.encode) for step in self.steps)
+
+    @property
+    def reuses_states(self) -> bool:
+        """Whether any state is read by more than the step that made it."""
+        return self.encoder_evaluations < self.network_evaluations or self.state_history > 1
+
+    def flops(self, model: DDTConfig, height: int, width: int) -> int:
+        """Matrix-multiplication FLOPs per image (1 multiply-add = 2); height and width of what the model sees."""
+        cost = model_flops(model, height, width)
+        return self.encoder_evaluations * (cost.encoder + cost.modulations) + self.network_evaluations * cost.decoder
+
+
+def _always(branch: BranchStep | None) -> BranchStep:
+    assert branch is not None, "the conditional branch decodes at every step"
+    return branch
+
+
+def _is_guided(config: SamplingConfig, t: float) -> bool:
+    low, high = (float(np.float32(bound)) for bound in config.guidance_interval)
+    return config.guidance_scale != 1 and low < t < high
+
+
+def _solver_steps(config: SamplingConfig, times: tuple[float, ...]) -> list[StepCoefficients]:
+    if config.solver == "lms":
+        return linear_multistep(times, config.order)
+    if config.solver == "sde":
+        diffusion = DIFFUSIONS[config.diffusion]
+        return euler_maruyama(times, lambda t: config.diffusion_scale * diffusion(t))
+    return euler(times)
+
+
+def _every(active: list[bool], period: int) -> list[bool]:
+    """The first, then every period-th, of the active steps."""
+    count = 0
+    chosen = []
+    for is_active in active:
+        chosen.append(is_active and count % period == 0)
+        count += is_active
+    return chosen
+
+
+def _forecast(
+    times: tuple[float, ...], wanted: list[bool], measured: list[bool], history: int
+) -> list[tuple[float, ...]]:
+    """For every wanted step, the weights of the last `history` measured values, newest first; () elsewhere.
+
+    A step that measures takes its own value; until there are enough values, the order is what they allow.
+    """
+    weights: list[tuple[float, ...]] = []
+    nodes: list[float] = []
+    for t, is_wanted, is_measured in zip(times, wanted, measured, strict=False):
+        if is_measured:
+            nodes = [t, *nodes][:history]
+        weights.append(((1.0,) if is_measured else lagrange_weights(nodes, t)) if is_wanted else ())
+    return weights
+
+
+def _branch(
+    times: tuple[float, ...], decoded: list[bool], refreshes: tuple[int, ...] | list[int], forecast: str
+) -> list[BranchStep | None]:
+    """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes."""
+    bounds = [*refreshes, len(decoded)]
+    encoded = [False] * len(decoded)
+    history = _STATES_IN_FORECAST[forecast]
+    for start, end in pairwise(bounds):
+        encoded[start] = any(decoded[start:end])
+    weights = _forecast(times, decoded, encoded, history)
+    return [
+        BranchStep(encode, decode, w or (1.0,)) if encode or decode else None
+        for encode, decode, w in zip(encoded, decoded, weights, strict=True)
+    ]

@@ -1,0 +1,22 @@
+"""The times of a sampling run, from t = 0 (noise) to t = 1 (data)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def timesteps(num_steps: int, last_step: float | None = None, timeshift: float = 1.0) -> tuple[float, ...]:
+    """The num_steps + 1 times of a run; step i goes from times[i] to times[i + 1].
+
+    linspace(0, 1 - last_step, num_steps) and 1, shifted by t / (t + (1 - t) timeshift). Computed in float32, as the
+    released sampler does: whether a step lies inside a guidance interval is decided on these very numbers.
+
+    Args:
+        num_steps: solver steps.
+        last_step: length of the final step before the shift; None is 1 / num_steps.
+        timeshift: above 1 spends more steps near the noise.
+    """
+    if last_step is None:
+        last_step = 1.0 / num_steps
+    t = torch.cat([torch.linspace(0.0, 1.0 - last_step, num_steps), torch.ones(1)])
+    return tuple((t / (t + (1 - t) * timeshift)).tolist())

@@ -1,0 +1,90 @@
+"""Solvers as pure functions from the times of a run to the coefficients of its steps.
+
+Every solver here is linear in what a step knows, so one rule executes them all:
+
+    x_{i+1} = x_coefficient * x_i + sum_k velocity_coefficients[k] * v_{i-k} + noise_coefficient * n,   n ~ N(0, I)
+
+with v_{i-k} the velocity found k steps ago (k = 0: now).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class StepCoefficients:
+    """One solver step, as in the module's equation; velocity_coefficients are newest first."""
+
+    velocity_coefficients: tuple[float, ...]
+    x_coefficient: float = 1.0
+    noise_coefficient: float = 0.0
+
+
+def euler(times: Sequence[float]) -> list[StepCoefficients]:
+    """x += v dt."""
+    return [StepCoefficients((after - t,)) for t, after in pairwise(times)]
+
+
+def linear_multistep(times: Sequence[float], order: int) -> list[StepCoefficients]:
+    """The explicit linear multistep method on these, not necessarily even, times.
+
+    Step i integrates, over [times[i], times[i + 1]], the polynomial through the last `order` velocities (as many as
+    there are in the first steps). The weights sum to the step's length.
+    """
+    steps = []
+    for i in range(len(times) - 1):
+        nodes = [times[i - k] for k in range(min(order, i + 1))]
+        steps.append(StepCoefficients(lagrange_integrals(nodes, times[i], times[i + 1])))
+    return steps
+
+
+def euler_maruyama(times: Sequence[float], diffusion: Callable[[float], float]) -> list[StepCoefficients]:
+    """Euler-Maruyama for dx = (v + w(t) s / 2) dt + sqrt(w(t)) dW, whose marginals are those of dx = v dt.
+
+    The score is s = -noise / (1 - t), and noise = x - t v on the path x_t = t data + (1 - t) noise (SiT,
+    arXiv 2401.08740, equations 4 and 9, with time running from noise to data). The last step adds no noise.
+
+    Args:
+        times: from 0 up to 1.
+        diffusion: w(t) on [0, 1).
+    """
+    steps = []
+    for t, after in pairwise(times):
+        dt, w = after - t, diffusion(t)
+        pull = 0.5 * w * dt / (1 - t)
+        noise = math.sqrt(w * dt) if after < 1 else 0.0
+        steps.append(StepCoefficients((dt + pull * t,), 1 - pull, noise))
+    return steps
+
+
+DIFFUSIONS: dict[str, Callable[[float], float]] = {
+    "constant": lambda t: 1.0,
+    "sigma": lambda t: 1 - t,
+    "sigma_squared": lambda t: (1 - t) ** 2,
+    "sine": lambda t: math.sin(math.pi * t) ** 2,
+}
+
+
+def lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> tuple[float, ...]:
+    """For each node, the integral over [start, end] of the polynomial that is 1 there and 0 at the other nodes.
+
+    Gauss-Legendre quadrature with two points is exact up to degree 3, hence for up to four nodes.
+    """
+    if len(nodes) > 4:
+        raise ValueError(f"{len(nodes)} nodes; allowed: 1 to 4")
+    middle, half = (start + end) / 2, (end - start) / 2
+    points = (middle - half / math.sqrt(3), middle + half / math.sqrt(3))
+    basis = [lagrange_weights(nodes, point) for point in points]
+    return tuple(half * (a + b) for a, b in zip(*basis, strict=True))
+
+
+def lagrange_weights(nodes: Sequence[float], t: float) -> tuple[float, ...]:
+    """Weights w with sum_k w_k f(nodes[k]) = the value at t of the polynomial through (nodes[k], f(nodes[k]))."""
+    return tuple(
+        math.prod((t - other) / (node - other) for j, other in enumerate(nodes) if j != i)
+        for i, node in enumerate(nodes)
+    )

@@ -1,0 +1,192 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.data.digits import digits
+from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.files import atomic_file
+from ddt_fast.generation.images import labelled_grid, to_uint8
+from ddt_fast.generation.seeds import assign_labels, seeded_noise
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import save_model
+from ddt_fast.sampling.engine import sample
+from ddt_fast.training.ema import EMA
+from ddt_fast.training.objective import flow_matching_loss
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run ended with: the averaged model, where it was saved, and its score if it was scored."""
+
+    model: DDT
+    folder: Path
+    score: DigitsScore | None
+
+
+def train(experiment: Experiment, output_dir: Path, device: torch.device) -> TrainingResult:
+    """Train a DDT by flow matching; write everything under output_dir.
+
+    Written: recipe.yaml (every setting; `--config` takes it), log.jsonl (a line every log_every steps), checkpoints/
+    step_N (EMA weights every checkpoint_every steps), and at the end model/ (EMA weights), samples.png and
+    training.json (provenance and scores). Progress goes to stderr.
+
+    Raises:
+        ValueError: a data set that cannot be trained on.
+    """
+    settings = experiment.training
+    torch.manual_seed(settings.seed)
+    images, labels = _load_data(experiment, device)
+    model = DDT(experiment.model).to(device)
+    ema = EMA(model, settings.ema_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    generator = torch.Generator(device).manual_seed(settings.seed)
+    batches = shuffled_batches(len(images), settings.batch_size, settings.seed)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16")
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    recipe = {"model": experiment.model, "data": experiment.data, "training": settings, "sampling": experiment.sampling}
+    with atomic_file(output_dir / "recipe.yaml") as file:
+        file.write_text(yaml.safe_dump({name: _plain(part) for name, part in recipe.items()}, sort_keys=False))
+
+    def save(folder: Path) -> None:
+        save_model(ema.model, folder, experiment.data, experiment.sampling)
+
+    started = time.perf_counter()
+    with (
+        (output_dir / "log.jsonl").open("w") as log,
+        tqdm(total=settings.max_steps, unit="step", dynamic_ncols=True) as progress,
+    ):
+        window_loss, window_start = torch.zeros((), device=device), started
+        for step in range(1, settings.max_steps + 1):
+            batch = next(batches).to(device)
+            with autocast:
+                loss = flow_matching_loss(
+                    model,
+                    images[batch],
+                    labels[batch],
+                    num_classes=experiment.model.num_classes,
+                    label_dropout=settings.label_dropout,
+                    generator=generator,
+                )
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            ema.update(model)
+
+            window_loss += loss.detach()
+            progress.update()
+            if step % settings.log_every == 0:
+                mean_loss = window_loss.item() / settings.log_every
+                now = time.perf_counter()
+                rate = settings.log_every * settings.batch_size / (now - window_start)
+                log.write(json.dumps({"step": step, "loss": mean_loss, "images_per_second": rate}) + "\n")
+                log.flush()
+                progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} img/s")
+                window_loss.zero_()
+                window_start = now
+            if step % settings.checkpoint_every == 0 and step < settings.max_steps:
+                save(output_dir / "checkpoints" / f"step_{step:07d}")
+    seconds = time.perf_counter() - started
+
+    score = None
+    if settings.score_samples:
+        tqdm.write(f"scoring {settings.score_samples} samples drawn without guidance")
+        score = score_model(ema.model, experiment, settings.score_samples)
+    with atomic_file(output_dir / "samples.png") as file:
+        sample_grid(ema.model, experiment).save(file)
+    with atomic_file(output_dir / "training.json") as file:
+        file.write_text(json.dumps(_provenance(settings.max_steps, seconds, device, score), indent=2) + "\n")
+    save(output_dir / "model")
+    return TrainingResult(ema.model, output_dir / "model", score)
+
+
+def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Endless (batch_size,) int64 indices below count, epoch after epoch, each in its own random order."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(pool) < batch_size:
+            pool = torch.cat([pool, torch.randperm(count, generator=generator)])
+        batch, pool = pool[:batch_size], pool[batch_size:]
+        yield batch
+
+
+def score_model(model: DDT, experiment: Experiment, num_samples: int) -> DigitsScore:
+    """Draw class-balanced samples without guidance and score them as digits."""
+    labels = assign_labels(num_samples, experiment.model.num_classes)
+    config = replace(experiment.sampling, guidance_scale=1.0)
+    return score_digits(_draw(model, experiment, labels, config).cpu(), labels)
+
+
+def sample_grid(model: DDT, experiment: Experiment, num_images: int = 100) -> Image.Image:
+    """A labelled grid of class-balanced samples, drawn as the experiment's sampling settings say."""
+    labels = assign_labels(num_images, experiment.model.num_classes)
+    images = _draw(model, experiment, labels, experiment.sampling)
+    return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
+
+
+def _draw(model: DDT, experiment: Experiment, labels: Tensor, config: SamplingConfig) -> Tensor:
+    size = experiment.data.sample_size
+    noise, generators = seeded_noise(range(len(labels)), (experiment.model.in_channels, size, size))
+    return sample(model, noise, labels, config, generators=generators)
+
+
+def _load_data(experiment: Experiment, device: torch.device) -> tuple[Tensor, Tensor]:
+    if experiment.data.dataset != "digits":
+        raise ValueError(f"dataset {experiment.data.dataset!r} cannot be trained on yet; allowed: digits")
+    images, labels = digits()
+    return images.to(device), labels.to(device)
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A settings dataclass as YAML can hold it: tuples become lists."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(part).items()}
+
+
+def _provenance(steps: int, seconds: float, device: torch.device, score: DigitsScore | None) -> dict[str, Any]:
+    """What a reader needs to trust or repeat a run."""
+    return {
+        "steps": steps,
+        "training_seconds": round(seconds, 1),
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "score": asdict(score) if score else None,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None when the package is installed rather than checked out."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ddt-fast",
+    version="0.1.0",
+    description="Fast training, sampling and scoring of DDT, the Decoupled Diffusion Transformer",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["ddt_fast*"]) + find_packages("kernels"),
+    package_dir={"ddt_kernels": "kernels/ddt_kernels"},
+    package_data={"ddt_fast": ["py.typed", "assets/*/*"], "ddt_kernels": ["py.typed"]},
+    # The tested set: Python 3.11 and 3.12, torch 2.11 to 2.13, triton 3.6 to 3.8.
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6,<3.9; platform_system == 'Linux'",
+        "numpy>=2.0",
+        "diffusers>=0.36,<1",
+        "huggingface_hub>=1.0",
+        "jsonargparse[signatures]>=4.49,<5",
+        "pillow>=10.1",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
+        "gpu": ["flash-attn>=2.8", "xformers>=0.0.35"],
+        "demo": ["gradio>=5"],
+    },
+)

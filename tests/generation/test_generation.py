@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddt_fast.files import atomic_file, atomic_folder, check_writable
+from ddt_fast.generation.images import labelled_grid, to_uint8
+from ddt_fast.generation.seeds import assign_labels
+
+
+def test_uint8_follows_the_released_rounding():
+    values = torch.tensor([-2.0, -1.0, -0.999, 0.0, 0.9999, 1.0, 3.0]).view(1, 1, 1, 7)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 0, 128, 255, 255, 255]
+    colour = torch.rand(2, 3, 4, 5)
+    assert to_uint8(colour).shape == (2, 4, 5, 3)
+    np.testing.assert_array_equal(to_uint8(colour)[..., 1], to_uint8(colour[:, 1:2])[..., 0])
+
+
+def test_labels_go_round_the_classes():
+    assert assign_labels(5, 3).tolist() == [0, 1, 2, 0, 1]
+    assert assign_labels(3, 10, [7, 2]).tolist() == [7, 2, 7]
+    with pytest.raises(ValueError, match="class 10 does not exist; allowed: 0 to 9"):
+        assign_labels(3, 10, [1, 10])
+
+
+def test_grid_holds_every_image_above_its_caption():
+    images = np.zeros((5, 8, 8, 3), np.uint8)
+    images[3] = 255
+    grid = labelled_grid(images, list("01234"), columns=2)
+    pixels = np.asarray(grid)
+    cell_height, cell_width = grid.height // 3, grid.width // 2
+    assert (pixels[cell_height : cell_height + 64, cell_width : cell_width + 64] == 255).all()
+    assert (pixels[:64, :64] == 0).all()
+    caption = pixels[64 : 64 + 16, :64]
+    assert (caption < 128).any()
+    assert (caption == 255).any()
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    def failing(kind):
+        with kind(tmp_path / "out.png") as temporary:
+            (temporary if kind is atomic_file else temporary / "x").write_text("half")
+            raise RuntimeError("stopped")
+
+    for kind in (atomic_file, atomic_folder):
+        with pytest.raises(RuntimeError, match="stopped"):
+            failing(kind)
+        assert list(tmp_path.iterdir()) == []
+    with atomic_file(tmp_path / "out.png") as temporary:
+        Image.new("RGB", (2, 2)).save(temporary)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_unwritable_folders_are_found_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written: Not a directory"):
+        check_writable(tmp_path / "file" / "folder")
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder").is_dir()

@@ -1,0 +1,115 @@
+"""The reference model against numbers of the original implementation."""
+
+import json
+
+import golden_data as golden
+import pytest
+import torch
+from golden_data import relative_error
+
+from ddt_fast.config import PRESETS, DDTConfig
+from ddt_fast.model.reference import DDT, rotary_tables, rotate
+from ddt_fast.training.objective import flow_matching_loss
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_forward_matches_the_original(name):
+    model, io = golden.model(name), golden.tensors(name)
+    with torch.no_grad():
+        velocity, state = model(io["x"], io["t"], io["y"])
+        reused, same_state = model(io["x"], io["t_reuse"], io["y"], state)
+    assert relative_error(velocity, io["velocity"]) < 1e-5
+    assert relative_error(state, io["encoder_state"]) < 1e-5
+    assert relative_error(reused, io["velocity_reuse"]) < 1e-5
+    assert same_state is state
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_gradients_match_the_original(name):
+    model, io = golden.model(name), golden.tensors(name)
+    t = io["t"].view(-1, 1, 1, 1)
+    velocity, _ = model(t * io["data"] + (1 - t) * io["noise"], io["t"], io["y"])
+    loss = torch.nn.functional.mse_loss(velocity, io["data"] - io["noise"])
+    loss.backward()
+    assert loss.item() == pytest.approx(io["fm_loss"].item(), rel=1e-5)
+    gradients = {key.removeprefix("grad."): value for key, value in io.items() if key.startswith("grad.")}
+    assert len(gradients) == 10
+    for parameter, expected in gradients.items():
+        assert relative_error(model.get_parameter(parameter).grad, expected) < 1e-4, parameter
+
+
+def test_xl2_has_the_released_names_and_shapes_in_order():
+    with torch.device("meta"):
+        model = DDT(PRESETS["xl2_256"].model)
+    released = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
+    assert [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()] == list(released.items())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 674_646_352
+
+
+def test_modulations_may_be_kept_and_are_affine_in_the_state():
+    model, io = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
+    with torch.no_grad():
+        first, second = (model.encode(io["x"], t, io["y"]) for t in (io["t"], io["t_reuse"]))
+        kept = list(model.decoder_modulations(first))
+        assert torch.equal(model.decode(io["x"], kept), model.decode(io["x"], model.decoder_modulations(first)))
+        blend = model.decode(io["x"], model.decoder_modulations(1.7 * second - 0.7 * first))
+        blended = [1.7 * b - 0.7 * a for a, b in zip(kept, model.decoder_modulations(second), strict=True)]
+    assert relative_error(model.decode(io["x"], blended), blend) < 1e-5
+
+
+def test_rotation_keeps_norms_and_depends_on_relative_position():
+    cos, sin = rotary_tables(16, 4, 4)
+    assert cos.shape == sin.shape == (16, 8)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 16, 1, 16)
+    rotated_q, rotated_k = rotate(q, cos, sin), rotate(k, cos, sin)
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1))
+    products = (rotated_q[0, :, 0] @ rotated_k[0, :, 0].T).view(4, 4, 4, 4)
+    torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3], rtol=1e-4, atol=1e-4)
+
+
+def test_initial_model_predicts_zero_velocity_and_finite_state():
+    model = DDT(golden.model_config("tiny_h48_d24"))
+    velocity, state = model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10]))
+    assert torch.equal(velocity, torch.zeros(2, 4, 8, 8))
+    assert state.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_stays_near(dtype):
+    model, io = golden.model("tiny_h48_d24").to(dtype), golden.tensors("tiny_h48_d24")
+    with torch.no_grad():
+        velocity, _ = model(io["x"].to(dtype), io["t"], io["y"])
+    assert velocity.dtype == dtype
+    assert relative_error(velocity.float(), io["velocity"]) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "state_shape", "message"),
+    [
+        ((2, 3, 8, 8), None, "x has shape"),
+        ((2, 4, 7, 8), None, "height is 7; allowed: a positive multiple of patch_size"),
+        ((2, 4, 8, 8), (2, 4, 48), "state has shape"),
+    ],
+)
+def test_wrong_shapes_are_refused(x_shape, state_shape, message):
+    model = golden.model("tiny_h48_d24")
+    state = None if state_shape is None else torch.zeros(state_shape)
+    with pytest.raises(ValueError, match=message):
+        model(torch.zeros(x_shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64), state)
+
+
+def test_loss_is_reproducible_and_sees_every_argument():
+    model, io = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
+
+    def loss(seed: int, dropout: float) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        arguments = {"num_classes": 10, "label_dropout": dropout, "generator": generator}
+        return flow_matching_loss(model, io["data"], io["y"], **arguments).item()
+
+    assert loss(1, 0.0) == loss(1, 0.0)
+    assert len({loss(1, 0.0), loss(2, 0.0), loss(1, 1.0)}) == 3
+
+
+def test_head_dimension_of_the_config_is_checked():
+    with pytest.raises(ValueError, match="multiple of 4"):
+        DDTConfig(4, 2, 36, 2, 3, 2, 10)

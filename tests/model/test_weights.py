@@ -1,0 +1,160 @@
+"""Saving and loading: round trips, released checkpoints, and everything that can be wrong with a file."""
+
+import json
+import pickle
+from dataclasses import replace
+
+import golden_data as golden
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ddt_fast import load_model
+from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, save_model
+
+NAME = "tiny_h48_d24"
+DATA, SAMPLING = DataConfig("latents", 64, "some/vae"), SamplingConfig(num_steps=7, refresh_steps=(0, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(golden.model(NAME), tmp_path / "model", DATA, SAMPLING)
+    return tmp_path / "model"
+
+
+def test_folder_round_trips(folder):
+    loaded = load_model(folder)
+    for name, expected in golden.weights(NAME).items():
+        assert torch.equal(loaded.state_dict()[name], expected)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    experiment = read_experiment(folder)
+    assert (experiment.model, experiment.data, experiment.sampling) == (golden.model_config(NAME), DATA, SAMPLING)
+
+
+def test_saving_replaces_an_older_folder_and_leaves_nothing_else(folder):
+    save_model(golden.model(NAME), folder, DATA, replace(SAMPLING, num_steps=9))
+    assert read_experiment(folder).sampling.num_steps == 9
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_dtype_and_the_weights_file_inside_the_folder(folder):
+    loaded = load_model(folder / WEIGHTS_NAME, dtype=torch.bfloat16)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in loaded.parameters())
+
+
+def lightning_checkpoint(path, model, **more):
+    state = {f"ema_denoiser.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"denoiser.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    state["diffusion_trainer.proj.0.0.weight"] = torch.zeros(3)
+    torch.save({"epoch": 3, "state_dict": state, **more}, path)
+
+
+def test_released_checkpoint_gives_its_ema_weights(tmp_path):
+    model = golden.model(NAME)
+    lightning_checkpoint(tmp_path / "released.ckpt", model)
+    loaded = load_model(tmp_path / "released.ckpt", config=golden.model_config(NAME))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_shapes_of_a_preset_need_no_config(tmp_path):
+    config = replace(PRESETS["digits"].model, num_classes=7)
+    save_file(DDT(config).state_dict(), tmp_path / "weights.safetensors")
+    assert load_model(tmp_path / "weights.safetensors").config == config
+
+
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def corrupt(folder, tmp_path, case):
+    """Break one thing; return what to load and what the error must say."""
+    weights = golden.weights(NAME)
+    if case == "missing path":
+        return tmp_path / "nothing", "does not exist"
+    if case == "missing weights":
+        (folder / WEIGHTS_NAME).unlink()
+        return folder, f"holds no {WEIGHTS_NAME}"
+    if case == "truncated":
+        content = (folder / WEIGHTS_NAME).read_bytes()
+        (folder / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
+        return folder, "corrupt"
+    if case == "no safetensors":
+        (folder / WEIGHTS_NAME).write_bytes(b"hello")
+        return folder, "corrupt"
+    if case == "broken json":
+        (folder / CONFIG_NAME).write_text("{")
+        return folder, "not a valid configuration"
+    if case == "json of the wrong kind":
+        (folder / CONFIG_NAME).write_text("[1]")
+        return folder, "not a valid configuration"
+    if case == "json lacks a key":
+        (folder / CONFIG_NAME).write_text(json.dumps({"in_channels": 4}))
+        return folder, "lacks 'patch_size'"
+    if case == "other shapes":
+        save_model(DDT(replace(golden.model_config(NAME), hidden_size=32)), folder, DATA, SAMPLING)
+        save_file(weights, folder / WEIGHTS_NAME)
+        return folder, r"disagree: \d+ tensors of another shape \(such as blocks.0.*wanted"
+    if case == "more blocks":
+        save_model(DDT(replace(golden.model_config(NAME), num_blocks=6)), folder, DATA, SAMPLING)
+        save_file(weights | {"extra": torch.zeros(1)}, folder / WEIGHTS_NAME)
+        return folder, r"disagree: \d+ tensors missing \(such as blocks.5.*1 tensors unexpected \(such as extra\)"
+    if case == "malicious pickle":
+        (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Malicious()))
+        return tmp_path / "bad.ckpt", "corrupt"
+    if case == "malicious checkpoint":
+        lightning_checkpoint(tmp_path / "bad.ckpt", golden.model(NAME), surprise=Malicious())
+        return tmp_path / "bad.ckpt", "corrupt"
+    if case == "checkpoint without ema":
+        torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, tmp_path / "other.ckpt")
+        return tmp_path / "other.ckpt", r"no ema_denoiser\.\* tensors"
+    if case == "unsettled shapes":
+        save_file(weights, tmp_path / "bare.safetensors")
+        return tmp_path / "bare.safetensors", "pass config"
+    if case == "another model":
+        save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+        return tmp_path / "other.safetensors", "not a DDT"
+    assert case == "unknown ending"
+    (tmp_path / "weights.bin").write_bytes(b"")
+    return tmp_path / "weights.bin", "ends in .bin; allowed: .safetensors, .ckpt"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "missing path",
+        "missing weights",
+        "truncated",
+        "no safetensors",
+        "broken json",
+        "json of the wrong kind",
+        "json lacks a key",
+        "other shapes",
+        "more blocks",
+        "malicious pickle",
+        "malicious checkpoint",
+        "checkpoint without ema",
+        "unsettled shapes",
+        "another model",
+        "unknown ending",
+    ],
+)
+def test_broken_checkpoints_are_refused(folder, tmp_path, case):
+    path, message = corrupt(folder, tmp_path, case)
+    with pytest.raises(ValueError, match=message):
+        load_model(path)
+
+
+def test_config_argument_must_agree_with_the_folder(folder):
+    with pytest.raises(ValueError, match="leave config out or make them agree"):
+        load_model(folder, config=replace(golden.model_config(NAME), num_encoder_blocks=1))
+
+
+def test_hub_ids_that_cannot_be_fetched_are_one_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ValueError, match="no local path and could not be had from the Hub"):
+        load_model("nobody/no-such-model")

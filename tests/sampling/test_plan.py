@@ -1,0 +1,144 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddt_fast.config import PRESETS, SamplingConfig
+from ddt_fast.sampling import SamplingPlan
+
+XL2 = PRESETS["xl2_256"]
+
+
+def plan(**settings) -> SamplingPlan:
+    return SamplingPlan.from_config(replace(XL2.sampling, **settings))
+
+
+def test_published_default_needs_422_evaluations_instead_of_500():
+    published = plan()
+    assert len(published.steps) == 250
+    assert published.network_evaluations == published.encoder_evaluations == 422
+    assert sum(step.guided for step in published.steps) == 172
+    assert not published.reuses_states
+
+
+@pytest.mark.parametrize(
+    ("settings", "tflop"),
+    [
+        ({"refresh_every": 2}, 66),
+        ({"refresh_every": 6}, 36.5),
+        ({"refresh_every": 10}, 30.5),
+        ({"refresh_every": 6, "guidance_every": 10}, 26.3),
+        ({"refresh_every": 10, "guidance_every": 10}, 22.7),
+    ],
+)
+def test_flops_of_xl2_at_256_pixels(settings, tflop):
+    assert plan(**settings).flops(XL2.model, 32, 32) / 1e12 == pytest.approx(tflop, abs=0.25)
+
+
+def test_no_guidance_means_no_unconditional_branch():
+    unguided = plan(guidance_scale=1.0, refresh_every=4)
+    assert unguided.network_evaluations == 250
+    assert all(step.uncond is None and not step.guided for step in unguided.steps)
+    assert unguided.difference_history == 0
+
+
+def test_interval_bounds_are_strict_in_float32():
+    bounds = plan(num_steps=11, last_step=None, guidance_interval=(0.3, 0.6), guidance_scale=2.0)
+    # linspace(0, 10/11, 11) is i / 11: 0.3 < i / 11 < 0.6.
+    assert [i for i, step in enumerate(bounds.steps) if step.guided] == [4, 5, 6]
+    on_bound = plan(num_steps=10, last_step=0.1, guidance_interval=(0.3, 0.6))
+    times = [step.t for step in on_bound.steps]
+    assert [i for i, step in enumerate(on_bound.steps) if step.guided] == [4, 5]
+    assert times[3] == pytest.approx(0.3)
+
+
+def test_segment_that_begins_unguided_and_ends_guided_encodes_without_decoding():
+    steps = plan(num_steps=10, last_step=0.1, refresh_every=5, guidance_interval=(0.25, 1.0)).steps
+    first = steps[0].uncond
+    assert first is not None
+    assert first.encode
+    assert not first.decode
+    assert steps[1].uncond is None
+    assert steps[3].uncond is not None
+    assert steps[3].uncond.decode
+    assert not steps[3].uncond.encode
+
+
+def test_segments_without_a_guided_step_leave_the_unconditional_encoder_out():
+    steps = plan(num_steps=12, last_step=1 / 12, refresh_every=3, guidance_interval=(0.55, 0.8)).steps
+    encoded = [i for i, step in enumerate(steps) if step.uncond is not None and step.uncond.encode]
+    assert encoded == [6, 9]
+
+
+def test_refresh_steps_are_kept_to():
+    steps = plan(num_steps=10, refresh_steps=(0, 1, 7), guidance_scale=1.0).steps
+    assert [i for i, step in enumerate(steps) if step.cond.encode] == [0, 1, 7]
+
+
+def test_forecast_weights_follow_the_line_and_the_parabola_through_the_last_states():
+    settings = {"num_steps": 10, "last_step": 0.1, "refresh_every": 3, "guidance_scale": 1.0}
+    linear = plan(**settings, state_forecast="linear")
+    assert linear.state_history == 2
+    assert linear.steps[2].cond.state_weights == (1.0,)
+    assert linear.steps[3].cond.state_weights == (1.0,)
+    assert linear.steps[5].cond.state_weights == pytest.approx((5 / 3, -2 / 3), abs=1e-6)
+    quadratic = plan(**settings, state_forecast="quadratic")
+    assert quadratic.state_history == 3
+    assert quadratic.steps[5].cond.state_weights == pytest.approx((5 / 3, -2 / 3), abs=1e-6)
+    # Nodes 6, 3, 0 at 7: (7·4)/(3·6), (1·7)/(3·-3), (1·4)/(-6·-3).
+    assert quadratic.steps[7].cond.state_weights == pytest.approx((14 / 9, -7 / 9, 2 / 9), abs=1e-5)
+
+
+def test_rare_guidance_evaluates_a_fresh_unconditional_branch():
+    sparse = plan(num_steps=20, last_step=0.05, refresh_every=4, guidance_every=3, guidance_forecast="linear")
+    guided = [i for i, step in enumerate(sparse.steps) if step.guided]
+    evaluated = [i for i, step in enumerate(sparse.steps) if step.uncond is not None]
+    assert evaluated == guided[::3]
+    for i in evaluated:
+        assert sparse.steps[i].uncond.encode
+        assert sparse.steps[i].uncond.decode
+        assert sparse.steps[i].difference_weights == (1.0,)
+    assert sparse.steps[evaluated[0] + 1].difference_weights == (1.0,)
+    assert sparse.steps[evaluated[1] + 1].difference_weights == pytest.approx((4 / 3, -1 / 3), abs=1e-5)
+
+
+configs = st.builds(
+    SamplingConfig,
+    num_steps=st.integers(1, 40),
+    guidance_scale=st.sampled_from([1.0, 2.0, 4.0]),
+    guidance_interval=st.sampled_from([(0.0, 1.0), (0.3, 1.0), (0.2, 0.5)]),
+    timeshift=st.sampled_from([0.5, 1.0, 3.0]),
+    last_step=st.sampled_from([None, 0.04, 0.5]),
+    solver=st.sampled_from(["euler", "lms", "sde"]),
+    order=st.integers(1, 4),
+    refresh_every=st.integers(1, 50),
+    state_forecast=st.sampled_from(["hold", "linear", "quadratic"]),
+    guidance_every=st.integers(1, 12),
+    guidance_forecast=st.sampled_from(["hold", "linear"]),
+)
+
+
+@given(configs)
+def test_every_plan_can_be_executed(config):
+    """What a step reads was made before, histories suffice, weights sum to one."""
+    built = SamplingPlan.from_config(config)
+    states = {"cond": 0, "uncond": 0}
+    velocities = differences = 0
+    for step in built.steps:
+        for name, branch in (("cond", step.cond), ("uncond", step.uncond)):
+            if branch is None:
+                continue
+            states[name] += branch.encode
+            if branch.decode:
+                assert len(branch.state_weights) <= min(states[name], built.state_history)
+                assert sum(branch.state_weights) == pytest.approx(1, abs=1e-6)
+        differences += step.uncond is not None and step.uncond.decode
+        velocities += 1
+        assert step.cond.decode
+        assert len(step.coefficients.velocity_coefficients) <= min(velocities, built.velocity_history)
+        if step.guided:
+            assert len(step.difference_weights) <= min(differences, built.difference_history)
+            assert sum(step.difference_weights) == pytest.approx(1, abs=1e-6)
+    assert built.encoder_evaluations <= built.network_evaluations + states["uncond"]
+    assert built.network_evaluations <= 2 * config.num_steps

@@ -1,0 +1,232 @@
+"""The commands as a user runs them: what they write, and one `error:` line with exit code 2 for every mistake."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import golden_data as golden
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+import ddt_fast
+from ddt_fast.command import run_command
+from ddt_fast.config import PRESETS
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.model.reference import DDT
+
+sample_command = importlib.import_module("ddt_fast.sample")
+train_command = importlib.import_module("ddt_fast.train")
+
+
+def test_sample_without_arguments_draws_digits_from_the_package(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "ddt_fast.sample"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "img/s" in result.stdout
+    folder = tmp_path / "samples"
+    saved = np.load(folder / "samples.npz")
+    assert saved["arr_0"].shape == (100, 8, 8, 3)
+    assert saved["arr_0"].dtype == np.uint8
+    assert saved["labels"].tolist() == [i % 10 for i in range(100)]
+    assert saved["seeds"].tolist() == list(range(100))
+    pictures = sorted((folder / "images").iterdir())
+    assert len(pictures) == 100
+    assert pictures[13].name == "00013_class_3_seed_13.png"
+    np.testing.assert_array_equal(np.asarray(Image.open(pictures[13])), saved["arr_0"][13])
+    assert Image.open(folder / "grid.png").width > 600
+
+
+def sample(tmp_path, *arguments: str) -> np.lib.npyio.NpzFile:
+    sample_command.main([*arguments, "--output-dir", str(tmp_path)])
+    return np.load(tmp_path / "samples.npz")
+
+
+def test_embedded_checkpoint_meets_its_numbers(tmp_path):
+    import torch
+
+    saved = sample(tmp_path, "--num-images", "898", "--guidance-scale", "1", "--batch-size", "449")
+    images = torch.from_numpy(saved["arr_0"][..., :1]).permute(0, 3, 1, 2) / 127.5 - 1
+    score = score_digits(images, torch.from_numpy(saved["labels"]))
+    assert score.accuracy >= 0.98
+    assert score.frechet <= 1.3 * score.frechet_real
+    assert score.nearest >= 0.9 * score.nearest_real
+
+
+def test_one_seed_one_image_whatever_the_batch_size(tmp_path):
+    arguments = ["--num-images", "12", "--num-steps", "10"]
+    together = sample(tmp_path / "a", *arguments)["arr_0"].astype(int)
+    apart = sample(tmp_path / "b", *arguments, "--batch-size", "5")["arr_0"].astype(int)
+    assert np.abs(together - apart).max() <= 1
+    assert (together == apart).mean() > 0.99
+    single = sample(tmp_path / "c", "--seeds", "7", "--classes", "7", "--num-steps", "10")["arr_0"].astype(int)
+    assert np.abs(single[0] - together[7]).max() <= 1
+
+
+def test_every_sampling_option_changes_the_images(tmp_path):
+    plain = ["--num-images", "4", "--num-steps", "8", "--refresh-every", "2", "--guidance-scale", "3"]
+    variants = [
+        [],
+        ["--num-steps", "9"],
+        ["--guidance-scale", "5"],
+        ["--guidance-interval", "0.1", "0.6"],
+        ["--timeshift", "2"],
+        ["--last-step", "0.3"],
+        ["--solver", "lms"],
+        ["--solver", "lms", "--order", "4"],
+        ["--solver", "sde"],
+        ["--solver", "sde", "--diffusion", "constant"],
+        ["--solver", "sde", "--diffusion-scale", "0.5"],
+        ["--refresh-every", "4"],
+        ["--refresh-every", "1", "--refresh-steps", "0", "5"],
+        ["--state-forecast", "linear"],
+        ["--guidance-every", "3"],
+        ["--guidance-every", "3", "--guidance-forecast", "linear"],
+        ["--classes", "5"],
+        ["--first-seed", "9"],
+        ["--dtype", "bfloat16"],
+    ]
+    results = [sample(tmp_path, *plain, *variant)["arr_0"].tobytes() for variant in variants]
+    assert len(set(results)) == len(variants)
+
+
+def test_cuda_graphs_without_cuda_say_so_in_one_line(tmp_path, capsys):
+    arguments = ["--num-images", "2", "--num-steps", "2", "--cuda-graphs", "--device", "cpu"]
+    run_command(lambda: sample_command.main([*arguments, "--output-dir", str(tmp_path)]))
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert warnings == ["warning: cuda_graphs asked for, but the model is on cpu, not on CUDA; sampling eagerly"]
+
+
+def test_fewer_images_in_the_same_folder_leave_no_old_ones(tmp_path):
+    sample(tmp_path, "--num-images", "4", "--num-steps", "2")
+    sample(tmp_path, "--num-images", "2", "--num-steps", "2")
+    assert len(list((tmp_path / "images").iterdir())) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "images", "samples.npz"]
+
+
+def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path, capsys):
+    short = ["--training.max_steps", "4", "--training.batch_size", "16", "--training.score_samples", "70"]
+    train_command.main([*short, "--sampling.num_steps", "2", "--output-dir", str(tmp_path / "a")])
+    assert "class accuracy" in capsys.readouterr().out
+    train_command.main(["--config", str(tmp_path / "a" / "recipe.yaml"), "--output-dir", str(tmp_path / "b")])
+    first, second = (json.loads((tmp_path / run / "training.json").read_text()) for run in "ab")
+    assert first["score"] == second["score"]
+    saved = sample(tmp_path / "out", "--checkpoint", str(tmp_path / "a" / "model"), "--num-images", "3")
+    assert saved["arr_0"].shape == (3, 8, 8, 3)
+
+
+def test_config_file_preset_and_overrides(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("preset: l2_256\nmodel:\n  num_classes: 5\ntraining:\n  max_steps: 7\n")
+    arguments = ["--config", str(tmp_path / "my.yaml"), "--training.max_steps", "8", "--print_config"]
+    with pytest.raises(SystemExit, match="0"):
+        train_command.main(arguments)
+    printed = capsys.readouterr().out
+    for line in ("hidden_size: 1024", "num_classes: 5", "max_steps: 8", "preset: l2_256"):
+        assert line in printed
+
+
+def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
+    short = ["--training.max_steps", "1", "--training.batch_size", "4", "--training.score_samples", "0"]
+    arguments = [*short, "--sampling.num_steps", "1", "--output-dir", str(tmp_path)]
+    train_command.main(arguments)
+    assert "holds an earlier run" in error_line(capsys, train_command.main, arguments)
+    train_command.main([*arguments, "--overwrite"])
+
+
+def error_line(capsys, main, arguments) -> str:
+    """Run a command that must fail; return its only line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main(arguments))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "xxl"], "preset 'xxl' does not exist; allowed: digits, b2_256"),
+        (["--preset"], "expected one argument"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "{folder}/broken.yaml"], "broken.yaml"),
+        (["--config", "{folder}/key.yaml"], "hiden_size"),
+        (["--training.steps", "3"], "unrecognized arguments: --training.steps"),
+        (["--training.max_steps", "many"], "training.max_steps"),
+        (["--training.max_steps", "-3"], "max_steps is -3; allowed: a whole number, 1 or more"),
+        (["--sampling.num_steps", "-1"], "num_steps is -1"),
+        (["--sampling.guidance_interval", "[0.9,0.1]"], "guidance_interval is (0.9, 0.1)"),
+        (["--model.patch_size", "3"], "height is 8; allowed: a positive multiple of patch_size (3)"),
+        (["--model.num_heads", "5"], "num_heads is 5; allowed: a divisor of hidden_size (64)"),
+        (["--model.hidden_size", "36"], "multiple of 4"),
+        (["--model.num_encoder_blocks", "5"], "num_encoder_blocks is 5; allowed: 1 to 3"),
+        (["--preset", "xl2_256"], "dataset 'latents' cannot be trained on yet; allowed: digits"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--output-dir", "{folder}/broken.yaml/x"], "cannot be written"),
+    ],
+)
+def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: {")
+    (tmp_path / "key.yaml").write_text("model:\n  hiden_size: 5\n")
+    before = sorted(tmp_path.iterdir())
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    if "--output-dir" not in arguments:
+        arguments += ["--output-dir", str(tmp_path / "run")]
+    assert message in error_line(capsys, train_command.main, arguments)
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path not in before]
+    assert written == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-steps", "-5"], "num_steps is -5"),
+        (["--num-steps", "ten"], "num-steps"),
+        (["--num-images", "0"], "--num-images is 0; allowed: 1 or more"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--classes", "3", "10"], "class 10 does not exist; allowed: 0 to 9"),
+        (["--classes", "-1"], "class -1 does not exist"),
+        (["--seeds", "1", "2", "--num-images", "3"], "--seeds gives 2 seeds for 3 images"),
+        (["--first-seed", "-4"], "seed -4 is negative"),
+        (["--guidance-interval", "0.8", "0.3"], "guidance_interval is (0.8, 0.3)"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
+        (["--solver", "heun"], "heun"),
+        (["--solver", "lms", "--order", "5"], "order is 5"),
+        (["--refresh-steps", "3", "5"], "refresh_steps is (3, 5)"),
+        (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--checkpoint", "{folder}"], "holds no diffusion_pytorch_model.safetensors"),
+        (["--checkpoint", "{folder}/corrupt.safetensors", "--preset", "digits"], "corrupt"),
+        (["--checkpoint", "{folder}/digits.safetensors"], "has no config.json and no --preset"),
+        (["--checkpoint", "{folder}/digits.safetensors", "--preset", "b2_256"], "disagree"),
+        (["--preset", "digits"], "--preset is for checkpoints without config.json"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--dtype", "int8"], "int8"),
+        (["--output-dir", "{folder}/digits.safetensors"], "cannot be written"),
+    ],
+)
+def test_sample_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message):
+    (tmp_path / "corrupt.safetensors").write_bytes(b"x" * 100)
+    save_file(DDT(PRESETS["digits"].model).state_dict(), tmp_path / "digits.safetensors")
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    if "--output-dir" not in arguments:
+        arguments += ["--output-dir", str(tmp_path / "out")]
+    assert message in error_line(capsys, sample_command.main, arguments)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_weights_without_config_sample_with_a_preset(tmp_path):
+    save_file(DDT(PRESETS["digits"].model).state_dict(), tmp_path / "bare.safetensors")
+    arguments = ["--checkpoint", str(tmp_path / "bare.safetensors"), "--preset", "digits"]
+    assert sample(tmp_path / "out", *arguments, "--num-images", "2", "--num-steps", "2")["arr_0"].shape == (2, 8, 8, 3)
+
+
+def test_library_function_survives_the_command_of_its_name():
+    import torch
+
+    io = golden.tensors("tiny_h48_d24")
+    config = ddt_fast.SamplingConfig(num_steps=1)
+    result = ddt_fast.sample(golden.model("tiny_h48_d24"), io["xT"], io["y"], config)
+    assert isinstance(result, torch.Tensor)
