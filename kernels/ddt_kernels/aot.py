@@ -1,0 +1,107 @@
+"""`python -m ddt_kernels.aot`: compile every kernel, in every shipped configuration, for every architecture.
+
+Needs no GPU. Prints one row per binary (kernel, configuration, arch, registers per thread, stack bytes, shared memory
+bytes, the tensor-core instruction found, whether tiles are moved by bulk tensor copies, verdict) and exits with 1 if
+any does not compile, spills registers, exceeds its chip's shared memory, or is a GEMM or attention without its chip's
+tensor-core instruction. 2: nothing to compile, or no way to.
+"""
+
+import argparse
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import ddt_kernels
+from ddt_kernels.compilation import ARCHITECTURES, AotCase, Compiled, compile_case
+
+HEADER = ("kernel", "configuration", "arch", "regs", "stack", "shared", "tensor core", "bulk", "verdict")
+
+
+def op_modules() -> list[str]:
+    """The package's modules that define aot_cases()."""
+    names = [f"ddt_kernels.{info.name}" for info in pkgutil.iter_modules(ddt_kernels.__path__)]
+    return [name for name in names if name != __spec__.name and hasattr(importlib.import_module(name), "aot_cases")]
+
+
+def module_cases(module: str) -> list[AotCase]:
+    """What the module ships."""
+    cases: list[AotCase] = importlib.import_module(module).aot_cases()
+    return cases
+
+
+def compile_task(task: tuple[str, int, int, str]) -> list[Compiled]:
+    """Compiles a module's case, by number, for an architecture, as far as its kernels' names contain a string.
+
+    Cases hold closures, which cannot cross a process boundary: workers look them up again.
+    """
+    module, index, arch, kernel = task
+    return compile_case(module_cases(module)[index], arch, kernel)
+
+
+def compile_all(modules: Sequence[str], archs: Sequence[int], jobs: int, kernel: str = "") -> list[Compiled]:
+    """Every case of every module for every architecture it ships for, in that order; `kernel` as in compile_case."""
+    cases = [(module, index, case) for module in modules for index, case in enumerate(module_cases(module))]
+    tasks = [(module, index, arch, kernel) for module, index, case in cases for arch in archs if arch in case.archs]
+    if jobs == 1:
+        results = [compile_task(task) for task in tasks]
+    else:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(compile_task, tasks))
+    return [row for rows in results for row in rows]
+
+
+def table(rows: Sequence[Compiled]) -> str:
+    """The rows under HEADER, columns aligned."""
+    cells = [HEADER]
+    for row in rows:
+        numbers = (str(row.registers), str(row.stack), str(row.shared))
+        verdict = "; ".join(row.problems) or "ok"
+        bulk = "yes" if row.bulk_copies else "-"
+        cells.append((row.kernel, row.configuration, f"sm_{row.arch}", *numbers, row.tensor_core, bulk, verdict))
+    widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER) - 1)]
+    return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in cells)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles what the arguments select, prints the table, returns the exit code."""
+    summary, details = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(prog="python -m ddt_kernels.aot", description=summary, epilog=details)
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument(
+        "--arch", type=int, choices=ARCHITECTURES, action="append", help="repeat for several; all if none"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes; default: one per core"
+    )
+    parser.add_argument(
+        "--module", action="append", help="take aot_cases() from these modules instead of the package's"
+    )
+    options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}; wanted at least 1")
+    try:
+        import triton
+    except ImportError:
+        print("triton is not installed: pip install triton", file=sys.stderr)
+        return 2
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: such a process can compile nothing. Unset it.", file=sys.stderr)
+        return 2
+
+    modules = options.module or op_modules()
+    rows = compile_all(modules, options.arch or ARCHITECTURES, options.jobs, options.kernel)
+    if not rows:
+        print(f"nothing to compile in {', '.join(modules)}", file=sys.stderr)
+        return 2
+    failures = sum(bool(row.problems) for row in rows)
+    print(table(rows))
+    print(f"{len(rows)} binaries, {failures} must not ship")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Argument checks shared by the public functions. A user's mistake is a ValueError raised before any launch, naming the
+op, the argument, what was seen and what was wanted. The good path is a few comparisons: no string is built on it.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+DEVICES = ("cpu", "cuda", "meta")
+
+
+def fail(op: str, name: str, seen: object, wanted: object) -> NoReturn:
+    """Raises the ValueError all checks raise."""
+    raise ValueError(f"{op}: {name} is {seen}; wanted {wanted}")
+
+
+def check_activations(op: str, name: str, x: Tensor, max_channels: int) -> None:
+    """x must be a non-empty (B, N, C) with C ≤ max_channels, unit last stride, bf16, fp16, fp32 (or fp64 on a CPU)."""
+    if x.ndim != 3:
+        fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, C)")
+    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        fail(op, name, f"{x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
+    if x.device.type not in DEVICES:
+        fail(op, name, f"on {x.device}", "a CPU or CUDA tensor")
+    B, N, C = x.shape
+    if B < 1 or N < 1 or not 1 <= C <= max_channels:
+        fail(op, name, f"of shape {tuple(x.shape)}", f"B and N at least 1, C in 1..{max_channels}")
+    check_unit_stride(op, name, x)
+
+
+def check_unit_stride(op: str, name: str, tensor: Tensor) -> None:
+    """The last dimension must be contiguous; the others may have any stride."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        fail(op, name, f"strided {tuple(tensor.stride())}", "a last stride of 1")
+
+
+def check_same_kind(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    """Same dtype and device as `like`, the op's first argument."""
+    if tensor.dtype != like.dtype:
+        fail(op, name, tensor.dtype, f"{like.dtype}, as the first argument")
+    if tensor.device != like.device:
+        fail(op, name, f"on {tensor.device}", f"{like.device}, as the first argument")
+
+
+def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Same shape, dtype and device as x, unit last stride."""
+    if tensor.shape != x.shape:
+        fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(x.shape)}, as the first argument")
+    check_same_kind(op, name, tensor, x)
+    check_unit_stride(op, name, tensor)
+
+
+def check_modulation(op: str, name: str, modulation: Tensor, x: Tensor, tokens: int) -> None:
+    """(B, tokens, C) for x's B and C, where tokens is N or 1; x's dtype and device, unit last stride.
+
+    `tokens` is the first modulation's: all modulations of a call share one granularity.
+    """
+    B, N, C = x.shape
+    if modulation.shape != (B, tokens, C) or tokens not in (1, N):
+        seen = f"of shape {tuple(modulation.shape)}"
+        if tokens in (1, N):
+            fail(op, name, seen, f"{(B, tokens, C)}, of one granularity with the other modulations")
+        fail(op, name, seen, f"{(B, 1, C)} (per sample) or {(B, N, C)} (per token)")
+    check_same_kind(op, name, modulation, x)
+    check_unit_stride(op, name, modulation)
+
+
+def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
+    """(C,), contiguous, on x's device, x's dtype or float32 (a master weight)."""
+    if weight.shape != x.shape[-1:]:
+        fail(op, name, f"of shape {tuple(weight.shape)}", f"{tuple(x.shape[-1:])}")
+    if weight.dtype not in (x.dtype, torch.float32):
+        fail(op, name, weight.dtype, f"{x.dtype} or torch.float32")
+    if weight.device != x.device:
+        fail(op, name, f"on {weight.device}", f"{x.device}, as the first argument")
+    check_unit_stride(op, name, weight)
+
+
+def check_eps(op: str, eps: float) -> None:
+    """eps must be a positive number."""
+    if not eps > 0:
+        fail(op, "eps", eps, "a number above 0")

@@ -1,0 +1,158 @@
+"""Compiling kernels for GPUs that are not there, and reading the binaries.
+
+An op file declares what it ships with a function `aot_cases()` returning `AotCase`s. A case calls one of the file's
+own launchers on meta tensors; every kernel the launcher would have launched is compiled instead, with exactly the
+arguments, specialisations and options of the real launch, once per architecture (and per configuration, if autotuned).
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ddt_kernels.runtime import recording
+
+SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use: A100, H100/H200, B200
+TENSOR_CORE_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}  # as PTX spells them
+BULK_COPY_INSTRUCTION = "cp.async.bulk.tensor"
+ARCHITECTURES = tuple(SHARED_MEMORY_LIMIT)
+
+
+@dataclass(frozen=True)
+class AotCase:
+    """One shipped configuration.
+
+    configuration: what tells it from the file's other cases: shape, dtype, granularity.
+    run: calls a launcher on meta tensors (`device="meta"`); what it returns is ignored.
+    tensor_cores: names of the kernels among those it launches that must use the chip's tensor cores.
+    bulk_copies: names of those that must copy whole tiles (cp.async.bulk.tensor); checked from sm_90 on.
+    archs: the architectures it ships for.
+    """
+
+    configuration: str
+    run: Callable[[], object]
+    tensor_cores: tuple[str, ...] = ()
+    bulk_copies: tuple[str, ...] = ()
+    archs: tuple[int, ...] = ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel binary.
+
+    registers: per thread; stack: bytes per thread, more than 0 means spills; shared: bytes a block; problems: why it
+    must not ship, empty if it may.
+    """
+
+    kernel: str
+    configuration: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    tensor_core: str
+    bulk_copies: bool
+    problems: tuple[str, ...]
+
+
+class _StandInDriver:
+    """Answers what Triton asks a driver before compiling. The device id is the architecture, since a kernel's compiled
+    variants are cached per device id (0 would be shared)."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def is_active(self) -> bool:
+        return True
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def set_current_device(self, device: int) -> None:
+        assert device == self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> str:
+        return "meta"
+
+
+def _variants(kernel: Any, meta: dict[str, Any]) -> list[tuple[Any, dict[str, Any], str]]:
+    """(kernel, options, label) for each configuration of an autotuned kernel; the kernel itself otherwise."""
+    if not hasattr(kernel, "configs"):
+        return [(kernel, meta, "")]
+    return [(kernel.fn, meta | config.all_kwargs(), f" [{config}]") for config in kernel.configs]
+
+
+def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
+    """Compiles, for `arch`, every kernel the case launches whose name contains `only`.
+
+    A compiler error is a row with a problem, not an exception, and so is a case that launches nothing.
+    """
+    from triton.runtime import driver
+
+    rows: list[Compiled] = []
+    launched = []
+
+    def compile_instead(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        for function, options, label in _variants(kernel, meta):
+            name, configuration = function.__name__, case.configuration + label
+            launched.append(name)
+            if only not in name:
+                continue
+            try:
+                binary = function.warmup(*args, grid=(1,), **options)
+            except Exception as error:
+                problem = f"does not compile: {type(error).__name__}: {error}"
+                rows.append(Compiled(name, configuration, arch, 0, 0, 0, "-", False, (problem,)))
+            else:
+                rows.append(_inspect(binary, name, configuration, case, arch))
+
+    previous = driver._active  # `driver.active` would look for a GPU to answer, and fail without one
+    driver.set_active(_StandInDriver(arch))
+    try:
+        with recording(compile_instead):
+            case.run()
+    finally:
+        driver.set_active(previous)
+    if not launched:
+        rows.append(Compiled("-", case.configuration, arch, 0, 0, 0, "-", False, ("launches no kernel",)))
+    return rows
+
+
+def _inspect(binary: Any, name: str, configuration: str, case: AotCase, arch: int) -> Compiled:
+    ptx, shared = binary.asm["ptx"], binary.metadata.shared
+    registers, stack = resource_usage(binary.asm["cubin"])
+    found = [instruction for instruction in TENSOR_CORE_INSTRUCTION.values() if instruction in ptx]
+    bulk_copies = BULK_COPY_INSTRUCTION in ptx
+    problems = []
+    if stack > 0:
+        problems.append(f"spills: {stack} bytes of stack")
+    if shared > SHARED_MEMORY_LIMIT[arch]:
+        problems.append(f"shared memory above {SHARED_MEMORY_LIMIT[arch]}")
+    if name in case.tensor_cores and TENSOR_CORE_INSTRUCTION[arch] not in found:
+        problems.append(f"no {TENSOR_CORE_INSTRUCTION[arch]}")
+    if name in case.bulk_copies and arch >= 90 and not bulk_copies:
+        problems.append(f"no {BULK_COPY_INSTRUCTION}")
+    tensor_core = "+".join(found) or "-"
+    return Compiled(name, configuration, arch, registers, stack, shared, tensor_core, bulk_copies, tuple(problems))
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, stack bytes per thread) of the one kernel in a cubin, by the cuobjdump Triton ships."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = dict(item.split(":")[:2] for line in report.splitlines() for item in line.split() if "REG:" in line)
+    return int(usage["REG"]), int(usage["STACK"])

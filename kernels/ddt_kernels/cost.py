@@ -1,0 +1,19 @@
+"""What an op costs at least, for achieved TB/s and TFLOP/s."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The compulsory work of one call.
+
+    bytes_moved: device-memory traffic in bytes if every input is read once and every output written once. What an
+        implementation moves on top (partial sums, re-reads) is its own affair and lowers its achieved TB/s.
+    flops: floating-point operations; a multiply-add is 2, an exp or rsqrt 1.
+    """
+
+    bytes_moved: int
+    flops: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.bytes_moved + other.bytes_moved, self.flops + other.flops)

@@ -1,0 +1,234 @@
+"""Launching the norm family's kernels: tile configurations, grids, outputs, the two-stage parameter gradients."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ddt_kernels.compilation import AotCase
+from ddt_kernels.norm_kernels import (
+    modulation_gradients_kernel,
+    norm_modulate_backward_kernel,
+    norm_modulate_forward_kernel,
+)
+from ddt_kernels.runtime import cdiv, launch, next_power_of_2
+
+MAX_CHANNELS = 6144  # a row is held in the registers of one program; wider ones spill
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How rows of C columns are cut into [MAIN / WIDTH, ROWS, WIDTH] and [1, ROWS, TAIL] (norm_kernels.py says why)."""
+
+    main: int
+    tail: int
+    width: int
+    rows: int
+    num_warps: int
+    tail_vector: int
+
+
+def _split(channels: int, element_size: int) -> tuple[int, int, int]:
+    main = 1 << (channels.bit_length() - 1)
+    tail = max(16, next_power_of_2(channels - main)) if channels > main else 0
+    return main, tail, min(main, 512 // element_size)  # a warp's 32 accesses of 16 bytes
+
+
+@cache
+def forward_config(channels: int, element_size: int) -> TileConfig:
+    """A warp per row (2 or 4 from 4096 columns on), four warps: at most 64 columns of MAIN per lane."""
+    main, tail, access = _split(channels, element_size)
+    warps_per_row = max(main // 2048, 1)
+    rows = 4 // warps_per_row * max(512 // element_size // main, 1)
+    return TileConfig(main, tail, access * warps_per_row, rows, 4, max(tail // 32 // warps_per_row, 1))
+
+
+@cache
+def backward_config(channels: int, element_size: int) -> TileConfig:
+    """All warps side by side on rows of at most 20 elements per thread: a column's sum over rows is a thread's own.
+
+    At C = 1152 four rows at once take 200 of sm_90's 255 registers or spill; two take 122 to 191, so that 2 to 4
+    programs share an SM with 37 to 55 KB of loads in flight.
+    """
+    main, tail, access = _split(channels, element_size)
+    num_warps = min(main // access, 8)
+    rows = 1 << max(20 * 32 * num_warps // (main + tail), 1).bit_length() - 1
+    return TileConfig(main, tail, main, rows, num_warps, max(tail // 32 // num_warps, 1))
+
+
+def rows_per_program(batch: int, tokens: int, tile_rows: int) -> int:
+    """Rows one backward program sums over: about 512 programs until each has 64 rows, then as many as it takes.
+
+    512 programs fill 132 SMs four deep; at 64 rows the fp32 partial sums cost 2% of the pass's traffic.
+    """
+    wanted = next_power_of_2(cdiv(batch * tokens, 512))
+    return max(tile_rows, min(wanted, 64, next_power_of_2(tokens)))
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+
+
+def launch_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm: str,
+    store_residual: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Runs the forward kernel; returns (x' or None, y or None). norm: "rms", "layer" or "none"."""
+    B, N, C = x.shape
+    config = forward_config(C, x.element_size())
+    modulation = gate if scale is None else scale
+    assert modulation is not None
+    residual = x.new_empty(x.shape) if store_residual else None
+    y = x.new_empty(x.shape) if norm != "none" else None
+    row_blocks = cdiv(N, config.rows)
+    launch(
+        norm_modulate_forward_kernel,
+        (B * row_blocks,),
+        x.device,
+        *(x, branch, gate, weight, shift, scale, residual, y, N, row_blocks),
+        *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
+        C=C,
+        MAIN=config.main,
+        TAIL=config.tail,
+        WIDTH=config.width,
+        TAIL_VECTOR=config.tail_vector,
+        ROWS=config.rows,
+        NORM=norm,
+        GATED=gate is not None,
+        STORE_RESIDUAL=store_residual,
+        PER_TOKEN=modulation.shape[1] == N,
+        num_warps=config.num_warps,
+    )
+    return residual, y
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward kernels wrote; None where the op has no such input, shift empty where it is grad_y itself."""
+
+    x: Tensor | None
+    branch: Tensor | None
+    gate: Tensor | None
+    weight: Tensor | None
+    shift: Tensor | None
+    scale: Tensor | None
+
+
+def launch_backward(
+    grad_residual: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm: str,
+) -> Gradients:
+    """Runs the backward kernels for the gradients of x' (grad_residual) and y (grad_y), whichever exist."""
+    like, modulation = (branch, gate) if scale is None else (x, scale)
+    assert like is not None
+    assert modulation is not None
+    B, N, C = like.shape
+    config = backward_config(C, like.element_size())
+    per_token = modulation.shape[1] == N
+    rows = rows_per_program(B, N, config.rows)
+    splits = cdiv(N, rows)
+
+    def empty(exists: bool, *shape: int) -> Tensor | None:
+        return like.new_empty(shape) if exists else None
+
+    def partial_sums(exists: bool) -> Tensor | None:
+        return like.new_empty((B * splits, C), dtype=torch.float32) if exists else None
+
+    has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
+    grad_x, grad_branch = empty(has_norm, B, N, C), empty(gated, B, N, C)
+    grad_gate, grad_scale = empty(gated, *modulation.shape), empty(has_norm, *modulation.shape)
+    grad_shift = empty(has_norm, *((0,) if per_token else modulation.shape))
+    sum_shift, sum_gate = partial_sums(has_norm and not per_token), partial_sums(gated and not per_token)
+    sum_scale = partial_sums(weighted if per_token else has_norm)
+    launch(
+        norm_modulate_backward_kernel,
+        (B * splits,),
+        like.device,
+        *(
+            None if grad_residual is None else grad_residual.contiguous(),
+            None if grad_y is None else grad_y.contiguous(),
+        ),
+        *(x, branch, gate, weight, scale, grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
+        *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
+        C=C,
+        MAIN=config.main,
+        TAIL=config.tail,
+        WIDTH=config.width,
+        TAIL_VECTOR=config.tail_vector,
+        ROWS=config.rows,
+        NORM=norm,
+        GATED=gated,
+        ADD_RESIDUAL=grad_residual is not None,
+        PER_TOKEN=per_token,
+        num_warps=config.num_warps,
+    )
+    sum_weight = sum_scale
+    if not per_token:
+        sum_weight = like.new_empty((B, C), dtype=torch.float32) if weighted else None
+        columns = 128
+        launch(
+            modulation_gradients_kernel,
+            (B, cdiv(C, columns)),
+            like.device,
+            *(sum_shift, sum_scale, sum_gate, weight, scale, grad_shift, grad_scale, grad_gate, sum_weight),
+            *(splits, _strides(scale)[0]),
+            C=C,
+            NORM=norm,
+            GATED=gated,
+            SPLITS=16,
+            COLS=columns,
+            num_warps=4,
+        )
+    grad_weight = None
+    if weight is not None:
+        assert sum_weight is not None
+        grad_weight = sum_weight.sum(0).to(weight.dtype)
+    return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
+
+
+def aot_cases() -> list[AotCase]:
+    """Everything at XL/2's width in bf16; elsewhere the op with the most live tensors, which spills first."""
+    cases = [case for per_token in (False, True) for case in _width_cases(1152, torch.bfloat16, per_token)]
+    for channels, dtype in ((1152, torch.float32), (768, torch.bfloat16), (341, torch.bfloat16)):
+        cases += _heaviest(_width_cases(channels, dtype, True))
+    for per_token in (False, True):
+        cases += _heaviest(_width_cases(MAX_CHANNELS, torch.bfloat16, per_token))
+    return cases
+
+
+def _heaviest(cases: list[AotCase]) -> list[AotCase]:
+    return [case for case in cases if case.configuration.startswith("gated rms")]
+
+
+def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[AotCase]:
+    B, N = 4, 256
+    x = torch.empty(B, N, channels, dtype=dtype, device="meta")
+    weight = torch.empty(channels, dtype=dtype, device="meta")
+    modulations = torch.empty(B, N if per_token else 1, 6 * channels, dtype=dtype, device="meta").chunk(6, dim=-1)
+    shift, scale, gate = modulations[:3]
+    label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
+    return [
+        AotCase(f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False)),
+        AotCase(f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True)),
+        AotCase(f"gated layer {label}", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False)),
+        AotCase(f"gated {label}", lambda: launch_forward(x, x, gate, None, None, None, 0.0, "none", True)),
+        AotCase(f"rms {label}", lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms")),
+        AotCase(f"gated rms {label}", lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms")),
+        AotCase(f"gated layer {label}", lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer")),
+        AotCase(f"gated {label}", lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none")),
+    ]

@@ -1,0 +1,138 @@
+"""The package's functions in plain PyTorch: the CPU implementation, the oracle of the tests, the benchmarks' baseline.
+
+Shapes, dtypes and errors are those of the fused functions of the same name; nothing is checked here. The forward
+functions follow the model's rounding order (DDT, arXiv 2504.05741, as released): a norm's statistics are fp32, the
+normalised value is cast back to the input's dtype, then multiplied by the weight, then modulated. float64 inputs are
+computed in float64 throughout, which is what gradcheck and the tests' oracles use.
+
+The backward functions are the closed forms the fused backward kernels compute, with fp32 arithmetic and one rounding
+per result.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last dimension, cast to x's dtype, times weight."""
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed.to(x.dtype) * weight).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x · (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """rms_norm(x, weight) · (1 + scale) + shift."""
+    return modulate(rms_norm(x, weight, eps), shift, scale)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """x + gate · branch."""
+    return x + gate * branch
+
+
+def gated_residual_rms_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """x' = x + gate · branch, and rms_norm_modulate(x')."""
+    residual = gated_residual(x, branch, gate)
+    return residual, rms_norm_modulate(residual, weight, shift, scale, eps)
+
+
+def gated_residual_layer_norm_modulate(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """layer_norm(x + gate · branch) · (1 + scale) + shift; the norm has no affine part."""
+    residual = gated_residual(x, branch, gate)
+    return modulate(F.layer_norm(residual, residual.shape[-1:], eps=eps), shift, scale)
+
+
+def _reduce_to(gradient: Tensor, like: Tensor) -> Tensor:
+    """Sums a (B, N, C) gradient over the tokens if `like` is per sample; in like's dtype."""
+    if like.shape[1] != gradient.shape[1]:
+        gradient = gradient.sum(1, keepdim=True)
+    return gradient.to(like.dtype)
+
+
+def _normalize(x: Tensor, eps: float, centre: bool) -> tuple[Tensor, Tensor]:
+    wide = _wide(x)
+    if centre:
+        wide = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * rstd, rstd
+
+
+def _norm_backward(grad_normed: Tensor, normed: Tensor, rstd: Tensor, centre: bool) -> Tensor:
+    """Gradient of normed = centred(x) · rstd(x): project out the directions the norm removes, then rescale."""
+    projected = grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)
+    if centre:
+        projected = projected - grad_normed.mean(-1, keepdim=True)
+    return projected * rstd
+
+
+def rms_norm_modulate_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of rms_norm_modulate in x, weight, shift and scale (shift has scale's shape)."""
+    normed, rstd = _normalize(x, eps, centre=False)
+    grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
+    grad_normed = grad * factor * w
+    return (
+        _norm_backward(grad_normed, normed, rstd, centre=False).to(x.dtype),
+        (grad * factor * normed).sum((0, 1)).to(weight.dtype),
+        _reduce_to(grad, scale),
+        _reduce_to(grad * normed * w, scale),
+    )
+
+
+def gated_residual_backward(grad_residual: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gated_residual in branch and gate; that in x is grad_residual itself."""
+    grad = _wide(grad_residual)
+    return (grad * _wide(gate)).to(branch.dtype), _reduce_to(grad * _wide(branch), gate)
+
+
+def gated_residual_rms_norm_modulate_backward(
+    grad_residual: Tensor,
+    grad_y: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gated_residual_rms_norm_modulate in x, branch, gate, weight, shift and scale."""
+    residual = gated_residual(x, branch, gate)
+    normed, rstd = _normalize(residual, eps, centre=False)
+    grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
+    grad_stream = _wide(grad_residual) + _norm_backward(grad * factor * w, normed, rstd, centre=False)
+    grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
+    return (
+        grad_stream.to(x.dtype),
+        grad_branch,
+        grad_gate,
+        (grad * factor * normed).sum((0, 1)).to(weight.dtype),
+        _reduce_to(grad, scale),
+        _reduce_to(grad * normed * w, scale),
+    )
+
+
+def gated_residual_layer_norm_modulate_backward(
+    grad_y: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gated_residual_layer_norm_modulate in x, branch, gate, shift and scale."""
+    residual = gated_residual(x, branch, gate)
+    normed, rstd = _normalize(residual, eps, centre=True)
+    grad = _wide(grad_y)
+    grad_stream = _norm_backward(grad * (1 + _wide(scale)), normed, rstd, centre=True)
+    grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
+    return grad_stream.to(x.dtype), grad_branch, grad_gate, _reduce_to(grad, scale), _reduce_to(grad * normed, scale)

@@ -1,0 +1,72 @@
+"""Triton where it is installed, and the one way this package launches a kernel.
+
+`from ddt_kernels.runtime import launch, tl, triton` works everywhere: without triton (macOS, for one) kernel
+definitions are still read, so the package imports and its CPU implementations run; launching such a kernel raises.
+
+Every launch goes through `launch`, so that a launcher can also be run for its arguments alone: `ddt_kernels.aot` calls
+the launchers on meta tensors under `recording` and compiles exactly what a GPU would have been asked to run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _UnavailableKernel:
+        def __init__(self, function: Callable[..., Any]) -> None:
+            self.__name__ = function.__name__
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            raise RuntimeError(f"{self.__name__} is a Triton kernel and triton is not installed: pip install triton")
+
+    class _UnavailableTriton:
+        """What reading a kernel definition needs: the decorator and the annotation."""
+
+        jit = _UnavailableKernel
+        constexpr = staticmethod(lambda value: value)
+
+    triton = tl = _UnavailableTriton()
+
+Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_recorder: Recorder | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Runs `kernel[grid](*args, **meta)` on `device`, whichever device is current.
+
+    CPU tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
+    """
+    if _recorder is not None:
+        _recorder(kernel, args, meta)
+    elif device.type == "cuda":
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching."""
+    global _recorder
+    previous, _recorder = _recorder, recorder
+    try:
+        yield
+    finally:
+        _recorder = previous
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()

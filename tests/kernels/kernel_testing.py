@@ -1,0 +1,47 @@
+"""What the kernel tests share: the tolerance rule, NaN-filled allocations, gradients of a function."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(name: str, actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
+    """`actual` may err by twice what plain PyTorch in the same dtype errs, plus two ulps, and no further.
+
+    oracle: the fp64 result from the same (rounded) inputs. Largest errors are compared, element by element with the
+    ulps, and root mean squares with half an ulp, which notices a small error everywhere.
+    """
+    assert actual.shape == plain.shape == oracle.shape, f"{name}: {actual.shape}, {plain.shape}, {oracle.shape}"
+    assert actual.dtype == plain.dtype, f"{name}: {actual.dtype}, {plain.dtype}"
+    ulp = torch.finfo(actual.dtype).eps
+    error, plain_error = (actual.double() - oracle).abs(), (plain.double() - oracle).abs()
+    excess = error - (2 * plain_error.max() + 2 * ulp * oracle.abs())
+    assert (excess <= 0).all(), f"{name}: off by {error.max():.3g}, plain PyTorch by {plain_error.max():.3g}"
+    rms, plain_rms, size = (t.square().mean().sqrt() for t in (error, plain_error, oracle))
+    assert rms <= 2 * plain_rms + ulp / 2 * size, f"{name}: rms error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
+
+
+def with_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Iterable[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, gradients in every input) for the given gradients of the outputs."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return [output.detach() for output in outputs], list(torch.autograd.grad(outputs, leaves, list(grads)))
+
+
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes fresh allocations of floats NaN, so that an element a kernel forgets to write cannot pass for right."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_nan(*args: object, **kwargs: object) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate_nan
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

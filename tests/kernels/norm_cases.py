@@ -1,0 +1,89 @@
+"""The norm family's ops as the tests see them: inputs, references, launchers."""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from ddt_kernels import norm_launch, reference
+from kernel_testing import assert_as_accurate, with_gradients
+
+OPS = (
+    "rms_norm_modulate",
+    "gated_residual_rms_norm_modulate",
+    "gated_residual_layer_norm_modulate",
+    "gated_residual",
+)
+
+
+def input_names(op: str) -> list[str]:
+    """The op's tensor arguments, in order."""
+    return [name for name in inspect.signature(getattr(reference, op)).parameters if name != "eps"]
+
+
+def make_inputs(
+    op: str, shape: tuple[int, int, int], per_token: bool, dtype: torch.dtype, device: str = "cpu", strided: bool = True
+) -> dict[str, Tensor]:
+    """Seeded inputs. strided: x and branch are views of something larger, modulations chunks of one (B, N or 1, 6C)."""
+    B, N, C = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    modulations = (randn(B, N if per_token else 1, 6 * C) / 2).chunk(6, dim=-1)
+    tensors = {
+        "x": randn(N, B, C).transpose(0, 1),
+        "branch": randn(B, N + 1, 2 * C)[:, 1:, :C],
+        "weight": 1 + randn(C) / 4,
+        "shift": modulations[0],
+        "scale": modulations[1],
+        "gate": modulations[2],
+    }
+    return {name: tensors[name] if strided else tensors[name].contiguous() for name in input_names(op)}
+
+
+def make_grads(op: str, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """A gradient for each output."""
+    generator = torch.Generator().manual_seed(1)
+    x = inputs["x"]
+    count = 2 if op == "gated_residual_rms_norm_modulate" else 1
+    return [torch.randn(x.shape, generator=generator).to(x.dtype).to(x.device) for _ in range(count)]
+
+
+def launch_forward(op: str, i: dict[str, Tensor]) -> list[Tensor]:
+    """The op's outputs, by its CUDA launcher."""
+    norm = "rms" if "rms" in op else "layer" if "layer" in op else "none"
+    modulated = (i["x"], i.get("branch"), i.get("gate"), i.get("weight"), i.get("shift"), i.get("scale"))
+    outputs = norm_launch.launch_forward(*modulated, 1e-6, norm, op.startswith("gated") and norm != "layer")
+    return [output for output in outputs if output is not None]
+
+
+def launch_backward(op: str, i: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
+    """The gradients the op's CUDA launcher writes, by input name."""
+    norm = "rms" if "rms" in op else "layer" if "layer" in op else "none"
+    grad_y = None if norm == "none" else grads[-1]
+    grad_residual = grads[0] if op in ("gated_residual", "gated_residual_rms_norm_modulate") else None
+    x = None if norm == "none" else i["x"]
+    rest = (i.get("branch"), i.get("gate"), i.get("weight"), i.get("scale"))
+    made = norm_launch.launch_backward(grad_residual, grad_y, x, *rest, 1e-6, norm)
+    return {name: gradient for name, gradient in vars(made).items() if gradient is not None}
+
+
+def check_against_reference(
+    op: str, inputs: dict[str, Tensor], grads: list[Tensor], outputs: list[Tensor], gradients: dict[str, Tensor]
+) -> None:
+    """The tolerance rule, for every output and gradient. Absent: x's of gated_residual, shift's per token (empty)."""
+    function, tensors = getattr(reference, op), list(inputs.values())
+    plain_outputs, plain_gradients = with_gradients(function, tensors, grads)
+    oracles, oracle_gradients = with_gradients(function, [t.double() for t in tensors], [g.double() for g in grads])
+    assert len(outputs) == len(oracles)
+    for index, output in enumerate(outputs):
+        assert_as_accurate(f"output {index}", output, plain_outputs[index], oracles[index])
+    for name, plain, oracle in zip(inputs, plain_gradients, oracle_gradients, strict=True):
+        if name == "x" and op == "gated_residual":
+            assert name not in gradients
+        elif name == "shift" and inputs["shift"].shape == inputs["x"].shape and gradients[name].numel() == 0:
+            continue
+        else:
+            assert_as_accurate(f"gradient of {name}", gradients[name], plain, oracle)
