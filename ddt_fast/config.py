@@ -252,7 +252,7 @@ class TrainingConfig:
         seed: of initialisation, data order, noise and dropout.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of log.jsonl.
-        score_samples: samples drawn at the end to score a digits model; 0 leaves the scoring out.
+        score_samples: samples drawn at the end, without guidance and again with it, to score a digits model; 0: none.
     """
 
     max_steps: int = 400_000
@@ -332,7 +332,8 @@ PRESETS: dict[str, Experiment] = {
             num_classes=10,
         ),
         training=TrainingConfig(
-            max_steps=3000,
+            max_steps=2400,
+            batch_size=128,
             learning_rate=2e-3,
             ema_decay=0.999,
             dtype="float32",
@@ -340,7 +341,7 @@ PRESETS: dict[str, Experiment] = {
             log_every=20,
             score_samples=898,
         ),
-        sampling=SamplingConfig(num_steps=50, last_step=None),
+        sampling=SamplingConfig(num_steps=50, last_step=None, solver="lms"),
     ),
     "b2_256": _imagenet(768, 12, 12, 8, 256, 2.0),
     "l2_256": _imagenet(1024, 16, 24, 20, 256, 2.0),

@@ -50,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{output_dir} holds an earlier run; choose another --output-dir or add --overwrite")
     result = train(experiment, output_dir, device)
     print(f"model: {result.folder}\nsamples: {output_dir / 'samples.png'}")
-    if result.score is not None:
-        print(result.score)
+    for kind, score in result.scores.items():
+        print(f"{kind}: {score}")
 
 
 def _find_preset(arguments: Sequence[str] | None) -> str:

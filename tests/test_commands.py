@@ -112,7 +112,7 @@ def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path
     assert "class accuracy" in capsys.readouterr().out
     train_command.main(["--config", str(tmp_path / "a" / "recipe.yaml"), "--output-dir", str(tmp_path / "b")])
     first, second = (json.loads((tmp_path / run / "training.json").read_text()) for run in "ab")
-    assert first["score"] == second["score"]
+    assert first["scores"] == second["scores"]
     saved = sample(tmp_path / "out", "--checkpoint", str(tmp_path / "a" / "model"), "--num-images", "3")
     assert saved["arr_0"].shape == (3, 8, 8, 3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -32,11 +33,11 @@ from ddt_fast.training.objective import flow_matching_loss
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run ended with: the averaged model, where it was saved, and its score if it was scored."""
+    """What a run ended with: the averaged model, where it was saved, and its scores by kind of sampling, if scored."""
 
     model: DDT
     folder: Path
-    score: DigitsScore | None
+    scores: dict[str, DigitsScore]
 
 
 def train(experiment: Experiment, output_dir: Path, device: torch.device) -> TrainingResult:
@@ -110,16 +111,16 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
                 save(output_dir / "checkpoints" / f"step_{step:07d}")
     seconds = time.perf_counter() - started
 
-    score = None
+    scores = {}
     if settings.score_samples:
-        tqdm.write(f"scoring {settings.score_samples} samples drawn without guidance")
-        score = score_model(ema.model, experiment, settings.score_samples)
+        tqdm.write(f"scoring {settings.score_samples} samples", file=sys.stderr)
+        scores = score_model(ema.model, experiment, settings.score_samples)
     with atomic_file(output_dir / "samples.png") as file:
         sample_grid(ema.model, experiment).save(file)
     with atomic_file(output_dir / "training.json") as file:
-        file.write_text(json.dumps(_provenance(settings.max_steps, seconds, device, score), indent=2) + "\n")
+        file.write_text(json.dumps(_provenance(settings.max_steps, seconds, device, scores), indent=2) + "\n")
     save(output_dir / "model")
-    return TrainingResult(ema.model, output_dir / "model", score)
+    return TrainingResult(ema.model, output_dir / "model", scores)
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -133,11 +134,11 @@ def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]
         yield batch
 
 
-def score_model(model: DDT, experiment: Experiment, num_samples: int) -> DigitsScore:
-    """Draw class-balanced samples without guidance and score them as digits."""
+def score_model(model: DDT, experiment: Experiment, num_samples: int) -> dict[str, DigitsScore]:
+    """Scores of class-balanced digits drawn without guidance, and as the sampling settings say."""
     labels = assign_labels(num_samples, experiment.model.num_classes)
-    config = replace(experiment.sampling, guidance_scale=1.0)
-    return score_digits(_draw(model, experiment, labels, config).cpu(), labels)
+    configs = {"unguided": replace(experiment.sampling, guidance_scale=1.0), "guided": experiment.sampling}
+    return {kind: score_digits(_draw(model, experiment, labels, config), labels) for kind, config in configs.items()}
 
 
 def sample_grid(model: DDT, experiment: Experiment, num_images: int = 100) -> Image.Image:
@@ -165,7 +166,7 @@ def _plain(part: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(part).items()}
 
 
-def _provenance(steps: int, seconds: float, device: torch.device, score: DigitsScore | None) -> dict[str, Any]:
+def _provenance(steps: int, seconds: float, device: torch.device, scores: dict[str, DigitsScore]) -> dict[str, Any]:
     """What a reader needs to trust or repeat a run."""
     return {
         "steps": steps,
@@ -176,7 +177,7 @@ def _provenance(steps: int, seconds: float, device: torch.device, score: DigitsS
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
-        "score": asdict(score) if score else None,
+        "scores": {kind: asdict(score) for kind, score in scores.items()},
     }
 
 
