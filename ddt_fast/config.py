@@ -332,7 +332,7 @@ PRESETS: dict[str, Experiment] = {
             num_classes=10,
         ),
         training=TrainingConfig(
-            max_steps=2400,
+            max_steps=2200,
             batch_size=128,
             learning_rate=2e-3,
             ema_decay=0.999,
@@ -341,7 +341,7 @@ PRESETS: dict[str, Experiment] = {
             log_every=20,
             score_samples=898,
         ),
-        sampling=SamplingConfig(num_steps=50, last_step=None, solver="lms"),
+        sampling=SamplingConfig(num_steps=25, guidance_scale=1.5, last_step=None, solver="lms"),
     ),
     "b2_256": _imagenet(768, 12, 12, 8, 256, 2.0),
     "l2_256": _imagenet(1024, 16, 24, 20, 256, 2.0),
