@@ -29,11 +29,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        # mkdtemp makes private folders; outputs get the rights any new folder gets.
+        yield temporary
+        # mkdtemp makes private folders, safetensors private files; outputs get the rights that new ones usually get.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~umask)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)

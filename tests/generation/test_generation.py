@@ -51,6 +51,15 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
 
 
+def test_outputs_have_the_rights_of_any_new_file(tmp_path):
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "private").touch(mode=0o600)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "file").touch()
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "plain" / "file").stat().st_mode
+
+
 def test_unwritable_folders_are_found_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written: Not a directory"):

@@ -2,14 +2,14 @@
 
 import json
 
-import golden_data as golden
 import pytest
 import torch
-from golden_data import relative_error
 
+import golden_data as golden
 from ddt_fast.config import PRESETS, DDTConfig
 from ddt_fast.model.reference import DDT, rotary_tables, rotate
 from ddt_fast.training.objective import flow_matching_loss
+from golden_data import relative_error
 
 
 @pytest.mark.parametrize("name", golden.MODELS)

@@ -4,11 +4,11 @@ import json
 import pickle
 from dataclasses import replace
 
-import golden_data as golden
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
 from ddt_fast.model.reference import DDT

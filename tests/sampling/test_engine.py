@@ -2,15 +2,15 @@
 
 from dataclasses import replace
 
-import golden_data as golden
 import pytest
 import torch
-from golden_data import relative_error
 
+import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.sampling import SamplingPlan, sample
 from ddt_fast.sampling.schedule import timesteps
+from golden_data import relative_error
 
 
 @pytest.mark.parametrize(("name", "run"), golden.sampling_runs())

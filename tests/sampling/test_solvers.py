@@ -1,9 +1,9 @@
 import math
 
-import golden_data as golden
 import numpy as np
 import pytest
 
+import golden_data as golden
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.solvers import (
     DIFFUSIONS,
