@@ -21,18 +21,21 @@ and barriers between.
  - C is not a power of two and Triton's tiles are. Padding 1152 to 2048 would spend 44% of all lanes on nothing. So a
    row is two tiles: MAIN, the largest power of two ≤ C, never masked in columns, and TAIL, the rest rounded up (absent
    if C is a power of two): 1152 = 1024 + 128, exactly. Both stay in registers: one read.
- - Triton lays warps along columns first, then rows. MAIN is therefore cut into [MAIN / WIDTH, ROWS, WIDTH], and WIDTH
-   decides: in the forward one warp's worth of 16-byte accesses, so a warp owns a row, whose statistics are ten
-   shuffles, no barrier, no shared memory. In the backward all of MAIN: the warps stand side by side on ROWS rows, a
-   thread owns the same few columns in each, and sums over rows, which every parameter gradient is, cost registers for
-   one row and no exchange at all until the program's end. What crosses warps then is two sums per row.
- - Both tiles of a row must agree on which warp has which rows, or the compiler sends a whole tile through shared
-   memory to make them: TAIL_VECTOR limits the tail's columns per thread until they do.
+ - Rows are taken one at a time, so that their statistics are scalars, which have no layout. With several rows at once
+   the two tiles' row sums are vectors of two layouts, and the compiler, to add them, sends a whole tile through shared
+   memory (triton 3.6 and 3.8, in different places). Many programs per SM keep the loads in flight instead: at C = 1152
+   in bf16 on sm_90 the backward takes 47 to 80 registers a thread, 6 to 10 programs an SM, 46 KB and more; the forward
+   87 to 128, 16 or more programs, 37 KB and more.
+ - A forward program is a single warp (C below 4096): its statistics are shuffles, no barrier, no shared memory. With
+   per-sample modulations it walks a few rows, which then find the modulations in L1; without, every row would fetch
+   three vectors from L2.
+ - A backward program is several warps, so that a thread has few columns: sums over rows, which every parameter gradient
+   is, are then a few registers and no exchange at all. What crosses warps is two or three sums per row.
  - A program never crosses a sample. PER_TOKEN makes the modulations' token offset the row or zero; all else is equal.
  - Parameter gradients are deterministic: each backward program walks a fixed run of rows and leaves one fp32 partial
    sum per column; per sample, the two sums Σdy and Σdy·n give dshift, dscale and dweight alike.
 
-Tile suffixes: K = MAIN / WIDTH, R = ROWS, W = WIDTH, T = TAIL; _R alone is per row, [1, ROWS, 1]; _K, _T are columns.
+Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset.
 """
 
 from ddt_kernels.runtime import tl, triton
@@ -49,54 +52,49 @@ def _store(ptr, offset, value, mask):
 
 
 @triton.jit
-def _main_columns(MAIN: tl.constexpr, WIDTH: tl.constexpr):
-    return tl.arange(0, MAIN // WIDTH)[:, None, None] * WIDTH + tl.arange(0, WIDTH)[None, None, :]
-
-
-@triton.jit
-def _tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr, C: tl.constexpr):
-    col = MAIN + tl.max_contiguous(tl.arange(0, TAIL)[None, None, :], [1, 1, VECTOR])
+def _tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
+    col = MAIN + tl.arange(0, TAIL)
     return col, col < C
 
 
 @triton.jit
-def _load_stream(x_ptr, branch_ptr, gate_ptr, x_R, branch_R, gate_R, col, mask, mod_mask, GATED: tl.constexpr):
-    """(x', branch, gate) as fp32; *_R are row offsets, col and the masks say which columns. Not gated: x thrice."""
-    x = _load(x_ptr, x_R + col, mask)
+def _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col, mask, GATED: tl.constexpr):
+    """(x', branch, gate) as fp32; *_row are row offsets, col and mask say which columns. Not gated: x thrice."""
+    x = _load(x_ptr, x_row + col, mask)
     branch, gate = x, x
     if GATED:
-        branch = _load(branch_ptr, branch_R + col, mask)
-        gate = _load(gate_ptr, gate_R + col, mod_mask)
+        branch = _load(branch_ptr, branch_row + col, mask)
+        gate = _load(gate_ptr, gate_row + col, mask)
         x = (x + gate * branch).to(x_ptr.dtype.element_ty).to(tl.float32)
     return x, branch, gate
 
 
 @triton.jit
-def _row_sum(a_KRW, a_1RT, TAIL: tl.constexpr):
-    total_R = tl.sum(tl.sum(a_KRW, axis=0), axis=1)
+def _row_sum(a_W, a_T, TAIL: tl.constexpr):
+    total = tl.sum(a_W, axis=0)
     if TAIL > 0:
-        total_R += tl.sum(tl.sum(a_1RT, axis=0), axis=1)
-    return total_R[None, :, None]
+        total += tl.sum(a_T, axis=0)
+    return total
 
 
 @triton.jit
-def _statistics(x_KRW, x_1RT, mask_T, eps, C: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr):
-    """(mean, rstd), each [ROWS, 1]. The variance is the mean square about the mean: no cancellation."""
-    mean_R = 0.0
+def _statistics(x_W, x_T, mask_T, eps, C: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr):
+    """(mean, rstd) of a row. The variance is the mean square about the mean: no cancellation."""
+    mean = 0.0
     if NORM == "layer":
-        mean_R = _row_sum(x_KRW, x_1RT, TAIL) / C
-    d_KRW = x_KRW - mean_R
-    d_1RT = tl.where(mask_T, x_1RT - mean_R, 0.0)
-    return mean_R, tl.math.rsqrt(_row_sum(d_KRW * d_KRW, d_1RT * d_1RT, TAIL) / C + eps)
+        mean = _row_sum(x_W, x_T, TAIL) / C
+    d_W = x_W - mean
+    d_T = tl.where(mask_T, x_T - mean, 0.0)
+    return mean, tl.math.rsqrt(_row_sum(d_W * d_W, d_T * d_T, TAIL) / C + eps)
 
 
 @triton.jit
-def _gain(weight_ptr, scale_ptr, weight_R, scale_R, col, mask, NORM: tl.constexpr):
+def _gain(weight_ptr, scale_ptr, scale_row, col, mask, C: tl.constexpr, NORM: tl.constexpr):
     """(weight, 1 + scale) as fp32; weight is 1 for "layer"."""
-    factor = 1.0 + _load(scale_ptr, scale_R + col, mask)
+    factor = 1.0 + _load(scale_ptr, scale_row + col, mask)
     weight = 1.0
     if NORM == "rms":
-        weight = _load(weight_ptr, weight_R + col, mask)
+        weight = _load(weight_ptr, col, col < C)
     return weight, factor
 
 
@@ -111,7 +109,8 @@ def norm_modulate_forward_kernel(
     residual_ptr,  # out, x', contiguous
     y_ptr,  # out, contiguous
     N,
-    row_blocks,  # ceil(N / ROWS): programs per sample
+    splits,  # programs per sample
+    rows_per_program,
     x_sb,
     x_sn,
     branch_sb,
@@ -126,73 +125,74 @@ def norm_modulate_forward_kernel(
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAIL_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    b = (pid // row_blocks).to(tl.int64)
-    n_R = ((pid % row_blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[None, :, None]
-    row_mask = n_R < N
-    zero_R = tl.zeros([1, ROWS, 1], tl.int64)  # each warp loads per-sample columns for its own row: no exchange
-    mod_n, mod_mask = zero_R, row_mask
-    if PER_TOKEN:
-        mod_n = n_R
-    col_K = _main_columns(MAIN, WIDTH)
-    x_R, branch_R, gate_R = b * x_sb + n_R * x_sn, b * branch_sb + n_R * branch_sn, b * gate_sb + mod_n * gate_sn
-    shift_R, scale_R, out_R = b * shift_sb + mod_n * shift_sn, b * scale_sb + mod_n * scale_sn, (b * N + n_R) * C
-
-    x_KRW, _, _ = _load_stream(x_ptr, branch_ptr, gate_ptr, x_R, branch_R, gate_R, col_K, row_mask, mod_mask, GATED)
-    x_1RT, col_T, mask_T = x_KRW, col_K, col_K < C
+    b = (pid // splits).to(tl.int64)
+    first = ((pid % splits) * rows_per_program).to(tl.int64)
+    rows = tl.minimum(rows_per_program, N - first)
+    col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
+    col_T, mask_T = col_W, mask_W
     if TAIL > 0:
-        col_T, mask_T = _tail_columns(MAIN, TAIL, TAIL_VECTOR, C)
-        x_1RT, _, _ = _load_stream(
-            x_ptr, branch_ptr, gate_ptr, x_R, branch_R, gate_R, col_T, row_mask & mask_T, mod_mask & mask_T, GATED
+        col_T, mask_T = _tail_columns(MAIN, TAIL, C)
+
+    for row in range(0, rows):
+        n = first + row
+        mod_n = n if PER_TOKEN else 0
+        x_row, branch_row, gate_row = b * x_sb + n * x_sn, b * branch_sb + n * branch_sn, b * gate_sb + mod_n * gate_sn
+        shift_row, scale_row, out_row = (
+            b * shift_sb + mod_n * shift_sn,
+            b * scale_sb + mod_n * scale_sn,
+            (b * N + n) * C,
         )
-    if STORE_RESIDUAL:
-        _store(residual_ptr, out_R + col_K, x_KRW, row_mask)
+
+        x_W, _, _ = _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED)
+        x_T = x_W
         if TAIL > 0:
-            _store(residual_ptr, out_R + col_T, x_1RT, row_mask & mask_T)
-    if NORM != "none":
-        mean_R, rstd_R = _statistics(x_KRW, x_1RT, mask_T, eps, C, TAIL, NORM)
-        weight_K, factor_K = _gain(weight_ptr, scale_ptr, zero_R, scale_R, col_K, mod_mask, NORM)
-        shift_K = _load(shift_ptr, shift_R + col_K, mod_mask)
-        y_KRW = (x_KRW - mean_R) * rstd_R * (weight_K * factor_K) + shift_K
-        _store(y_ptr, out_R + col_K, y_KRW, row_mask)
-        if TAIL > 0:
-            weight_T, factor_T = _gain(weight_ptr, scale_ptr, zero_R, scale_R, col_T, mod_mask & mask_T, NORM)
-            shift_T = _load(shift_ptr, shift_R + col_T, mod_mask & mask_T)
-            y_1RT = (x_1RT - mean_R) * rstd_R * (weight_T * factor_T) + shift_T
-            _store(y_ptr, out_R + col_T, y_1RT, row_mask & mask_T)
+            x_T, _, _ = _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED)
+        if STORE_RESIDUAL:
+            _store(residual_ptr, out_row + col_W, x_W, mask_W)
+            if TAIL > 0:
+                _store(residual_ptr, out_row + col_T, x_T, mask_T)
+        if NORM != "none":
+            mean, rstd = _statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
+            weight_W, factor_W = _gain(weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM)
+            shift_W = _load(shift_ptr, shift_row + col_W, mask_W)
+            y_W = (x_W - mean) * rstd * (weight_W * factor_W) + shift_W
+            _store(y_ptr, out_row + col_W, y_W, mask_W)
+            if TAIL > 0:
+                weight_T, factor_T = _gain(weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM)
+                shift_T = _load(shift_ptr, shift_row + col_T, mask_T)
+                y_T = (x_T - mean) * rstd * (weight_T * factor_T) + shift_T
+                _store(y_ptr, out_row + col_T, y_T, mask_T)
 
 
 @triton.jit
 def _emit_stream_gradients(
-    grad_RX, branch_RX, gate_RX, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr, offset, mask,
+    grad_X, branch_X, gate_X, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr, offset, mask,
     NORM: tl.constexpr, GATED: tl.constexpr, ADD_RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """Adds dx'_direct, stores dx, dbranch and (per token) dgate; returns the tile of dgate."""
     if ADD_RESIDUAL:
-        grad_RX += _load(grad_residual_ptr, offset, mask)
+        grad_X += _load(grad_residual_ptr, offset, mask)
     if NORM != "none":
-        _store(grad_x_ptr, offset, grad_RX, mask)
-    grad_gate_RX = grad_RX * branch_RX
+        _store(grad_x_ptr, offset, grad_X, mask)
+    grad_gate_X = grad_X * branch_X
     if GATED:
-        _store(grad_branch_ptr, offset, grad_RX * gate_RX, mask)
+        _store(grad_branch_ptr, offset, grad_X * gate_X, mask)
         if PER_TOKEN:
-            _store(grad_gate_ptr, offset, grad_gate_RX, mask)
-    return grad_gate_RX
+            _store(grad_gate_ptr, offset, grad_gate_X, mask)
+    return grad_gate_X
 
 
 @triton.jit
-def _store_sums(ptr, partial, sum_K, sum_T, col_K, col_T, mask_T, TAIL: tl.constexpr):
-    tl.store(ptr + partial + col_K, sum_K)
+def _store_sums(ptr, partial, sum_W, sum_T, col_W, col_T, mask_T, TAIL: tl.constexpr):
+    tl.store(ptr + partial + col_W, sum_W)
     if TAIL > 0:
-        tl.store(ptr + partial + col_T, tl.sum(sum_T, axis=1, keep_dims=True), mask=mask_T)
+        tl.store(ptr + partial + col_T, sum_T, mask=mask_T)
 
 
 @triton.jit
@@ -226,9 +226,6 @@ def norm_modulate_backward_kernel(
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TAIL_VECTOR: tl.constexpr,
-    ROWS: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
@@ -236,99 +233,94 @@ def norm_modulate_backward_kernel(
 ):
     pid = tl.program_id(0)
     b = (pid // splits).to(tl.int64)
-    first = (pid % splits) * rows_per_program
-    last = tl.minimum(first + rows_per_program, N)
-    col_K = _main_columns(MAIN, WIDTH)
-    col_T, mask_T = col_K, col_K < C
+    first = ((pid % splits) * rows_per_program).to(tl.int64)
+    rows = tl.minimum(rows_per_program, N - first)
+    col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
+    col_T, mask_T = col_W, mask_W
     if TAIL > 0:
-        col_T, mask_T = _tail_columns(MAIN, TAIL, TAIL_VECTOR, C)
+        col_T, mask_T = _tail_columns(MAIN, TAIL, C)
 
-    # The tail's rows may lie in different warps where C is small: its sums keep the row axis until the end.
-    shift_sum_K = tl.zeros([MAIN // WIDTH, 1, WIDTH], tl.float32)
-    scale_sum_K = tl.zeros([MAIN // WIDTH, 1, WIDTH], tl.float32)
-    gate_sum_K = tl.zeros([MAIN // WIDTH, 1, WIDTH], tl.float32)
-    shift_sum_T = tl.zeros([1, ROWS, TAIL if TAIL > 0 else 1], tl.float32)
-    scale_sum_T = tl.zeros([1, ROWS, TAIL if TAIL > 0 else 1], tl.float32)
-    gate_sum_T = tl.zeros([1, ROWS, TAIL if TAIL > 0 else 1], tl.float32)
+    shift_sum_W = tl.zeros([MAIN], tl.float32)
+    scale_sum_W = tl.zeros([MAIN], tl.float32)
+    gate_sum_W = tl.zeros([MAIN], tl.float32)
+    shift_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
+    scale_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
+    gate_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
 
-    for start in range(first, last, ROWS):
-        n_R = (start + tl.arange(0, ROWS)).to(tl.int64)[None, :, None]
-        row_mask = n_R < last
-        mask_1RT = row_mask & mask_T
-        mod_n, mod_mask = tl.zeros([1, 1, 1], tl.int64), tl.full([1, 1, 1], 1, tl.int1)
-        if PER_TOKEN:
-            mod_n, mod_mask = n_R, row_mask
-        x_R, branch_R = b * x_sb + n_R * x_sn, b * branch_sb + n_R * branch_sn
-        gate_R, scale_R, out_R = b * gate_sb + mod_n * gate_sn, b * scale_sb + mod_n * scale_sn, (b * N + n_R) * C
+    for row in range(0, rows):
+        n = first + row
+        mod_n = n if PER_TOKEN else 0
+        x_row, branch_row = b * x_sb + n * x_sn, b * branch_sb + n * branch_sn
+        gate_row, scale_row, out_row = b * gate_sb + mod_n * gate_sn, b * scale_sb + mod_n * scale_sn, (b * N + n) * C
 
         if NORM == "none":
-            branch_KRW = _load(branch_ptr, branch_R + col_K, row_mask)
-            gate_KRW = _load(gate_ptr, gate_R + col_K, mod_mask)
-            grad_KRW = tl.zeros([MAIN // WIDTH, ROWS, WIDTH], tl.float32)
+            branch_W = _load(branch_ptr, branch_row + col_W, mask_W)
+            gate_W = _load(gate_ptr, gate_row + col_W, mask_W)
+            grad_W = tl.zeros([MAIN], tl.float32)
             if TAIL > 0:
-                branch_1RT = _load(branch_ptr, branch_R + col_T, mask_1RT)
-                gate_1RT = _load(gate_ptr, gate_R + col_T, mod_mask & mask_T)
-                grad_1RT = tl.zeros([1, ROWS, TAIL], tl.float32)
+                branch_T = _load(branch_ptr, branch_row + col_T, mask_T)
+                gate_T = _load(gate_ptr, gate_row + col_T, mask_T)
+                grad_T = tl.zeros([TAIL], tl.float32)
         else:
-            x_KRW, branch_KRW, gate_KRW = _load_stream(
-                x_ptr, branch_ptr, gate_ptr, x_R, branch_R, gate_R, col_K, row_mask, mod_mask, GATED
+            x_W, branch_W, gate_W = _load_stream(
+                x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED
             )
-            dy_KRW = _load(grad_y_ptr, out_R + col_K, row_mask)
-            weight_K, factor_K = _gain(weight_ptr, scale_ptr, 0, scale_R, col_K, mod_mask, NORM)
-            x_1RT = x_KRW
+            dy_W = _load(grad_y_ptr, out_row + col_W, mask_W)
+            weight_W, factor_W = _gain(weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM)
+            x_T = x_W
             if TAIL > 0:
-                x_1RT, branch_1RT, gate_1RT = _load_stream(
-                    x_ptr, branch_ptr, gate_ptr, x_R, branch_R, gate_R, col_T, mask_1RT, mod_mask & mask_T, GATED
+                x_T, branch_T, gate_T = _load_stream(
+                    x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED
                 )
-                dy_1RT = _load(grad_y_ptr, out_R + col_T, mask_1RT)
-                weight_T, factor_T = _gain(weight_ptr, scale_ptr, 0, scale_R, col_T, mod_mask & mask_T, NORM)
-            mean_R, rstd_R = _statistics(x_KRW, x_1RT, mask_T, eps, C, TAIL, NORM)
-            n_KRW = (x_KRW - mean_R) * rstd_R
-            g_KRW = dy_KRW * (weight_K * factor_K)
-            n_1RT, g_1RT = n_KRW, g_KRW
+                dy_T = _load(grad_y_ptr, out_row + col_T, mask_T)
+                weight_T, factor_T = _gain(weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM)
+            mean, rstd = _statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
+            n_W = (x_W - mean) * rstd
+            g_W = dy_W * (weight_W * factor_W)
+            n_T, g_T = n_W, g_W
             if TAIL > 0:
-                n_1RT = (x_1RT - mean_R) * rstd_R
-                g_1RT = dy_1RT * (weight_T * factor_T)
-            mean_gn_R = _row_sum(g_KRW * n_KRW, g_1RT * n_1RT, TAIL) / C
-            mean_g_R = 0.0
+                n_T = (x_T - mean) * rstd
+                g_T = dy_T * (weight_T * factor_T)
+            mean_gn = _row_sum(g_W * n_W, g_T * n_T, TAIL) / C
+            mean_g = 0.0
             if NORM == "layer":
-                mean_g_R = _row_sum(g_KRW, g_1RT, TAIL) / C
-            grad_KRW = rstd_R * (g_KRW - n_KRW * mean_gn_R - mean_g_R)
+                mean_g = _row_sum(g_W, g_T, TAIL) / C
+            grad_W = rstd * (g_W - n_W * mean_gn - mean_g)
             if TAIL > 0:
-                grad_1RT = rstd_R * (g_1RT - n_1RT * mean_gn_R - mean_g_R)
+                grad_T = rstd * (g_T - n_T * mean_gn - mean_g)
 
-            dyn_KRW = dy_KRW * n_KRW
+            dyn_W = dy_W * n_W
             if PER_TOKEN:
-                _store(grad_scale_ptr, out_R + col_K, dyn_KRW * weight_K, row_mask)
-                dyn_KRW *= factor_K
-            shift_sum_K += tl.sum(dy_KRW, axis=1, keep_dims=True)
-            scale_sum_K += tl.sum(dyn_KRW, axis=1, keep_dims=True)
+                _store(grad_scale_ptr, out_row + col_W, dyn_W * weight_W, mask_W)
+                dyn_W *= factor_W
+            shift_sum_W += dy_W
+            scale_sum_W += dyn_W
             if TAIL > 0:
-                dyn_1RT = dy_1RT * n_1RT
+                dyn_T = dy_T * n_T
                 if PER_TOKEN:
-                    _store(grad_scale_ptr, out_R + col_T, dyn_1RT * weight_T, mask_1RT)
-                    dyn_1RT *= factor_T
-                shift_sum_T += dy_1RT
-                scale_sum_T += dyn_1RT
+                    _store(grad_scale_ptr, out_row + col_T, dyn_T * weight_T, mask_T)
+                    dyn_T *= factor_T
+                shift_sum_T += dy_T
+                scale_sum_T += dyn_T
 
-        grad_gate_KRW = _emit_stream_gradients(
-            grad_KRW, branch_KRW, gate_KRW, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-            out_R + col_K, row_mask, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
+        grad_gate_W = _emit_stream_gradients(
+            grad_W, branch_W, gate_W, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
+            out_row + col_W, mask_W, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
         )  # fmt: skip
-        gate_sum_K += tl.sum(grad_gate_KRW, axis=1, keep_dims=True)
+        gate_sum_W += grad_gate_W
         if TAIL > 0:
             gate_sum_T += _emit_stream_gradients(
-                grad_1RT, branch_1RT, gate_1RT, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-                out_R + col_T, mask_1RT, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
+                grad_T, branch_T, gate_T, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
+                out_row + col_T, mask_T, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
             )  # fmt: skip
 
     partial = pid.to(tl.int64) * C
     if NORM == "rms" or (NORM == "layer" and not PER_TOKEN):
-        _store_sums(sum_scale_ptr, partial, scale_sum_K, scale_sum_T, col_K, col_T, mask_T, TAIL)
+        _store_sums(sum_scale_ptr, partial, scale_sum_W, scale_sum_T, col_W, col_T, mask_T, TAIL)
     if NORM != "none" and not PER_TOKEN:
-        _store_sums(sum_shift_ptr, partial, shift_sum_K, shift_sum_T, col_K, col_T, mask_T, TAIL)
+        _store_sums(sum_shift_ptr, partial, shift_sum_W, shift_sum_T, col_W, col_T, mask_T, TAIL)
     if GATED and not PER_TOKEN:
-        _store_sums(sum_gate_ptr, partial, gate_sum_K, gate_sum_T, col_K, col_T, mask_T, TAIL)
+        _store_sums(sum_gate_ptr, partial, gate_sum_W, gate_sum_T, col_W, col_T, mask_T, TAIL)
 
 
 @triton.jit
@@ -368,7 +360,7 @@ def modulation_gradients_kernel(
         shift = _column_sum(sum_shift_ptr, start, splits, col, mask, C, SPLITS, COLS)
         _store(grad_shift_ptr, b * C + col, shift, mask)
         dyn = _column_sum(sum_scale_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        weight, factor = _gain(weight_ptr, scale_ptr, 0, b * scale_sb, col, mask, NORM)
+        weight, factor = _gain(weight_ptr, scale_ptr, b * scale_sb, col, mask, C, NORM)
         _store(grad_scale_ptr, b * C + col, dyn * weight, mask)
         if NORM == "rms":
             _store(sum_weight_ptr, b * C + col, dyn * factor, mask)

@@ -19,51 +19,44 @@ MAX_CHANNELS = 6144  # a row is held in the registers of one program; wider ones
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How rows of C columns are cut into [MAIN / WIDTH, ROWS, WIDTH] and [1, ROWS, TAIL] (norm_kernels.py says why)."""
+    """How a row of C columns is cut into tiles of `main` and `tail` columns, and over how many warps."""
 
     main: int
     tail: int
-    width: int
-    rows: int
     num_warps: int
-    tail_vector: int
 
 
-def _split(channels: int, element_size: int) -> tuple[int, int, int]:
+@cache
+def forward_config(channels: int) -> TileConfig:
+    """One warp on a row of at most 64 columns per lane, twice as many on wider ones."""
+    main, tail = _tiles(channels)
+    return TileConfig(main, tail, max(main // 2048, 1))
+
+
+@cache
+def backward_config(channels: int) -> TileConfig:
+    """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps."""
+    main, tail = _tiles(channels)
+    return TileConfig(main, tail, min(max(main // 256, 1), 8))
+
+
+def _tiles(channels: int) -> tuple[int, int]:
     main = 1 << (channels.bit_length() - 1)
-    tail = max(16, next_power_of_2(channels - main)) if channels > main else 0
-    return main, tail, min(main, 512 // element_size)  # a warp's 32 accesses of 16 bytes
+    return main, max(16, next_power_of_2(channels - main)) if channels > main else 0
 
 
-@cache
-def forward_config(channels: int, element_size: int) -> TileConfig:
-    """A warp per row (2 or 4 from 4096 columns on), four warps: at most 64 columns of MAIN per lane."""
-    main, tail, access = _split(channels, element_size)
-    warps_per_row = max(main // 2048, 1)
-    rows = 4 // warps_per_row * max(512 // element_size // main, 1)
-    return TileConfig(main, tail, access * warps_per_row, rows, 4, max(tail // 32 // warps_per_row, 1))
+def forward_rows_per_program(per_token: bool) -> int:
+    """Four rows share the modulations of their sample; nothing else is worth sharing."""
+    return 1 if per_token else 4
 
 
-@cache
-def backward_config(channels: int, element_size: int) -> TileConfig:
-    """All warps side by side on rows of at most 20 elements per thread: a column's sum over rows is a thread's own.
+def backward_rows_per_program(batch: int, tokens: int) -> int:
+    """Rows one backward program sums over: about 1024 programs until each has 32 rows, then as many as it takes.
 
-    At C = 1152 four rows at once take 200 of sm_90's 255 registers or spill; two take 122 to 191, so that 2 to 4
-    programs share an SM with 37 to 55 KB of loads in flight.
+    1024 programs are 8 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a gate are 4%
+    of its traffic.
     """
-    main, tail, access = _split(channels, element_size)
-    num_warps = min(main // access, 8)
-    rows = 1 << max(20 * 32 * num_warps // (main + tail), 1).bit_length() - 1
-    return TileConfig(main, tail, main, rows, num_warps, max(tail // 32 // num_warps, 1))
-
-
-def rows_per_program(batch: int, tokens: int, tile_rows: int) -> int:
-    """Rows one backward program sums over: about 512 programs until each has 64 rows, then as many as it takes.
-
-    512 programs fill 132 SMs four deep; at 64 rows the fp32 partial sums cost 2% of the pass's traffic.
-    """
-    wanted = next_power_of_2(cdiv(batch * tokens, 512))
-    return max(tile_rows, min(wanted, 64, next_power_of_2(tokens)))
+    return min(next_power_of_2(cdiv(batch * tokens, 1024)), 32, next_power_of_2(tokens))
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -83,28 +76,27 @@ def launch_forward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Runs the forward kernel; returns (x' or None, y or None). norm: "rms", "layer" or "none"."""
     B, N, C = x.shape
-    config = forward_config(C, x.element_size())
+    config = forward_config(C)
     modulation = gate if scale is None else scale
     assert modulation is not None
     residual = x.new_empty(x.shape) if store_residual else None
     y = x.new_empty(x.shape) if norm != "none" else None
-    row_blocks = cdiv(N, config.rows)
+    per_token = modulation.shape[1] == N
+    rows = forward_rows_per_program(per_token)
+    splits = cdiv(N, rows)
     launch(
         norm_modulate_forward_kernel,
-        (B * row_blocks,),
+        (B * splits,),
         x.device,
-        *(x, branch, gate, weight, shift, scale, residual, y, N, row_blocks),
+        *(x, branch, gate, weight, shift, scale, residual, y, N, splits, rows),
         *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
         C=C,
         MAIN=config.main,
         TAIL=config.tail,
-        WIDTH=config.width,
-        TAIL_VECTOR=config.tail_vector,
-        ROWS=config.rows,
         NORM=norm,
         GATED=gate is not None,
         STORE_RESIDUAL=store_residual,
-        PER_TOKEN=modulation.shape[1] == N,
+        PER_TOKEN=per_token,
         num_warps=config.num_warps,
     )
     return residual, y
@@ -138,9 +130,9 @@ def launch_backward(
     assert like is not None
     assert modulation is not None
     B, N, C = like.shape
-    config = backward_config(C, like.element_size())
+    config = backward_config(C)
     per_token = modulation.shape[1] == N
-    rows = rows_per_program(B, N, config.rows)
+    rows = backward_rows_per_program(B, N)
     splits = cdiv(N, rows)
 
     def empty(exists: bool, *shape: int) -> Tensor | None:
@@ -168,9 +160,6 @@ def launch_backward(
         C=C,
         MAIN=config.main,
         TAIL=config.tail,
-        WIDTH=config.width,
-        TAIL_VECTOR=config.tail_vector,
-        ROWS=config.rows,
         NORM=norm,
         GATED=gated,
         ADD_RESIDUAL=grad_residual is not None,

@@ -168,24 +168,22 @@ def test_costs_add():
     assert a + a == ddt_kernels.Cost(2 * a.bytes_moved, 2 * a.flops)
 
 
-@pytest.mark.parametrize("element_size", [2, 4])
-@pytest.mark.parametrize("config_of", [norm_launch.forward_config, norm_launch.backward_config])
-def test_tiles_cover_every_width(config_of, element_size):
+def test_tiles_cover_every_width():
     for channels in range(1, norm_launch.MAX_CHANNELS + 1):
-        config = config_of(channels, element_size)
-        assert config.main <= channels <= config.main + config.tail < 2 * channels + 16
-        assert config.main % config.width == 0
-        for size in (config.main, config.width, config.rows, config.num_warps, config.tail or 1, config.tail_vector):
-            assert size & (size - 1) == 0
-            assert size > 0
-        assert config.num_warps <= 8
+        for config in (norm_launch.forward_config(channels), norm_launch.backward_config(channels)):
+            assert config.main <= channels <= config.main + config.tail < 2 * channels + 16
+            assert config.num_warps in (1, 2, 4, 8)
+            for size in (config.main, config.tail or 1):
+                assert size & (size - 1) == 0
+    assert norm_launch.forward_config(1152) == norm_launch.TileConfig(1024, 128, 1)
+    assert norm_launch.backward_config(1152) == norm_launch.TileConfig(1024, 128, 4)
 
 
 def test_backward_programs_have_enough_rows_and_no_more():
-    assert norm_launch.rows_per_program(128, 256, 2) == 64  # 32K rows: 512 programs
-    assert norm_launch.rows_per_program(1, 256, 2) == 2
-    assert norm_launch.rows_per_program(1000, 1024, 2) == 64
-    assert norm_launch.rows_per_program(1000, 24, 2) == 32
+    assert norm_launch.backward_rows_per_program(128, 256) == 32  # 32K rows: 1024 programs
+    assert norm_launch.backward_rows_per_program(1, 256) == 1
+    assert norm_launch.backward_rows_per_program(1000, 1024) == 32
+    assert norm_launch.backward_rows_per_program(5000, 12) == 16
 
 
 @pytest.mark.gpu
