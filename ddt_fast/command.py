@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
+from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,7 @@ def run_command(command: Callable[[], Any]) -> None:
     with one `error:` line and exit code 2; an interrupt with exit code 130. Warnings are one line each."""
 
     def one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {message}", file=sys.stderr)  # beside a progress bar, not into it
 
     warnings.showwarning = one_line
     try:

@@ -62,11 +62,20 @@ def _find_preset(arguments: Sequence[str] | None) -> str:
     parser.add_argument("--config", action="append", default=[])
     try:
         options, _ = parser.parse_known_args(arguments)
-        files = [yaml.safe_load(Path(file).read_text()) for file in options.config if Path(file).is_file()]
-    except (argparse.ArgumentError, yaml.YAMLError) as error:
+    except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    named = [file["preset"] for file in files if isinstance(file, dict) and "preset" in file]
-    return str(options.preset or (named[-1] if named else "digits"))
+    preset = "digits"
+    for file in options.config:
+        try:
+            settings = yaml.safe_load(Path(file).read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"config file {file} does not exist") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"config file {file} is not valid YAML: {error}") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"config file {file} holds {type(settings).__name__}; wanted settings as `name: value`")
+        preset = settings.get("preset", preset)
+    return str(options.preset or preset)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def test_one_seed_one_image_whatever_the_batch_size(tmp_path):
 
 def test_every_sampling_option_changes_the_images(tmp_path):
     plain = ["--num-images", "4", "--num-steps", "8", "--refresh-every", "2", "--guidance-scale", "3"]
+    plain += ["--solver", "euler"]
     variants = [
         [],
         ["--num-steps", "9"],
@@ -135,6 +136,7 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     short = ["--training.max_steps", "1", "--training.batch_size", "4", "--training.score_samples", "0"]
     arguments = [*short, "--sampling.num_steps", "1", "--output-dir", str(tmp_path)]
     train_command.main(arguments)
+    capsys.readouterr()
     assert "holds an earlier run" in error_line(capsys, train_command.main, arguments)
     train_command.main([*arguments, "--overwrite"])
 
@@ -155,8 +157,9 @@ def error_line(capsys, main, arguments) -> str:
     [
         (["--preset", "xxl"], "preset 'xxl' does not exist; allowed: digits, b2_256"),
         (["--preset"], "expected one argument"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--config", "{folder}/broken.yaml"], "broken.yaml"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["--config", "{folder}/broken.yaml"], "broken.yaml is not valid YAML"),
+        (["--config", "{folder}/list.yaml"], "list.yaml holds list"),
         (["--config", "{folder}/key.yaml"], "hiden_size"),
         (["--training.steps", "3"], "unrecognized arguments: --training.steps"),
         (["--training.max_steps", "many"], "training.max_steps"),
@@ -174,6 +177,7 @@ def error_line(capsys, main, arguments) -> str:
 )
 def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "broken.yaml").write_text("a: [1\nb: {")
+    (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "key.yaml").write_text("model:\n  hiden_size: 5\n")
     before = sorted(tmp_path.iterdir())
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
@@ -188,14 +192,17 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
     ("arguments", "message"),
     [
         (["--num-steps", "-5"], "num_steps is -5"),
-        (["--num-steps", "ten"], "num-steps"),
+        (["--num-steps", "ten"], "num_steps"),
         (["--num-images", "0"], "--num-images is 0; allowed: 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--classes", "3", "10"], "class 10 does not exist; allowed: 0 to 9"),
         (["--classes", "-1"], "class -1 does not exist"),
         (["--seeds", "1", "2", "--num-images", "3"], "--seeds gives 2 seeds for 3 images"),
         (["--first-seed", "-4"], "seed -4 is negative"),
-        (["--guidance-interval", "0.8", "0.3"], "guidance_interval is (0.8, 0.3)"),
+        (
+            ["--guidance-interval", "0.8", "0.3"],
+            "guidance_interval is [0.8, 0.3]; allowed: two",
+        ),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
         (["--solver", "heun"], "heun"),
         (["--solver", "lms", "--order", "5"], "order is 5"),
