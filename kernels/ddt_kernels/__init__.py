@@ -42,6 +42,7 @@ from ddt_kernels.norm_modulate import (
     rms_norm_modulate,
     rms_norm_modulate_cost,
 )
+from ddt_kernels.swiglu import swiglu, swiglu_cost
 
 __all__ = [
     "Cost",
@@ -53,4 +54,6 @@ __all__ = [
     "gated_residual_rms_norm_modulate_cost",
     "rms_norm_modulate",
     "rms_norm_modulate_cost",
+    "swiglu",
+    "swiglu_cost",
 ]

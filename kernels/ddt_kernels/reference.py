@@ -136,3 +136,20 @@ def gated_residual_layer_norm_modulate_backward(
     grad_stream = _norm_backward(grad * (1 + _wide(scale)), normed, rstd, centre=True)
     grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
     return grad_stream.to(x.dtype), grad_branch, grad_gate, _reduce_to(grad, scale), _reduce_to(grad * normed, scale)
+
+
+def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
+    """silu(x · w1ᵀ) · (x · w3ᵀ)."""
+    return F.silu(F.linear(x, w1)) * F.linear(x, w3)
+
+
+def swiglu_backward(
+    grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of swiglu in x, w1 and w3, given gate_up = (x · w1ᵀ | x · w3ᵀ), side by side in the last dimension."""
+    (gate, up), grad = _wide(gate_up).chunk(2, -1), _wide(grad_y)
+    sigmoid = torch.sigmoid(gate)
+    grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_gate_up = torch.cat([grad_gate, grad * gate * sigmoid], -1).to(x.dtype)
+    grad_w1, grad_w3 = (grad_gate_up.flatten(0, -2).mT @ x.flatten(0, -2)).chunk(2)
+    return grad_gate_up @ torch.cat([w1, w3]), grad_w1, grad_w3

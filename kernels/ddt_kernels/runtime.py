@@ -62,6 +62,38 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _recorder = previous
 
 
+def target_arch(device: torch.device) -> int:
+    """The compute capability kernels for `device` are compiled for, major · 10 + minor; 90 where it is interpreted.
+
+    On meta tensors, that is under `recording`, it is what `ddt_kernels.aot` is compiling for.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return major * 10 + minor
+    if device.type == "meta":
+        arch: int = triton.runtime.driver.active.get_current_target().arch
+        return arch
+    return 90
+
+
+def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+    """A host-side descriptor of `tensor`, to be moved in blocks of that shape by the copy engine (TMA, sm_90 on).
+
+    Reads outside the tensor are zeros, writes are dropped. `descriptor_fits` says which tensors can have one.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(tensor, list(block))
+
+
+def descriptor_fits(tensor: torch.Tensor) -> bool:
+    """Whether the hardware can describe it: base and pitches multiples of 16 bytes, no overlap, unit last stride."""
+    size, columns = tensor.element_size(), tensor.shape[-1]
+    aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
+    pitches = tensor.stride()[:-1]
+    return aligned and tensor.stride(-1) == 1 and all(p >= columns and p * size % 16 == 0 for p in pitches)
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

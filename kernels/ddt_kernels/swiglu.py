@@ -1,0 +1,141 @@
+"""swiglu(x, w1, w3) = silu(x · w1ᵀ) · (x · w3ᵀ): two of an MLP's three GEMMs and its activation, in one kernel.
+
+The public function checks, then calls the operator `ddt_kernels::swiglu`, which under autograd also returns what the
+backward pass wants. Formulas, what is kept and why, and the kernels: `swiglu_kernels.py`.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddt_kernels import reference
+from ddt_kernels.checks import DEVICES, FLOATS, check_same_kind, check_unit_stride, fail
+from ddt_kernels.cost import Cost
+from ddt_kernels.swiglu_launch import launch_backward, launch_forward
+
+
+def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
+    """silu(x · w1ᵀ) · (x · w3ᵀ), accumulated and activated in fp32, rounded once.
+
+    Args:
+        x: (..., C); bf16, fp16 or fp32 (fp64 on a CPU). Leading dimensions that merge into one are read in place,
+            others are copied first.
+        w1, w3: (F, C), the weights of nn.Linear(C, F, bias=False); x's dtype. Any C and F, but rows of other than a
+            multiple of 16 bytes keep the kernel from its fastest paths.
+
+    Returns: (..., F), x's dtype, contiguous. Differentiable, once, in all three tensors. Where autograd records it,
+        2F more columns are kept for the backward pass; torch.utils.checkpoint trades them for a second forward.
+
+    fp32 is multiplied in fp32, unless torch.backends.cuda.matmul allows TF32. The weights' gradients are the two halves
+    of one (2F, C) tensor. The backward pass's last GEMMs are torch's, which obeys the same and its other switches.
+
+    Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1.
+    Source: arXiv 2002.05202; the MLP of DDT (arXiv 2504.05741).
+    """
+    _check(x, w1, w3)
+    keep = torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w3.requires_grad)
+    y, _ = swiglu_operator(x, w1, w3, keep)
+    return y
+
+
+def _check(x: Tensor, w1: Tensor, w3: Tensor) -> None:
+    op = "swiglu"
+    if x.ndim < 2 or x.numel() == 0:
+        fail(op, "x", f"of shape {tuple(x.shape)}", "shape (..., C), at least two dimensions, none of them empty")
+    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        fail(op, "x", f"{x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
+    if x.device.type not in DEVICES:
+        fail(op, "x", f"on {x.device}", "a CPU or CUDA tensor")
+    check_unit_stride(op, "x", x)
+    for name, weight in (("w1", w1), ("w3", w3)):
+        if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] < 1:
+            fail(op, name, f"of shape {tuple(weight.shape)}", f"shape (F, {x.shape[-1]}), as x's last dimension")
+        if weight.shape != w1.shape:
+            fail(op, name, f"of shape {tuple(weight.shape)}", f"{tuple(w1.shape)}, as w1")
+        check_same_kind(op, name, weight, x)
+        check_unit_stride(op, name, weight)
+
+
+def _tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+@torch.library.custom_op("ddt_kernels::swiglu", mutates_args=(), device_types="cuda")
+def swiglu_operator(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """(y, gate_up): (..., F), and (x · w1ᵀ | x · w3ᵀ) (..., 2F) if `keep`, else an empty tensor."""
+    return launch_forward(x, w1, w3, keep, x.dtype == torch.float32 and _tf32())
+
+
+@swiglu_operator.register_kernel("cpu")
+def _(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    gate, up = F.linear(x, w1), F.linear(x, w3)
+    return (F.silu(gate) * up).contiguous(), torch.cat([gate, up], -1) if keep else x.new_empty(0)
+
+
+@swiglu_operator.register_fake
+def _(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    width = w1.shape[0]
+    return x.new_empty((*x.shape[:-1], width)), x.new_empty((*x.shape[:-1], 2 * width) if keep else 0)
+
+
+@torch.library.custom_op("ddt_kernels::swiglu_backward", mutates_args=(), device_types="cuda")
+def swiglu_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the stacked weights (w1; w3), (2F, C)."""
+    return launch_backward(grad_y, x, w1, w3, gate_up)
+
+
+@swiglu_backward.register_kernel("cpu")
+def _(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_w1, grad_w3 = reference.swiglu_backward(grad_y, x, w1, w3, gate_up)
+    return grad_x.contiguous(), torch.cat([grad_w1, grad_w3])
+
+
+@swiglu_backward.register_fake
+def _(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    width, channels = w1.shape
+    return x.new_empty(x.shape), w1.new_empty((2 * width, channels))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w1, w3, ctx.keep = inputs
+    gate_up = output[1]
+    ctx.mark_non_differentiable(gate_up)
+    ctx.set_materialize_grads(False)  # or autograd would fill a gradient of gate_up, 2F wide, with zeros
+    ctx.save_for_backward(x, w1, w3, gate_up)
+
+
+def _autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_y is None:  # nothing downstream differentiates y
+        return None, None, None, None
+    x, w1, w3, gate_up = ctx.saved_tensors
+    if not ctx.keep:  # the operator was called directly: nothing was kept, so recompute it
+        gate_up = swiglu_operator(x, w1, w3, True)[1]
+    grad_x, grad_weights = swiglu_backward(grad_y, x, w1, w3, gate_up)
+    grad_w1, grad_w3 = grad_weights.chunk(2)
+    return grad_x, grad_w1, grad_w3, None
+
+
+swiglu_operator.register_autograd(_autograd, setup_context=_setup)
+
+
+def swiglu_cost(
+    batch: int,
+    tokens: int,
+    channels: int,
+    width: int,
+    dtype: torch.dtype,
+    training: bool = False,
+    backward: bool = False,
+) -> Cost:
+    """Bytes and FLOPs of one call on (batch, tokens, channels) with (width, channels) weights, or of its backward pass.
+
+    training: the forward also writes what the backward pass reads.
+    """
+    rows, weights = batch * tokens, 2 * width * channels
+    if backward:
+        moved = 2 * rows * channels + 3 * rows * width + 2 * weights
+        return Cost(moved * dtype.itemsize, 4 * rows * weights + 13 * rows * width)
+    moved = rows * channels + weights + rows * width * (3 if training else 1)
+    return Cost(moved * dtype.itemsize, 2 * rows * weights + 5 * rows * width)
