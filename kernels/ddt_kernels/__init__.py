@@ -31,6 +31,7 @@ How an op is built
 An op of one kernel fits in one file; past 400 lines, split it as norm_{kernels,launch,operators,modulate}.py are.
 """
 
+from ddt_kernels.attention import attention, attention_cost
 from ddt_kernels.cost import Cost
 from ddt_kernels.norm_modulate import (
     gated_residual,
@@ -46,6 +47,8 @@ from ddt_kernels.swiglu import swiglu, swiglu_cost
 
 __all__ = [
     "Cost",
+    "attention",
+    "attention_cost",
     "gated_residual",
     "gated_residual_cost",
     "gated_residual_layer_norm_modulate",

@@ -153,3 +153,15 @@ def swiglu_backward(
     grad_gate_up = torch.cat([grad_gate, grad * gate * sigmoid], -1).to(x.dtype)
     grad_w1, grad_w3 = (grad_gate_up.flatten(0, -2).mT @ x.flatten(0, -2)).chunk(2)
     return grad_gate_up @ torch.cat([w1, w3]), grad_w1, grad_w3
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale · q·kᵀ)·v of (B, N, H, D) heads, by whichever implementation PyTorch picks."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """ln Σ exp(scale · q·kᵀ) of every query, (B, H, N), with fp32 arithmetic."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", _wide(q), _wide(k))
+    return torch.logsumexp(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)

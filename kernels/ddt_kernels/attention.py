@@ -1,0 +1,129 @@
+"""Non-causal softmax attention on heads read in place from a packed qkv, written in the order the projection reads.
+
+    attention(q, k, v) = softmax(scale · q·kᵀ)·v, per sample and head
+
+q, k and v are (B, N, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so `.flatten(2)` is the
+(B, N, C) of the next GEMM: nothing is transposed or copied on either side. Autograd keeps the inputs, the output and
+the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and why the backward is ours and not
+PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's own flash attention, which keeps the same log-sum-exp.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddt_kernels.attention_launch import MAX_HEAD_DIM, launch_backward, launch_forward
+from ddt_kernels.checks import DEVICES, FLOATS, check_like, check_unit_stride, fail
+from ddt_kernels.cost import Cost
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale · q·kᵀ)·v for every sample and head: no mask, scores and softmax in fp32.
+
+    Args:
+        q, k, v: (B, N, H, D), any N and H, D divisible by 4 and at most 128; bf16, fp16 or fp32 (fp64 on a CPU). Any
+            strides but for the last dimension's, which is 1. Fastest where all others are multiples of 16 bytes.
+        scale: above 0; None: D**-0.5.
+
+    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable, once, in all three; gradients repeat bit for bit.
+
+    Raises: ValueError on any other shape, dtype, device mix, scale, or a last stride other than 1.
+    Source: Attention Is All You Need, arXiv 1706.03762; computed as in FlashAttention, arXiv 2205.14135, 2307.08691.
+    """
+    op = "attention"
+    _check_heads(op, "q", q)
+    check_like(op, "k", k, q)
+    check_like(op, "v", v, q)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    if not 0 < scale < math.inf:
+        fail(op, "scale", scale, "a finite number above 0")
+    return _attention(q, k, v, scale)[0]
+
+
+def _check_heads(op: str, name: str, x: Tensor) -> None:
+    if x.ndim != 4:
+        fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, H, D)")
+    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        fail(op, name, f"{x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
+    if x.device.type not in DEVICES:
+        fail(op, name, f"on {x.device}", "a CPU or CUDA tensor")
+    B, N, H, D = x.shape
+    if min(B, N, H) < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
+        fail(op, name, f"of shape {tuple(x.shape)}", f"B, N and H at least 1, D divisible by 4 in 4..{MAX_HEAD_DIM}")
+    check_unit_stride(op, name, x)
+
+
+@torch.library.custom_op("ddt_kernels::attention", mutates_args=(), device_types="cuda")
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse), lse the (B, H, N) natural log of Σ exp(scale · q·kᵀ), fp32 (fp64 for fp64); not differentiable."""
+    return launch_forward(q, k, v, scale)
+
+
+@_attention.register_kernel("cpu")
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    B, N, H, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((B, H, N), dtype=dtype)
+
+
+@torch.library.custom_op("ddt_kernels::attention_backward", mutates_args=(), device_types="cuda")
+def _attention_backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(grad_out, out, lse, q, k, v, scale)
+
+
+@_attention_backward.register_kernel("cpu")
+def _(
+    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, *heads = (tensor.transpose(1, 2) for tensor in (grad_out.contiguous(), q, k, v, out))
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *heads, lse, 0.0, False, scale=scale
+    )
+    return grad_q.transpose(1, 2).contiguous(), grad_k.transpose(1, 2).contiguous(), grad_v.transpose(1, 2).contiguous()
+
+
+@_attention_backward.register_fake
+def _(
+    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *heads, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(out, lse, *heads)
+
+
+def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+
+
+_attention.register_autograd(_autograd, setup_context=_setup)
+
+
+def attention_cost(
+    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, backward: bool = False
+) -> Cost:
+    """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, heads, head_dim).
+
+    FLOPs are those of the products alone (two forward, five backward), as is the custom for attention: columns a kernel
+    pads or products it repeats do not count, neither does the softmax. Bytes include the fp32 log-sum-exp.
+    """
+    head_tensors, products = (8, 5) if backward else (4, 2)
+    rows = batch * tokens * heads
+    moved = head_tensors * rows * head_dim * dtype.itemsize + 4 * rows
+    return Cost(moved, products * 2 * rows * tokens * head_dim)

@@ -1,0 +1,380 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""The Triton kernels of attention; `attention_launch.py` launches them.
+
+Forward, one program per head and BM queries, walking the keys in tiles of BN (online softmax, arXiv 2205.14135):
+
+    s = q·kᵀ,  m' = max(m, scale·max_n s),  p = 2^(scale·s - m'),  a = 2^(m - m'),  l' = a·l + Σ_n p,  o' = a·o + p·v
+    out = o / l,  lse = ln 2 · (m + log2 l);       scale includes log2(e): one FMA and one EX2 per score
+
+Backward, from q, k, v, out, its gradient do and lse, with p recomputed and delta = Σ_d do·out:
+
+    ds = p·(do·vᵀ - delta);   dq = scale·ds·k  (a program per BM queries),   dv = pᵀ·do, dk = scale·dsᵀ·q  (per BN keys)
+
+Why it looks like this.
+ - The head dim is two dots, MAIN + TAIL, wherever that is narrower than one padded dot: 72 = 64 + 8 of 16, where
+   padding to 128 multiplies zeros 44% of the time. q·kᵀ is the sum of two dots; p·v goes to two accumulators. Columns
+   past D are read as zeros, by the copy engine's bounds check or by a mask that is a constant.
+ - Per score there is one EX2 (16 a clock and SM on sm_90) next to 320 FLOPs of MMA (4096 a clock): 0.063 against 0.078
+   clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 80 the tile is
+   128x64 and registers are capped at 128 (124 used, no spill), which puts two programs of 8 warps on an SM, one
+   multiplying while the other exponentiates. 128x128 needs 185 registers and would be alone.
+ - All but the last, partial, tile of keys are computed without masks: that one is peeled off (absent if EVEN).
+ - Backward has no atomics: two kernels, each owning what it writes, hence bitwise repeatable. The price is seven
+   products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for five padded to 96.
+   PyTorch's own backward passes were the alternative: its flash attention is not deterministic by default and takes
+   neither fp32 nor D 20, its others differ in what they take; and none of them runs where there is no GPU, while these
+   kernels are checked there. Rows past N are zeros, which need no mask, but for p in dq: 2^-lse may be infinite.
+ - fp32 uses no tensor cores: TF32 would lose 13 bits and three TF32 products, whose operands have to be split in
+   registers, spill at any tile. CHUNK > 0 contracts over D in a loop that reads CHUNK columns of both at a time.
+
+Within a kernel a tensor is a tuple (main, tail, stride_b, stride_n, stride_h): descriptors of [1, rows, 1, MAIN or
+TAIL] blocks over (B, N, H, D) if DESCRIPTORS, else a pointer, with strides in units of VECTOR elements, so that the
+compiler knows what divides them. (Passed one by one: Triton 3.6 launches no descriptor inside a tuple.) Tile suffixes:
+M queries, N keys, D = MAIN, T = TAIL; R and S are rows of either, C is CHUNK. Where there is no tail, any tile stands
+in for it.
+"""
+
+from ddt_kernels.runtime import tl, triton
+
+
+@triton.jit
+def _load(
+    source, b, h, first, N, column,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr, MASK_ROWS: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, WIDTH] of head (b, h) from row `first` and `column` on, by pointers; zero outside where masked."""
+    row = tl.arange(0, ROWS)[:, None]
+    col = column + tl.arange(0, WIDTH)[None, :]
+    first_64 = tl.full([], 0, tl.int64) + first
+    start = (b * source[2] + first_64 * source[3] + h * source[4]) * VECTOR
+    pointers = source[0] + start + row * (source[3] * VECTOR) + col
+    if MASK_ROWS and MASK_COLUMNS:
+        return tl.load(pointers, mask=(row < N - first) & (col < D), other=0.0)
+    elif MASK_ROWS:
+        return tl.load(pointers, mask=row < N - first, other=0.0)
+    elif MASK_COLUMNS:
+        return tl.load(pointers, mask=col < D, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _load_head(
+    source, b, h, first, N,
+    ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(main, tail) tiles of ROWS rows from `first` on. Descriptors read zeros outside whether MASKED or not."""
+    if DESCRIPTORS:
+        b_32 = b.to(tl.int32)
+        main = source[0].load([b_32, first, h, 0]).reshape([ROWS, MAIN])
+        tail = main
+        if TAIL > 0:
+            tail = source[1].load([b_32, first, h, MAIN]).reshape([ROWS, TAIL])
+    else:
+        main = _load(source, b, h, first, N, 0, MAIN, ROWS, D, VECTOR, MASKED, MAIN > D)
+        tail = main
+        if TAIL > 0:
+            tail = _load(source, b, h, first, N, MAIN, TAIL, ROWS, D, VECTOR, MASKED, MAIN + TAIL > D)
+    return main, tail
+
+
+@triton.jit
+def _product(a_RD, a_RT, b_SD, b_ST, TAIL: tl.constexpr):
+    """a·bᵀ over the head dim: [R, S]."""
+    product = tl.dot(a_RD, b_SD.T)
+    if TAIL > 0:
+        product = tl.dot(a_RT, b_ST.T, product)
+    return product
+
+
+@triton.jit
+def _chunked_product(
+    x, y, b, h, first_x, first_y, N,
+    ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """x·yᵀ of a head's rows from first_x and first_y on, CHUNK columns of the head dim at a time, in exact fp32."""
+    product = tl.zeros([ROWS_X, ROWS_Y], tl.float32)
+    for column in range(0, D, CHUNK):
+        x_RC = _load(x, b, h, first_x, N, column, CHUNK, ROWS_X, D, VECTOR, True, True)
+        y_SC = _load(y, b, h, first_y, N, column, CHUNK, ROWS_Y, D, VECTOR, True, True)
+        product = tl.dot(x_RC, y_SC.T, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _accumulate(a_RS, b_SD, b_ST, acc_RD, acc_RT, TAIL: tl.constexpr):
+    """acc + a·b, a rounded to b's dtype."""
+    a_RS = a_RS.to(b_SD.dtype)
+    acc_RD = tl.dot(a_RS, b_SD, acc_RD, input_precision="ieee")
+    if TAIL > 0:
+        acc_RT = tl.dot(a_RS, b_ST, acc_RT)
+    return acc_RD, acc_RT
+
+
+@triton.jit
+def _store_head(
+    ptr, value_RD, value_RT, b, h, first, N, H,
+    ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Rows of a contiguous (B, N, H, D)."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, MAIN)[None, :]
+    pointers = ptr + ((b * N + row) * H + h) * D
+    tl.store(pointers + col, value_RD.to(ptr.dtype.element_ty), mask=(row < N) & (col < D))
+    if TAIL > 0:
+        col_T = MAIN + tl.arange(0, TAIL)[None, :]
+        tl.store(pointers + col_T, value_RT.to(ptr.dtype.element_ty), mask=(row < N) & (col_T < D))
+
+
+@triton.jit
+def _locate(H, blocks):
+    """(batch as int64, head, block) of this program: blocks of one head run together and share its keys in L2."""
+    pid = tl.program_id(0)
+    return (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
+
+
+@triton.jit
+def _attend(
+    q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, N, scale_log2,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax: the tile of keys from first_n on."""
+    if CHUNK > 0:
+        s_MN = _chunked_product(q, k, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
+    else:
+        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
+        s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
+    if MASKED:
+        s_MN = tl.where((first_n + tl.arange(0, BN) < N)[None, :], s_MN, -float("inf"))
+    new_m_M = tl.maximum(m_M, tl.max(s_MN, axis=1) * scale_log2)
+    p_MN = tl.exp2(s_MN * scale_log2 - new_m_M[:, None])
+    alpha_M = tl.exp2(m_M - new_m_M)
+    l_M = l_M * alpha_M + tl.sum(p_MN, axis=1)
+    v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
+    acc_MD *= alpha_M[:, None]
+    if TAIL > 0:
+        acc_MT *= alpha_M[:, None]
+    acc_MD, acc_MT = _accumulate(p_MN, v_ND, v_NT, acc_MD, acc_MT, TAIL)
+    return acc_MD, acc_MT, l_M, new_m_M
+
+
+@triton.jit
+def attention_kernel(
+    q,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
+    q_tail,
+    k,
+    k_tail,
+    v,
+    v_tail,
+    out_ptr,  # out, (B, N, H, D) contiguous
+    lse_ptr,  # out, fp32 (B, H, N) contiguous
+    N,
+    H,
+    blocks,  # ceil(N / BM)
+    scale_log2,  # scale · log2(e)
+    q_sb,  # strides in units of VECTOR elements; unused with descriptors
+    q_sn,
+    q_sh,
+    k_sb,
+    k_sn,
+    k_sh,
+    v_sb,
+    v_sn,
+    v_sh,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    q = (q, q_tail, q_sb, q_sn, q_sh)
+    k = (k, k_tail, k_sb, k_sn, k_sh)
+    v = (v, v_tail, v_sb, v_sn, v_sh)
+    b, h, block = _locate(H, blocks)
+    first_m = block * BM
+    acc_MD = tl.zeros([BM, MAIN], tl.float32)
+    acc_MT = tl.zeros([BM, TAIL if TAIL > 0 else 1], tl.float32)
+    l_M = tl.zeros([BM], tl.float32)
+    m_M = tl.full([BM], -float("inf"), tl.float32)
+    q_MD, q_MT = acc_MD, acc_MT
+    if CHUNK == 0:
+        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    full = N // BN * BN
+    for first_n in range(0, full, BN):
+        acc_MD, acc_MT, l_M, m_M = _attend(
+            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, N, scale_log2,
+            BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, False,
+        )  # fmt: skip
+    if not EVEN:
+        acc_MD, acc_MT, l_M, m_M = _attend(
+            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, full, N, scale_log2,
+            BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, True,
+        )  # fmt: skip
+    row = first_m + tl.arange(0, BM)
+    tl.store(lse_ptr + (b * H + h) * N + row, (m_M + tl.log2(l_M)) * 0.6931471805599453, mask=row < N)
+    inverse_M1 = (1.0 / l_M)[:, None]
+    _store_head(out_ptr, acc_MD * inverse_M1, acc_MT * inverse_M1, b, h, first_m, N, H, BM, D, MAIN, TAIL)
+
+
+@triton.jit
+def attention_query_gradient_kernel(
+    grad_out,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
+    grad_out_tail,
+    out,
+    out_tail,
+    q,
+    q_tail,
+    k,
+    k_tail,
+    v,
+    v_tail,
+    lse_ptr,  # fp32 (B, H, N) contiguous
+    delta_ptr,  # out, fp32 (B, H, N) contiguous, for the next kernel
+    grad_q_ptr,  # out, (B, N, H, D) contiguous
+    N,
+    H,
+    blocks,  # ceil(N / BM)
+    scale,
+    scale_log2,
+    grad_out_sb,  # strides in units of VECTOR elements; unused with descriptors
+    grad_out_sn,
+    grad_out_sh,
+    out_sb,
+    out_sn,
+    out_sh,
+    q_sb,  # strides in units of VECTOR elements; unused with descriptors
+    q_sn,
+    q_sh,
+    k_sb,
+    k_sn,
+    k_sh,
+    v_sb,
+    v_sn,
+    v_sh,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    grad_out = (grad_out, grad_out_tail, grad_out_sb, grad_out_sn, grad_out_sh)
+    out = (out, out_tail, out_sb, out_sn, out_sh)
+    q = (q, q_tail, q_sb, q_sn, q_sh)
+    k = (k, k_tail, k_sb, k_sn, k_sh)
+    v = (v, v_tail, v_sb, v_sn, v_sh)
+    b, h, block = _locate(H, blocks)
+    first_m = block * BM
+    row = first_m + tl.arange(0, BM)
+    lse_M = tl.load(lse_ptr + (b * H + h) * N + row, mask=row < N, other=0.0) * 1.4426950408889634
+    do_MD, do_MT = _load_head(grad_out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    out_MD, out_MT = _load_head(out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    delta_M = tl.sum(do_MD.to(tl.float32) * out_MD.to(tl.float32), axis=1)
+    if TAIL > 0:
+        delta_M += tl.sum(do_MT.to(tl.float32) * out_MT.to(tl.float32), axis=1)
+    tl.store(delta_ptr + (b * H + h) * N + row, delta_M, mask=row < N)
+    q_MD, q_MT = do_MD, do_MT
+    if CHUNK == 0:
+        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+
+    dq_MD = tl.zeros([BM, MAIN], tl.float32)
+    dq_MT = tl.zeros([BM, TAIL if TAIL > 0 else 1], tl.float32)
+    for first_n in range(0, N, BN):
+        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        if CHUNK > 0:
+            s_MN = _chunked_product(q, k, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
+            dp_MN = _chunked_product(grad_out, v, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
+        else:
+            v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+            s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
+            dp_MN = _product(do_MD, do_MT, v_ND, v_NT, TAIL)
+        p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
+        if not EVEN:
+            p_MN = tl.where((first_n + tl.arange(0, BN) < N)[None, :], p_MN, 0.0)
+        ds_MN = p_MN * (dp_MN - delta_M[:, None])
+        dq_MD, dq_MT = _accumulate(ds_MN, k_ND, k_NT, dq_MD, dq_MT, TAIL)
+    _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, N, H, BM, D, MAIN, TAIL)
+
+
+@triton.jit
+def attention_key_value_gradient_kernel(
+    grad_out,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
+    grad_out_tail,
+    q,
+    q_tail,
+    k,
+    k_tail,
+    v,
+    v_tail,
+    lse_ptr,  # fp32 (B, H, N) contiguous, as is delta
+    delta_ptr,
+    grad_k_ptr,  # out, (B, N, H, D) contiguous
+    grad_v_ptr,
+    N,
+    H,
+    blocks,  # ceil(N / BN)
+    scale,
+    scale_log2,
+    grad_out_sb,  # strides in units of VECTOR elements; unused with descriptors
+    grad_out_sn,
+    grad_out_sh,
+    q_sb,  # strides in units of VECTOR elements; unused with descriptors
+    q_sn,
+    q_sh,
+    k_sb,
+    k_sn,
+    k_sh,
+    v_sb,
+    v_sn,
+    v_sh,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    D: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    grad_out = (grad_out, grad_out_tail, grad_out_sb, grad_out_sn, grad_out_sh)
+    q = (q, q_tail, q_sb, q_sn, q_sh)
+    k = (k, k_tail, k_sb, k_sn, k_sh)
+    v = (v, v_tail, v_sb, v_sn, v_sh)
+    b, h, block = _locate(H, blocks)
+    first_n = block * BN
+    dk_ND = tl.zeros([BN, MAIN], tl.float32)
+    dv_ND = tl.zeros([BN, MAIN], tl.float32)
+    dk_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
+    dv_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
+    if CHUNK == 0:
+        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+        v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    for first_m in range(0, N, BM):
+        row = first_m + tl.arange(0, BM)
+        lse_M = tl.load(lse_ptr + (b * H + h) * N + row, mask=row < N, other=0.0) * 1.4426950408889634
+        delta_M = tl.load(delta_ptr + (b * H + h) * N + row, mask=row < N, other=0.0)
+        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        do_MD, do_MT = _load_head(grad_out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        if CHUNK > 0:
+            s_NM = _chunked_product(k, q, b, h, first_n, first_m, N, BN, BM, D, VECTOR, CHUNK)
+            dp_NM = _chunked_product(v, grad_out, b, h, first_n, first_m, N, BN, BM, D, VECTOR, CHUNK)
+        else:
+            s_NM = _product(k_ND, k_NT, q_MD, q_MT, TAIL)
+            dp_NM = _product(v_ND, v_NT, do_MD, do_MT, TAIL)
+        p_NM = tl.exp2(s_NM * scale_log2 - lse_M[None, :])
+        dv_ND, dv_NT = _accumulate(p_NM, do_MD, do_MT, dv_ND, dv_NT, TAIL)
+        ds_NM = p_NM * (dp_NM - delta_M[None, :])
+        dk_ND, dk_NT = _accumulate(ds_NM, q_MD, q_MT, dk_ND, dk_NT, TAIL)
+    _store_head(grad_k_ptr, dk_ND * scale, dk_NT * scale, b, h, first_n, N, H, BN, D, MAIN, TAIL)
+    _store_head(grad_v_ptr, dv_ND, dv_NT, b, h, first_n, N, H, BN, D, MAIN, TAIL)

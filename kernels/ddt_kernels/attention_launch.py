@@ -1,0 +1,234 @@
+"""Launching the attention kernels: how a head is split, tile configurations, descriptors or pointers, outputs."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddt_kernels.attention_kernels import (
+    attention_kernel,
+    attention_key_value_gradient_kernel,
+    attention_query_gradient_kernel,
+)
+from ddt_kernels.compilation import ARCHITECTURES, AotCase
+from ddt_kernels.runtime import cdiv, descriptor_fits, launch, next_power_of_2, target_arch, tensor_descriptor
+
+MAX_HEAD_DIM = 128  # a tile of queries, its accumulators and a tile of scores share one program's registers
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A program multiplies `queries` by `keys` at a time. max_registers: a cap per thread, for more programs per SM."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+# fp32 multiplies without tensor cores, whose operands are registers: small tiles, and CHUNK columns of the head dim at
+# a time for q·kᵀ. At most 128 registers on every architecture.
+FP32_CHUNK = 16
+FP32_QUERY_MAJOR, FP32_KEY_MAJOR = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
+
+
+@cache
+def split_head(head_dim: int) -> tuple[int, int]:
+    """(MAIN, TAIL): the widths of the dots that cover the head dim, powers of two from 16 up; TAIL is 0 for one dot."""
+    padded = max(16, next_power_of_2(head_dim))
+    main = padded // 2
+    if main < 16 or head_dim <= main:
+        return padded, 0
+    tail = max(16, next_power_of_2(head_dim - main))
+    return (main, tail) if main + tail < padded else (padded, 0)
+
+
+@cache
+def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
+    """The forward kernel's tile. half: bf16 or fp16; attention_kernels.py has the argument for sm_90's."""
+    if not half:
+        return FP32_QUERY_MAJOR
+    if not descriptors:
+        return TileConfig(128, 64, 8, 3)
+    if arch >= 100:  # accumulators live in tensor memory, so 128 do for more; uncapped, D 128 gets 128 and spills
+        return TileConfig(128, 64, 8, 2, max_registers=128 if head_dim <= 96 else 168)
+    if head_dim <= 80:
+        return TileConfig(128, 64, 8, 3, max_registers=128)
+    return TileConfig(128, 128, 8, 2)  # 128 registers would spill, so one program per SM: the larger tile
+
+
+@cache
+def query_gradient_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
+    """The tile of the kernel for dq and delta."""
+    if not half:
+        return FP32_QUERY_MAJOR
+    return TileConfig(128, 64 if descriptors else 32, 8, 2)
+
+
+@cache
+def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
+    """The tile of the kernel for dk and dv, which holds two accumulators, keys by head_dim."""
+    if not half:
+        return FP32_KEY_MAJOR
+    if not descriptors:
+        return TileConfig(32, 128 if head_dim <= 80 else 64, 8, 2)
+    return TileConfig(64 if head_dim <= (96 if arch >= 100 else 80) else 32, 128, 8, 2)
+
+
+def _pin_single_strides(tensor: Tensor) -> Tensor:
+    """The same elements; a dimension of size 1, whose stride says nothing, gets one that alignment tests accept."""
+    strides = [
+        MAX_HEAD_DIM if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return tensor.as_strided(tensor.shape, (*strides[:-1], 1))
+
+
+def _describable(tensor: Tensor) -> bool:
+    """Whether its blocks can be described; an expanded dimension (stride 0) or overlapping rows cannot."""
+    return descriptor_fits(tensor) and min(tensor.stride()[:-1]) >= tensor.shape[-1]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all kernels of a call agree on."""
+
+    main: int
+    tail: int
+    vector: int
+    half: bool
+    descriptors: bool
+    arch: int
+
+    @staticmethod
+    def of(*tensors: Tensor) -> "_Call":
+        first = tensors[0]
+        arch, half = target_arch(first.device), first.element_size() == 2
+        # Consumer Blackwell (sm_120) has the copy engine but multiplies like sm_80, where descriptors spill.
+        descriptors = half and 90 <= arch < 120 and all(_describable(tensor) for tensor in tensors)
+        main, tail = split_head(first.shape[-1]) if half else (max(16, next_power_of_2(first.shape[-1])), 0)
+        pitches = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
+        return _Call(main, tail, math.gcd(16 // first.element_size(), *pitches), half, descriptors, arch)
+
+    def sources(self, *reads: tuple[Tensor, int]) -> list[Any]:
+        """The kernels' arguments for tensors, each read in tiles of so many rows: descriptors, or pointers."""
+        if not self.descriptors:
+            return [source for tensor, _ in reads for source in (tensor, None)]
+        sources: list[Any] = []
+        for tensor, rows in reads:
+            tail = tensor_descriptor(tensor, (1, rows, 1, self.tail)) if self.tail else None
+            sources += tensor_descriptor(tensor, (1, rows, 1, self.main)), tail
+        return sources
+
+    def strides(self, *tensors: Tensor) -> list[int]:
+        """Their arguments for the same tensors' strides."""
+        return [stride // self.vector for tensor in tensors for stride in tensor.stride()[:-1]]
+
+    def meta(self, tensor: Tensor, config: TileConfig, walked: int) -> dict[str, Any]:
+        """Constexprs and options; `walked` is the size of the tiles a program's loop walks over."""
+        return {
+            "BM": config.queries,
+            "BN": config.keys,
+            "D": tensor.shape[-1],
+            "MAIN": self.main,
+            "TAIL": self.tail,
+            "VECTOR": self.vector,
+            "CHUNK": 0 if self.half else FP32_CHUNK,
+            "DESCRIPTORS": self.descriptors,
+            "EVEN": tensor.shape[1] % walked == 0,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "maxnreg": config.max_registers,
+        }
+
+
+def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse): (B, N, H, D) contiguous and the fp32 (B, H, N) logarithm of the softmax's denominator."""
+    B, N, H, D = q.shape
+    q, k, v = _pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v)
+    call = _Call.of(q, k, v)
+    config = forward_config(D, call.half, call.arch, call.descriptors)
+    out, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+    blocks = cdiv(N, config.queries)
+    launch(
+        attention_kernel,
+        (B * H * blocks,),
+        q.device,
+        *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
+        *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
+        **call.meta(q, config, config.keys),
+    )
+    return out, lse
+
+
+def launch_backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each (B, N, H, D) contiguous."""
+    B, N, H, D = q.shape
+    # Autograd hands on gradients with any strides, even of 0 (that of a sum).
+    grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
+    call = _Call.of(grad_out, out, q, k, v)
+    grad_q, grad_k, grad_v = (q.new_empty((B, N, H, D)) for _ in range(3))
+    delta = lse.new_empty(lse.shape)
+    scales = (scale, scale * math.log2(math.e))
+
+    config = query_gradient_config(D, call.half, call.arch, call.descriptors)
+    queries, keys = config.queries, config.keys
+    sources = call.sources((grad_out, queries), (out, queries), (q, queries), (k, keys), (v, keys))
+    blocks = cdiv(N, queries)
+    launch(
+        attention_query_gradient_kernel,
+        (B * H * blocks,),
+        q.device,
+        *(*sources, lse, delta, grad_q, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
+        **call.meta(q, config, keys),
+    )
+    config = key_value_gradient_config(D, call.half, call.arch, call.descriptors)
+    queries, keys = config.queries, config.keys
+    sources = call.sources((grad_out, queries), (q, queries), (k, keys), (v, keys))
+    blocks = cdiv(N, keys)
+    launch(
+        attention_key_value_gradient_kernel,
+        (B * H * blocks,),
+        q.device,
+        *(*sources, lse, delta, grad_k, grad_v, N, H, blocks, *scales, *call.strides(grad_out, q, k, v)),
+        **call.meta(q, config, queries),
+    )
+    return grad_q, grad_k, grad_v
+
+
+def aot_cases() -> list[AotCase]:
+    """bf16 at every width with a partial tile, which includes the code for whole ones; whatever else differs, once."""
+    cases = [case for head_dim in (64, 72, 80, 96, 128) for case in _cases(head_dim, torch.bfloat16)]
+    cases += _cases(72, torch.bfloat16, tokens=1024)[:1] + _cases(72, torch.float16)[:1]
+    cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90))  # sizes Triton turns into constants
+    cases += _cases(100, torch.bfloat16, archs=(90, 100))  # rows of 200 bytes: pointers everywhere
+    return cases + _cases(128, torch.float32)
+
+
+def _cases(
+    head_dim: int, dtype: torch.dtype, tokens: int = 1000, heads: int = 16, archs: tuple[int, ...] = ARCHITECTURES
+) -> list[AotCase]:
+    """Forward, backward."""
+    q, k, v = torch.empty(2, tokens, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
+    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(2, heads, tokens, device="meta")
+    half = dtype.itemsize == 2
+    described = half and head_dim % 8 == 0
+
+    def case(run: Callable[[], object], *kernels: Any) -> AotCase:
+        label = f"D {head_dim} {str(dtype).removeprefix('torch.')} N {tokens}"
+        names = tuple(kernel.__name__ for kernel in kernels)
+        return AotCase(label, run, names if half else (), names if described else (), archs)
+
+    return [
+        case(lambda: launch_forward(q, k, v, 0.1), attention_kernel),
+        case(
+            lambda: launch_backward(out, out, lse, q, k, v, 0.1),
+            *(attention_query_gradient_kernel, attention_key_value_gradient_kernel),
+        ),
+    ]

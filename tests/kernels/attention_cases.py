@@ -1,0 +1,65 @@
+"""Attention as the tests see it: heads in the layouts callers have, and the checks against the reference."""
+
+import torch
+from torch import Tensor
+
+from ddt_kernels import reference
+from kernel_testing import assert_as_accurate, with_gradients
+
+Shape = tuple[int, int, int, int]  # B, N, H, D
+LAYOUTS = ("packed", "contiguous", "heads first", "odd pitch")
+
+
+def make_heads(
+    shape: Shape, dtype: torch.dtype, layout: str = "packed", device: str = "cpu", size: float = 1.0
+) -> list[Tensor]:
+    """Seeded q, k and v, q times `size`.
+
+    packed: views of one (B, N, 3, H, D). heads first: (B, H, N, D) transposed. odd pitch: rows 2D + 1 elements apart,
+    which no copy of more than one element fits.
+    """
+    B, N, H, D = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
+
+    if layout == "packed":
+        qkv = randn(B, N, 3, H, D)
+        qkv[:, :, 0] *= size
+        return list(qkv.to(dtype).to(device).unbind(2))
+    scales = (size, 1.0, 1.0)
+    if layout == "contiguous":
+        return [(randn(*shape) * s).to(dtype).to(device) for s in scales]
+    if layout == "heads first":
+        return [(randn(B, H, N, D) * s).to(dtype).to(device).transpose(1, 2) for s in scales]
+    assert layout == "odd pitch"
+    return [(randn(B, N, H, 2 * D + 1) * s).to(dtype).to(device)[..., 1 : D + 1] for s in scales]
+
+
+def make_grad(heads: list[Tensor]) -> Tensor:
+    """A gradient for the output, contiguous."""
+    shape, like = heads[0].shape, heads[0]
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like.dtype).to(like.device)
+
+
+def check_against_reference(
+    heads: list[Tensor], grad: Tensor, out: Tensor, gradients: list[Tensor], scale: float | None = None
+) -> None:
+    """The tolerance rule, for the output and the three gradients."""
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return reference.attention(*tensors, scale)
+
+    (plain,), plain_gradients = with_gradients(attention, heads, [grad])
+    (oracle,), oracles = with_gradients(attention, [t.double() for t in heads], [grad.double()])
+    assert_as_accurate("output", out, plain, oracle)
+    for name, made, by_torch, exact in zip("qkv", gradients, plain_gradients, oracles, strict=True):
+        assert_as_accurate(f"gradient of {name}", made, by_torch, exact)
+
+
+def check_logsumexp(heads: list[Tensor], lse: Tensor, scale: float | None = None) -> None:
+    """Within 1e-5 of exact, absolutely and relatively: exp2 and log2 are approximate to 2 ulps of fp32."""
+    exact = reference.attention_logsumexp(heads[0].double(), heads[1].double(), scale)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,130 @@
+"""The attention kernels, forward and backward, against the reference."""
+
+import pytest
+import torch
+
+from attention_cases import LAYOUTS, check_against_reference, check_logsumexp, make_grad, make_heads
+from ddt_kernels import attention_launch
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Every split of the head (one dot, two, either padded) and every kind of N: below a tile, whole tiles, more.
+SHAPES = [
+    (2, 24, 2, 72),
+    (1, 1, 3, 24),
+    (1, 65, 1, 80),
+    (1, 130, 1, 128),
+    (1, 128, 1, 72),
+    (1, 64, 2, 96),
+    (2, 5, 1, 20),
+]
+FP32_SHAPES = [(2, 24, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 128)]
+
+
+def run(heads, scale=None):
+    """(out, lse, [gradients]) by the CUDA launchers, for make_grad's gradient."""
+    scale = heads[0].shape[-1] ** -0.5 if scale is None else scale
+    out, lse = attention_launch.launch_forward(*heads, scale)
+    return out, lse, list(attention_launch.launch_backward(make_grad(heads), out, lse, *heads, scale))
+
+
+def check(heads, scale=None):
+    out, lse, gradients = run(heads, scale)
+    check_logsumexp(heads, lse, scale)
+    check_against_reference(heads, make_grad(heads), out, gradients, scale)
+    assert all(tensor.is_contiguous() for tensor in (out, lse, *gradients))
+
+
+@pytest.fixture
+def arch(request, monkeypatch):
+    monkeypatch.setattr(attention_launch, "target_arch", lambda device: request.param)
+    return request.param
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Whether each launch read by descriptors."""
+    seen = []
+
+    def spy(kernel, grid, device, *args, **meta):
+        seen.append(meta["DESCRIPTORS"])
+        launch(kernel, grid, device, *args, **meta)
+
+    launch = attention_launch.launch
+    monkeypatch.setattr(attention_launch, "launch", spy)
+    return seen
+
+
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape, arch, loads):
+    check(make_heads(shape, BF16))
+    assert loads == [arch >= 90 and shape[-1] % 8 == 0] * 3
+
+
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)
+def test_fp16(arch):
+    check(make_heads((1, 70, 2, 72), FP16))
+
+
+@pytest.mark.parametrize("shape", FP32_SHAPES, ids=str)
+def test_fp32(shape):
+    check(make_heads(shape, FP32))
+
+
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 24, 2, 72), (1, 24, 1, 72)], ids=str)
+def test_layouts(shape, layout, arch, loads):
+    check(make_heads(shape, BF16, layout))
+    assert loads == [arch == 90 and layout != "odd pitch"] * 3
+
+
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)
+def test_heads_shared_by_expansion_are_read_by_pointers(arch, loads):
+    q, k, v = make_heads((1, 24, 2, 72), BF16)
+    check([q, k[:, :, :1].expand(q.shape), v[:, :, :1].expand(q.shape)])
+    assert loads == [False] * 3
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+def test_scale(dtype):
+    check(make_heads((1, 24, 2, 72), dtype), scale=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # NumPy, about rows past N
+@pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (90, BF16), (90, FP32)], indirect=["arch"])
+def test_large_logits(dtype, arch):
+    """Scores in the thousands: exp overflows without the running maximum, and so does 2^-lse past N in the backward."""
+    q, k, v = make_heads((1, 40, 1, 72), dtype, size=1000.0)
+    heads = [q.abs(), -k.abs(), v]
+    out, lse, gradients = run(heads)
+    assert lse.max() < -500  # so that 2^-lse is infinite in fp32
+    check_logsumexp(heads, lse)
+    check_against_reference(heads, make_grad(heads), out, gradients)
+
+
+def test_a_tile_can_raise_the_maximum():
+    q, k, v = make_heads((1, 200, 1, 72), BF16)
+    k *= torch.linspace(0.1, 8, 200)[None, :, None, None]
+    check([q, k, v])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_samples_and_heads_do_not_leak():
+    """NaN in one sample and head stays there, though a tile reaches past the end of its sample."""
+    heads = make_heads((2, 24, 2, 72), BF16)
+    clean = run(heads)
+    for tensor in heads:
+        tensor[1, :, 1] = float("nan")
+    out, lse, gradients = run(heads)
+    for made, expected in zip((out, *gradients), (clean[0], *clean[2]), strict=True):
+        assert made[1, :, 1].isnan().all()
+        made[1, :, 1] = expected[1, :, 1]
+        assert torch.equal(made, expected)
+    assert lse[0].isfinite().all()
+
+
+def test_gradients_are_bitwise_repeatable():
+    heads = make_heads((1, 130, 2, 72), BF16)
+    first, second = run(heads), run(heads)
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
