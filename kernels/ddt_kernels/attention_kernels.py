@@ -16,7 +16,7 @@ Why it looks like this.
    past D are read as zeros, by the copy engine's bounds check or by a mask that is a constant.
  - Per score there is one EX2 (16 a clock and SM on sm_90) next to 320 FLOPs of MMA (4096 a clock): 0.063 against 0.078
    clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 80 the tile is
-   128x64 and registers are capped at 128 (124 used, no spill), which puts two programs of 8 warps on an SM, one
+   128x64 and registers are capped at 128 (120 to 128 used, no spill), which puts two programs of 8 warps on an SM, one
    multiplying while the other exponentiates. 128x128 needs 185 registers and would be alone.
  - All but the last, partial, tile of keys are computed without masks: that one is peeled off (absent if EVEN).
  - Backward has no atomics: two kernels, each owning what it writes, hence bitwise repeatable. The price is seven

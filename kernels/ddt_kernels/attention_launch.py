@@ -32,7 +32,7 @@ class TileConfig:
 
 
 # fp32 multiplies without tensor cores, whose operands are registers: small tiles, and CHUNK columns of the head dim at
-# a time for q·kᵀ. At most 128 registers on every architecture.
+# a time for q·kᵀ.
 FP32_CHUNK = 16
 FP32_QUERY_MAJOR, FP32_KEY_MAJOR = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
 
