@@ -33,6 +33,7 @@ An op of one kernel fits in one file; past 400 lines, split it as norm_{kernels,
 
 from ddt_kernels.attention import attention, attention_cost
 from ddt_kernels.cost import Cost
+from ddt_kernels.guided_step import guided_step, guided_step_, guided_step_coefficients, guided_step_cost
 from ddt_kernels.norm_modulate import (
     gated_residual,
     gated_residual_cost,
@@ -43,6 +44,7 @@ from ddt_kernels.norm_modulate import (
     rms_norm_modulate,
     rms_norm_modulate_cost,
 )
+from ddt_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_cost
 from ddt_kernels.swiglu import swiglu, swiglu_cost
 
 __all__ = [
@@ -55,6 +57,13 @@ __all__ = [
     "gated_residual_layer_norm_modulate_cost",
     "gated_residual_rms_norm_modulate",
     "gated_residual_rms_norm_modulate_cost",
+    "guided_step",
+    "guided_step_",
+    "guided_step_coefficients",
+    "guided_step_cost",
+    "qk_norm_rope",
+    "qk_norm_rope_",
+    "qk_norm_rope_cost",
     "rms_norm_modulate",
     "rms_norm_modulate_cost",
     "swiglu",

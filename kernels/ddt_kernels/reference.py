@@ -9,6 +9,8 @@ The backward functions are the closed forms the fused backward kernels compute, 
 per result.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -138,6 +140,108 @@ def gated_residual_layer_norm_modulate_backward(
     return grad_stream.to(x.dtype), grad_branch, grad_gate, _reduce_to(grad, scale), _reduce_to(grad * normed, scale)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the adjacent pairs of x (B, N, H, D) by the angles of cos and sin (N, D / 2), in fp32."""
+    even, odd = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6) -> Tensor:
+    """rotate(rms_norm(x, weight)), x (B, N, H, D)."""
+    return rotate(rms_norm(x, weight, eps), cos, sin)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """norm_rope of q and of k, packed again with v."""
+    q, k, v = qkv.unbind(2)
+    return torch.stack([norm_rope(q, q_weight, cos, sin, eps), norm_rope(k, k_weight, cos, sin, eps), v], dim=2)
+
+
+def _norm_rope_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    normed, rstd = _normalize(x, eps, centre=False)
+    grad = rotate(_wide(grad_y), cos, -sin)
+    grad_x = _norm_backward(grad * _wide(weight), normed, rstd, centre=False)
+    return grad_x.to(x.dtype), (grad * normed).sum((0, 1, 2)).to(weight.dtype)
+
+
+def qk_norm_rope_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qk_norm_rope in qkv, q_weight and k_weight."""
+    (q, k, _), (grad_q, grad_k, grad_v) = qkv.unbind(2), grad_out.unbind(2)
+    grad_q, grad_q_weight = _norm_rope_backward(grad_q, q, q_weight, cos, sin, eps)
+    grad_k, grad_k_weight = _norm_rope_backward(grad_k, k, k_weight, cos, sin, eps)
+    return torch.stack([grad_q, grad_k, grad_v], dim=2), grad_q_weight, grad_k_weight
+
+
+def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:
+    """(B, N, C·p·p), features in (channel, row, column) order, to (B, C, height, width), fp32."""
+    rows, columns, p = height // patch_size, width // patch_size, patch_size
+    patches = _wide(tokens).unflatten(2, (-1, p, p)).unflatten(1, (rows, columns))
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _combine(coefficients: Tensor, values: Sequence[Tensor]) -> Tensor:
+    """Σ coefficients[k] · values[k]; a value whose coefficient is 0 may be anything."""
+    terms = [torch.where(c == 0, 0.0, c * v) for c, v in zip(coefficients.unbind(), values, strict=False)]
+    return torch.stack(terms).sum(0)
+
+
+def guided_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None = None,
+    velocity_history: Tensor | None = None,
+    difference_history: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    patch_size: int,
+) -> Tensor:
+    """A sampling step from the final layer's tokens to the next x; updates the histories in place."""
+    height, width = x.shape[2:]
+    row = coefficients if step is None else coefficients.index_select(0, step.reshape(1)).squeeze(0)
+    velocity = unpatchify(v_cond, height, width, patch_size)
+    differences = [] if difference_history is None else list(difference_history.unbind())
+    if v_uncond is not None:
+        differences = [velocity - unpatchify(v_uncond, height, width, patch_size), *differences[:-1]]
+    if differences:
+        velocity = velocity + _combine(row[2:4], differences)
+    velocities = [velocity, *([] if velocity_history is None else velocity_history.unbind())]
+    after = row[0] * x + _combine(row[4:8], velocities)
+    if noise is not None:
+        after = after + _combine(row[1:2], [noise])
+    if difference_history is not None:
+        difference_history.copy_(torch.stack(differences))
+    if velocity_history is not None:
+        velocity_history.copy_(torch.stack(velocities[:-1]))
+    return after
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale · q·kᵀ)·v of (B, N, H, D) heads, by whichever implementation PyTorch picks."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """ln Σ exp(scale · q·kᵀ) of every query, (B, H, N), with fp32 arithmetic."""
+    scores = torch.einsum("bnhd,bmhd->bhnm", _wide(q), _wide(k))
+    return torch.logsumexp(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
+
+
 def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     """silu(x · w1ᵀ) · (x · w3ᵀ)."""
     return F.silu(F.linear(x, w1)) * F.linear(x, w3)
@@ -153,15 +257,3 @@ def swiglu_backward(
     grad_gate_up = torch.cat([grad_gate, grad * gate * sigmoid], -1).to(x.dtype)
     grad_w1, grad_w3 = (grad_gate_up.flatten(0, -2).mT @ x.flatten(0, -2)).chunk(2)
     return grad_gate_up @ torch.cat([w1, w3]), grad_w1, grad_w3
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale · q·kᵀ)·v of (B, N, H, D) heads, by whichever implementation PyTorch picks."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """ln Σ exp(scale · q·kᵀ) of every query, (B, H, N), with fp32 arithmetic."""
-    scores = torch.einsum("bnhd,bmhd->bhnm", _wide(q), _wide(k))
-    return torch.logsumexp(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)

@@ -1,0 +1,391 @@
+# mypy: allow-untyped-defs, allow-untyped-decorators
+"""One sampling step after the network: unpatchify, guidance and a linear solver's update, in one pass.
+
+    d  = v_cond - v_uncond                            unpatchified, where the unconditional branch was evaluated
+    v  = v_cond + Σ_k c_d[k] · d_k                    d_k the k-th newest guidance difference
+    x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise     v_0 = v, v_k the velocity of k steps ago
+
+Every solver and every guidance of a sampling plan is a row of eight coefficients (c_x, c_n, c_d[0..1], c_v[0..3]), and
+what a step remembers is two small tensors, newest first, which the op shifts itself: its elements are read for the sum
+anyway. So nothing on the host depends on the step: with a table of rows and a step counter on the device, one launch
+with fixed arguments serves every step of its kind, inside a CUDA graph too.
+
+Why it looks like this. The tensors are small (16 KB of x per sample at 256 px); what counts is one launch instead of
+about ten. Lanes run along the image, so x, noise and histories move in 16-byte accesses; the tokens, which the GEMM
+before has just left in the L2 cache, are gathered. Sizes are constexprs: a sampler has one, and the index arithmetic is
+shifts. A step outside the table reads no coefficients and yields NaN: checking it would need the host to wait.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddt_kernels import reference
+from ddt_kernels.checks import DEVICES, FLOATS, check_unit_stride, fail
+from ddt_kernels.compilation import AotCase
+from ddt_kernels.cost import Cost
+from ddt_kernels.runtime import cdiv, launch, tl, triton
+
+MAX_VELOCITIES, MAX_DIFFERENCES = 4, 2  # that a row has coefficients for, the newest included
+ROW = 2 + MAX_DIFFERENCES + MAX_VELOCITIES
+_BLOCK = 512
+
+
+@triton.jit
+def _coefficient(row_ptr, index: tl.constexpr, known):
+    return tl.load(row_ptr + index, mask=known, other=float("nan"))
+
+
+@triton.jit
+def _term(coefficient, value):
+    return tl.where(coefficient == 0, 0.0, coefficient * value)
+
+
+@triton.jit
+def _load_tokens(ptr, b, stride_b, n, stride_n, feature, mask):
+    return tl.load(ptr + (b * stride_b + n * stride_n + feature), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def guided_step_kernel(
+    x_ptr,  # (B, C, HEIGHT, WIDTH) fp32 contiguous, as are noise, out and every entry of a history
+    cond_ptr,  # (B, N, C·P·P), last dimension contiguous
+    uncond_ptr,  # the same or None
+    coefficients_ptr,  # (steps, 8) fp32 contiguous
+    step_ptr,  # one integer, or None: the first row
+    velocity_ptr,  # (VELOCITIES, ...), updated
+    difference_ptr,  # (DIFFERENCES, ...), updated where uncond is given
+    noise_ptr,  # or None
+    out_ptr,  # may be x
+    steps,
+    blocks,  # programs per sample
+    entry,  # B · C · HEIGHT · WIDTH: elements of a history's entry
+    cond_sb,
+    cond_sn,
+    uncond_sb,
+    uncond_sn,
+    C: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    VELOCITIES: tl.constexpr,
+    DIFFERENCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    b = (pid // blocks).to(tl.int64)
+    i = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+    mask = i < C * HEIGHT * WIDTH
+    offset = b * (C * HEIGHT * WIDTH) + i
+    w, h, c = i % WIDTH, i // WIDTH % HEIGHT, i // (WIDTH * HEIGHT)
+    n = (h // P * (WIDTH // P) + w // P).to(tl.int64)
+    feature = (c * P + h % P) * P + w % P
+
+    step, known = tl.zeros([], tl.int64), True
+    if step_ptr is not None:
+        step = tl.load(step_ptr).to(tl.int64)
+        known = (step >= 0) & (step < steps)
+    row_ptr = coefficients_ptr + step * 8
+
+    velocity = _load_tokens(cond_ptr, b, cond_sb, n, cond_sn, feature, mask)
+    correction = tl.zeros([BLOCK], tl.float32)
+    if uncond_ptr is not None:
+        difference = velocity - _load_tokens(uncond_ptr, b, uncond_sb, n, uncond_sn, feature, mask)
+        correction += _term(_coefficient(row_ptr, 2, known), difference)
+        if DIFFERENCES == 2:
+            previous = tl.load(difference_ptr + offset, mask=mask)
+            correction += _term(_coefficient(row_ptr, 3, known), previous)
+            tl.store(difference_ptr + (entry + offset), previous, mask=mask)
+        if DIFFERENCES > 0:
+            tl.store(difference_ptr + offset, difference, mask=mask)
+    else:
+        for k in tl.static_range(DIFFERENCES):
+            difference = tl.load(difference_ptr + (k * entry + offset), mask=mask)
+            correction += _term(_coefficient(row_ptr, 2 + k, known), difference)
+    velocity += correction
+
+    total = _term(_coefficient(row_ptr, 4, known), velocity)
+    newer = velocity
+    for k in tl.static_range(VELOCITIES):
+        older = tl.load(velocity_ptr + (k * entry + offset), mask=mask)
+        total += _term(_coefficient(row_ptr, 5 + k, known), older)
+        tl.store(velocity_ptr + (k * entry + offset), newer, mask=mask)
+        newer = older
+    total += _coefficient(row_ptr, 0, known) * tl.load(x_ptr + offset, mask=mask)
+    if noise_ptr is not None:
+        total += _term(_coefficient(row_ptr, 1, known), tl.load(noise_ptr + offset, mask=mask))
+    tl.store(out_ptr + offset, total, mask=mask)
+
+
+def launch_guided_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None,
+    velocity_history: Tensor | None,
+    difference_history: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor,
+    patch_size: int,
+) -> None:
+    """Runs the kernel, writing x' to `out`, which may be x."""
+    B, C, height, width = x.shape
+    blocks = cdiv(C * height * width, _BLOCK)
+    uncond_strides = (0, 0) if v_uncond is None else (v_uncond.stride(0), v_uncond.stride(1))
+    launch(
+        guided_step_kernel,
+        (B * blocks,),
+        x.device,
+        *(x, v_cond, v_uncond, coefficients, step, velocity_history, difference_history, noise, out),
+        *(coefficients.numel() // ROW, blocks, x.numel(), v_cond.stride(0), v_cond.stride(1), *uncond_strides),
+        C=C,
+        HEIGHT=height,
+        WIDTH=width,
+        P=patch_size,
+        VELOCITIES=0 if velocity_history is None else velocity_history.shape[0],
+        DIFFERENCES=0 if difference_history is None else difference_history.shape[0],
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+
+
+def aot_cases() -> list[AotCase]:
+    """XL/2 at 256 px: Euler without and with guidance, and everything at once."""
+    B, N = 4, 256
+    x = torch.empty(B, 4, 32, 32, device="meta")
+    tokens = torch.empty(2 * B, N, 16, dtype=torch.bfloat16, device="meta")
+    table, step = torch.empty(250, ROW, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    velocities, differences = (torch.empty(depth, *x.shape, device="meta") for depth in (3, 2))
+    cond, uncond = tokens.chunk(2)
+    return [
+        AotCase("bf16", lambda: launch_guided_step(x, cond, None, table, step, None, None, None, x, 2)),
+        AotCase("bf16 guided", lambda: launch_guided_step(x, cond, uncond, table, step, None, None, None, x, 2)),
+        AotCase(
+            "fp32 guided, 4 velocities, 2 differences, noise",
+            lambda: launch_guided_step(x, cond.float(), uncond.float(), table, step, velocities, differences, x, x, 2),
+        ),
+    ]
+
+
+def guided_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None = None,
+    velocity_history: Tensor | None = None,
+    difference_history: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    patch_size: int,
+) -> Tensor:
+    """x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise, where v_0 = v_cond + Σ_k c_d[k] · d_k and d_0 = v_cond - v_uncond.
+
+    A coefficient of 0 means that its tensor counts for nothing, whatever it holds: histories may start uninitialised.
+
+    Args:
+        x: (B, C, H, W) fp32, contiguous.
+        v_cond: (B, H/p · W/p, C·p·p), the final layer's tokens, features in (channel, row, column) order; bf16, fp16 or
+            fp32; of any strides but for the last dimension.
+        v_uncond: as v_cond, if the unconditional branch was evaluated in this step; else None.
+        coefficients: (8,) fp32 without `step`, (steps, 8) with it, contiguous; rows as guided_step_coefficients makes
+            them.
+        step: int32 or int64, shape () or (1,), on x's device: the row to take. Never read by the host; outside the
+            table every result is NaN on a GPU and an IndexError on a CPU.
+        patch_size: p, which divides H and W.
+        velocity_history: (1 to 3, B, C, H, W) fp32, contiguous: the velocities before this step's, newest first.
+            Updated: this step's comes in front, the oldest leaves. None: only c_v[0] counts.
+        difference_history: (1 or 2, B, C, H, W) fp32, contiguous: the guidance differences, newest first. Updated if
+            v_uncond is given: this step's comes in front, the oldest leaves, then its entries are d_0, d_1. If it is
+            None, d_0 is this step's difference, or nothing without v_uncond.
+        noise: (B, C, H, W) fp32, contiguous, or None.
+
+    Returns: x', a new tensor. Not differentiable.
+
+    Raises: ValueError on any other shape, dtype, device mix or stride, and where autograd would have to record it.
+    Source: classifier-free guidance, arXiv 2207.12598; linear multistep and Euler-Maruyama steps are linear in these.
+    """
+    state = (velocity_history, difference_history, noise)
+    _check("guided_step", x, v_cond, v_uncond, coefficients, step, *state, patch_size)
+    out = x.new_empty(x.shape)
+    _operator(x, v_cond, v_uncond, coefficients, step, *state, out, patch_size)
+    return out
+
+
+def guided_step_(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None = None,
+    velocity_history: Tensor | None = None,
+    difference_history: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    patch_size: int,
+) -> Tensor:
+    """guided_step in place: x becomes x' and is returned. For samplers with static buffers, such as CUDA graphs."""
+    state = (velocity_history, difference_history, noise)
+    _check("guided_step_", x, v_cond, v_uncond, coefficients, step, *state, patch_size)
+    _operator(x, v_cond, v_uncond, coefficients, step, *state, x, patch_size)
+    return x
+
+
+def guided_step_coefficients(
+    velocity_coefficients: Sequence[float],
+    difference_coefficients: Sequence[float] = (),
+    x_coefficient: float = 1.0,
+    noise_coefficient: float = 0.0,
+) -> tuple[float, ...]:
+    """A step's row for guided_step, (c_x, c_n, c_d[0..1], c_v[0..3]).
+
+    Args:
+        velocity_coefficients: c_v, 1 to 4, newest first; (dt,) for Euler.
+        difference_coefficients: c_d, up to 2, newest first: (w - 1) times the weights of the guidance differences;
+            (w - 1,) for plain guidance of scale w.
+        x_coefficient, noise_coefficient: c_x and c_n.
+
+    Raises: ValueError on too many coefficients, or no velocity's.
+    """
+    c_v, c_d = tuple(velocity_coefficients), tuple(difference_coefficients)
+    op = "guided_step_coefficients"
+    if not 1 <= len(c_v) <= MAX_VELOCITIES:
+        fail(op, "velocity_coefficients", f"{len(c_v)} long", f"1 to {MAX_VELOCITIES}")
+    if len(c_d) > MAX_DIFFERENCES:
+        fail(op, "difference_coefficients", f"{len(c_d)} long", f"at most {MAX_DIFFERENCES}")
+    padding = (0.0,) * (MAX_DIFFERENCES - len(c_d)), (0.0,) * (MAX_VELOCITIES - len(c_v))
+    return (x_coefficient, noise_coefficient, *c_d, *padding[0], *c_v, *padding[1])
+
+
+def guided_step_cost(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    guided: bool = True,
+    velocities: int = 0,
+    differences: int = 0,
+    noise: bool = False,
+) -> Cost:
+    """Bytes and FLOPs of one call on tokens of `dtype`. guided: with v_uncond; velocities, differences: depths of the
+    histories given."""
+    tensors = 2 + 2 * velocities + noise  # x, x', every past velocity read and written
+    tensors += max(2 * differences - 1, 0) if guided else differences
+    terms = 1 + velocities + noise + max(differences, guided)
+    elements = batch * channels * height * width
+    bytes_moved = (4 * tensors + (1 + guided) * dtype.itemsize) * elements + 4 * ROW
+    return Cost(bytes_moved, (2 * terms + 1 + guided) * elements)
+
+
+def _check(
+    op: str,
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None,
+    velocity_history: Tensor | None,
+    difference_history: Tensor | None,
+    noise: Tensor | None,
+    patch_size: int,
+) -> None:
+    if x.ndim != 4 or x.numel() == 0:
+        fail(op, "x", f"of shape {tuple(x.shape)}", "shape (B, C, H, W), not empty")
+    if x.device.type not in DEVICES:
+        fail(op, "x", f"on {x.device}", "a CPU or CUDA tensor")
+    B, C, H, W = x.shape
+    p = patch_size
+    if p < 1 or H % p or W % p:
+        fail(op, "patch_size", p, f"a positive divisor of H {H} and W {W}")
+    if v_cond.dtype not in FLOATS:
+        fail(op, "v_cond", v_cond.dtype, "bfloat16, float16 or float32")
+    _check_tensor(op, "x", x, x, x.shape)
+    tokens = (B, (H // p) * (W // p), C * p * p)
+    for name, velocity in (("v_cond", v_cond), ("v_uncond", v_uncond)):
+        if velocity is not None:
+            _check_tensor(op, name, velocity, x, tokens, v_cond.dtype, contiguous=False)
+            check_unit_stride(op, name, velocity)
+    if step is None:
+        _check_tensor(op, "coefficients", coefficients, x, (ROW,))
+    else:
+        rows = max(coefficients.shape[0], 1) if coefficients.ndim else 1
+        _check_tensor(op, "coefficients", coefficients, x, (rows, ROW))
+        if step.dtype not in (torch.int32, torch.int64):
+            fail(op, "step", step.dtype, "torch.int32 or torch.int64")
+        _check_tensor(op, "step", step, x, () if step.ndim == 0 else (1,), step.dtype)
+    histories = (("velocity_history", velocity_history, 3), ("difference_history", difference_history, 2))
+    for name, history, depth in histories:
+        if history is not None:
+            if history.ndim != 5 or not 1 <= history.shape[0] <= depth:
+                fail(op, name, f"of shape {tuple(history.shape)}", f"{('1 to ' + str(depth), *x.shape)}")
+            _check_tensor(op, name, history, x, (history.shape[0], *x.shape))
+    if noise is not None:
+        _check_tensor(op, "noise", noise, x, x.shape)
+
+
+def _check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    contiguous: bool = True,
+) -> None:
+    if tensor.shape != tuple(shape):
+        fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(shape)}")
+    if tensor.dtype != dtype:
+        fail(op, name, tensor.dtype, dtype)
+    if tensor.device != x.device:
+        fail(op, name, f"on {tensor.device}", f"{x.device}, as x")
+    if contiguous and not tensor.is_contiguous():
+        fail(op, name, f"strided {tensor.stride()}", "a contiguous tensor")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        fail(op, name, "to be differentiated", "torch.no_grad() around: this op has no gradient")
+
+
+@torch.library.custom_op(
+    "ddt_kernels::guided_step",
+    mutates_args=("velocity_history", "difference_history", "out"),
+    device_types="cuda",
+)
+def _operator(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None,
+    velocity_history: Tensor | None,
+    difference_history: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor,
+    patch_size: int,
+) -> None:
+    """One operator for both functions: `out` is a new tensor or x itself."""
+    state = (velocity_history, difference_history, noise)
+    launch_guided_step(x, v_cond, v_uncond, coefficients, step, *state, out, patch_size)
+
+
+@_operator.register_kernel("cpu")
+def _(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None,
+    velocity_history: Tensor | None,
+    difference_history: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor,
+    patch_size: int,
+) -> None:
+    state = (velocity_history, difference_history, noise)
+    out.copy_(reference.guided_step(x, v_cond, v_uncond, coefficients, step, *state, patch_size=patch_size))
+
+
+@_operator.register_fake
+def _(*arguments: object) -> None:
+    return None

@@ -1,0 +1,187 @@
+"""What an attention layer does to q and k between its qkv GEMM and the attention itself, in one pass over a packed qkv.
+
+    qk_norm_rope    (q, k, v) → (rope(rms_norm(q)), rope(rms_norm(k)), v), a new tensor, differentiable
+    qk_norm_rope_   the same in place, for inference: v is never touched, which leaves 2/3 of the bytes
+
+Formulas, and why the kernels look as they do: `qk_norm_rope_kernels.py`; grids: `qk_norm_rope_launch.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddt_kernels import reference
+from ddt_kernels.checks import DEVICES, FLOATS, check_eps, fail
+from ddt_kernels.cost import Cost
+from ddt_kernels.qk_norm_rope_launch import launch_backward, launch_forward
+
+MAX_HEAD_DIM = 256
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """RMS-norms q and k over each head and rotates their adjacent pairs; copies v.
+
+        u = x / sqrt(mean(x²) + eps) · weight
+        (y_2i, y_2i+1) = (u_2i cos_i - u_2i+1 sin_i, u_2i sin_i + u_2i+1 cos_i)
+
+    Args:
+        qkv: (B, N, 3, H, D), q, k and v in this order, as a qkv GEMM's output unflattened; D a multiple of 4, at most
+            256. bf16, fp16 or fp32 (fp64 on a CPU). The last three dimensions contiguous, the others of any stride.
+        q_weight, k_weight: (D,), qkv's dtype or fp32.
+        cos, sin: (N, D / 2) fp32, contiguous: one angle per token and pair. Not differentiable.
+        eps: above 0.
+
+    Returns: (B, N, 3, H, D), qkv's dtype, contiguous. Differentiable, once, in qkv, q_weight and k_weight.
+
+    Raises: ValueError on any other shape, dtype, device mix or stride, and if cos or sin requires a gradient.
+    Source: DDT's attention (arXiv 2504.05741); RMSNorm, arXiv 1910.07467; rotary embeddings, arXiv 2104.09864.
+    """
+    _check("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps)
+    return _operator(qkv, q_weight, k_weight, cos, sin, eps)
+
+
+def qk_norm_rope_(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """qk_norm_rope in place, for inference. Arguments as there; returns qkv itself.
+
+    Raises: ValueError as qk_norm_rope; also if two elements of qkv share memory, and where autograd would have to
+        record it: call it under torch.no_grad() or torch.inference_mode().
+    """
+    op = "qk_norm_rope_"
+    _check(op, qkv, q_weight, k_weight, cos, sin, eps)
+    _check_no_overlap(op, qkv)
+    if torch.is_grad_enabled():
+        for name, tensor in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
+            if tensor.requires_grad:
+                fail(op, name, "to be differentiated", "torch.no_grad() around, or qk_norm_rope")
+    _in_place_operator(qkv, q_weight, k_weight, cos, sin, eps)
+    return qkv
+
+
+def _check(op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        fail(op, "qkv", f"of shape {tuple(qkv.shape)}", "shape (B, N, 3, H, D)")
+    B, N, _, H, D = qkv.shape
+    if B < 1 or N < 1 or H < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
+        wanted = f"B, N and H at least 1, D a multiple of 4 in 4..{MAX_HEAD_DIM}"
+        fail(op, "qkv", f"of shape {tuple(qkv.shape)}", wanted)
+    if qkv.dtype not in FLOATS and not (qkv.dtype == torch.float64 and qkv.device.type == "cpu"):
+        fail(op, "qkv", f"{qkv.dtype} on {qkv.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
+    if qkv.device.type not in DEVICES:
+        fail(op, "qkv", f"on {qkv.device}", "a CPU or CUDA tensor")
+    if qkv.stride(4) != 1 or (H > 1 and qkv.stride(3) != D) or qkv.stride(2) != H * D:
+        fail(op, "qkv", f"strided {qkv.stride()}", f"its last three dimensions contiguous, strides {(H * D, D, 1)}")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight.shape != (D,):
+            fail(op, name, f"of shape {tuple(weight.shape)}", f"{(D,)}")
+        if weight.dtype not in (qkv.dtype, torch.float32):
+            fail(op, name, weight.dtype, f"{qkv.dtype} or torch.float32")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (N, D // 2):
+            fail(op, name, f"of shape {tuple(table.shape)}", f"{(N, D // 2)}, one angle per token and pair")
+        if table.dtype != torch.float32:
+            fail(op, name, table.dtype, "torch.float32")
+        if table.requires_grad:
+            fail(op, name, "to be differentiated", "a table without gradient")
+    for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin)):
+        if tensor.device != qkv.device:
+            fail(op, name, f"on {tensor.device}", f"{qkv.device}, as the first argument")
+        if not tensor.is_contiguous():
+            fail(op, name, f"strided {tensor.stride()}", "a contiguous tensor")
+    check_eps(op, eps)
+
+
+def _check_no_overlap(op: str, qkv: Tensor) -> None:
+    extent = qkv.shape[2] * qkv.shape[3] * qkv.shape[4]
+    for stride, size in sorted((qkv.stride(axis), qkv.shape[axis]) for axis in (0, 1) if qkv.shape[axis] > 1):
+        if stride < extent:
+            fail(op, "qkv", f"strided {qkv.stride()}, which overlaps itself", "memory of its own for every element")
+        extent += stride * (size - 1)
+
+
+def qk_norm_rope_cost(
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    backward: bool = False,
+    in_place: bool = False,
+) -> Cost:
+    """Bytes and FLOPs of one call (or of its backward pass); weights in `dtype` too. in_place: of qk_norm_rope_."""
+    if backward and in_place:
+        raise ValueError("qk_norm_rope_cost: in_place is True for a backward pass; wanted False, it has none")
+    tensor = batch * tokens * heads * head_dim
+    # Backward: q and k of qkv, all of both gradients. v is copied, unless in place.
+    activations = 8 if backward else 4 if in_place else 6
+    weights, tables = (4 if backward else 2) * head_dim, 4 * tokens * head_dim
+    return Cost((activations * tensor + weights) * dtype.itemsize + tables, (19 if backward else 7) * 2 * tensor)
+
+
+@torch.library.custom_op("ddt_kernels::qk_norm_rope", mutates_args=(), device_types="cuda")
+def _operator(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return launch_forward(qkv, q_weight, k_weight, cos, sin, eps, in_place=False)
+
+
+@_operator.register_kernel("cpu")
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return reference.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps)
+
+
+@_operator.register_fake
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.custom_op("ddt_kernels::qk_norm_rope_backward", mutates_args=(), device_types="cuda")
+def _backward_operator(
+    grad_out: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(grad_out, qkv, q_weight, k_weight, cos, sin, eps)
+
+
+@_backward_operator.register_kernel("cpu")
+def _(
+    grad_out: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.qk_norm_rope_backward(grad_out, qkv, q_weight, k_weight, cos, sin, eps)
+
+
+@_backward_operator.register_fake
+def _(
+    grad_out: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward_operator(grad_out, *ctx.saved_tensors, ctx.eps), None, None, None
+
+
+_operator.register_autograd(_autograd, setup_context=_setup)
+
+
+@torch.library.custom_op("ddt_kernels::qk_norm_rope_", mutates_args=("qkv",), device_types="cuda")
+def _in_place_operator(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    launch_forward(qkv, q_weight, k_weight, cos, sin, eps, in_place=True)
+
+
+@_in_place_operator.register_kernel("cpu")
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    q, k, _ = qkv.unbind(2)
+    q.copy_(reference.norm_rope(q, q_weight, cos, sin, eps))
+    k.copy_(reference.norm_rope(k, k_weight, cos, sin, eps))
+
+
+@_in_place_operator.register_fake
+def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    return None

@@ -1,0 +1,140 @@
+"""Launching qk_norm_rope's kernels: tile configurations, grids, outputs, the two-stage weight gradients."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ddt_kernels.compilation import AotCase
+from ddt_kernels.qk_norm_rope_kernels import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
+from ddt_kernels.runtime import cdiv, launch, next_power_of_2
+
+NUM_WARPS = 4
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How heads of D columns are cut into [rows, main] and [rows, tail] (qk_norm_rope_kernels.py says why).
+
+    lanes: how many a head is spread over; lane_heads: heads among a tile's rows, which are heads, then tokens.
+    """
+
+    main: int
+    tail: int
+    lanes: int
+    lane_heads: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows // self.lane_heads
+
+
+@cache
+def tile_config(heads: int, head_dim: int, element_size: int) -> TileConfig:
+    """Columns per lane: 16 bytes of MAIN, as far as every head starts aligned to that, and at least a pair of TAIL."""
+    main = 1 << (head_dim.bit_length() - 1)
+    vector = min(16 // element_size, head_dim & -head_dim)
+    lanes = main // vector
+    tail = max(next_power_of_2(head_dim - main), 2 * lanes) if head_dim > main else 0
+    rows_per_warp = max(32 // lanes, 1)
+    lane_heads = min(rows_per_warp, next_power_of_2(heads))
+    return TileConfig(main, tail, lanes, lane_heads, NUM_WARPS * rows_per_warp)
+
+
+def groups_per_program(tokens: int, heads: int, lane_heads: int) -> int:
+    """All of a token's heads, unless that makes too few programs to fill a GPU: then one group, for latency."""
+    return cdiv(heads, lane_heads) if tokens >= 4096 else 1
+
+
+def tokens_per_program(batch: int, tokens: int, tile_tokens: int) -> int:
+    """Tokens one backward program sums over: about 1024 programs until each has 16, then as many as it takes.
+
+    At 16 tokens of XL/2 the fp32 partial sums cost 0.2% of the pass's traffic.
+    """
+    wanted = next_power_of_2(cdiv(batch * tokens, 1024))
+    return max(tile_tokens, min(wanted, 16))
+
+
+def _constants(qkv: Tensor, config: TileConfig) -> dict[str, object]:
+    return {
+        "H": qkv.shape[3],
+        "D": qkv.shape[4],
+        "MAIN": config.main,
+        "TAIL": config.tail,
+        "LANES": config.lanes,
+        "LANE_HEADS": config.lane_heads,
+        "ROWS": config.rows,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def launch_forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, in_place: bool
+) -> Tensor:
+    """Runs the forward kernel into a new tensor, v copied, or in place, v untouched; returns the tensor written."""
+    B, N, _, H, D = qkv.shape
+    config = tile_config(H, D, qkv.element_size())
+    groups = groups_per_program(B * N, H, config.lane_heads)
+    token_blocks, head_blocks = cdiv(N, config.tokens), cdiv(H, groups * config.lane_heads)
+    out = qkv if in_place else qkv.new_empty(qkv.shape)
+    launch(
+        qk_norm_rope_forward_kernel,
+        (B * token_blocks * head_blocks,),
+        qkv.device,
+        *(qkv, out, q_weight, k_weight, cos, sin, N, token_blocks, head_blocks),
+        *(qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps),
+        GROUPS=groups,
+        COPY_V=not in_place,
+        **_constants(qkv, config),
+    )
+    return out
+
+
+def launch_backward(
+    grad_out: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the backward kernel; returns the gradients of qkv, q_weight and k_weight."""
+    B, N, _, H, D = qkv.shape
+    config = tile_config(H, D, qkv.element_size())
+    tokens = tokens_per_program(B, N, config.tokens)
+    splits = cdiv(N, tokens)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    sums = [qkv.new_empty((B * splits, D), dtype=torch.float32) for _ in range(2)]
+    launch(
+        qk_norm_rope_backward_kernel,
+        (B * splits,),
+        qkv.device,
+        *(grad_out.contiguous(), qkv, q_weight, k_weight, cos, sin, grad_qkv, *sums, N, splits, tokens),
+        *(qkv.stride(0), qkv.stride(1), eps),
+        GROUPS=cdiv(H, config.lane_heads),
+        **_constants(qkv, config),
+    )
+    return grad_qkv, sums[0].sum(0).to(q_weight.dtype), sums[1].sum(0).to(k_weight.dtype)
+
+
+def aot_cases() -> list[AotCase]:
+    """XL/2's heads, of many tokens and of few; in fp32; other head dims, which compile to less."""
+    cases = _cases(16, 16, 72, torch.bfloat16)
+    cases += _cases(1, 16, 72, torch.bfloat16)[:1]
+    cases += _cases(16, 16, 72, torch.float32)[::2]
+    cases += _cases(16, 16, 128, torch.bfloat16)[::2]
+    for heads, head_dim in ((12, 64), (3, 20)):
+        cases += _cases(16, heads, head_dim, torch.bfloat16)[2:]
+    return cases
+
+
+def _cases(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[AotCase]:
+    """In place, functional, backward."""
+    N = 256
+    qkv = torch.empty(batch, N, 3, heads, head_dim, dtype=dtype, device="meta")
+    weight = torch.empty(head_dim, dtype=dtype, device="meta")
+    table = torch.empty(N, head_dim // 2, device="meta")
+    arguments = (qkv, weight, weight, table, table, 1e-6)
+    label = f"B {batch} H {heads} D {head_dim} {str(dtype).removeprefix('torch.')}"
+    return [
+        AotCase(f"in place {label}", lambda: launch_forward(*arguments, in_place=True)),
+        AotCase(f"functional {label}", lambda: launch_forward(*arguments, in_place=False)),
+        AotCase(label, lambda: launch_backward(qkv, *arguments)),
+    ]

@@ -1,0 +1,237 @@
+"""guided_step as a sampler meets it: what a step computes, operators, compilation, mistakes, costs."""
+
+import pytest
+import torch
+
+import ddt_kernels
+from ddt_kernels import guided_step_coefficients, reference
+from guided_step_cases import check_against_reference, fresh, make_inputs, results
+from kernel_testing import poison_empty
+
+SHAPE = (2, 3, 4, 6)
+OPERATOR = torch.ops.ddt_kernels.guided_step.default
+VARIANTS = [
+    {"guided": False},
+    {"guided": True, "steps": None},
+    {"guided": False, "differences": 2, "velocities": 1},
+    {"guided": True, "differences": 2, "velocities": 3, "noise": True},
+]
+EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "guided", "forecast", "everything"])
+
+
+def call(function, inputs):
+    arguments = fresh(inputs)
+    return results(arguments, function(*arguments.values(), patch_size=2))
+
+
+def assert_equal(made, expected):
+    assert made.keys() == expected.keys()
+    for name, tensor in made.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@EVERY_VARIANT
+def test_opcheck(variant):
+    inputs = make_inputs(SHAPE, 2, **variant)
+    torch.library.opcheck(OPERATOR, (*inputs.values(), torch.empty(SHAPE), 2))
+
+
+@EVERY_VARIANT
+def test_on_a_cpu_the_reference_runs(variant):
+    inputs = make_inputs(SHAPE, 2, torch.bfloat16, **variant)
+    expected = call(reference.guided_step, inputs)
+    assert_equal(call(ddt_kernels.guided_step, inputs), expected)
+    assert_equal(call(ddt_kernels.guided_step_, inputs), expected)
+    x = inputs["x"].clone()
+    ddt_kernels.guided_step(*inputs.values(), patch_size=2)
+    assert torch.equal(inputs["x"], x)
+    assert ddt_kernels.guided_step_(*inputs.values(), patch_size=2) is inputs["x"]
+
+
+@EVERY_VARIANT
+@pytest.mark.parametrize("function", [ddt_kernels.guided_step, ddt_kernels.guided_step_], ids=["new", "in-place"])
+def test_compiles_without_graph_breaks(function, variant):
+    inputs = make_inputs(SHAPE, 2, **variant)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_equal(call(compiled, inputs), call(function, inputs))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_unpatchify_undoes_unfold(patch_size):
+    image = torch.randn(2, 3, 8, 12)
+    tokens = torch.nn.functional.unfold(image, patch_size, stride=patch_size).transpose(1, 2)
+    assert torch.equal(reference.unpatchify(tokens, 8, 12, patch_size), image)
+
+
+def test_a_run_with_every_kind_of_step_is_the_samplers_own_arithmetic():
+    """Guidance evaluated at every third step and forecast between, four velocities, noise: written as lists of tensors,
+    newest first, which is how a sampler is defined, and with histories that begin uninitialised."""
+    generator = torch.Generator().manual_seed(0)
+    steps, scale = 8, 2.5
+
+    def image():
+        return torch.randn(SHAPE, generator=generator)
+
+    def tokens(v):
+        return torch.nn.functional.unfold(v, 2, stride=2).mT.contiguous()
+
+    x = expected = image()
+    nan = float("nan")
+    velocity_history, difference_history = torch.full((3, *SHAPE), nan), torch.full((2, *SHAPE), nan)
+    velocities, differences = [], []
+    for i in range(steps):
+        cond, uncond, noise = image(), image(), image()
+        measured, guided = i >= 1 and i % 3 == 1, i >= 1
+        order = min(i + 1, 4)
+        c_v = torch.randn(order, generator=generator).tolist()
+        weights = [] if not guided else [1.0] if measured or i < 4 else [1.5, -0.5]
+        x_coefficient, noise_coefficient = 0.9, 0.1 if i < steps - 1 else 0.0
+        row = guided_step_coefficients(c_v, [(scale - 1) * w for w in weights], x_coefficient, noise_coefficient)
+        x = ddt_kernels.guided_step(
+            x,
+            tokens(cond),
+            tokens(uncond) if measured else None,
+            torch.tensor(row),
+            velocity_history=velocity_history,
+            difference_history=difference_history,
+            noise=noise,
+            patch_size=2,
+        )
+
+        if measured:
+            differences = [cond - uncond, *differences]
+        v = cond + (scale - 1) * sum(w * d for w, d in zip(weights, differences, strict=False))
+        velocities = [v, *velocities]
+        expected = x_coefficient * expected + sum(c * v for c, v in zip(c_v, velocities, strict=False))
+        expected = expected + noise_coefficient * noise
+        torch.testing.assert_close(x, expected)
+        torch.testing.assert_close(velocity_history[: min(i + 1, 3)], torch.stack(velocities[:3]))
+    torch.testing.assert_close(difference_history, torch.stack(differences[:2]))
+
+
+def test_coefficient_rows():
+    assert guided_step_coefficients((0.1,)) == (1, 0, 0, 0, 0.1, 0, 0, 0)
+    assert guided_step_coefficients((1, 2, 3, 4), (5, 6), 7, 8) == (7, 8, 5, 6, 1, 2, 3, 4)
+    with pytest.raises(ValueError, match="velocity_coefficients is 0 long; wanted 1 to 4"):
+        guided_step_coefficients(())
+    with pytest.raises(ValueError, match="velocity_coefficients is 5 long; wanted 1 to 4"):
+        guided_step_coefficients([1] * 5)
+    with pytest.raises(ValueError, match="difference_coefficients is 3 long; wanted at most 2"):
+        guided_step_coefficients([1], [1] * 3)
+
+
+@pytest.mark.parametrize("step", [-1, 3])
+def test_a_step_outside_the_table_is_an_index_error_on_a_cpu(step):
+    inputs = make_inputs(SHAPE, 2)
+    with pytest.raises(IndexError):
+        ddt_kernels.guided_step(*(inputs | {"step": torch.tensor(step)}).values(), patch_size=2)
+
+
+MISTAKES = [
+    ("x", lambda t: t[0], r"x is of shape \(3, 4, 6\); wanted shape \(B, C, H, W\), not empty"),
+    ("x", lambda t: t[:0], r"x is of shape \(0, 3, 4, 6\); wanted shape \(B, C, H, W\), not empty"),
+    ("x", lambda t: t.half(), r"x is torch.float16; wanted torch.float32"),
+    ("x", lambda t: t.mT.contiguous().mT, r"x is strided .*; wanted a contiguous tensor"),
+    ("x", lambda t: t[..., :5], r"patch_size is 2; wanted a positive divisor of H 4 and W 5"),
+    ("x", lambda t: t.clone().requires_grad_(), r"x is to be differentiated; wanted torch.no_grad"),
+    ("v_cond", lambda t: t[:, :5], r"v_cond is of shape \(2, 5, 12\); wanted \(2, 6, 12\)"),
+    ("v_cond", lambda t: t.double(), r"v_cond is torch.float64; wanted bfloat16, float16 or float32"),
+    ("v_cond", lambda t: t.mT.contiguous().mT, r"v_cond is strided \(72, 1, 6\); wanted a last stride of 1"),
+    ("v_cond", lambda t: t.to("meta"), r"v_cond is on meta; wanted cpu, as x"),
+    ("v_uncond", lambda t: t[:1], r"v_uncond is of shape \(1, 6, 12\); wanted \(2, 6, 12\)"),
+    ("v_uncond", lambda t: t.half(), r"v_uncond is torch.float16; wanted torch.float32"),
+    ("v_uncond", lambda t: t.clone().requires_grad_(), r"v_uncond is to be differentiated"),
+    ("coefficients", lambda t: t[0], r"coefficients is of shape \(8,\); wanted \(8, 8\)"),
+    ("coefficients", lambda t: t[:, :7], r"coefficients is of shape \(3, 7\); wanted \(3, 8\)"),
+    ("coefficients", lambda t: t[:0], r"coefficients is of shape \(0, 8\); wanted \(1, 8\)"),
+    ("coefficients", lambda t: t.double(), r"coefficients is torch.float64; wanted torch.float32"),
+    ("step", lambda t: None, r"coefficients is of shape \(3, 8\); wanted \(8,\)"),
+    ("step", lambda t: t.repeat(2), r"step is of shape \(2,\); wanted \(1,\)"),
+    ("step", lambda t: t.float(), r"step is torch.float32; wanted torch.int32 or torch.int64"),
+    ("step", lambda t: t.to("meta"), r"step is on meta; wanted cpu"),
+    (
+        "velocity_history",
+        lambda t: t[0],
+        r"velocity_history is of shape \(2, 3, 4, 6\); wanted \('1 to 3', 2, 3, 4, 6\)",
+    ),
+    ("velocity_history", lambda t: t.repeat(4, 1, 1, 1, 1), r"velocity_history is of shape \(4, 2, 3, 4, 6\)"),
+    (
+        "velocity_history",
+        lambda t: t[..., :3],
+        r"velocity_history is of shape \(1, 2, 3, 4, 3\); wanted \(1, 2, 3, 4, 6\)",
+    ),
+    ("velocity_history", lambda t: t.half(), r"velocity_history is torch.float16; wanted torch.float32"),
+    ("difference_history", lambda t: t.repeat(3, 1, 1, 1, 1), r"wanted \('1 to 2', 2, 3, 4, 6\)"),
+    ("difference_history", lambda t: t.mT.contiguous().mT, r"difference_history is strided .*; wanted a contiguous"),
+    ("noise", lambda t: t[:1], r"noise is of shape \(1, 3, 4, 6\); wanted \(2, 3, 4, 6\)"),
+    ("noise", lambda t: t.bfloat16(), r"noise is torch.bfloat16; wanted torch.float32"),
+]
+
+
+@pytest.mark.parametrize("op", ["guided_step", "guided_step_"])
+@pytest.mark.parametrize(("name", "change", "message"), MISTAKES)
+def test_mistakes_are_value_errors(op, name, change, message):
+    inputs = fresh(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
+    inputs[name] = change(inputs[name])
+    with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+        getattr(ddt_kernels, op)(*inputs.values(), patch_size=2)
+
+
+@pytest.mark.parametrize("patch_size", [0, -2, 3])
+def test_patch_size_must_divide(patch_size):
+    with pytest.raises(ValueError, match=f"patch_size is {patch_size}; wanted a positive divisor of H 4 and W 6"):
+        ddt_kernels.guided_step(*make_inputs(SHAPE, 2).values(), patch_size=patch_size)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("differences", [0, 1, 2])
+@pytest.mark.parametrize("velocities", [0, 3])
+@pytest.mark.parametrize("noise", [False, True])
+def test_cost_is_what_the_operator_reads_and_writes(guided, differences, velocities, noise):
+    kind = {"guided": guided, "velocities": velocities, "differences": differences, "noise": noise}
+    inputs = make_inputs(SHAPE, 2, torch.bfloat16, steps=None, **kind)
+    read = [tensor for tensor in inputs.values() if tensor is not None]
+    written = [inputs["x"], *([inputs["velocity_history"]] if velocities else [])]
+    if differences and guided:  # its oldest entry is written, never read
+        read.append(inputs["difference_history"][1:])
+    cost = ddt_kernels.guided_step_cost(*SHAPE, torch.bfloat16, **kind)
+    assert cost.bytes_moved == sum(t.numel() * t.element_size() for t in read + written)
+    assert 3 * inputs["x"].numel() <= cost.flops <= 20 * inputs["x"].numel()
+
+
+@pytest.mark.gpu
+@EVERY_VARIANT
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("shape", "patch_size"), [((5, 4, 32, 32), 2), ((1, 1, 3, 5), 1), ((2, 3, 24, 20), 4)])
+def test_on_a_gpu(shape, patch_size, dtype, variant, monkeypatch):
+    poison_empty(monkeypatch)
+    inputs = make_inputs(shape, patch_size, dtype, device="cuda", **variant)
+    for function in (ddt_kernels.guided_step, ddt_kernels.guided_step_):
+        arguments = fresh(inputs)
+        made = results(arguments, function(*arguments.values(), patch_size=patch_size))
+        check_against_reference(inputs, patch_size, made)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_walks_the_table_without_the_host():
+    inputs = make_inputs((4, 4, 32, 32), 2, torch.bfloat16, velocities=3, differences=2, steps=5, device="cuda")
+    inputs["coefficients"] /= 4
+    inputs["step"].zero_()
+    static, eager = fresh(inputs), fresh(inputs)
+
+    def run(arguments):
+        ddt_kernels.guided_step_(*arguments.values(), patch_size=2)
+        arguments["step"] += 1
+
+    run(fresh(inputs))  # compiles, which cannot be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(static)
+    for name in ("x", "step", "velocity_history", "difference_history"):
+        static[name].copy_(inputs[name])
+    for _ in range(5):
+        graph.replay()
+        run(eager)
+    torch.cuda.synchronize()
+    assert_equal(results(static, static["x"]), results(eager, eager["x"]))
