@@ -15,7 +15,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.files import atomic_file, atomic_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import seeded_noise
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling.engine import Progress, sample
 
 
@@ -39,7 +39,7 @@ class Job:
 
 
 def generate(
-    model: DDT, job: Job, decode: Callable[[Tensor], Tensor] | None = None, progress: Progress | None = None
+    model: DDT | FusedDDT, job: Job, decode: Callable[[Tensor], Tensor] | None = None, progress: Progress | None = None
 ) -> Iterator[NDArray[np.uint8]]:
     """Yield the job's images batch by batch, (up to batch_size, H, W, 3) uint8, in order.
 

@@ -45,6 +45,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def patchify(x: Tensor, config: DDTConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), a token's features in (channel, row,
+    column) order, and their `rotary_tables`; ValueError for any other shape."""
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}; wanted (B, {config.in_channels}, height, width)")
+    config.num_tokens(*x.shape[2:])
+    p = config.patch_size
+    tokens = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)
+    return tokens, *rotary_tables(config.head_dim, x.shape[2] // p, x.shape[3] // p, device=x.device)
+
+
+def unpatchify(tokens: Tensor, like: Tensor, config: DDTConfig) -> Tensor:
+    """The inverse: (B, N, in_channels * p * p) → an image of the size of `like`."""
+    p = config.patch_size
+    return F.fold(tokens.transpose(1, 2), like.shape[2:], kernel_size=p, stride=p)
+
+
+def check_state(state: Tensor, x: Tensor, config: DDTConfig) -> None:
+    """ValueError unless `state` is (B, N, C) for x."""
+    expected = (x.shape[0], config.num_tokens(*x.shape[2:]), config.hidden_size)
+    if state.shape != expected:
+        raise ValueError(f"state has shape {tuple(state.shape)}; wanted {expected} for x {tuple(x.shape)}")
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + 1e-6), computed in float32 and cast back, times weight."""
 
@@ -217,14 +241,12 @@ class DDT(nn.Module):
         if state is None:
             state = self.encode(x, t, y)
         else:
-            expected = (x.shape[0], self.config.num_tokens(*x.shape[2:]), self.config.hidden_size)
-            if state.shape != expected:
-                raise ValueError(f"state has shape {tuple(state.shape)}; wanted {expected} for x {tuple(x.shape)}")
+            check_state(state, x, self.config)
         return self.decode(x, self.decoder_modulations(state)), state
 
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The condition encoder: x (B, in_channels, height, width), t (B,), y (B,) → state (B, N, C)."""
-        tokens, cos, sin = self._tokens(x)
+        tokens, cos, sin = patchify(x, self.config)
         t_embedding = self.t_embedder(t)[:, None]
         condition = F.silu(t_embedding + self.y_embedder(y)[:, None])
         s = self.s_embedder(tokens)
@@ -243,21 +265,9 @@ class DDT(nn.Module):
 
     def decode(self, x: Tensor, modulations: Iterable[Tensor]) -> Tensor:
         """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
-        tokens, cos, sin = self._tokens(x)
+        tokens, cos, sin = patchify(x, self.config)
         h = self.x_embedder(tokens)
         modulation = iter(modulations)
         for block in self.decoder_blocks:
             h = block(h, next(modulation), cos, sin)
-        tokens = self.final_layer(h, next(modulation))
-        p = self.config.patch_size
-        return F.fold(tokens.transpose(1, 2), x.shape[2:], kernel_size=p, stride=p)
-
-    def _tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Patches of x, (B, N, in_channels * p * p) with features in (channel, row, column) order, and RoPE tables."""
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels:
-            raise ValueError(f"x has shape {tuple(x.shape)}; wanted (B, {self.config.in_channels}, height, width)")
-        self.config.num_tokens(*x.shape[2:])
-        p = self.config.patch_size
-        tokens = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)
-        cos, sin = rotary_tables(self.config.head_dim, x.shape[2] // p, x.shape[3] // p, device=x.device)
-        return tokens, cos, sin
+        return unpatchify(self.final_layer(h, next(modulation)), x, self.config)

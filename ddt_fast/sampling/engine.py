@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddt_fast.config import SamplingConfig
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling.plan import BranchStep, SamplingPlan
 
 Progress = Callable[[int, Tensor], object]
@@ -17,7 +17,7 @@ Progress = Callable[[int, Tensor], object]
 
 @torch.inference_mode()
 def sample(
-    model: DDT,
+    model: DDT | FusedDDT,
     noise: Tensor,
     labels: Tensor,
     config: SamplingConfig,
@@ -79,7 +79,7 @@ def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tenso
 class _Branch:
     """The conditional or the unconditional half of a run: its labels and what it keeps between refreshes."""
 
-    def __init__(self, model: DDT, labels: Tensor, plan: SamplingPlan) -> None:
+    def __init__(self, model: DDT | FusedDDT, labels: Tensor, plan: SamplingPlan) -> None:
         self.model = model
         self.labels = labels
         self.history = plan.state_history
@@ -118,7 +118,11 @@ def _warn_eager(device: torch.device) -> None:
 
 
 def _check_inputs(
-    model: DDT, noise: Tensor, labels: Tensor, plan: SamplingPlan, generators: Sequence[torch.Generator] | None
+    model: DDT | FusedDDT,
+    noise: Tensor,
+    labels: Tensor,
+    plan: SamplingPlan,
+    generators: Sequence[torch.Generator] | None,
 ) -> None:
     channels, classes = model.config.in_channels, model.config.num_classes
     if noise.ndim != 4 or noise.shape[1] != channels:

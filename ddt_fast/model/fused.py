@@ -1,0 +1,200 @@
+"""DDT on ddt_kernels: the reference's numbers from fewer, larger operations.
+
+The parameters and names of `reference.DDT`, merged on the way in, split on the way out:
+
+- a block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
+  norm after it are one pass, also across block boundaries;
+- all modulations of the encoder are one GEMM on c, all of the decoder and the final layer one GEMM on the state.
+
+On a CPU every operation is ddt_kernels' plain PyTorch one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddt_fast.config import DDTConfig
+from ddt_fast.model.reference import (
+    DDT,
+    Attention,
+    LabelEmbedder,
+    PatchEmbed,
+    RMSNorm,
+    SwiGLU,
+    TimestepEmbedder,
+    check_state,
+    patchify,
+    unpatchify,
+)
+from ddt_kernels import (
+    attention,
+    gated_residual,
+    gated_residual_layer_norm_modulate,
+    gated_residual_rms_norm_modulate,
+    qk_norm_rope,
+    rms_norm_modulate,
+    swiglu,
+)
+
+
+class FusedBlock(nn.Module):
+    """A block's parameters, without adaLN_modulation, and its two branches."""
+
+    def __init__(self, config: DDTConfig) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size)
+        self.attn = Attention(config)
+        self.norm2 = RMSNorm(config.hidden_size)
+        self.mlp = SwiGLU(config)
+
+    def attend(self, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.attn.qkv(y).unflatten(-1, (3, self.attn.num_heads, -1))
+        qkv = qk_norm_rope(qkv, self.attn.q_norm.weight, self.attn.k_norm.weight, cos, sin)
+        q, k, v = qkv.unbind(2)
+        return self.attn.proj(attention(q, k, v).flatten(2))
+
+    def feed_forward(self, y: Tensor) -> Tensor:
+        return self.mlp.w2(swiglu(y, self.mlp.w1.weight, self.mlp.w3.weight))
+
+
+class FusedFinalLayer(nn.Module):
+    def __init__(self, config: DDTConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.in_channels * config.patch_size**2)
+
+
+class FusedDDT(nn.Module):
+    """`reference.DDT` on fused operations: same arguments, results and state_dict, up to rounding.
+
+    Args:
+        config: head_dim at most 128, the attention kernel's limit; ValueError otherwise.
+    """
+
+    def __init__(self, config: DDTConfig) -> None:
+        super().__init__()
+        if config.head_dim > 128:
+            raise ValueError(f"head dimension is {config.head_dim}; allowed for FusedDDT: up to 128")
+        self.config = config
+        c = config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.s_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(c)
+        self.y_embedder = LabelEmbedder(config.num_classes, c)
+        self.final_layer = FusedFinalLayer(config)
+        self.blocks = nn.ModuleList(FusedBlock(config) for _ in range(config.num_blocks))
+        self.encoder_modulation = nn.Linear(c, 6 * c * config.num_encoder_blocks)
+        self.decoder_modulation = nn.Linear(c, 6 * c * config.num_decoder_blocks + 2 * c)
+        self.register_state_dict_post_hook(_split_modulations)
+        self.register_load_state_dict_pre_hook(_merge_modulations)
+        self.load_state_dict(DDT(config).state_dict())
+
+    @classmethod
+    def from_reference(cls, model: DDT) -> FusedDDT:
+        """A FusedDDT with a copy of the reference's weights, in their dtype and on their device."""
+        parameter = next(model.parameters())
+        with torch.device("meta"):
+            fused = cls(model.config)
+        fused = fused.to(parameter.dtype).to_empty(device=parameter.device)
+        fused.load_state_dict(model.state_dict())
+        return fused.train(model.training)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `reference.DDT.forward`."""
+        if state is None:
+            state = self.encode(x, t, y)
+        else:
+            check_state(state, x, self.config)
+        return self.decode(x, self.decoder_modulations(state)), state
+
+    def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """As `reference.DDT.encode`."""
+        tokens, cos, sin = patchify(x, self.config)
+        t_embedding = self.t_embedder(t)[:, None]
+        modulation = self.encoder_modulation(F.silu(t_embedding + self.y_embedder(y)[:, None]))
+        blocks = self._blocks(slice(self.config.num_encoder_blocks))
+        s, branch, gate = _run(blocks, self.s_embedder(tokens), modulation.chunk(6 * len(blocks), dim=-1), cos, sin)
+        return F.silu(t_embedding + gated_residual(s, branch, gate))
+
+    def decoder_modulations(self, state: Tensor) -> list[Tensor]:
+        """All the decoder derives from the state (B, N, C), as one tensor: [(B, N, (6 blocks + 2) C)].
+
+        May be kept and passed to `decode` again and again; affine in the state.
+        """
+        return [self.decoder_modulation(state)]
+
+    def decode(self, x: Tensor, modulations: Iterable[Tensor]) -> Tensor:
+        """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
+        tokens, cos, sin = patchify(x, self.config)
+        (modulation,) = modulations
+        blocks = self._blocks(slice(self.config.num_encoder_blocks, None))
+        *chunks, shift, scale = modulation.chunk(6 * len(blocks) + 2, dim=-1)
+        h, branch, gate = _run(blocks, self.x_embedder(tokens), chunks, cos, sin)
+        y = gated_residual_layer_norm_modulate(h, branch, gate, shift, scale)
+        return unpatchify(self.final_layer.linear(y), x, self.config)
+
+    def _blocks(self, part: slice) -> list[FusedBlock]:
+        return cast(list[FusedBlock], self.blocks[part])
+
+
+def _run(
+    blocks: Sequence[FusedBlock], x: Tensor, modulation: Sequence[Tensor], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left undone:
+    x + gate * branch belongs to whatever norm comes next."""
+    branch = gate = None
+    for i, block in enumerate(blocks):
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[6 * i : 6 * i + 6]
+        if branch is None or gate is None:
+            y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa)
+        else:
+            x, y = gated_residual_rms_norm_modulate(x, branch, gate, block.norm1.weight, shift_msa, scale_msa)
+        attended = block.attend(y, cos, sin)
+        x, y = gated_residual_rms_norm_modulate(x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp)
+        branch, gate = block.feed_forward(y), gate_mlp
+    assert branch is not None
+    assert gate is not None
+    return x, branch, gate
+
+
+def _released_names(config: DDTConfig) -> dict[str, list[tuple[str, int]]]:
+    """Merged layer → the released layers it holds, in order, with their rows."""
+    c = config.hidden_size
+    block = [(f"blocks.{i}.adaLN_modulation.0", 6 * c) for i in range(config.num_blocks)]
+    split = config.num_encoder_blocks
+    return {
+        "encoder_modulation": block[:split],
+        "decoder_modulation": [*block[split:], ("final_layer.adaLN_modulation.0", 2 * c)],
+    }
+
+
+def _split_modulations(model: FusedDDT, state_dict: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for merged, layers in _released_names(model.config).items():
+        for kind in ("weight", "bias"):
+            parts = state_dict.pop(f"{prefix}{merged}.{kind}").split([rows for _, rows in layers])
+            for (name, _), part in zip(layers, parts, strict=True):
+                state_dict[f"{prefix}{name}.{kind}"] = part
+
+
+def _merge_modulations(
+    model: FusedDDT,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    for merged, layers in _released_names(model.config).items():
+        for kind, current in model.get_submodule(merged).named_parameters():
+            names = [f"{prefix}{name}.{kind}" for name, _ in layers]
+            # What is missing is reported under its released name; the merged tensor keeps those rows.
+            missing += [name for name in names if name not in state_dict]
+            parts = current.split([rows for _, rows in layers])
+            parts = [state_dict.pop(name, part) for name, part in zip(names, parts, strict=True)]
+            state_dict[f"{prefix}{merged}.{kind}"] = torch.cat(parts)

@@ -1,0 +1,142 @@
+"""FusedDDT against the reference and the original's numbers: same weights, same names, same results, same gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import golden_data as golden
+from ddt_fast.config import DDTConfig
+from ddt_fast.model.fused import FusedDDT
+from ddt_fast.model.reference import DDT
+from ddt_fast.sampling import sample
+from golden_data import relative_error
+
+
+def fused(name: str) -> FusedDDT:
+    return FusedDDT.from_reference(golden.model(name))
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_forward_matches_the_original(name):
+    model, io = fused(name), golden.tensors(name)
+    with torch.no_grad():
+        velocity, state = model(io["x"], io["t"], io["y"])
+        reused, _ = model(io["x"], io["t_reuse"], io["y"], state)
+    assert relative_error(velocity, io["velocity"]) < 1e-5
+    assert relative_error(state, io["encoder_state"]) < 1e-5
+    assert relative_error(reused, io["velocity_reuse"]) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "run"), golden.sampling_runs())
+def test_samples_match_the_original(name, run):
+    io = golden.tensors(name)
+    result = sample(fused(name), io["xT"], io["y"], golden.sampling_config(name, run))
+    assert relative_error(result, io[f"sample.{run}"]) < 1e-4
+
+
+def gradients(model, io) -> dict[str, torch.Tensor]:
+    """By released name: the gradients of a merged parameter are split as its weights are."""
+    t = io["t"].view(-1, 1, 1, 1)
+    velocity, _ = model(t * io["data"] + (1 - t) * io["noise"], io["t"], io["y"])
+    torch.nn.functional.mse_loss(velocity, io["data"] - io["noise"]).backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_every_gradient_matches_the_reference(name):
+    io = golden.tensors(name)
+    expected, actual = gradients(golden.model(name), io), gradients(fused(name), io)
+    assert expected.keys() == actual.keys()
+    for parameter in expected:
+        assert relative_error(actual[parameter], expected[parameter]) < 1e-4, parameter
+
+
+def test_state_dict_is_the_released_one_both_ways():
+    reference = golden.model("tiny_h48_d24")
+    model = FusedDDT.from_reference(reference)
+    saved = model.state_dict()
+    assert saved.keys() == reference.state_dict().keys()
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+    again = FusedDDT(reference.config)
+    again.load_state_dict(saved)
+    assert torch.equal(again.decoder_modulation.weight, model.decoder_modulation.weight)
+    back = DDT(reference.config)
+    back.load_state_dict(saved)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
+
+
+def test_missing_names_are_reported_as_released():
+    state = golden.model("tiny_h48_d24").state_dict()
+    del state["blocks.1.adaLN_modulation.0.bias"]
+    model = FusedDDT(golden.model_config("tiny_h48_d24"))
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "blocks\.1\.adaLN_modulation\.0\.bias"\. $'
+    ):
+        model.load_state_dict(state)
+
+
+def test_from_reference_keeps_dtype_and_mode_and_copies():
+    reference = golden.model("tiny_h48_d24").to(torch.bfloat16).train()
+    model = FusedDDT.from_reference(reference)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    assert model.training
+    with torch.no_grad():
+        model.x_embedder.proj.weight.zero_()
+    assert reference.x_embedder.proj.weight.abs().sum() > 0
+
+
+def test_all_decoder_modulations_are_one_tensor():
+    model, io = fused("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
+    (modulation,) = model.decoder_modulations(model.encode(io["x"], io["t"], io["y"]))
+    assert modulation.shape == (3, 16, (6 * 2 + 2) * 48)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8, 12, 20]),
+    patch=st.sampled_from([1, 2]),
+    channels=st.integers(1, 3),
+    encoder=st.integers(1, 3),
+    decoder=st.integers(1, 2),
+    height=st.integers(1, 3),
+    width=st.integers(1, 3),
+    batch=st.integers(1, 2),
+)
+def test_random_configurations_agree_with_the_reference(
+    heads, head_dim, patch, channels, encoder, decoder, height, width, batch
+):
+    torch.manual_seed(0)
+    config = DDTConfig(channels, patch, heads * head_dim, heads, encoder + decoder, encoder, 5)
+    reference = DDT(config)
+    with torch.no_grad():
+        for parameter in reference.final_layer.parameters():
+            parameter.normal_(std=0.1)
+    model = FusedDDT.from_reference(reference)
+    x, t = torch.randn(batch, channels, height * patch, width * patch), torch.rand(batch)
+    y = torch.randint(0, 6, (batch,))
+    for actual, expected in zip(model(x, t, y), reference(x, t, y), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_too_wide_heads_are_refused():
+    with pytest.raises(ValueError, match="head dimension is 132; allowed for FusedDDT: up to 128"):
+        FusedDDT(DDTConfig(4, 2, 132, 1, 2, 1, 10))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_matches_the_reference(dtype):
+    io = {name: tensor.cuda() for name, tensor in golden.tensors("tiny_h72_d72_rect").items()}
+    reference = golden.model("tiny_h72_d72_rect").cuda().to(dtype)
+    model = FusedDDT.from_reference(reference)
+    with torch.no_grad():
+        velocity, state = model(io["x"].to(dtype), io["t"], io["y"])
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
+    assert relative_error(velocity.float(), io["velocity"]) < tolerance
+    assert relative_error(state.float(), io["encoder_state"]) < tolerance
