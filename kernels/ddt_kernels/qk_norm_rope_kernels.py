@@ -19,13 +19,14 @@ of its elements the neighbour; a token needs tables and weights worth as many by
  - Tiles are loaded as [ROWS, MAIN] and taken apart, which moves nothing, into even and odd [ROWS, LANES, columns]: so
    the sum over D is first each lane's own, over main and tail, then three shuffles for 8 lanes. With the lanes spelled
    out the compiler has no better idea; given sums over [ROWS, MAIN] and [ROWS, TAIL] to add, it sent the main tile
-   through shared memory. (Loads must not have a third dimension: triton 3.6 and 3.8 spread lanes in different orders.)
+   through shared memory. (Loads have no third dimension: triton 3.6 and 3.8 would spread lanes in different orders.)
  - Rows are LANE_HEADS heads, then tokens: the lanes of a warp cover LANE_HEADS heads of a token or, if it has fewer,
    several tokens. A program walks GROUPS such groups of heads, q and k together, with the tables and weights in
    registers, loaded once, each lane its own. In flight is a group's q and k per warp, at 64 registers.
  - q and k are both loaded before either is stored: the compiler may not move a load across a store.
- - A backward program walks a run of tokens. A lane sums its own columns of du·n in registers; lanes and warps meet
-   once, at the end. One fp32 partial sum per program and column, added in a fixed order: deterministic.
+ - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient. A lane sums
+   its own columns of du·n in registers; lanes and warps meet once, at the end. One fp32 partial sum per program and
+   column, added in a fixed order: deterministic.
 
 Tile suffixes: R rows, M main, T tail; 0 and 1 the even and odd members of pairs. Those of M are [R, LANES, columns].
 """
@@ -45,8 +46,11 @@ def _store(ptr, offset, value, mask):
 
 @triton.jit
 def _columns(FIRST: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns [1, COUNT], VECTOR adjacent ones to a lane."""
-    return FIRST + tl.max_contiguous(tl.arange(0, COUNT)[None, :], [1, VECTOR])
+    """Columns [1, COUNT], VECTOR adjacent ones to a lane: accesses are as wide as alignment is known, no wider.
+
+    Not max_contiguous, which does the same: triton 3.6 lays lanes along the longest contiguous axis, and 1 is a tie.
+    """
+    return tl.multiple_of(FIRST + tl.arange(0, COUNT)[None, :], [1, VECTOR])
 
 
 @triton.jit
@@ -241,10 +245,9 @@ def qk_norm_rope_backward_kernel(
     cos_ptr,
     sin_ptr,
     grad_qkv_ptr,
-    sum_q_weight_ptr,  # out, fp32 (programs, D): each program's share of the weights' gradients
-    sum_k_weight_ptr,
+    sum_weight_ptr,  # out, fp32 (B · splits, 2, D): each run of tokens' share of the weights' gradients
     N,
-    splits,  # programs per sample
+    splits,  # runs of tokens per sample
     tokens_per_program,
     qkv_sb,
     qkv_sn,
@@ -259,15 +262,17 @@ def qk_norm_rope_backward_kernel(
     ROWS: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    b = (pid // splits).to(tl.int64)
-    first = (pid % splits) * tokens_per_program
+    part = pid % 2  # q or k
+    b = (pid // 2 // splits).to(tl.int64)
+    first = (pid // 2 % splits) * tokens_per_program
     last = tl.minimum(first + tokens_per_program, N)
     row_R = tl.arange(0, ROWS)[:, None]
     zero_R, always_R = tl.zeros([ROWS, 1], tl.int32), row_R >= 0
-    qw0_M, qw1_M, qw0_T, qw1_T = _load_pairs(q_weight_ptr, zero_R, always_R, D, MAIN, TAIL, LANES)
-    kw0_M, kw1_M, kw0_T, kw1_T = _load_pairs(k_weight_ptr, zero_R, always_R, D, MAIN, TAIL, LANES)
-    qs0_M, qs1_M, ks0_M, ks1_M = qw0_M * 0, qw1_M * 0, kw0_M * 0, kw1_M * 0
-    qs0_T, qs1_T, ks0_T, ks1_T = qw0_T * 0, qw1_T * 0, kw0_T * 0, kw1_T * 0
+    if part == 0:
+        w0_M, w1_M, w0_T, w1_T = _load_pairs(q_weight_ptr, zero_R, always_R, D, MAIN, TAIL, LANES)
+    else:
+        w0_M, w1_M, w0_T, w1_T = _load_pairs(k_weight_ptr, zero_R, always_R, D, MAIN, TAIL, LANES)
+    sum0_M, sum1_M, sum0_T, sum1_T = w0_M * 0, w1_M * 0, w0_T * 0, w1_T * 0
 
     for start in range(first, last, ROWS // LANE_HEADS):
         n_R = (start + row_R // LANE_HEADS).to(tl.int64)
@@ -277,23 +282,15 @@ def qk_norm_rope_backward_kernel(
         sin_M, sin_T = _load_tables(sin_ptr, n_R * (D // 2), token_mask, D, MAIN, TAIL, LANES)
         for group in range(GROUPS):
             h_R = group * LANE_HEADS + row_R % LANE_HEADS
-            mask, q_R, k_R, v_R = token_mask & (h_R < H), h_R * D, (H + h_R) * D, (2 * H + h_R) * D
-            x0_M, x1_M, x0_T, x1_T = _load_pairs(qkv_ptr, in_R + q_R, mask, D, MAIN, TAIL, LANES)
-            dy0_M, dy1_M, dy0_T, dy1_T = _load_pairs(grad_out_ptr, out_R + q_R, mask, D, MAIN, TAIL, LANES)
-            _copy(grad_out_ptr, out_R + v_R, grad_qkv_ptr, out_R + v_R, mask, D, MAIN, TAIL, LANES)
+            mask, x_R, v_R = token_mask & (h_R < H), (part * H + h_R) * D, (2 * H + h_R) * D
+            x0_M, x1_M, x0_T, x1_T = _load_pairs(qkv_ptr, in_R + x_R, mask, D, MAIN, TAIL, LANES)
+            dy0_M, dy1_M, dy0_T, dy1_T = _load_pairs(grad_out_ptr, out_R + x_R, mask, D, MAIN, TAIL, LANES)
+            if group % 2 == part:
+                _copy(grad_out_ptr, out_R + v_R, grad_qkv_ptr, out_R + v_R, mask, D, MAIN, TAIL, LANES)
             dun0_M, dun1_M, dun0_T, dun1_T = _unrotate_unnorm_store(
-                grad_qkv_ptr, out_R + q_R, dy0_M, dy1_M, dy0_T, dy1_T, x0_M, x1_M, x0_T, x1_T,
-                qw0_M, qw1_M, qw0_T, qw1_T, cos_M, sin_M, cos_T, sin_T, eps, mask, D, MAIN, TAIL, LANES,
+                grad_qkv_ptr, out_R + x_R, dy0_M, dy1_M, dy0_T, dy1_T, x0_M, x1_M, x0_T, x1_T,
+                w0_M, w1_M, w0_T, w1_T, cos_M, sin_M, cos_T, sin_T, eps, mask, D, MAIN, TAIL, LANES,
             )  # fmt: skip
-            qs0_M, qs1_M, qs0_T, qs1_T = qs0_M + dun0_M, qs1_M + dun1_M, qs0_T + dun0_T, qs1_T + dun1_T
-            x0_M, x1_M, x0_T, x1_T = _load_pairs(qkv_ptr, in_R + k_R, mask, D, MAIN, TAIL, LANES)
-            dy0_M, dy1_M, dy0_T, dy1_T = _load_pairs(grad_out_ptr, out_R + k_R, mask, D, MAIN, TAIL, LANES)
-            dun0_M, dun1_M, dun0_T, dun1_T = _unrotate_unnorm_store(
-                grad_qkv_ptr, out_R + k_R, dy0_M, dy1_M, dy0_T, dy1_T, x0_M, x1_M, x0_T, x1_T,
-                kw0_M, kw1_M, kw0_T, kw1_T, cos_M, sin_M, cos_T, sin_T, eps, mask, D, MAIN, TAIL, LANES,
-            )  # fmt: skip
-            ks0_M, ks1_M, ks0_T, ks1_T = ks0_M + dun0_M, ks1_M + dun1_M, ks0_T + dun0_T, ks1_T + dun1_T
+            sum0_M, sum1_M, sum0_T, sum1_T = sum0_M + dun0_M, sum1_M + dun1_M, sum0_T + dun0_T, sum1_T + dun1_T
 
-    partial = pid.to(tl.int64) * D
-    _store_sums(sum_q_weight_ptr + partial, qs0_M, qs1_M, qs0_T, qs1_T, D, MAIN, TAIL)
-    _store_sums(sum_k_weight_ptr + partial, ks0_M, ks1_M, ks0_T, ks1_T, D, MAIN, TAIL)
+    _store_sums(sum_weight_ptr + pid.to(tl.int64) * D, sum0_M, sum1_M, sum0_T, sum1_T, D, MAIN, TAIL)

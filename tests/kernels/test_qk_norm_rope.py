@@ -8,6 +8,7 @@ from ddt_fast.model.reference import RMSNorm, rotary_tables, rotate
 from ddt_kernels import qk_norm_rope_launch, reference
 from kernel_testing import poison_empty, with_gradients
 from qk_norm_rope_cases import check_against_reference, make_grad, make_inputs
+from test_aot import aot, verdicts
 
 SHAPE = (2, 3, 2, 12)
 OPS = torch.ops.ddt_kernels
@@ -198,9 +199,17 @@ def test_tiles_cover_every_head(element_size):
 
 def test_backward_programs_have_enough_tokens_and_no_more():
     assert qk_norm_rope_launch.tokens_per_program(128, 256, 4) == 16
-    assert qk_norm_rope_launch.tokens_per_program(16, 256, 4) == 4
-    assert qk_norm_rope_launch.tokens_per_program(32, 256, 4) == 8
+    assert qk_norm_rope_launch.tokens_per_program(16, 256, 4) == 8
+    assert qk_norm_rope_launch.tokens_per_program(1, 256, 4) == 4
     assert qk_norm_rope_launch.tokens_per_program(1, 1, 32) == 32
+
+
+def test_the_forward_kernels_exchange_nothing():
+    result = aot("--module", "ddt_kernels.qk_norm_rope_launch", "--kernel", "qk_norm_rope_forward", "--arch", "90")
+    rows = verdicts(result)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(rows) == 5
+    assert {row[2] for row in rows.values()} == {"0"}, result.stdout  # bytes of shared memory
 
 
 @pytest.mark.gpu
