@@ -42,7 +42,7 @@ def test_impossible_models_are_refused(settings, message):
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"refresh_steps": (1, 2)}, "refresh_steps is .* the first 0"),
         ({"refresh_steps": (0, 2, 2)}, "refresh_steps"),
-        ({"refresh_steps": (0, 50)}, "below 50"),
+        ({"refresh_steps": (0, 25)}, "below 25"),
         ({"refresh_steps": (0, 2), "refresh_every": 2}, "refresh_every is 2"),
         ({"state_forecast": "cubic"}, "state_forecast"),
         ({"guidance_every": 0}, "guidance_every"),
