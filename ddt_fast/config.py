@@ -332,7 +332,7 @@ PRESETS: dict[str, Experiment] = {
             num_classes=10,
         ),
         training=TrainingConfig(
-            max_steps=1900,
+            max_steps=2800,
             batch_size=128,
             learning_rate=2e-3,
             ema_decay=0.999,
