@@ -12,14 +12,15 @@ Tiles are named with their shape, x_KRW being [K, R, W]; an op's letters are lis
 `x_sb, x_sn` its strides in elements (batch, token; the last stride is 1), `mask_…` what may be read or written.
 Row offsets are int64 (B·N·6C overflows int32), arithmetic, reductions and eps are fp32, every load and store that can
 leave its tensor is masked, unused pointers are None, one rounding per result, at the store. No atomics: sums over
-programs are fp32 partial sums added in a fixed order. The configuration is a pure function of shape and dtype.
+programs are fp32 partial sums added in a fixed order. The configuration is a pure function of shape and dtype, or
+the fastest of a few candidates, timed once (`tuning`; DDT_KERNELS_AUTOTUNE=0 never times).
 
 How an op is built
 ------------------
 1. `reference.py`: the function and, if it is differentiable, FUNCTION_backward with the closed form.
 2. Kernels (`from ddt_kernels.runtime import launch, tl, triton`, never `import triton`), with the formulas and the
    reason for the layout atop the file; a launcher that allocates with new_empty, picks a configuration and calls
-   `runtime.launch`.
+   `runtime.launch`, or, where there are several to time, `tuning.choose`.
 3. Operators: torch.library.custom_op("ddt_kernels::FUNCTION", mutates_args=(), device_types="cuda") around the
    launcher, register_kernel("cpu") around the reference (contiguous results), register_fake, register_autograd; the
    backward pass is an operator of its own. Save inputs only, where recomputing is free.

@@ -27,7 +27,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
             strides but for the last dimension's, which is 1. Fastest where all others are multiples of 16 bytes.
         scale: above 0; None: D**-0.5.
 
-    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable, once, in all three; gradients repeat bit for bit.
+    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable, once, in all three; all repeat bit for bit
+        once the shape's tile is chosen, which may differ between processes unless DDT_KERNELS_AUTOTUNE=0 (`tuning`).
 
     Raises: ValueError on any other shape, dtype, device mix, scale, or a last stride other than 1.
     Source: Attention Is All You Need, arXiv 1706.03762; computed as in FlashAttention, arXiv 2205.14135, 2307.08691.

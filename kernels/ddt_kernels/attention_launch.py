@@ -16,6 +16,7 @@ from ddt_kernels.attention_kernels import (
 )
 from ddt_kernels.compilation import ARCHITECTURES, AotCase
 from ddt_kernels.runtime import cdiv, descriptor_fits, launch, next_power_of_2, target_arch, tensor_descriptor
+from ddt_kernels.tuning import choose
 
 MAX_HEAD_DIM = 128  # a tile of queries, its accumulators and a tile of scores share one program's registers
 
@@ -50,7 +51,7 @@ def split_head(head_dim: int) -> tuple[int, int]:
 
 @cache
 def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
-    """The forward kernel's tile. half: bf16 or fp16; attention_kernels.py has the argument for sm_90's."""
+    """The forward kernel's tile where none is timed. half: bf16 or fp16; attention_kernels.py argues for sm_90's."""
     if not half:
         return FP32_QUERY_MAJOR
     if not descriptors:
@@ -60,6 +61,23 @@ def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> T
     if head_dim <= 80:
         return TileConfig(128, 64, 8, 3, max_registers=128)
     return TileConfig(128, 128, 8, 2)  # 128 registers would spill, so one program per SM: the larger tile
+
+
+@cache
+def forward_candidates(head_dim: int, half: bool, arch: int, descriptors: bool) -> tuple[TileConfig, ...]:
+    """That tile, and others to time it against; `aot_cases` compiles them all, without spills.
+
+    128x128, on one program per SM, takes half as many steps. Tiles of 64 queries waste less where there are few tokens,
+    and make twice as many programs where there are few heads. None without tensor cores, nor for the pointers of an
+    odd pitch on a chip that has descriptors; wider than 96, small tiles by pointer spill.
+    """
+    default = forward_config(head_dim, half, arch, descriptors)
+    if descriptors:
+        small = TileConfig(64, 64, 4, 3 if arch < 100 else 2)
+        return tuple(dict.fromkeys((default, TileConfig(128, 128, 8, 2), small)))
+    if half and not 90 <= arch < 120 and head_dim <= 96:
+        return default, TileConfig(64, 32, 4, 3)
+    return (default,)
 
 
 @cache
@@ -151,17 +169,22 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     B, N, H, D = q.shape
     q, k, v = _pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v)
     call = _Call.of(q, k, v)
-    config = forward_config(D, call.half, call.arch, call.descriptors)
     out, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
-    blocks = cdiv(N, config.queries)
-    launch(
-        attention_kernel,
-        (B * H * blocks,),
-        q.device,
-        *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
-        *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
-        **call.meta(q, config, config.keys),
-    )
+
+    def run(config: TileConfig) -> None:
+        blocks = cdiv(N, config.queries)
+        launch(
+            attention_kernel,
+            (B * H * blocks,),
+            q.device,
+            *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
+            *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
+            **call.meta(q, config, config.keys),
+        )
+
+    key = (next_power_of_2(B * H), next_power_of_2(N), D, q.dtype, call.descriptors, call.vector)
+    candidates = forward_candidates(D, call.half, call.arch, call.descriptors)
+    run(choose("attention", key, candidates, candidates[0], run, q.device))
     return out, lse
 
 

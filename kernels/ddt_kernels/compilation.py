@@ -1,13 +1,15 @@
 """Compiling kernels for GPUs that are not there, and reading the binaries.
 
 An op file declares what it ships with a function `aot_cases()` returning `AotCase`s. A case calls one of the file's
-own launchers on meta tensors; every kernel the launcher would have launched is compiled instead, with exactly the
-arguments, specialisations and options of the real launch, once per architecture (and per configuration, if autotuned).
+own launchers on meta tensors; every kernel the launcher might have launched is compiled instead, with exactly the
+arguments, specialisations and options of the real launch, once per architecture and candidate configuration: on meta
+tensors `tuning.choose` runs them all.
 """
 
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ ARCHITECTURES = tuple(SHARED_MEMORY_LIMIT)
 class AotCase:
     """One shipped configuration.
 
-    configuration: what tells it from the file's other cases: shape, dtype, granularity.
+    configuration: what tells it from the file's other cases: shape, dtype, granularity. Its rows add their tiles.
     run: calls a launcher on meta tensors (`device="meta"`); what it returns is ignored.
     tensor_cores: names of the kernels among those it launches that must use the chip's tensor cores.
     bulk_copies: names of those that must copy whole tiles (cp.async.bulk.tensor); checked from sm_90 on.
@@ -84,11 +86,26 @@ class _StandInDriver:
         return "meta"
 
 
-def _variants(kernel: Any, meta: dict[str, Any]) -> list[tuple[Any, dict[str, Any], str]]:
-    """(kernel, options, label) for each configuration of an autotuned kernel; the kernel itself otherwise."""
-    if not hasattr(kernel, "configs"):
-        return [(kernel, meta, "")]
-    return [(kernel.fn, meta | config.all_kwargs(), f" [{config}]") for config in kernel.configs]
+@contextmanager
+def compiling_for(arch: int) -> Iterator[None]:
+    """Inside, launchers on meta tensors see a GPU of this architecture."""
+    from triton.runtime import driver
+
+    previous = driver._active  # `driver.active` would look for a GPU to answer, and fail without one
+    driver.set_active(_StandInDriver(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(previous)
+
+
+def _tile(meta: dict[str, Any]) -> str:
+    """What tells candidates apart: block sizes (constexprs named BLOCK… or B and a letter), warps, stages."""
+    blocks = [str(value) for name, value in meta.items() if name.startswith("BLOCK") or name in ("BM", "BN")]
+    if not blocks:
+        return ""
+    stages = f", {meta['num_stages']} stages" if "num_stages" in meta else ""
+    return f" [{'x'.join(blocks)}, {meta['num_warps']} warps{stages}]"
 
 
 def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
@@ -96,32 +113,24 @@ def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
 
     A compiler error is a row with a problem, not an exception, and so is a case that launches nothing.
     """
-    from triton.runtime import driver
-
     rows: list[Compiled] = []
     launched = []
 
     def compile_instead(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
-        for function, options, label in _variants(kernel, meta):
-            name, configuration = function.__name__, case.configuration + label
-            launched.append(name)
-            if only not in name:
-                continue
-            try:
-                binary = function.warmup(*args, grid=(1,), **options)
-            except Exception as error:
-                problem = f"does not compile: {type(error).__name__}: {error}"
-                rows.append(Compiled(name, configuration, arch, 0, 0, 0, "-", False, (problem,)))
-            else:
-                rows.append(_inspect(binary, name, configuration, case, arch))
+        name, configuration = kernel.__name__, case.configuration + _tile(meta)
+        launched.append(name)
+        if only not in name:
+            return
+        try:
+            binary = kernel.warmup(*args, grid=(1,), **meta)
+        except Exception as error:
+            problem = f"does not compile: {type(error).__name__}: {error}"
+            rows.append(Compiled(name, configuration, arch, 0, 0, 0, "-", False, (problem,)))
+        else:
+            rows.append(_inspect(binary, name, configuration, case, arch))
 
-    previous = driver._active  # `driver.active` would look for a GPU to answer, and fail without one
-    driver.set_active(_StandInDriver(arch))
-    try:
-        with recording(compile_instead):
-            case.run()
-    finally:
-        driver.set_active(previous)
+    with compiling_for(arch), recording(compile_instead):
+        case.run()
     if not launched:
         rows.append(Compiled("-", case.configuration, arch, 0, 0, 0, "-", False, ("launches no kernel",)))
     return rows

@@ -16,6 +16,8 @@ import torch
 try:
     import triton
     import triton.language as tl
+
+    _compiling = not triton.knobs.runtime.interpret  # asked where kernels are defined, as triton does
 except ImportError:
 
     class _UnavailableKernel:
@@ -32,6 +34,7 @@ except ImportError:
         constexpr = staticmethod(lambda value: value)
 
     triton = tl = _UnavailableTriton()
+    _compiling = False
 
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
@@ -49,6 +52,11 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             kernel[grid](*args, **meta)
     else:
         kernel[grid](*args, **meta)
+
+
+def launches_run(device: torch.device) -> bool:
+    """Whether a launch on `device` would now run compiled code on a GPU: not recorded, interpreted, or on a CPU."""
+    return device.type == "cuda" and _recorder is None and _compiling
 
 
 @contextmanager

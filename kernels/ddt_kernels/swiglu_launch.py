@@ -17,6 +17,7 @@ from ddt_kernels.runtime import (
     tensor_descriptor,
 )
 from ddt_kernels.swiglu_kernels import swiglu_backward_kernel, swiglu_forward_kernel
+from ddt_kernels.tuning import choose
 
 GROUP = 16  # tile rows walked together: √(132 SMs · 2·BLOCK_F / BLOCK_M), which makes a wave's distinct bytes fewest
 L2_BYTES = 48  # what L2 delivers to an SM in a cycle while all of them ask
@@ -51,8 +52,9 @@ class TileConfig:
         return 2 * self.block_m * self.block_f // (32 * self.num_warps)
 
 
-# Every one compiles without spills (`python -m ddt_kernels.aot --kernel swiglu`). The widest first: it wins ties. The
-# pointer configurations fit the 99 KB a block may have on sm_86, 89 and 120, which take sm_80's.
+# The candidates of `tuning.choose`. Every one compiles without spills (`python -m ddt_kernels.aot --kernel swiglu`).
+# The widest first: it wins ties of the cost model. The pointer configurations fit the 99 KB a block may have on sm_86,
+# 89 and 120, which take sm_80's.
 HALF_BY_DESCRIPTOR = (
     TileConfig(128, 128, 64, 8, 4),
     TileConfig(128, 64, 64, 8, 3, 2),
@@ -132,36 +134,40 @@ def launch_forward(x: Tensor, w1: Tensor, w3: Tensor, keep: bool, tf32: bool) ->
     configs = by_descriptor if load_descriptors else by_pointer if aligned else unaligned
     if F * x.element_size() % 16:  # stores are element by element: where a thread has more of them, it spills
         configs = tuple(config for config in configs if config.accumulators <= 64)
-    config = forward_config(M, C, F, configs, CHIPS[arch])
 
-    def source(tensor: Tensor, block: int) -> Any:
-        return tensor_descriptor(tensor, (block, config.block_k)) if load_descriptors else tensor
+    def run(config: TileConfig) -> None:
+        def source(tensor: Tensor, block: int) -> Any:
+            return tensor_descriptor(tensor, (block, config.block_k)) if load_descriptors else tensor
 
-    def target(tensor: Tensor | None) -> Any:
-        block = (config.block_m, config.block_f)
-        return tensor_descriptor(tensor, block) if store_descriptors and tensor is not None else tensor
+        def target(tensor: Tensor | None) -> Any:
+            block = (config.block_m, config.block_f)
+            return tensor_descriptor(tensor, block) if store_descriptors and tensor is not None else tensor
 
-    tiles = cdiv(M, config.block_m) * cdiv(F, config.block_f)
-    launch(
-        swiglu_forward_kernel,
-        (min(tiles, resident_programs(x.device, CHIPS[arch], config)),),
-        x.device,
-        *(source(rows, config.block_m), source(w1, config.block_f), source(w3, config.block_f)),
-        *(target(y.view(M, F)), target(gate), target(up), M, rows.stride(0), w1.stride(0), w3.stride(0)),
-        C=C,
-        F=F,
-        BLOCK_M=config.block_m,
-        BLOCK_F=config.block_f,
-        BLOCK_K=config.block_k,
-        GROUP=GROUP,
-        LOAD_DESCRIPTORS=load_descriptors,
-        STORE_DESCRIPTORS=store_descriptors,
-        KEEP=keep,
-        PRECISION="tf32" if tf32 else "ieee",
-        FLATTEN=arch != 90 or ieee,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        tiles = cdiv(M, config.block_m) * cdiv(F, config.block_f)
+        launch(
+            swiglu_forward_kernel,
+            (min(tiles, resident_programs(x.device, CHIPS[arch], config)),),
+            x.device,
+            *(source(rows, config.block_m), source(w1, config.block_f), source(w3, config.block_f)),
+            *(target(y.view(M, F)), target(gate), target(up), M, rows.stride(0), w1.stride(0), w3.stride(0)),
+            C=C,
+            F=F,
+            BLOCK_M=config.block_m,
+            BLOCK_F=config.block_f,
+            BLOCK_K=config.block_k,
+            GROUP=GROUP,
+            LOAD_DESCRIPTORS=load_descriptors,
+            STORE_DESCRIPTORS=store_descriptors,
+            KEEP=keep,
+            PRECISION="tf32" if tf32 else "ieee",
+            FLATTEN=arch != 90 or ieee,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+
+    # Not keyed by `keep`: a checkpointed forward, which keeps nothing, and its recomputation agree on every bit.
+    key = (next_power_of_2(M), C, F, x.dtype, tf32, load_descriptors, aligned)
+    run(choose("swiglu", key, configs, forward_config(M, C, F, configs, CHIPS[arch]), run, x.device))
     return y, gate_up
 
 
@@ -193,16 +199,15 @@ def launch_backward_activation(grad_y: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration at XL/2's shape, and the digits model's widths, whose rows' pitches are odd."""
+    """Every candidate at XL/2's shape, and the digits model's widths, whose rows' pitches are odd."""
     half, full = torch.bfloat16, torch.float32
     cases = [
-        *(_forward_case(rows, 1152, 3072, half, keep) for rows in (16384, 256, 128) for keep in (False, True)),
-        *(_forward_case(rows, 1152, 3072, half, keep) for rows, keep in ((1, False), (64, True))),
+        *(_forward_case(16384, 1152, 3072, half, keep) for keep in (False, True)),
+        _forward_case(1, 1152, 3072, half, False),  # sizes Triton turns into constants
         _forward_case(16384, 1152, 3072, torch.float16, True),
         _forward_case(4096, 128, 341, half, True),
         _forward_case(4096, 341, 909, half, True),
         _forward_case(16384, 1152, 3072, full, True, tf32=True),
-        _forward_case(128, 1152, 3072, full, True, tf32=True),
         _forward_case(4096, 128, 341, full, True, tf32=True),
         _forward_case(4096, 341, 909, full, True, tf32=True),
         _forward_case(16384, 1152, 3072, full, True),

@@ -173,7 +173,7 @@ def test_two_programs_share_an_sm_of_a_hopper():
     """What the forward's speed is argued from (attention_kernels.py)."""
     pytest.importorskip("triton")
     case = next(case for case in attention_launch.aot_cases() if case.configuration == "D 72 bfloat16 N 1024")
-    (binary,) = compile_case(case, 90)
+    (binary,) = [row for row in compile_case(case, 90) if "[128x64," in row.configuration]
     assert binary.problems == ()
     assert binary.tensor_core == "wgmma"
     assert binary.bulk_copies

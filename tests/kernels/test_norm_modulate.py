@@ -179,6 +179,15 @@ def test_tiles_cover_every_width():
     assert norm_launch.backward_config(1152) == norm_launch.TileConfig(1024, 128, 4)
 
 
+def test_registers_are_limited_where_the_compiler_would_spill_for_occupancy():
+    def limit(channels, per_token, arch):
+        return norm_launch.backward_register_limit(norm_launch.backward_config(channels), per_token, arch)
+
+    assert limit(1152, False, 90) is None
+    assert limit(768, False, 90) == limit(1536, False, 90) == limit(1152, False, 100) == 255
+    assert limit(768, True, 90) is limit(1152, True, 100) is None
+
+
 def test_backward_programs_have_enough_rows_and_no_more():
     assert norm_launch.backward_rows_per_program(128, 256) == 32  # 32K rows: 1024 programs
     assert norm_launch.backward_rows_per_program(1, 256) == 1

@@ -1,0 +1,339 @@
+"""Choosing configurations: who is timed, when nobody is, what is remembered, and that whatever may win is compiled."""
+
+import os
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ddt_kernels
+from attention_cases import check_against_reference as check_attention
+from attention_cases import make_grad as make_attention_grad
+from attention_cases import make_heads
+from ddt_kernels import attention_launch, runtime, swiglu_launch, tuning
+from ddt_kernels.compilation import ARCHITECTURES, compiling_for
+from kernel_testing import poison_empty, with_gradients
+from swiglu_cases import check_against_reference as check_swiglu
+from swiglu_cases import make_grad, make_inputs
+
+GPU = torch.device("cuda", 0)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.delenv(tuning.VARIABLE, raising=False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in: how long candidates take on it, whether it is capturing, and what was timed."""
+    fake = SimpleNamespace(speeds={"a": 3.0, "b": 1.0, "c": 2.0}, capturing=False, timed=[])
+
+    def milliseconds(run, candidate, device):
+        fake.timed.append((candidate, device))
+        return fake.speeds[candidate]
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "launches_run", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
+    return fake
+
+
+def choose(op="op", key=(1,), candidates=("a", "b", "c"), default="a", run=None, device=GPU):
+    return tuning.choose(op, key, candidates, default, run, device)
+
+
+def test_the_fastest_is_timed_once_and_kept(gpu):
+    assert choose() == "b"
+    assert gpu.timed == [("a", GPU), ("b", GPU), ("c", GPU)]
+    gpu.speeds["c"] = 0.0
+    assert choose() == "b"
+    assert len(gpu.timed) == 3
+
+
+@pytest.mark.parametrize("other", [{"op": "other"}, {"key": (2,)}, {"device": torch.device("cuda", 1)}], ids=str)
+def test_another_op_shape_or_device_is_timed_on_its_own(gpu, other):
+    choose()
+    gpu.speeds["c"] = 0.0
+    assert choose(**other) == "c"
+    assert choose() == "b"
+
+
+def test_the_first_wins_ties(gpu):
+    gpu.speeds = dict.fromkeys("abc", 1.0)
+    assert choose(default="c") == "a"
+
+
+def test_choices_are_listed_with_their_times(gpu):
+    assert tuning.choices() == []
+    choose()
+    choose("other", ("M", 64), ("a", "c"))
+    first, second = tuning.choices()
+    assert first == tuning.Choice("op", GPU, (1,), "b", (("a", 3.0), ("b", 1.0), ("c", 2.0)))
+    assert (second.op, second.key, second.config) == ("other", ("M", 64), "c")
+
+
+def test_nothing_is_timed_during_capture_but_what_is_known_is_used(gpu):
+    gpu.capturing = True
+    assert choose() == "a"
+    assert tuning.choices() == gpu.timed == []
+    gpu.capturing = False
+    assert choose() == "b"
+    gpu.capturing = True
+    assert choose() == "b"
+    assert choose(key=(2,), default="c") == "c"
+
+
+def test_the_variable_switches_timing_off(gpu, monkeypatch):
+    monkeypatch.setenv(tuning.VARIABLE, "0")
+    assert choose(default="c") == "c"
+    assert gpu.timed == []
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    assert choose(default="c") == "b"
+    monkeypatch.setenv(tuning.VARIABLE, "0")
+    assert choose(default="c") == "c"
+
+
+@pytest.mark.parametrize("value", ["", "2", "off", "true"])
+def test_any_other_value_is_an_error(gpu, monkeypatch, value):
+    monkeypatch.setenv(tuning.VARIABLE, value)
+    with pytest.raises(ValueError, match=f"DDT_KERNELS_AUTOTUNE is '{value}'; wanted 0 .* or 1"):
+        choose()
+
+
+def test_a_single_candidate_is_not_timed(gpu):
+    assert choose(candidates=("a",)) == "a"
+    assert gpu.timed == []
+
+
+def test_elsewhere_than_on_a_gpu_nothing_is_timed(gpu):
+    assert choose(device=torch.device("cpu")) == "a"
+    assert gpu.timed == []
+
+
+def test_on_meta_tensors_all_candidates_run_the_default_last_by_the_caller():
+    ran = []
+    assert choose(default="b", run=ran.append, device=torch.device("meta")) == "b"
+    assert ran == ["a", "c"]
+
+
+def test_launches_run_only_compiled_on_a_gpu_and_unrecorded(monkeypatch):
+    assert not runtime.launches_run(torch.device("cpu"))
+    assert runtime.launches_run(GPU) == (os.environ.get("TRITON_INTERPRET") != "1")
+    monkeypatch.setattr(runtime, "_compiling", True)
+    assert runtime.launches_run(GPU)
+    with runtime.recording(lambda *launched: None):
+        assert not runtime.launches_run(GPU)
+
+
+def test_the_timer_launches_the_candidate_on_the_device(monkeypatch):
+    testing = pytest.importorskip("triton.testing")
+    entered, ran, options = [], [], []
+
+    def do_bench(launch, **kwargs):
+        launch()
+        options.append(kwargs)
+        return 0.5
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    assert tuning._milliseconds(ran.append, "b", GPU) == 0.5
+    assert (entered, ran) == ([GPU], ["b"])
+    assert options[0]["return_mode"] == "median"
+
+
+def launched(run, arch):
+    """(kernel's name, meta, bytes of its first tensor's element) of every launch on meta tensors."""
+    pytest.importorskip("triton")
+    found = []
+
+    def record(kernel, args, meta):
+        tensor = getattr(args[0], "base", args[0])  # a descriptor's tensor
+        found.append((kernel.__name__, meta, tensor.element_size()))
+
+    with compiling_for(arch), runtime.recording(record):
+        run()
+    return found
+
+
+def swiglu_tiles(run, arch):
+    names = ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", "LOAD_DESCRIPTORS", "STORE_DESCRIPTORS")
+    launches = launched(run, arch)
+    forward = [(meta, size) for name, meta, size in launches if name == "swiglu_forward_kernel"]
+    return {(*(meta[name] for name in names), meta["PRECISION"], size) for meta, size in forward}
+
+
+def swiglu_call(rows, channels, width, dtype=BF16, keep=True, tf32=False):
+    x, w = (torch.empty(n, channels, dtype=dtype, device="meta") for n in (rows, width))
+    return lambda: swiglu_launch.launch_forward(x, w, w, keep, tf32)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_whatever_swiglu_may_choose_is_compiled(arch):
+    shipped = set().union(*(swiglu_tiles(case.run, arch) for case in swiglu_launch.aot_cases()))
+    for channels, width in ((1152, 3072), (64, 170), (128, 341), (341, 909), (341, 912), (72, 24)):
+        for dtype, tf32 in ((BF16, False), (FP16, False), (FP32, False), (FP32, True)):
+            for rows in (1, 100, 16384):
+                missing = swiglu_tiles(swiglu_call(rows, channels, width, dtype, tf32=tf32), arch) - shipped
+                assert not missing, f"M {rows} C {channels} F {width} {dtype}"
+    descriptors = (swiglu_launch.HALF_BY_DESCRIPTOR, swiglu_launch.TF32_BY_DESCRIPTOR)
+    pointers = (swiglu_launch.HALF_BY_POINTER, swiglu_launch.TF32_BY_POINTER)
+    declared = {config for configs in (pointers if arch == 80 else descriptors) for config in configs}
+    tiles = {tile[:5] for tile in shipped}
+    assert {(c.block_m, c.block_f, c.block_k, c.num_warps, c.num_stages) for c in declared} <= tiles
+
+
+def attention_tiles(run, arch):
+    """{what tells binaries apart: the widest head it is launched for}"""
+    tiles = {}
+    for name, meta, size in launched(run, arch):
+        if name == "attention_kernel":
+            names = ("BM", "BN", "num_warps", "num_stages", "maxnreg", "DESCRIPTORS")
+            tile = (*(meta[key] for key in names), size)
+            tiles[tile] = max(tiles.get(tile, 0), meta["MAIN"] + meta["TAIL"])
+    return tiles
+
+
+def attention_call(head_dim, dtype=BF16, batch=2, tokens=1000):
+    q, k, v = torch.empty(batch, tokens, 3, 16, head_dim, dtype=dtype, device="meta").unbind(2)
+    return lambda: attention_launch.launch_forward(q, k, v, 0.1)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_whatever_attention_may_choose_is_compiled(arch):
+    """At that head dim or a wider one, which takes more registers."""
+    shipped = {}
+    for case in attention_launch.aot_cases():
+        if arch in case.archs:
+            for tile, width in attention_tiles(case.run, arch).items():
+                shipped[tile] = max(shipped.get(tile, 0), width)
+    for head_dim in range(4, 129, 4):
+        for dtype in (BF16, FP32):
+            for tile, width in attention_tiles(attention_call(head_dim, dtype), arch).items():
+                assert width <= shipped.get(tile, 0), f"D {head_dim} {dtype}: {tile}"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every call of `choose` by the launchers; answers the last candidate."""
+    calls = []
+
+    def answer_last(op, key, candidates, default, run, device):
+        calls.append((op, key, candidates, default))
+        return candidates[-1]
+
+    monkeypatch.setattr(swiglu_launch, "choose", answer_last)
+    monkeypatch.setattr(attention_launch, "choose", answer_last)
+    return calls
+
+
+def test_a_last_partial_batch_is_not_timed_again(asked):
+    for rows in (100 * 256, 128 * 256, 129 * 256):
+        launched(swiglu_call(rows, 1152, 3072), 90)
+    for batch in (100, 128, 129):
+        launched(attention_call(72, batch=batch), 90)
+    keys = [(op, key) for op, key, _, _ in asked]
+    assert keys[0] == keys[1] != keys[2]
+    assert keys[3] == keys[4] != keys[5]
+
+
+def test_recomputing_for_the_backward_pass_takes_the_forwards_tile(asked):
+    for keep in (False, True):
+        launched(swiglu_call(4096, 1152, 3072, keep=keep), 90)
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_choice_is_what_is_launched(asked, arch):
+    ((_, meta, _),) = launched(swiglu_call(16384, 1152, 3072), arch)
+    *_, candidates, default = asked[0]
+    assert default in candidates[:-1]
+    last = candidates[-1]
+    assert [meta[n] for n in ("BLOCK_M", "BLOCK_F", "BLOCK_K")] == [last.block_m, last.block_f, last.block_k]
+    ((_, meta, _),) = launched(attention_call(72), arch)
+    *_, candidates, default = asked[1]
+    assert default in candidates[:-1]
+    assert (meta["BM"], meta["BN"], meta["num_warps"]) == (64, candidates[-1].keys, 4)
+
+
+def swiglu_inputs():
+    return make_inputs((4, 256, 1152, 3072), BF16, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", range(4))
+def test_every_swiglu_candidate_on_a_gpu(index, monkeypatch):
+    poison_empty(monkeypatch)
+    monkeypatch.setattr(swiglu_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
+    inputs = swiglu_inputs()
+    check_swiglu(inputs, make_grad(inputs), ddt_kernels.swiglu(*inputs.values()), {})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 128])
+@pytest.mark.parametrize("tokens", [24, 256, 1000])
+@pytest.mark.parametrize("index", range(3))
+def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch):
+    poison_empty(monkeypatch)
+    monkeypatch.setattr(attention_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
+    heads = make_heads((2, tokens, 4, head_dim), BF16, device="cuda")
+    grad = make_attention_grad(heads)
+    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
+    check_attention(heads, grad, out, gradients)
+
+
+@pytest.mark.gpu
+def test_tuned_on_a_gpu():
+    inputs = swiglu_inputs()
+    check_swiglu(inputs, make_grad(inputs), ddt_kernels.swiglu(*inputs.values()), {})
+    heads = make_heads((4, 256, 16, 72), BF16, device="cuda")
+    grad = make_attention_grad(heads)
+    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
+    check_attention(heads, grad, out, gradients)
+    swiglu, attention = tuning.choices()
+    assert (swiglu.op, attention.op) == ("swiglu", "attention")
+    for choice in (swiglu, attention):
+        times = dict(choice.milliseconds)
+        assert len(times) > 1
+        assert times[choice.config] == min(times.values()) > 0
+
+
+@pytest.mark.gpu
+def test_a_capture_after_a_call_takes_the_timed_choice(monkeypatch):
+    inputs = list(swiglu_inputs().values())
+    q, k, v = make_heads((4, 256, 16, 72), BF16, device="cuda")
+
+    def run():
+        return [ddt_kernels.swiglu(*inputs), ddt_kernels.attention(q, k, v)]
+
+    expected = run()
+    assert len(tuning.choices()) == 2
+    monkeypatch.setattr(tuning, "_milliseconds", None)  # timing again would call it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_comes_first_is_not_timed(monkeypatch):
+    inputs = list(swiglu_inputs().values())
+    monkeypatch.setenv(tuning.VARIABLE, "0")
+    expected = ddt_kernels.swiglu(*inputs)  # compiles the cost model's choice, which cannot be captured
+    monkeypatch.setenv(tuning.VARIABLE, "1")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ddt_kernels.swiglu(*inputs)
+    captured.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert tuning.choices() == []
+    assert torch.equal(captured, expected)
