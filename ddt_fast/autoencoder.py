@@ -27,7 +27,7 @@ class Decoder:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"autoencoder {name} could not be loaded: {reason}") from error
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32, one image at a time: memory does not grow with N."""
         scaling, dtype, device = self.vae.config.scaling_factor, self.vae.dtype, self.vae.device

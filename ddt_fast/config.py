@@ -6,6 +6,7 @@ a configuration that exists is a valid one.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -27,7 +28,8 @@ def _require_int(name: str, value: object, minimum: int) -> None:
 
 
 def _require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = valid and low <= value <= high  # type: ignore[operator]
     valid = valid and not (open_low and value == low)
     bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
     _require(valid, name, value, bounds)
@@ -175,7 +177,7 @@ class SamplingConfig:
             "below 1 when there is more than one step",
         )
         _require_choice("solver", self.solver, Solver)
-        _require(self.order in (1, 2, 3, 4), "order", self.order, "1, 2, 3 or 4")
+        _require(type(self.order) is int and 1 <= self.order <= 4, "order", self.order, "1, 2, 3 or 4")
         _require_choice("diffusion", self.diffusion, Diffusion)
         _require_number("diffusion_scale", self.diffusion_scale, 0, float("inf"))
         _require_int("refresh_every", self.refresh_every, 1)
@@ -224,6 +226,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_choice("dataset", self.dataset, Literal["digits", "latents"])
         _require_int("image_size", self.image_size, 1)
+        name = self.autoencoder
+        valid = name is None or (isinstance(name, str) and name != "")
+        _require(valid, "autoencoder", name, "a hub id or a folder, or null for pixels")
         if self.dataset == "digits":
             _require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
             _require(self.autoencoder is None, "autoencoder", self.autoencoder, "null for the digits, which are pixels")
@@ -246,13 +251,15 @@ class TrainingConfig:
         learning_rate: of AdamW, constant.
         adam_betas: AdamW's.
         weight_decay: AdamW's.
-        ema_decay: decay per step of the averaged weights that are saved, sampled from and scored.
+        ema_decay: decay per step of the averaged weights that are saved, sampled from and scored; the first steps decay
+            faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
         label_dropout: chance that a label is replaced with the null class.
         dtype: of the forward pass; weights, optimiser and EMA stay float32.
         seed: of initialisation, data order, noise and dropout.
         checkpoint_every: steps between checkpoints.
         log_every: steps between lines of log.jsonl.
-        score_samples: samples drawn at the end, without guidance and again with it, to score a digits model; 0: none.
+        score_samples: samples drawn at the end, without guidance and again with it, to score a digits model: 0, or 65
+            and more.
     """
 
     max_steps: int = 400_000
@@ -275,11 +282,21 @@ class TrainingConfig:
             _require_int(name, getattr(self, name), 0)
         _require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
         _require(
-            len(self.adam_betas) == 2 and all(0 <= beta < 1 for beta in self.adam_betas),
+            self.score_samples == 0 or self.score_samples >= 65,
+            "score_samples",
+            self.score_samples,
+            "0, or 65 and more: fewer have no covariance of 64 pixels",
+        )
+        betas = self.adam_betas
+        _require(
+            isinstance(betas, (tuple, list))
+            and len(betas) == 2
+            and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas),
             "adam_betas",
-            self.adam_betas,
+            betas,
             "two numbers from 0, below 1",
         )
+        object.__setattr__(self, "adam_betas", tuple(betas))
         _require_number("weight_decay", self.weight_decay, 0, float("inf"))
         _require_number("ema_decay", self.ema_decay, 0, 1)
         _require_number("label_dropout", self.label_dropout, 0, 1)
@@ -300,6 +317,10 @@ class Experiment:
         if self.data.dataset == "digits":
             _require(self.model.in_channels == 1, "in_channels", self.model.in_channels, "1 for the digits")
             _require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
+        elif self.data.autoencoder is None:
+            _require(self.model.in_channels in (1, 3), "in_channels", self.model.in_channels, "1 or 3 for pixels")
+        scored = self.training.score_samples
+        _require(scored == 0 or self.data.dataset == "digits", "score_samples", scored, "0: only digits can be scored")
 
 
 def _imagenet(

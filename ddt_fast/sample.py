@@ -17,8 +17,8 @@ from tqdm import tqdm
 from ddt_fast.autoencoder import Decoder
 from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
 from ddt_fast.config import PRESETS, Diffusion, Experiment, GuidanceForecast, SamplingConfig, Solver, StateForecast
-from ddt_fast.files import check_writable
-from ddt_fast.generation.job import Job, generate, save_images
+from ddt_fast.files import output_folder
+from ddt_fast.generation.job import Job, check_output, generate, save_images
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model.weights import CONFIG_NAME, load_model, read_experiment, resolve_checkpoint
 from ddt_fast.sampling import SamplingPlan
@@ -36,7 +36,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--num-images", type=int, help="default: 100 digits, 16 otherwise, or one per seed")
     add("--classes", type=int, nargs="+", help="classes to go round; default: all")
     add("--seeds", type=int, nargs="+", help="one per image; default: --first-seed and up")
-    add("--first-seed", type=int, default=0, help="seed of the first image, the next image has the next seed")
+    add("--first-seed", type=int, help="seed of the first image, the next image has the next seed; default: 0")
     add("--num-steps", type=int, help="solver steps")
     add("--guidance-scale", type=float, help="1 is no guidance")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
@@ -63,17 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, sample, write, report."""
     options = build_parser().parse_args(arguments)
     device = choose_device(options.device)
-    checkpoint = resolve_checkpoint(options.checkpoint or EMBEDDED_CHECKPOINT)
+    checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
     experiment = _experiment(checkpoint, options.preset)
     job = _job(options, experiment)
-    output_dir = Path(options.output_dir)
-    check_writable(output_dir)
+    plan = SamplingPlan.from_config(job.sampling)
     model = load_model(checkpoint, device, DTYPES[options.dtype], None if _has_config(checkpoint) else experiment.model)
     autoencoder = experiment.data.autoencoder
-    decode = Decoder(autoencoder, device) if autoencoder else None
+    decode = Decoder(autoencoder, device) if autoencoder is not None else None
+    output_dir = output_folder(options.output_dir)
+    check_output(output_dir)
 
-    plan = SamplingPlan.from_config(job.sampling)
     size = experiment.data.sample_size
+    interval = "{:g}, {:g}".format(*job.sampling.guidance_interval)
+    print(f"{checkpoint}: {job.sampling.solver}, guidance {job.sampling.guidance_scale:g} in ({interval})")
     print(
         f"{len(job.seeds)} images, {len(plan.steps)} steps, per image: {plan.network_evaluations} network evaluations, "
         f"{plan.encoder_evaluations} encoder runs, {plan.flops(experiment.model, size, size) / 1e9:.3g} GFLOP"
@@ -116,6 +118,8 @@ def _job(options: Any, experiment: Experiment) -> Job:
     elif "refresh_every" in given:
         given["refresh_steps"] = None
     sampling = replace(experiment.sampling, **given)
+    if options.seeds and options.first_seed is not None:
+        raise ValueError("--seeds and --first-seed are both given; give one")
     seeds = options.seeds
     default_count = len(seeds) if seeds else 100 if experiment.data.autoencoder is None else 16
     count = default_count if options.num_images is None else options.num_images
@@ -124,9 +128,11 @@ def _job(options: Any, experiment: Experiment) -> Job:
             raise ValueError(f"{name} is {value}; allowed: 1 or more")
     if seeds and len(seeds) != count:
         raise ValueError(f"--seeds gives {len(seeds)} seeds for {count} images; wanted one each")
-    seeds = seeds or range(options.first_seed, options.first_seed + count)
-    if min(seeds) < 0:
-        raise ValueError(f"seed {min(seeds)} is negative; allowed: 0 or more")
+    first_seed = options.first_seed or 0
+    for seed in seeds or (first_seed, first_seed + count - 1):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
+    seeds = seeds or range(first_seed, first_seed + count)
     labels = assign_labels(count, experiment.model.num_classes, options.classes)
     return Job(labels, seeds, experiment.data.sample_size, options.batch_size, sampling)
 

@@ -1,4 +1,4 @@
-"""Train a DDT: `python -m ddt_fast.train` alone trains the digits preset; see --help for the rest."""
+"""Train a DDT: `python -m ddt_fast.train` alone trains the digits preset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.config import PRESETS, Experiment
-from ddt_fast.files import check_writable
+from ddt_fast.files import output_folder
 from ddt_fast.training.loop import train
 
 
@@ -40,12 +40,17 @@ def build_parser(preset: str) -> jsonargparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, train, report."""
-    parser = build_parser(_find_preset(arguments))
-    options = parser.instantiate(parser.parse_args(arguments))
+    preset = _find_preset(arguments)
+    parser = build_parser(preset)
+    try:
+        options = parser.instantiate(parser.parse_args(arguments))
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the settings cannot be read: {error}") from error
+    if not isinstance(options.overwrite, bool):
+        raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     device = choose_device(options.device)
-    output_dir = Path(options.output_dir or f"runs/{options.preset}")
-    check_writable(output_dir)
+    output_dir = output_folder(f"runs/{preset}" if options.output_dir is None else options.output_dir)
     if (output_dir / "recipe.yaml").exists() and not options.overwrite:
         raise ValueError(f"{output_dir} holds an earlier run; choose another --output-dir or add --overwrite")
     result = train(experiment, output_dir, device)
@@ -55,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _find_preset(arguments: Sequence[str] | None) -> str:
-    """The preset named on the command line, else in a --config file, else digits: it decides the defaults, so it must
-    be known before the parser is built."""
+    """The preset named on the command line or in a --config file, else digits: it decides the defaults, so it must be
+    known before the parser is built. ValueError when two are named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     parser.add_argument("--config", action="append", default=[])
@@ -64,18 +69,28 @@ def _find_preset(arguments: Sequence[str] | None) -> str:
         options, _ = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    preset = "digits"
+    named = {options.preset} - {None}
     for file in options.config:
         try:
             settings = yaml.safe_load(Path(file).read_text())
-        except FileNotFoundError as error:
-            raise ValueError(f"config file {file} does not exist") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ValueError(f"config file {file} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"config file {file} is not valid YAML: {error}") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"config file {file} holds {type(settings).__name__}; wanted settings as `name: value`")
-        preset = settings.get("preset", preset)
-    return str(options.preset or preset)
+        parts = {"": settings}
+        if isinstance(settings, dict):
+            parts = {f" under {f.name}": settings[f.name] for f in fields(Experiment) if f.name in settings}
+        for place, part in parts.items():
+            if not isinstance(part, dict):
+                kind = "nothing" if part is None else f"a {type(part).__name__}"
+                raise ValueError(f"config file {file} holds {kind}{place}; wanted settings as `name: value`")
+        if "config" in settings:
+            raise ValueError(f"config file {file} names another one; name both on the command line")
+        if "preset" in settings:
+            named.add(str(settings["preset"]))
+    if len(named) > 1:
+        raise ValueError(f"presets {' and '.join(sorted(named))} are both named; name one")
+    return named.pop() if named else "digits"
 
 
 if __name__ == "__main__":

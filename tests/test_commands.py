@@ -157,9 +157,18 @@ def error_line(capsys, main, arguments) -> str:
     [
         (["--preset", "xxl"], "preset 'xxl' does not exist; allowed: digits, b2_256"),
         (["--preset"], "expected one argument"),
-        (["--config", "nowhere.yaml"], "config file nowhere.yaml does not exist"),
+        (["--config", "nowhere.yaml"], "config file nowhere.yaml cannot be read: No such file"),
+        (["--config", "{folder}"], "cannot be read: Is a directory"),
+        (["--config", "{folder}/empty.yaml"], "empty.yaml holds nothing; wanted settings"),
+        (["--config", "{folder}/null.yaml"], "null.yaml holds nothing under training; wanted settings"),
+        (["--config", "{folder}/nested.yaml"], "names another one"),
+        (["--preset", "digits", "--config", "{folder}/preset.yaml"], "presets digits and l2_256 are both named"),
+        (["--pres", "xl2_256"], "unrecognized arguments: --pres"),
+        (["--config", "{folder}/overwrite.yaml"], "overwrite is 'maybe'; allowed: true or false"),
+        (["--output-dir", ""], "the output folder has an empty name"),
+        (["--sampling.timeshift", "1e-9"], "timeshift 1e-09"),
         (["--config", "{folder}/broken.yaml"], "broken.yaml is not valid YAML"),
-        (["--config", "{folder}/list.yaml"], "list.yaml holds list"),
+        (["--config", "{folder}/list.yaml"], "list.yaml holds a list"),
         (["--config", "{folder}/key.yaml"], "hiden_size"),
         (["--training.steps", "3"], "unrecognized arguments: --training.steps"),
         (["--training.max_steps", "many"], "training.max_steps"),
@@ -178,6 +187,11 @@ def error_line(capsys, main, arguments) -> str:
 def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "broken.yaml").write_text("a: [1\nb: {")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "empty.yaml").touch()
+    (tmp_path / "null.yaml").write_text("training: null\n")
+    (tmp_path / "nested.yaml").write_text("config: key.yaml\n")
+    (tmp_path / "preset.yaml").write_text("preset: l2_256\n")
+    (tmp_path / "overwrite.yaml").write_text("overwrite: maybe\n")
     (tmp_path / "key.yaml").write_text("model:\n  hiden_size: 5\n")
     before = sorted(tmp_path.iterdir())
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
@@ -198,7 +212,15 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
         (["--classes", "3", "10"], "class 10 does not exist; allowed: 0 to 9"),
         (["--classes", "-1"], "class -1 does not exist"),
         (["--seeds", "1", "2", "--num-images", "3"], "--seeds gives 2 seeds for 3 images"),
-        (["--first-seed", "-4"], "seed -4 is negative"),
+        (["--first-seed", "-4"], "seed -4 does not exist; allowed: 0 to 2^63 - 1"),
+        (["--seeds", "9223372036854775808"], "seed 9223372036854775808 does not exist"),
+        (["--seeds", "1", "--first-seed", "3"], "--seeds and --first-seed are both given"),
+        (["--num-images", "1000000000000000"], "out of memory"),
+        (["--classes", "99999999999999999999"], "class 99999999999999999999 does not exist"),
+        (["--checkpoint", ""], "holds no"),
+        (["--timeshift", "1e300"], "timeshift 1e+300"),
+        (["--output-dir", ""], "the output folder has an empty name"),
+        (["--output-dir", "{folder}/mine"], "holds mine.txt, which ddt-fast did not write"),
         (
             ["--guidance-interval", "0.8", "0.3"],
             "guidance_interval is [0.8, 0.3]; allowed: two",
@@ -220,6 +242,8 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
 )
 def test_sample_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message):
     (tmp_path / "corrupt.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "mine.txt").touch()
     save_file(DDT(PRESETS["digits"].model).state_dict(), tmp_path / "digits.safetensors")
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     if "--output-dir" not in arguments:

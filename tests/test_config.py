@@ -38,6 +38,7 @@ def test_impossible_models_are_refused(settings, message):
         ({"last_step": 0.0}, "last_step is 0.0"),
         ({"solver": "heun"}, "solver is 'heun'; allowed: euler, lms, sde"),
         ({"order": 5}, "order is 5; allowed: 1, 2, 3 or 4"),
+        ({"order": 2.0}, r"order is 2\.0"),
         ({"diffusion": "none"}, "diffusion is 'none'; allowed: constant, sigma"),
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"refresh_steps": (1, 2)}, "refresh_steps is .* the first 0"),
@@ -65,6 +66,10 @@ def test_impossible_sampling_is_refused(settings, message):
         ({"label_dropout": -0.1}, "label_dropout"),
         ({"dtype": "float16"}, "dtype is 'float16'; allowed: float32, bfloat16"),
         ({"seed": -1}, "seed"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf"),
+        ({"score_samples": 10}, "score_samples is 10; allowed: 0, or 65 and more"),
+        ({"adam_betas": 0.9}, "adam_betas is 0.9"),
+        ({"adam_betas": ("a", "b")}, "adam_betas"),
     ],
 )
 def test_impossible_training_is_refused(settings, message):
@@ -83,6 +88,12 @@ def test_model_and_data_must_agree():
         DataConfig(image_size=16)
     with pytest.raises(ValueError, match="multiple of 8"):
         DataConfig("latents", 250, "some/vae")
+    with pytest.raises(ValueError, match="autoencoder is ''; allowed: a hub id or a folder"):
+        DataConfig("latents", 256, "")
+    with pytest.raises(ValueError, match="in_channels is 4; allowed: 1 or 3 for pixels"):
+        Experiment(PRESETS["b2_256"].model, DataConfig("latents", 16, None))
+    with pytest.raises(ValueError, match="score_samples is 100; allowed: 0: only digits can be scored"):
+        replace(PRESETS["b2_256"], training=replace(PRESETS["b2_256"].training, score_samples=100))
 
 
 def test_presets_have_the_paper_s_values():
@@ -124,4 +135,3 @@ def test_derived_sizes():
     assert (config.head_dim, config.mlp_hidden_size, config.num_decoder_blocks) == (72, 3072, 6)
     assert DDTConfig(1, 2, 64, 2, 4, 3, 10).mlp_hidden_size == 170
     assert config.num_tokens(32, 64) == 512
-    assert isinstance(DIGITS, Experiment)

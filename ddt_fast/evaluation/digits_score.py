@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.model_selection import KFold, cross_val_score
 from sklearn.neighbors import NearestNeighbors
@@ -94,8 +93,3 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
 def _pixels(images: Tensor) -> NDArray[np.float64]:
     """Images as (N, 64) float64 rows, clipped to [-1, 1] as a saved image is."""
     return images.detach().cpu().double().clamp(-1, 1).flatten(1).numpy()
-
-
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """(count,) int64 labels 0, 1, ..., num_classes - 1, 0, 1, ...: every class as often as any other, up to one."""
-    return torch.arange(count) % num_classes

@@ -30,8 +30,8 @@ def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | No
     Raises:
         ValueError: a class out of range.
     """
-    chosen = torch.tensor(list(classes) if classes else list(range(num_classes)), dtype=torch.int64)
-    wrong = chosen[(chosen < 0) | (chosen >= num_classes)]
-    if len(wrong):
-        raise ValueError(f"class {int(wrong[0])} does not exist; allowed: 0 to {num_classes - 1}")
+    wrong = [label for label in classes or () if not 0 <= label < num_classes]
+    if wrong:
+        raise ValueError(f"class {wrong[0]} does not exist; allowed: 0 to {num_classes - 1}")
+    chosen = torch.tensor(list(classes or range(num_classes)), dtype=torch.int64)
     return chosen[torch.arange(num_images) % len(chosen)]

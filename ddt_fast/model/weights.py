@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,28 @@ from ddt_fast.model.reference import DDT
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+OWNED_NAMES = r"config\.json|diffusion_pytorch_model\.safetensors|recipe\.yaml|training\.json|README\.md"
 _EMA_PREFIX = "ema_denoiser."
 
 
 def save_model(model: DDT, folder: str | Path, data: DataConfig, sampling: SamplingConfig) -> None:
-    """Write a model folder that `load_model` reads, whole or not at all; an older one of that name is replaced.
+    """Write a model folder that `load_model` reads, whole or not at all; an older model of that name is replaced.
 
     config.json holds the model's shape, and how its samples become images and are best drawn, so that a folder is all
     that sampling needs. Weights keep their dtype.
+
+    Raises:
+        ValueError: the folder holds anything but a model.
+        OSError: it cannot be written.
     """
     entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
-    with atomic_folder(Path(folder)) as temporary:
+    with atomic_folder(Path(folder), OWNED_NAMES) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
 
 
 def load_model(
@@ -55,6 +64,8 @@ def load_model(
     Raises:
         ValueError: missing or corrupt file, or weights and configuration that disagree.
     """
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, torch.float64")
     source = resolve_checkpoint(path)
     weights_file = source / WEIGHTS_NAME if source.is_dir() else source
     config_file = (source if source.is_dir() else source.parent) / CONFIG_NAME
@@ -109,7 +120,7 @@ def read_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{file} does not exist") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is not a valid configuration: {error}") from error
 
 
@@ -123,11 +134,15 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        tensors = content["state_dict"]
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
+        tensors = dict(content["state_dict"])
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"checkpoint {file} is corrupt or no checkpoint: {reason}") from error
-    weights = {name.removeprefix(_EMA_PREFIX): t for name, t in tensors.items() if name.startswith(_EMA_PREFIX)}
+    weights = {
+        name.removeprefix(_EMA_PREFIX): tensor
+        for name, tensor in tensors.items()
+        if isinstance(name, str) and name.startswith(_EMA_PREFIX) and isinstance(tensor, Tensor)
+    }
     if not weights:
         raise ValueError(f"checkpoint {file} holds no {_EMA_PREFIX}* tensors; it is not a released DDT checkpoint")
     return weights
@@ -139,13 +154,17 @@ def _config_from_weights(weights: dict[str, Tensor], file: Path) -> DDTConfig:
         hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
         head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
         num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+        num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     except KeyError as error:
         raise ValueError(f"checkpoint {file} holds no tensor {error}; it is not a DDT") from error
-    num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"checkpoint {file} holds tensors of names or shapes that no DDT has: {error}") from error
     for preset in PRESETS.values():
         model = preset.model
         known = (model.hidden_size, model.head_dim, model.num_blocks, model.in_channels * model.patch_size**2)
         if known == (hidden_size, head_dim, num_blocks, patch_features):
+            guessed = f"patch size {model.patch_size}, {model.num_encoder_blocks} encoder blocks"
+            warnings.warn(f"{file.name} says nothing of {guessed}: taken from the preset of its shape", stacklevel=3)
             return replace(model, num_classes=num_classes)
     raise ValueError(
         f"checkpoint {file} has {num_blocks} blocks of width {hidden_size}, which no preset has: its patch size and "
@@ -161,6 +180,9 @@ def _check_fit(wanted: dict[str, torch.Size], weights: dict[str, Tensor], file: 
         for what, names in (("tensors missing", missing), ("tensors unexpected", unexpected))
         if names
     ]
+    counts = sorted(name for name in weights if not weights[name].is_floating_point())
+    if counts:
+        problems.append(f"{len(counts)} tensors without fractions (such as {counts[0]}: {weights[counts[0]].dtype})")
     if wrong:
         name = min(wrong)
         shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"

@@ -15,7 +15,7 @@ from ddt_fast.sampling.plan import BranchStep, SamplingPlan
 Progress = Callable[[int, Tensor], object]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     model: DDT | FusedDDT,
     noise: Tensor,
@@ -39,7 +39,7 @@ def sample(
         Samples shaped as noise, float32, on the model's device; latents for a latent model, [-1, 1] pixels otherwise.
 
     Raises:
-        ValueError: noise or labels of the wrong shape, labels out of range, generators missing or too few.
+        ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample.
     """
     plan = SamplingPlan.from_config(config)
     parameter = next(model.parameters())
@@ -114,7 +114,7 @@ def _combine(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
 
 def _warn_eager(device: torch.device) -> None:
     reason = "this engine has none yet" if device.type == "cuda" else f"the model is on {device.type}, not on CUDA"
-    warnings.warn(f"cuda_graphs asked for, but {reason}; sampling eagerly", stacklevel=3)
+    warnings.warn(f"cuda_graphs asked for, but {reason}; sampling eagerly", stacklevel=4)
 
 
 def _check_inputs(
@@ -125,8 +125,8 @@ def _check_inputs(
     generators: Sequence[torch.Generator] | None,
 ) -> None:
     channels, classes = model.config.in_channels, model.config.num_classes
-    if noise.ndim != 4 or noise.shape[1] != channels:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted (B, {channels}, height, width)")
+    if noise.ndim != 4 or noise.shape[0] < 1 or noise.shape[1] != channels:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted (B, {channels}, height, width), B 1 or more")
     model.config.num_tokens(*noise.shape[2:])
     if labels.shape != noise.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; wanted ({noise.shape[0]},) torch.int64")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -15,8 +17,17 @@ def timesteps(num_steps: int, last_step: float | None = None, timeshift: float =
         num_steps: solver steps.
         last_step: length of the final step before the shift; None is 1 / num_steps.
         timeshift: above 1 spends more steps near the noise.
+
+    Raises:
+        ValueError: times that coincide in float32.
     """
     if last_step is None:
         last_step = 1.0 / num_steps
     t = torch.cat([torch.linspace(0.0, 1.0 - last_step, num_steps), torch.ones(1)])
-    return tuple((t / (t + (1 - t) * timeshift)).tolist())
+    times: tuple[float, ...] = tuple((t / (t + (1 - t) * timeshift)).tolist())
+    if any(after <= before for before, after in pairwise(times)):
+        raise ValueError(
+            f"timeshift {timeshift:g} and last_step {last_step:g} leave some of {num_steps} steps no time in float32; "
+            "take a timeshift nearer to 1, a longer last step or fewer steps"
+        )
+    return times

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -21,12 +23,12 @@ from tqdm import tqdm
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
-from ddt_fast.files import atomic_file
+from ddt_fast.files import atomic_file, check_replaceable
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels, seeded_noise
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import save_model
-from ddt_fast.sampling.engine import sample
+from ddt_fast.model.weights import OWNED_NAMES, save_model
+from ddt_fast.sampling import SamplingPlan, sample
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.objective import flow_matching_loss
 
@@ -45,12 +47,15 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
 
     Written: recipe.yaml (every setting; `--config` takes it), log.jsonl (a line every log_every steps), checkpoints/
     step_N (EMA weights every checkpoint_every steps), and at the end model/ (EMA weights), samples.png and
-    training.json (provenance and scores). Progress goes to stderr.
+    training.json (provenance and scores). An earlier run there is removed first. Progress goes to stderr.
 
     Raises:
-        ValueError: a data set that cannot be trained on.
+        ValueError: a data set that cannot be trained on, sampling settings that cannot be executed, files of the same
+            names in output_dir that are not a run's, or a loss that is not finite.
     """
     settings = experiment.training
+    SamplingPlan.from_config(experiment.sampling)
+    _remove_earlier_run(output_dir)
     torch.manual_seed(settings.seed)
     images, labels = _load_data(experiment, device)
     model = DDT(experiment.model).to(device)
@@ -79,7 +84,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
         (output_dir / "log.jsonl").open("w") as log,
         tqdm(total=settings.max_steps, unit="step", dynamic_ncols=True) as progress,
     ):
-        window_loss, window_start = torch.zeros((), device=device), started
+        window_loss, window_start, window_steps = torch.zeros((), device=device), started, 0
         for step in range(1, settings.max_steps + 1):
             batch = next(batches).to(device)
             with autocast:
@@ -97,19 +102,23 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
             ema.update(model)
 
             window_loss += loss.detach()
+            window_steps += 1
             progress.update()
-            if step % settings.log_every == 0:
-                mean_loss = window_loss.item() / settings.log_every
+            if step % settings.log_every == 0 or step == settings.max_steps:
+                mean_loss = window_loss.item() / window_steps
+                if not math.isfinite(mean_loss):
+                    raise ValueError(f"the loss is {mean_loss} by step {step}; take a lower learning_rate")
                 now = time.perf_counter()
-                rate = settings.log_every * settings.batch_size / (now - window_start)
+                rate = window_steps * settings.batch_size / (now - window_start)
                 log.write(json.dumps({"step": step, "loss": mean_loss, "images_per_second": rate}) + "\n")
                 log.flush()
                 progress.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} img/s")
                 window_loss.zero_()
-                window_start = now
+                window_start, window_steps = now, 0
             if step % settings.checkpoint_every == 0 and step < settings.max_steps:
                 save(output_dir / "checkpoints" / f"step_{step:07d}")
     seconds = time.perf_counter() - started
+    save(output_dir / "model")
 
     scores = {}
     if settings.score_samples:
@@ -119,8 +128,18 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
         sample_grid(ema.model, experiment).save(file)
     with atomic_file(output_dir / "training.json") as file:
         file.write_text(json.dumps(_provenance(settings.max_steps, seconds, device, scores), indent=2) + "\n")
-    save(output_dir / "model")
     return TrainingResult(ema.model, output_dir / "model", scores)
+
+
+def _remove_earlier_run(output_dir: Path) -> None:
+    checkpoints = output_dir / "checkpoints"
+    check_replaceable(output_dir / "model", OWNED_NAMES)
+    check_replaceable(checkpoints, r"step_\d+")
+    for folder in (output_dir / "model", checkpoints):
+        if folder.exists():
+            shutil.rmtree(folder)
+    for name in ("recipe.yaml", "log.jsonl", "samples.png", "training.json"):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def shuffled_batches(count: int, batch_size: int, seed: int) -> Iterator[Tensor]:

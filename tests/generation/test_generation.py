@@ -3,9 +3,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ddt_fast.files import atomic_file, atomic_folder, check_writable
+from ddt_fast.config import PRESETS, SamplingConfig
+from ddt_fast.files import atomic_file, atomic_folder, check_replaceable, output_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
+from ddt_fast.generation.job import Job, generate
 from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model.reference import DDT
 
 
 def test_uint8_follows_the_released_rounding():
@@ -38,11 +41,11 @@ def test_grid_holds_every_image_above_its_caption():
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
     def failing(kind):
-        with kind(tmp_path / "out.png") as temporary:
-            (temporary if kind is atomic_file else temporary / "x").write_text("half")
+        with kind as temporary:
+            (temporary / "x" if temporary.is_dir() else temporary).write_text("half")
             raise RuntimeError("stopped")
 
-    for kind in (atomic_file, atomic_folder):
+    for kind in (atomic_file(tmp_path / "out.png"), atomic_folder(tmp_path / "out", "x")):
         with pytest.raises(RuntimeError, match="stopped"):
             failing(kind)
         assert list(tmp_path.iterdir()) == []
@@ -52,7 +55,7 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
 
 
 def test_outputs_have_the_rights_of_any_new_file(tmp_path):
-    with atomic_folder(tmp_path / "folder") as temporary:
+    with atomic_folder(tmp_path / "folder", "private") as temporary:
         (temporary / "private").touch(mode=0o600)
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()
@@ -60,11 +63,37 @@ def test_outputs_have_the_rights_of_any_new_file(tmp_path):
     assert (tmp_path / "folder" / "private").stat().st_mode == (tmp_path / "plain" / "file").stat().st_mode
 
 
+def test_folders_of_the_user_are_never_replaced(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds mine\.txt, which ddt-fast did not write"):
+        atomic_folder(tmp_path / "images", r"\d+\.png").__enter__()
+    assert (tmp_path / "images" / "mine.txt").read_text() == "precious"
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for name in ("link", "images/mine.txt"):
+        with pytest.raises(ValueError, match="exists and is no folder"):
+            check_replaceable(tmp_path / name, ".*")
+    with atomic_folder(tmp_path / "images", r".*\.txt") as temporary:
+        (temporary / "new.txt").touch()
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["new.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "link"]
+
+
 def test_unwritable_folders_are_found_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written: Not a directory"):
-        check_writable(tmp_path / "file" / "folder")
+        output_folder(str(tmp_path / "file" / "folder"))
     with pytest.raises(ValueError, match="cannot be written"):
-        check_writable(tmp_path / "file")
-    check_writable(tmp_path / "new" / "folder")
-    assert (tmp_path / "new" / "folder").is_dir()
+        output_folder(str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="empty name"):
+        output_folder("")
+    assert output_folder(str(tmp_path / "new" / "folder")).is_dir()
+
+
+def test_samples_that_are_not_finite_are_refused():
+    model = DDT(PRESETS["digits"].model)
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(float("nan"))
+    job = Job(torch.tensor([1, 2]), [5, 6], 8, 2, SamplingConfig(num_steps=2))
+    with pytest.raises(ValueError, match="the sample of seed 5 is not finite"):
+        next(generate(model, job))

@@ -40,6 +40,13 @@ def test_saving_replaces_an_older_folder_and_leaves_nothing_else(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_saving_replaces_nothing_but_a_model(tmp_path):
+    (tmp_path / "mine.py").write_text("precious")
+    with pytest.raises(ValueError, match=r"holds mine\.py, which ddt-fast did not write"):
+        save_model(golden.model(NAME), tmp_path, DATA, SAMPLING)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
 def test_dtype_and_the_weights_file_inside_the_folder(folder):
     loaded = load_model(folder / WEIGHTS_NAME, dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for parameter in loaded.parameters())
@@ -63,7 +70,10 @@ def test_released_checkpoint_gives_its_ema_weights(tmp_path):
 def test_shapes_of_a_preset_need_no_config(tmp_path):
     config = replace(PRESETS["digits"].model, num_classes=7)
     save_file(DDT(config).state_dict(), tmp_path / "weights.safetensors")
-    assert load_model(tmp_path / "weights.safetensors").config == config
+    with pytest.warns(UserWarning, match="says nothing of patch size 2, 3 encoder blocks"):
+        assert load_model(tmp_path / "weights.safetensors").config == config
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
+        load_model(tmp_path / "weights.safetensors", dtype=torch.int8)
 
 
 class Malicious:
@@ -118,6 +128,27 @@ def corrupt(folder, tmp_path, case):
     if case == "another model":
         save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
         return tmp_path / "other.safetensors", "not a DDT"
+    if case == "integer weights":
+        save_file({name: tensor.to(torch.int8) for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
+        return folder, r"tensors without fractions \(such as .*torch.int8"
+    if case == "integer order":
+        settings = json.loads((folder / CONFIG_NAME).read_text())
+        settings["sampling"]["order"] = 2.0
+        (folder / CONFIG_NAME).write_text(json.dumps(settings))
+        return folder, r"order is 2\.0"
+    if case == "deep json":
+        (folder / CONFIG_NAME).write_text("[" * 100_000)
+        return folder, "not a valid configuration"
+    if case == "state_dict of the wrong kind":
+        torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
+        return tmp_path / "odd.ckpt", "corrupt"
+    if case == "odd keys":
+        torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, tmp_path / "odd.ckpt")
+        return tmp_path / "odd.ckpt", r"no ema_denoiser\.\* tensors"
+    if case == "odd shapes":
+        odd = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": torch.tensor(1.0)}
+        save_file(odd, tmp_path / "odd.safetensors")
+        return tmp_path / "odd.safetensors", r"odd\.safetensors holds tensors of names or shapes that no DDT has"
     assert case == "unknown ending"
     (tmp_path / "weights.bin").write_bytes(b"")
     return tmp_path / "weights.bin", "ends in .bin; allowed: .safetensors, .ckpt"
@@ -140,6 +171,12 @@ def corrupt(folder, tmp_path, case):
         "checkpoint without ema",
         "unsettled shapes",
         "another model",
+        "integer weights",
+        "integer order",
+        "deep json",
+        "state_dict of the wrong kind",
+        "odd keys",
+        "odd shapes",
         "unknown ending",
     ],
 )

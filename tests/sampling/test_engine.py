@@ -93,6 +93,13 @@ def test_noise_is_the_seed_s_own():
     assert torch.equal(noise[1], torch.randn((4, 8, 8), generator=torch.Generator("cpu").manual_seed(3)))
 
 
+def test_samples_may_be_trained_on():
+    model, io = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
+    result = sample(model, io["xT"], io["y"], SamplingConfig(num_steps=2))
+    model(result, io["t"], io["y"])[0].sum().backward()
+    assert model.x_embedder.proj.weight.grad.isfinite().all()
+
+
 def test_progress_sees_every_step_and_the_result():
     model, io = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
     seen = []
@@ -122,6 +129,7 @@ def test_cuda_matches_the_cpu():
     ("noise", "labels", "settings", "message"),
     [
         (torch.zeros(2, 3, 8, 8), torch.zeros(2).long(), {}, "noise has shape"),
+        (torch.zeros(0, 4, 8, 8), torch.zeros(0).long(), {}, "noise has shape"),
         (torch.zeros(2, 4, 9, 8), torch.zeros(2).long(), {}, "height is 9"),
         (torch.zeros(2, 4, 8, 8), torch.zeros(3).long(), {}, "labels are"),
         (torch.zeros(2, 4, 8, 8), torch.zeros(2), {}, "labels are"),

@@ -98,3 +98,9 @@ def test_timeshift_moves_steps_to_the_noise_and_keeps_the_ends():
     assert shifted[-1] == 1
     assert all(s < p for s, p in zip(shifted[1:-1], plain[1:-1], strict=True))
     assert timesteps(1) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("settings", [(50, None, 1e-9), (50, None, 1e300), (50, 1e-9, 1.0)])
+def test_times_that_coincide_are_refused(settings):
+    with pytest.raises(ValueError, match=r"timeshift .* and last_step .* leave some of 50 steps no time"):
+        timesteps(*settings)

@@ -12,6 +12,7 @@ from PIL import Image
 from ddt_fast import load_model
 from ddt_fast.config import PRESETS, Experiment
 from ddt_fast.model.reference import DDT
+from ddt_fast.training import loop
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import shuffled_batches, train
 
@@ -79,8 +80,58 @@ def test_same_seed_same_weights(tmp_path):
 def test_bfloat16_keeps_float32_weights(tmp_path):
     result = train(short(6, dtype="bfloat16"), tmp_path, torch.device("cpu"))
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert losses[0] == pytest.approx(1.9, abs=0.6)
+    train(short(6), tmp_path / "float32", torch.device("cpu"))
+    low, full = (
+        json.loads((path / "log.jsonl").read_text().splitlines()[-1]) for path in (tmp_path, tmp_path / "float32")
+    )
+    assert low["loss"] == pytest.approx(full["loss"], rel=0.02)
+    assert low["loss"] != full["loss"]
+
+
+def test_optimizer_gets_its_settings(tmp_path, monkeypatch):
+    seen = {}
+    original = torch.optim.AdamW
+
+    def recording(parameters, **settings):
+        seen.update(settings)
+        return original(parameters, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", recording)
+    train(short(1, learning_rate=0.003, adam_betas=(0.8, 0.7), weight_decay=0.2), tmp_path, torch.device("cpu"))
+    assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (0.003, (0.8, 0.7), 0.2)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 5; take a lower learning_rate"):
+        train(short(30, learning_rate=1e30), tmp_path, torch.device("cpu"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_model_is_saved_before_it_is_scored(tmp_path, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("no score")
+
+    monkeypatch.setattr(loop, "score_model", failing)
+    experiment = short(2)
+    scored = replace(experiment, training=replace(experiment.training, score_samples=70))
+    with pytest.raises(RuntimeError, match="no score"):
+        train(scored, tmp_path, torch.device("cpu"))
+    assert load_model(tmp_path / "model").config == DIGITS.model
+
+
+def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
+    train(short(30), tmp_path, torch.device("cpu"))
+    train(short(2), tmp_path, torch.device("cpu"))
+    assert not (tmp_path / "checkpoints").exists()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+def test_folders_of_the_user_are_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "my_code.py").touch()
+    with pytest.raises(ValueError, match=r"holds my_code\.py, which ddt-fast did not write"):
+        train(short(2), tmp_path, torch.device("cpu"))
+    assert (tmp_path / "model" / "my_code.py").exists()
 
 
 @pytest.mark.gpu
