@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 import ddt_fast
 import golden_data as golden
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS
+from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import save_model
 
 sample_command = importlib.import_module("ddt_fast.sample")
 train_command = importlib.import_module("ddt_fast.train")
@@ -250,6 +252,42 @@ def test_sample_answers_mistakes_in_one_line(tmp_path, capsys, arguments, messag
         arguments += ["--output-dir", str(tmp_path / "out")]
     assert message in error_line(capsys, sample_command.main, arguments)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    """A small AutoencoderKL with random weights, 8 pixels a latent as the published one."""
+    from diffusers import AutoencoderKL
+
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def latent_model(folder, autoencoder: str) -> str:
+    config = replace(PRESETS["digits"].model, in_channels=4)
+    save_model(DDT(config), folder, DataConfig("latents", 64, autoencoder), SamplingConfig(num_steps=2))
+    return str(folder)
+
+
+def test_latent_models_are_decoded_to_colour_images(tmp_path, autoencoder):
+    checkpoint = latent_model(tmp_path / "model", autoencoder)
+    images = sample(tmp_path / "out", "--checkpoint", checkpoint, "--num-images", "3", "--batch-size", "2")["arr_0"]
+    assert images.shape == (3, 64, 64, 3)
+    assert images.std() > 0
+    assert Image.open(tmp_path / "out" / "images" / "00002_class_2_seed_2.png").size == (64, 64)
+
+
+def test_a_missing_autoencoder_is_one_error(tmp_path, capsys):
+    checkpoint = latent_model(tmp_path / "model", str(tmp_path / "no-vae"))
+    arguments = ["--checkpoint", checkpoint, "--output-dir", str(tmp_path / "out")]
+    assert "no-vae could not be loaded" in error_line(capsys, sample_command.main, arguments)
 
 
 def test_weights_without_config_sample_with_a_preset(tmp_path):
