@@ -8,15 +8,16 @@ the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formul
 PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's own flash attention, which keeps the same log-sum-exp.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddt_kernels.attention_launch import MAX_HEAD_DIM, launch_backward, launch_forward
-from ddt_kernels.checks import DEVICES, FLOATS, check_like, check_unit_stride, fail
+from ddt_kernels.checks import DEVICES, FLOATS, check_like, check_positive, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
+
+MAX_TOKEN_STRIDE = 2**31 // 128  # a tile has at most 128 rows
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -37,14 +38,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     _check_heads(op, "q", q)
     check_like(op, "k", k, q)
     check_like(op, "v", v, q)
+    for name, heads in (("q", q), ("k", k), ("v", v)):
+        _check_strides(op, name, heads)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if not 0 < scale < math.inf:
-        fail(op, "scale", scale, "a finite number above 0")
+    check_positive(op, "scale", scale)
     return _attention(q, k, v, scale)[0]
 
 
 def _check_heads(op: str, name: str, x: Tensor) -> None:
+    check_tensor(op, name, x)
     if x.ndim != 4:
         fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, H, D)")
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
@@ -55,6 +58,14 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
     if min(B, N, H) < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
         fail(op, name, f"of shape {tuple(x.shape)}", f"B, N and H at least 1, D divisible by 4 in 4..{MAX_HEAD_DIM}")
     check_unit_stride(op, name, x)
+
+
+def _check_strides(op: str, name: str, x: Tensor) -> None:
+    """Within a tile, and from head to head, the kernels count elements in 32 bits."""
+    _, N, H, _ = x.shape
+    if (N > 1 and x.stride(1) >= MAX_TOKEN_STRIDE) or (H > 1 and (H - 1) * x.stride(2) >= 2**31):
+        wanted = f"a token stride below {MAX_TOKEN_STRIDE} and heads within 2^31 elements: call .contiguous()"
+        fail(op, name, f"strided {tuple(x.stride())}", wanted)
 
 
 @torch.library.custom_op("ddt_kernels::attention", mutates_args=(), device_types="cuda")

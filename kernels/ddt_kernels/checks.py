@@ -2,6 +2,7 @@
 op, the argument, what was seen and what was wanted. The good path is a few comparisons: no string is built on it.
 """
 
+import math
 from typing import NoReturn
 
 import torch
@@ -16,8 +17,15 @@ def fail(op: str, name: str, seen: object, wanted: object) -> NoReturn:
     raise ValueError(f"{op}: {name} is {seen}; wanted {wanted}")
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    """A torch.Tensor."""
+    if not isinstance(value, Tensor):
+        fail(op, name, f"a {type(value).__name__}", "a torch.Tensor")
+
+
 def check_activations(op: str, name: str, x: Tensor, max_channels: int) -> None:
     """x must be a non-empty (B, N, C) with C ≤ max_channels, unit last stride, bf16, fp16, fp32 (or fp64 on a CPU)."""
+    check_tensor(op, name, x)
     if x.ndim != 3:
         fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, C)")
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
@@ -46,6 +54,7 @@ def check_same_kind(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
 
 def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """Same shape, dtype and device as x, unit last stride."""
+    check_tensor(op, name, tensor)
     if tensor.shape != x.shape:
         fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(x.shape)}, as the first argument")
     check_same_kind(op, name, tensor, x)
@@ -57,6 +66,7 @@ def check_modulation(op: str, name: str, modulation: Tensor, x: Tensor, tokens: 
 
     `tokens` is the first modulation's: all modulations of a call share one granularity.
     """
+    check_tensor(op, name, modulation)
     B, N, C = x.shape
     if modulation.shape != (B, tokens, C) or tokens not in (1, N):
         seen = f"of shape {tuple(modulation.shape)}"
@@ -69,6 +79,7 @@ def check_modulation(op: str, name: str, modulation: Tensor, x: Tensor, tokens: 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
     """(C,), contiguous, on x's device, x's dtype or float32 (a master weight)."""
+    check_tensor(op, name, weight)
     if weight.shape != x.shape[-1:]:
         fail(op, name, f"of shape {tuple(weight.shape)}", f"{tuple(x.shape[-1:])}")
     if weight.dtype not in (x.dtype, torch.float32):
@@ -78,7 +89,7 @@ def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
     check_unit_stride(op, name, weight)
 
 
-def check_eps(op: str, eps: float) -> None:
-    """eps must be a positive number."""
-    if not eps > 0:
-        fail(op, "eps", eps, "a number above 0")
+def check_positive(op: str, name: str, value: float) -> None:
+    """A finite number above 0."""
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        fail(op, name, repr(value), "a finite number above 0")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.checks import DEVICES, FLOATS, check_unit_stride, fail
+from ddt_kernels.checks import DEVICES, FLOATS, check_tensor, check_unit_stride, fail
 from ddt_kernels.compilation import AotCase
 from ddt_kernels.cost import Cost
 from ddt_kernels.runtime import cdiv, launch, tl, triton
@@ -82,6 +82,7 @@ def guided_step_kernel(
     n = (h // P * (WIDTH // P) + w // P).to(tl.int64)
     feature = (c * P + h % P) * P + w % P
 
+    entry_64 = tl.zeros([], tl.int64) + entry
     step, known = tl.zeros([], tl.int64), True
     if step_ptr is not None:
         step = tl.load(step_ptr).to(tl.int64)
@@ -96,23 +97,23 @@ def guided_step_kernel(
         if DIFFERENCES == 2:
             previous = tl.load(difference_ptr + offset, mask=mask)
             correction += _term(_coefficient(row_ptr, 3, known), previous)
-            tl.store(difference_ptr + (entry + offset), previous, mask=mask)
+            tl.store(difference_ptr + (entry_64 + offset), previous, mask=mask)
         if DIFFERENCES > 0:
             tl.store(difference_ptr + offset, difference, mask=mask)
     else:
         for k in tl.static_range(DIFFERENCES):
-            difference = tl.load(difference_ptr + (k * entry + offset), mask=mask)
+            difference = tl.load(difference_ptr + (k * entry_64 + offset), mask=mask)
             correction += _term(_coefficient(row_ptr, 2 + k, known), difference)
     velocity += correction
 
     total = _term(_coefficient(row_ptr, 4, known), velocity)
     newer = velocity
     for k in tl.static_range(VELOCITIES):
-        older = tl.load(velocity_ptr + (k * entry + offset), mask=mask)
+        older = tl.load(velocity_ptr + (k * entry_64 + offset), mask=mask)
         total += _term(_coefficient(row_ptr, 5 + k, known), older)
-        tl.store(velocity_ptr + (k * entry + offset), newer, mask=mask)
+        tl.store(velocity_ptr + (k * entry_64 + offset), newer, mask=mask)
         newer = older
-    total += _coefficient(row_ptr, 0, known) * tl.load(x_ptr + offset, mask=mask)
+    total += _term(_coefficient(row_ptr, 0, known), tl.load(x_ptr + offset, mask=mask))
     if noise_ptr is not None:
         total += _term(_coefficient(row_ptr, 1, known), tl.load(noise_ptr + offset, mask=mask))
     tl.store(out_ptr + offset, total, mask=mask)
@@ -292,13 +293,18 @@ def _check(
     noise: Tensor | None,
     patch_size: int,
 ) -> None:
+    named = {"x": x, "v_cond": v_cond, "coefficients": coefficients}
+    optional = {"v_uncond": v_uncond, "step": step, "noise": noise}
+    optional |= {"velocity_history": velocity_history, "difference_history": difference_history}
+    for name, tensor in (named | {name: given for name, given in optional.items() if given is not None}).items():
+        check_tensor(op, name, tensor)
     if x.ndim != 4 or x.numel() == 0:
         fail(op, "x", f"of shape {tuple(x.shape)}", "shape (B, C, H, W), not empty")
     if x.device.type not in DEVICES:
         fail(op, "x", f"on {x.device}", "a CPU or CUDA tensor")
     B, C, H, W = x.shape
     p = patch_size
-    if p < 1 or H % p or W % p:
+    if not isinstance(p, int) or p < 1 or H % p or W % p:
         fail(op, "patch_size", p, f"a positive divisor of H {H} and W {W}")
     if v_cond.dtype not in FLOATS:
         fail(op, "v_cond", v_cond.dtype, "bfloat16, float16 or float32")

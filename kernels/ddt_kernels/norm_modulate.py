@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import norm_operators as operators
-from ddt_kernels.checks import check_activations, check_eps, check_like, check_modulation, check_weight
+from ddt_kernels.checks import (
+    check_activations,
+    check_like,
+    check_modulation,
+    check_positive,
+    check_tensor,
+    check_weight,
+)
 from ddt_kernels.cost import Cost
 from ddt_kernels.norm_launch import MAX_CHANNELS
 
@@ -37,7 +44,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, e
     check_activations(op, "x", x, MAX_CHANNELS)
     check_weight(op, "weight", weight, x)
     _check_modulations(op, x, shift=shift, scale=scale)
-    check_eps(op, eps)
+    check_positive(op, "eps", eps)
     return operators.rms_norm_modulate(x, weight, shift, scale, eps)
 
 
@@ -62,7 +69,7 @@ def gated_residual_rms_norm_modulate(
     check_like(op, "branch", branch, x)
     check_weight(op, "weight", weight, x)
     _check_modulations(op, x, gate=gate, shift=shift, scale=scale)
-    check_eps(op, eps)
+    check_positive(op, "eps", eps)
     return operators.gated_residual_rms_norm_modulate(x, branch, gate, weight, shift, scale, eps)
 
 
@@ -81,7 +88,7 @@ def gated_residual_layer_norm_modulate(
     check_activations(op, "x", x, MAX_CHANNELS)
     check_like(op, "branch", branch, x)
     _check_modulations(op, x, gate=gate, shift=shift, scale=scale)
-    check_eps(op, eps)
+    check_positive(op, "eps", eps)
     return operators.gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, eps)
 
 
@@ -101,6 +108,7 @@ def _check_modulations(op: str, x: Tensor, **modulations: Tensor) -> None:
     tokens = None
     for name, modulation in modulations.items():
         if tokens is None:
+            check_tensor(op, name, modulation)
             tokens = modulation.shape[1] if modulation.ndim == 3 else -1
         check_modulation(op, name, modulation, x, tokens)
 

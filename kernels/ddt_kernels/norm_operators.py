@@ -160,11 +160,9 @@ def _gated_residual_rms_norm_modulate_setup(ctx: Any, inputs: tuple[Any, ...], o
 def _gated_residual_rms_norm_modulate_autograd(
     ctx: Any, grad_residual: Tensor, grad_y: Tensor
 ) -> tuple[Tensor | None, ...]:
-    x, _, _, _, scale = ctx.saved_tensors
-    *grads, grad_shift, grad_scale = gated_residual_rms_norm_modulate_backward(
-        grad_residual, grad_y, *ctx.saved_tensors, ctx.eps
-    )
-    return *grads, grad_y if _per_token(x, scale) else grad_shift, grad_scale, None
+    saved = ctx.saved_tensors  # once: non-reentrant checkpoints unpack no tensor twice
+    *grads, grad_shift, grad_scale = gated_residual_rms_norm_modulate_backward(grad_residual, grad_y, *saved, ctx.eps)
+    return *grads, grad_y if _per_token(saved[0], saved[-1]) else grad_shift, grad_scale, None
 
 
 gated_residual_rms_norm_modulate.register_autograd(
@@ -224,9 +222,9 @@ def _gated_residual_layer_norm_modulate_setup(ctx: Any, inputs: tuple[Any, ...],
 
 
 def _gated_residual_layer_norm_modulate_autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, _, _, scale = ctx.saved_tensors
-    *grads, grad_shift, grad_scale = gated_residual_layer_norm_modulate_backward(grad_y, *ctx.saved_tensors, ctx.eps)
-    return *grads, grad_y if _per_token(x, scale) else grad_shift, grad_scale, None
+    saved = ctx.saved_tensors
+    *grads, grad_shift, grad_scale = gated_residual_layer_norm_modulate_backward(grad_y, *saved, ctx.eps)
+    return *grads, grad_y if _per_token(saved[0], saved[-1]) else grad_shift, grad_scale, None
 
 
 gated_residual_layer_norm_modulate.register_autograd(

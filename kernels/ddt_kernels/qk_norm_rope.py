@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.checks import DEVICES, FLOATS, check_eps, fail
+from ddt_kernels.checks import DEVICES, FLOATS, check_positive, check_tensor, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.qk_norm_rope_launch import launch_backward, launch_forward
 
@@ -63,6 +63,9 @@ def qk_norm_rope_(
 
 
 def _check(op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+    named = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
+    for name, tensor in named.items():
+        check_tensor(op, name, tensor)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         fail(op, "qkv", f"of shape {tuple(qkv.shape)}", "shape (B, N, 3, H, D)")
     B, N, _, H, D = qkv.shape
@@ -92,7 +95,7 @@ def _check(op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor
             fail(op, name, f"on {tensor.device}", f"{qkv.device}, as the first argument")
         if not tensor.is_contiguous():
             fail(op, name, f"strided {tensor.stride()}", "a contiguous tensor")
-    check_eps(op, eps)
+    check_positive(op, "eps", eps)
 
 
 def _check_no_overlap(op: str, qkv: Tensor) -> None:

@@ -220,7 +220,7 @@ def guided_step(
     if differences:
         velocity = velocity + _combine(row[2:4], differences)
     velocities = [velocity, *([] if velocity_history is None else velocity_history.unbind())]
-    after = row[0] * x + _combine(row[4:8], velocities)
+    after = _combine(row[:1], [x]) + _combine(row[4:8], velocities)
     if noise is not None:
         after = after + _combine(row[1:2], [noise])
     if difference_history is not None:

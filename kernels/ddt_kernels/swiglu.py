@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.checks import DEVICES, FLOATS, check_same_kind, check_unit_stride, fail
+from ddt_kernels.checks import DEVICES, FLOATS, check_same_kind, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.swiglu_launch import launch_backward, launch_forward
 
@@ -42,6 +42,8 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
 
 def _check(x: Tensor, w1: Tensor, w3: Tensor) -> None:
     op = "swiglu"
+    for name, tensor in (("x", x), ("w1", w1), ("w3", w3)):
+        check_tensor(op, name, tensor)
     if x.ndim < 2 or x.numel() == 0:
         fail(op, "x", f"of shape {tuple(x.shape)}", "shape (..., C), at least two dimensions, none of them empty")
     if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):

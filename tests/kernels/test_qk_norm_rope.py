@@ -136,7 +136,7 @@ def test_mistakes_are_value_errors(op, name, change, message):
 
 @pytest.mark.parametrize("eps", [0, -1e-6, float("nan")])
 def test_eps_must_be_positive(eps):
-    with pytest.raises(ValueError, match=f"qk_norm_rope: eps is {eps}; wanted a number above 0"):
+    with pytest.raises(ValueError, match=f"qk_norm_rope: eps is {eps}; wanted a finite number above 0"):
         ddt_kernels.qk_norm_rope(*make_inputs(SHAPE, torch.float32).values(), eps=eps)
 
 

@@ -122,9 +122,3 @@ def test_samples_and_heads_do_not_leak():
         made[1, :, 1] = expected[1, :, 1]
         assert torch.equal(made, expected)
     assert lse[0].isfinite().all()
-
-
-def test_gradients_are_bitwise_repeatable():
-    heads = make_heads((1, 130, 2, 72), BF16)
-    first, second = run(heads), run(heads)
-    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
