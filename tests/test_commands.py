@@ -141,6 +141,10 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     capsys.readouterr()
     assert "holds an earlier run" in error_line(capsys, train_command.main, arguments)
     train_command.main([*arguments, "--overwrite"])
+    capsys.readouterr()
+    wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
+    assert "cannot be trained on yet" in error_line(capsys, train_command.main, wrong)
+    assert (tmp_path / "model").is_dir()
 
 
 def error_line(capsys, main, arguments) -> str:

@@ -55,9 +55,9 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
     """
     settings = experiment.training
     SamplingPlan.from_config(experiment.sampling)
+    images, labels = _load_data(experiment, device)
     _remove_earlier_run(output_dir)
     torch.manual_seed(settings.seed)
-    images, labels = _load_data(experiment, device)
     model = DDT(experiment.model).to(device)
     ema = EMA(model, settings.ema_decay)
     optimizer = torch.optim.AdamW(
