@@ -35,7 +35,7 @@ class TileConfig:
 # fp32 multiplies without tensor cores, whose operands are registers: small tiles, and CHUNK columns of the head dim at
 # a time for q·kᵀ.
 FP32_CHUNK = 16
-FP32_QUERY_MAJOR, FP32_KEY_MAJOR = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
+FP32_QUERY_MAJOR, FP32_SMALL = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
 
 
 @cache
@@ -49,18 +49,13 @@ def split_head(head_dim: int) -> tuple[int, int]:
     return (main, tail) if main + tail < padded else (padded, 0)
 
 
-def _pointer_registers(arch: int) -> int | None:
-    """255 is the hardware's limit; unnamed, ptxas aims at 128 on sm_100 and spills two registers at D 76."""
-    return 255 if arch >= 100 else None
-
-
 @cache
 def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
     """The forward kernel's tile where none is timed. half: bf16 or fp16; attention_kernels.py argues for sm_90's."""
     if not half:
-        return FP32_QUERY_MAJOR
+        return FP32_QUERY_MAJOR if arch < 100 else FP32_SMALL  # triton 3.7 spills from the larger tile on sm_100
     if not descriptors:
-        return TileConfig(128, 64, 8, 3, max_registers=_pointer_registers(arch))
+        return TileConfig(128, 64, 8, 3)
     if arch >= 100:  # accumulators live in tensor memory, so 128 do for more; uncapped, D 128 gets 128 and spills
         return TileConfig(128, 64, 8, 2, max_registers=128 if head_dim <= 96 else 168)
     if head_dim <= 80:
@@ -97,9 +92,9 @@ def query_gradient_config(head_dim: int, half: bool, arch: int, descriptors: boo
 def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
     """The tile of the kernel for dk and dv, which holds two accumulators, keys by head_dim."""
     if not half:
-        return FP32_KEY_MAJOR
+        return FP32_SMALL
     if not descriptors:
-        return TileConfig(32, 128 if head_dim <= 80 else 64, 8, 2, max_registers=_pointer_registers(arch))
+        return TileConfig(32, 128 if head_dim <= 80 else 64, 8, 2)
     return TileConfig(64 if head_dim <= (96 if arch >= 100 else 80) else 32, 128, 8, 2)
 
 
@@ -165,7 +160,9 @@ class _Call:
             "EVEN": tensor.shape[1] % walked == 0,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            "maxnreg": config.max_registers,
+            # 255 is the hardware's limit; unnamed, ptxas aims at 128 on sm_100 and spills two registers (at D 76 with
+            # triton 3.8, at D 96 with 3.7).
+            "maxnreg": config.max_registers or (255 if self.half and self.arch >= 100 else None),
         }
 
 
