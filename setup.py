@@ -21,6 +21,7 @@ setup(
         "diffusers>=0.36,<1",
         "huggingface_hub>=1.0",
         "jsonargparse[signatures]>=4.49,<5",
+        "matplotlib>=3.9",
         "pillow>=10.1",
         "pyyaml>=6.0",
         "safetensors>=0.5",

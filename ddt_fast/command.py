@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any, NoReturn
 import jsonargparse
 import torch
 from tqdm import tqdm
+
+from ddt_fast.model.quantization import cpu_has_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,3 +68,22 @@ def choose_device(name: str) -> torch.device:
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers; allowed: auto, cpu, cuda, cuda:N")
     return device
+
+
+def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
+    """The dtype called `name`. "auto" is bfloat16 for latent models where the device has units for it, else float32:
+    small pixel models gain nothing from it."""
+    if name != "auto":
+        return DTYPES[name]
+    has_units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return torch.bfloat16 if latents and has_units else torch.float32
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GiB", "500 MB" or a plain number of bytes; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no amount of memory; wanted a number and a unit, such as 8GiB or 500MB")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))

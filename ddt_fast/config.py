@@ -128,7 +128,9 @@ class SamplingConfig:
             "sine" sin(pi t)^2; the other solvers do not read it.
         diffusion_scale: factor on w(t); 0 is the ODE.
         refresh_every: the encoder runs at every K-th step, its state is reused between.
-        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every.
+        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every. "dp": the
+            num_refreshes best ones by the paper's statistical dynamic programme, from a probe of the model.
+        num_refreshes: the budget of refresh_steps "dp", 1 to num_steps; None otherwise.
         state_forecast: between refreshes "hold" the last state, or extrapolate it in t through the last two
             ("linear") or three ("quadratic") states.
         guidance_every: evaluate the unconditional branch, its state fresh, at every M-th guided step; between, the
@@ -147,7 +149,8 @@ class SamplingConfig:
     diffusion: Diffusion = "sigma"
     diffusion_scale: float = 1.0
     refresh_every: int = 1
-    refresh_steps: tuple[int, ...] | None = None
+    refresh_steps: tuple[int, ...] | Literal["dp"] | None = None
+    num_refreshes: int | None = None
     state_forecast: StateForecast = "hold"
     guidance_every: int = 1
     guidance_forecast: GuidanceForecast = "hold"
@@ -183,6 +186,12 @@ class SamplingConfig:
         _require_int("refresh_every", self.refresh_every, 1)
         if self.refresh_steps is not None:
             self._check_refresh_steps()
+        budget = self.num_refreshes
+        if self.refresh_steps == "dp":
+            valid = type(budget) is int and 1 <= budget <= self.num_steps
+            _require(valid, "num_refreshes", budget, f"1 to num_steps ({self.num_steps}) with refresh_steps dp")
+        else:
+            _require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
         _require_choice("state_forecast", self.state_forecast, StateForecast)
         _require_int("guidance_every", self.guidance_every, 1)
         _require_choice("guidance_forecast", self.guidance_forecast, GuidanceForecast)
@@ -193,6 +202,8 @@ class SamplingConfig:
             self.refresh_every == 1, "refresh_every", self.refresh_every, "1 (its default) when refresh_steps is given"
         )
         steps = self.refresh_steps
+        if steps == "dp":
+            return
         ascending = isinstance(steps, (tuple, list)) and all(
             isinstance(step, int) and not isinstance(step, bool) for step in steps
         )
@@ -204,7 +215,8 @@ class SamplingConfig:
                 and steps[-1] < self.num_steps
                 and all(a < b for a, b in pairwise(steps))
             )
-        _require(ascending, "refresh_steps", steps, f"ascending step numbers, the first 0, below {self.num_steps}")
+        wanted = f'"dp", or ascending step numbers, the first 0, below {self.num_steps}'
+        _require(ascending, "refresh_steps", steps, wanted)
         object.__setattr__(self, "refresh_steps", steps)
 
 

@@ -8,21 +8,29 @@ import types
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jsonargparse
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from ddt_fast.autoencoder import Decoder
-from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.command import DTYPES, CommandParser, choose_device, choose_dtype, parse_bytes, run_command
 from ddt_fast.config import PRESETS, Diffusion, Experiment, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.files import output_folder
 from ddt_fast.generation.job import Job, check_output, generate, save_images
 from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
+from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import CONFIG_NAME, load_model, read_experiment, resolve_checkpoint
-from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function
+from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
+from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
+from ddt_fast.sampling.schedule_cache import schedule_cache_path
+from ddt_fast.sampling.sharing import resolve_refresh_steps
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "assets" / "digits"
 
@@ -47,14 +55,25 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--diffusion", choices=get_args(Diffusion), help="w(t) of the sde solver")
     add("--diffusion-scale", type=float, help="factor on w(t)")
     add("--refresh-every", type=int, help="run the encoder at every K-th step")
-    add("--refresh-steps", type=int, nargs="+", help="run the encoder at these steps, the first 0")
+    add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
+    add("--num-refreshes", type=int, help="how many, for --refresh-steps dp; found by a probe, then kept")
     add("--state-forecast", choices=get_args(StateForecast), help="the encoder's state between refreshes")
     add("--guidance-every", type=int, help="evaluate the unconditional branch at every M-th guided step")
     add("--guidance-forecast", choices=get_args(GuidanceForecast), help="the guidance difference between those")
+    add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; options given go before it")
     add("--cuda-graphs", action="store_true", help="replay the loop as CUDA graphs")
     add("--batch-size", type=int, default=100, help="images drawn at a time")
+    add(
+        "--memory-budget", type=str, help="for what is kept between steps, e.g. 8GiB; makes batches fit"
+    )
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=list(DTYPES), default="float32", help="of weights and computation")
+    add(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units"
+    )
+    add("--attention", choices=ATTENTION_BACKENDS, default="auto", help="attention implementation")
+    add("--compile", action="store_true", help="run the model through torch.compile: slow to start, then faster")
+    add("--quantize", choices=["int8"], help="CPU: 8-bit weights and activations; the error is measured and printed")
+    add("--reference", action="store_true", help="run the plain PyTorch model instead of the fused one")
     add("--output-dir", type=str, default="samples", help="where images, grid.png and samples.npz go")
     return parser
 
@@ -65,29 +84,68 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = choose_device(options.device)
     checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
     experiment = _experiment(checkpoint, options.preset)
-    job = _job(options, experiment)
-    plan = SamplingPlan.from_config(job.sampling)
-    model = load_model(checkpoint, device, DTYPES[options.dtype], None if _has_config(checkpoint) else experiment.model)
-    autoencoder = experiment.data.autoencoder
-    decode = Decoder(autoencoder, device) if autoencoder is not None else None
+    job, sampling = _job(options, experiment)
+    dtype = choose_dtype(options.dtype, device, latents=experiment.data.autoencoder is not None)
+    budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
     output_dir = output_folder(options.output_dir)
     check_output(output_dir)
-
+    reference = load_model(checkpoint, device, dtype, None if _has_config(checkpoint) else experiment.model)
+    model, description = _engine_model(reference, options)
     size = experiment.data.sample_size
-    interval = "{:g}, {:g}".format(*job.sampling.guidance_interval)
-    print(f"{checkpoint}: {job.sampling.solver}, guidance {job.sampling.guidance_scale:g} in ({interval})")
+    if sampling.refresh_steps == "dp":
+        sampling = resolve_refresh_steps(reference, sampling, size, size, schedule_cache_path(checkpoint))
+    plan = SamplingPlan.from_config(sampling)
+    batch_size = min(options.batch_size, len(job.seeds))
+    if budget is not None:
+        fitting = fitting_batch_size(plan, model, batch_size, size, size, budget)
+        if fitting < batch_size:
+            print(f"memory budget {options.memory_budget}: batches of {fitting} instead of {batch_size}")
+        batch_size = fitting
+    sampler = Sampler(model, sampling, batch_size, size, size, memory_budget=budget, compile_model=options.compile)
+    autoencoder = experiment.data.autoencoder
+    decode = Decoder(autoencoder, device) if autoencoder is not None else None
+
+    interval = "{:g}, {:g}".format(*sampling.guidance_interval)
+    print(f"{checkpoint}: {sampling.solver}, guidance {sampling.guidance_scale:g} in ({interval})")
     print(
         f"{len(job.seeds)} images, {len(plan.steps)} steps, per image: {plan.network_evaluations} network evaluations, "
         f"{plan.encoder_evaluations} encoder runs, {plan.flops(experiment.model, size, size) / 1e9:.3g} GFLOP"
     )
+    captured = f", captured in {sampler.capture_seconds:.1f} s" if sampler.capture_seconds else ""
+    print(
+        f"{description}, {sampler.engine}{captured}; batches of {batch_size} keep "
+        f"{format_bytes(sampler.buffers.kept_bytes)} between steps"
+    )
     started = time.perf_counter()
-    num_batches = -(-len(job.seeds) // job.batch_size)
+    num_batches = -(-len(job.seeds) // batch_size)
     with tqdm(total=num_batches * len(plan.steps), unit="step", dynamic_ncols=True) as bar:
-        images = np.concatenate(list(generate(model, job, decode, progress=lambda *_: bar.update())))
+        images = np.concatenate(list(generate(sampler, job, decode, progress=lambda *_: bar.update())))
     seconds = time.perf_counter() - started
     save_images(images, job, output_dir)
-    print(f"{len(images) / seconds:.1f} img/s on {device}, {options.dtype}")
+    print(f"{len(images) / seconds:.1f} img/s on {device}, {description}")
     print(f"wrote images/, grid.png and samples.npz to {output_dir}")
+
+
+def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
+    """The model as the options want it run, and that in words."""
+    parameter = next(reference.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    if options.reference:
+        if options.quantize or options.attention != "auto":
+            raise ValueError("--reference is plain PyTorch; it goes without --quantize and --attention")
+        return reference, f"{dtype}, reference model"
+    config = reference.config
+    backend = resolve_backend(options.attention, parameter.device, parameter.dtype, config.head_dim)
+    model = FusedDDT.from_reference(reference, options.attention)
+    if options.quantize is None:
+        return model, f"{dtype}, attention {backend}"
+    quantized = quantize_int8(FusedDDT.from_reference(reference, options.attention))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)
+    t, y = torch.tensor([0.3, 0.7]), torch.tensor([0, config.num_classes])
+    error = quantization_error(model, quantized, x.to(parameter.dtype), t, y)
+    print(f"int8: relative error of a velocity {error:.2g} against {dtype}")
+    return quantized, f"int8 ({dtype} between), attention {backend}"
 
 
 def _has_config(checkpoint: Path) -> bool:
@@ -108,16 +166,19 @@ def _experiment(checkpoint: Path, preset: str | None) -> Experiment:
     return PRESETS[preset]
 
 
-def _job(options: Any, experiment: Experiment) -> Job:
-    """Labels, seeds and sampling settings as the options say; ValueError for values that are not allowed."""
+def _job(options: Any, experiment: Experiment) -> tuple[Job, SamplingConfig]:
+    """Labels and seeds, and sampling settings, as the options say; ValueError for values that are not allowed."""
     given = {f.name: getattr(options, f.name) for f in fields(SamplingConfig) if getattr(options, f.name) is not None}
     if given.get("last_step") == 0:
         given["last_step"] = None
     if "refresh_steps" in given:
-        given = {"refresh_every": 1, **given, "refresh_steps": tuple(given["refresh_steps"])}
+        given = {"refresh_every": 1, "num_refreshes": None, **given, "refresh_steps": _steps(given["refresh_steps"])}
     elif "refresh_every" in given:
-        given["refresh_steps"] = None
-    sampling = replace(experiment.sampling, **given)
+        given |= {"refresh_steps": None, "num_refreshes": None}
+    sampling = experiment.sampling
+    if options.fast:
+        sampling = fast_settings(replace(sampling, num_steps=given.get("num_steps", sampling.num_steps)))
+    sampling = replace(sampling, **given)
     if options.seeds and options.first_seed is not None:
         raise ValueError("--seeds and --first-seed are both given; give one")
     seeds = options.seeds
@@ -134,7 +195,15 @@ def _job(options: Any, experiment: Experiment) -> Job:
             raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
     seeds = seeds or range(first_seed, first_seed + count)
     labels = assign_labels(count, experiment.model.num_classes, options.classes)
-    return Job(labels, seeds, experiment.data.sample_size, options.batch_size, sampling)
+    return Job(labels, seeds), sampling
+
+
+def _steps(words: list[str]) -> tuple[int, ...] | Literal["dp"]:
+    if words == ["dp"]:
+        return "dp"
+    if not all(word.isdecimal() for word in words):
+        raise ValueError(f"--refresh-steps is {' '.join(words)}; allowed: step numbers, or dp")
+    return tuple(int(word) for word in words)
 
 
 class _CallableModule(types.ModuleType):

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +21,8 @@ from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
+from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling.fast import fast_settings
 
 sample_command = importlib.import_module("ddt_fast.sample")
 train_command = importlib.import_module("ddt_fast.train")
@@ -91,9 +95,11 @@ def test_every_sampling_option_changes_the_images(tmp_path):
         ["--state-forecast", "linear"],
         ["--guidance-every", "3"],
         ["--guidance-every", "3", "--guidance-forecast", "linear"],
+        ["--fast"],
         ["--classes", "5"],
         ["--first-seed", "9"],
         ["--dtype", "bfloat16"],
+        ["--quantize", "int8"],
     ]
     results = [sample(tmp_path, *plain, *variant)["arr_0"].tobytes() for variant in variants]
     assert len(set(results)) == len(variants)
@@ -104,6 +110,52 @@ def test_cuda_graphs_without_cuda_say_so_in_one_line(tmp_path, capsys):
     run_command(lambda: sample_command.main([*arguments, "--output-dir", str(tmp_path)]))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert warnings == ["warning: cuda_graphs asked for, but the model is on cpu, not on CUDA; sampling eagerly"]
+
+
+def test_ways_to_compute_leave_the_images_alone(tmp_path, capsys):
+    arguments = ["--num-images", "6", "--num-steps", "6", "--refresh-every", "2", "--state-forecast", "linear"]
+    fused = sample(tmp_path / "fused", *arguments)["arr_0"].astype(int)
+    assert "float32, attention sdpa_flash, eager; batches of 6 keep" in capsys.readouterr().out
+    others = {
+        "reference": (["--reference"], "float32, reference model, eager"),
+        "math": (["--attention", "sdpa_math"], "attention sdpa_math"),
+        "memory": (["--memory-budget", "400kB"], "memory budget 400kB: batches of"),
+    }
+    for name, (option, said) in others.items():
+        images = sample(tmp_path / name, *arguments, *option)["arr_0"].astype(int)
+        assert np.abs(images - fused).max() <= 1, name
+        assert said in capsys.readouterr().out
+
+
+def test_int8_says_its_error(tmp_path, capsys):
+    exact = sample(tmp_path / "a", "--num-images", "10")["arr_0"].astype(int)
+    capsys.readouterr()
+    int8 = sample(tmp_path / "b", "--num-images", "10", "--quantize", "int8")["arr_0"].astype(int)
+    error = re.search(r"int8: relative error of a velocity ([\d.e-]+) against float32", capsys.readouterr().out)
+    assert 0 < float(error[1]) < 0.1
+    assert 0 < np.abs(int8 - exact).mean() < 8
+
+
+def test_fast_is_what_is_recommended_and_gives_way_to_options(tmp_path, capsys):
+    sample(tmp_path, "--num-images", "2", "--num-steps", "50", "--fast", "--guidance-every", "2")
+    plan = SamplingPlan.from_config(
+        replace(fast_settings(replace(PRESETS["digits"].sampling, num_steps=50)), guidance_every=2)
+    )
+    said = f"{plan.network_evaluations} network evaluations, {plan.encoder_evaluations} encoder runs"
+    assert said in capsys.readouterr().out
+    assert plan.encoder_evaluations < 50
+
+
+def test_the_best_refreshes_are_found_once_and_kept_beside_the_checkpoint(tmp_path, capsys):
+    shutil.copytree(sample_command.EMBEDDED_CHECKPOINT, tmp_path / "model")
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--num-images", "4", "--num-steps", "12"]
+    arguments += ["--refresh-steps", "dp", "--num-refreshes", "4"]
+    first = sample(tmp_path / "a", *arguments)["arr_0"]
+    assert "refresh at 4 of 12 steps (0, " in capsys.readouterr().out
+    assert (tmp_path / "model" / "refresh_schedules.json").is_file()
+    again = sample(tmp_path / "b", *arguments)["arr_0"]
+    assert f"from {tmp_path / 'model' / 'refresh_schedules.json'}" in capsys.readouterr().out
+    np.testing.assert_array_equal(first, again)
 
 
 def test_fewer_images_in_the_same_folder_leave_no_old_ones(tmp_path):
@@ -233,6 +285,15 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
         ),
         (["--guidance-scale", "-1"], "guidance_scale is -1.0"),
         (["--solver", "heun"], "heun"),
+        (["--attention", "flash_attn_3"], "flash_attn_3"),
+        (["--attention", "triton"], "triton"),
+        (["--reference", "--quantize", "int8"], "--reference is plain PyTorch"),
+        (["--memory-budget", "lots"], "'lots' is no amount of memory"),
+        (["--memory-budget", "10B"], "one 8x8 sample keeps"),
+        (["--refresh-steps", "dp"], "num_refreshes is None; allowed: 1 to num_steps (25)"),
+        (["--refresh-steps", "dp", "--num-refreshes", "26"], "num_refreshes is 26"),
+        (["--refresh-steps", "0", "x"], "--refresh-steps is 0 x; allowed: step numbers, or dp"),
+        (["--num-refreshes", "4"], "num_refreshes is 4; allowed: none"),
         (["--solver", "lms", "--order", "5"], "order is 5"),
         (["--refresh-steps", "3", "5"], "refresh_steps is (3, 5)"),
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),

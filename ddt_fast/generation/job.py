@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.config import SamplingConfig
 from ddt_fast.files import atomic_file, atomic_folder, check_replaceable
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import seeded_noise
-from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.sampling.engine import Progress, sample
+from ddt_fast.sampling.engine import Progress, Sampler
 
 IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
 
@@ -28,25 +26,19 @@ class Job:
     Attributes:
         labels: (N,) int64 classes.
         seeds: N seeds; sample i is the image of seeds[i] and labels[i].
-        sample_size: side of what the model sees.
-        batch_size: samples drawn at a time.
-        sampling: the sampling settings.
     """
 
     labels: Tensor
     seeds: Sequence[int]
-    sample_size: int
-    batch_size: int
-    sampling: SamplingConfig
 
 
 def generate(
-    model: DDT | FusedDDT, job: Job, decode: Callable[[Tensor], Tensor] | None = None, progress: Progress | None = None
+    sampler: Sampler, job: Job, decode: Callable[[Tensor], Tensor] | None = None, progress: Progress | None = None
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield the job's images batch by batch, (up to batch_size, H, W, 3) uint8, in order.
+    """Yield the job's images batch by batch, (up to sampler.batch_size, H, W, 3) uint8, in order.
 
     Args:
-        model: on its device.
+        sampler: what draws them, and how.
         job: what to generate.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model.
         progress: called after every solver step.
@@ -54,11 +46,11 @@ def generate(
     Raises:
         ValueError: samples that are not finite.
     """
-    shape = (model.config.in_channels, job.sample_size, job.sample_size)
-    for start in range(0, len(job.seeds), job.batch_size):
-        part = slice(start, start + job.batch_size)
+    shape = (sampler.model.config.in_channels, *sampler.image_size)
+    for start in range(0, len(job.seeds), sampler.batch_size):
+        part = slice(start, start + sampler.batch_size)
         noise, generators = seeded_noise(job.seeds[part], shape)
-        samples = sample(model, noise, job.labels[part], job.sampling, generators=generators, progress=progress)
+        samples = sampler(noise, job.labels[part], generators=generators, progress=progress)
         images = samples if decode is None else decode(samples)
         broken = [seed for seed, image in zip(job.seeds[part], images, strict=True) if not image.isfinite().all()]
         if broken:

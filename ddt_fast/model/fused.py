@@ -11,7 +11,7 @@ On a CPU every operation is ddt_kernels' plain PyTorch one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddt_fast.config import DDTConfig
+from ddt_fast.model.attention import AttentionBackend, attention
+from ddt_fast.model.base import DDTBase, Forecast, Rotary
 from ddt_fast.model.reference import (
     DDT,
     Attention,
@@ -27,12 +29,8 @@ from ddt_fast.model.reference import (
     RMSNorm,
     SwiGLU,
     TimestepEmbedder,
-    check_state,
-    patchify,
-    unpatchify,
 )
 from ddt_kernels import (
-    attention,
     gated_residual,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
@@ -42,24 +40,31 @@ from ddt_kernels import (
 )
 
 
-class FusedBlock(nn.Module):
-    """A block's parameters, without adaLN_modulation, and its two branches."""
+class FusedSwiGLU(SwiGLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(swiglu(x, self.w1.weight, self.w3.weight))
 
-    def __init__(self, config: DDTConfig) -> None:
+
+class FusedAttention(Attention):
+    def __init__(self, config: DDTConfig, backend: AttentionBackend) -> None:
+        super().__init__(config)
+        self.backend = backend
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin).unbind(2)
+        return self.proj(attention(q, k, v, self.backend).flatten(2))
+
+
+class FusedBlock(nn.Module):
+    """A block's parameters, without adaLN_modulation; `_run` strings blocks together."""
+
+    def __init__(self, config: DDTConfig, backend: AttentionBackend) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size)
-        self.attn = Attention(config)
+        self.attn = FusedAttention(config, backend)
         self.norm2 = RMSNorm(config.hidden_size)
-        self.mlp = SwiGLU(config)
-
-    def attend(self, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        qkv = self.attn.qkv(y).unflatten(-1, (3, self.attn.num_heads, -1))
-        qkv = qk_norm_rope(qkv, self.attn.q_norm.weight, self.attn.k_norm.weight, cos, sin)
-        q, k, v = qkv.unbind(2)
-        return self.attn.proj(attention(q, k, v).flatten(2))
-
-    def feed_forward(self, y: Tensor) -> Tensor:
-        return self.mlp.w2(swiglu(y, self.mlp.w1.weight, self.mlp.w3.weight))
+        self.mlp = FusedSwiGLU(config)
 
 
 class FusedFinalLayer(nn.Module):
@@ -68,14 +73,15 @@ class FusedFinalLayer(nn.Module):
         self.linear = nn.Linear(config.hidden_size, config.in_channels * config.patch_size**2)
 
 
-class FusedDDT(nn.Module):
+class FusedDDT(DDTBase):
     """`reference.DDT` on fused operations: same arguments, results and state_dict, up to rounding.
 
     Args:
         config: head_dim at most 128, the attention kernel's limit; ValueError otherwise.
+        attention_backend: one of `attention`'s; "auto" takes what suits device, dtype and head dimension.
     """
 
-    def __init__(self, config: DDTConfig) -> None:
+    def __init__(self, config: DDTConfig, attention_backend: AttentionBackend = "auto") -> None:
         super().__init__()
         if config.head_dim > 128:
             raise ValueError(f"head dimension is {config.head_dim}; allowed for FusedDDT: up to 128")
@@ -86,63 +92,67 @@ class FusedDDT(nn.Module):
         self.t_embedder = TimestepEmbedder(c)
         self.y_embedder = LabelEmbedder(config.num_classes, c)
         self.final_layer = FusedFinalLayer(config)
-        self.blocks = nn.ModuleList(FusedBlock(config) for _ in range(config.num_blocks))
-        self.encoder_modulation = nn.Linear(c, 6 * c * config.num_encoder_blocks)
-        self.decoder_modulation = nn.Linear(c, 6 * c * config.num_decoder_blocks + 2 * c)
+        self.blocks = nn.ModuleList(FusedBlock(config, attention_backend) for _ in range(config.num_blocks))
+        self.encoder_modulation = nn.Linear(c, self.condition_size)
+        self.decoder_modulation = nn.Linear(c, self.modulation_size)
         self.register_state_dict_post_hook(_split_modulations)
         self.register_load_state_dict_pre_hook(_merge_modulations)
         self.load_state_dict(DDT(config).state_dict())
 
     @classmethod
-    def from_reference(cls, model: DDT) -> FusedDDT:
+    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> FusedDDT:
         """A FusedDDT with a copy of the reference's weights, in their dtype and on their device."""
         parameter = next(model.parameters())
         with torch.device("meta"):
-            fused = cls(model.config)
+            fused = cls(model.config, attention_backend)
         fused = fused.to(parameter.dtype).to_empty(device=parameter.device)
         fused.load_state_dict(model.state_dict())
-        return fused.train(model.training)
+        return fused.train(model.training).requires_grad_(parameter.requires_grad)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `reference.DDT.forward`."""
-        if state is None:
-            state = self.encode(x, t, y)
-        else:
-            check_state(state, x, self.config)
-        return self.decode(x, self.decoder_modulations(state)), state
+    @property
+    def condition_size(self) -> int:
+        return 6 * self.config.num_encoder_blocks * self.config.hidden_size
 
-    def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """As `reference.DDT.encode`."""
-        tokens, cos, sin = patchify(x, self.config)
-        t_embedding = self.t_embedder(t)[:, None]
-        modulation = self.encoder_modulation(F.silu(t_embedding + self.y_embedder(y)[:, None]))
+    def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        return _linear(self.encoder_modulation, F.silu(t_embedding + self.y_embedder(y)[:, None]), out)
+
+    def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
         blocks = self._blocks(slice(self.config.num_encoder_blocks))
-        s, branch, gate = _run(blocks, self.s_embedder(tokens), modulation.chunk(6 * len(blocks), dim=-1), cos, sin)
+        s, branch, gate = _run(blocks, self.s_embedder(tokens), condition.chunk(6 * len(blocks), dim=-1), rotary)
         return F.silu(t_embedding + gated_residual(s, branch, gate))
 
-    def decoder_modulations(self, state: Tensor) -> list[Tensor]:
-        """All the decoder derives from the state (B, N, C), as one tensor: [(B, N, (6 blocks + 2) C)].
+    def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
+        return _linear(self.decoder_modulation, state, out)
 
-        May be kept and passed to `decode` again and again; affine in the state.
-        """
-        return [self.decoder_modulation(state)]
-
-    def decode(self, x: Tensor, modulations: Iterable[Tensor]) -> Tensor:
-        """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
-        tokens, cos, sin = patchify(x, self.config)
-        (modulation,) = modulations
+    def decode_tokens(
+        self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
+    ) -> Tensor:
         blocks = self._blocks(slice(self.config.num_encoder_blocks, None))
-        *chunks, shift, scale = modulation.chunk(6 * len(blocks) + 2, dim=-1)
-        h, branch, gate = _run(blocks, self.x_embedder(tokens), chunks, cos, sin)
-        y = gated_residual_layer_norm_modulate(h, branch, gate, shift, scale)
-        return unpatchify(self.final_layer.linear(y), x, self.config)
+        *chunks, shift, scale = modulations.chunk(6 * len(blocks) + 2, dim=-1)
+        h, branch, gate = _run(blocks, self.x_embedder(tokens), chunks, rotary, forecast)
+        y = gated_residual_layer_norm_modulate(h, branch, gate, shift, scale, forecast=forecast)
+        return self.final_layer.linear(y)
 
     def _blocks(self, part: slice) -> list[FusedBlock]:
         return cast(list[FusedBlock], self.blocks[part])
 
 
+def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
+    """layer(x), in a GEMM that writes to `out` where there is one."""
+    if out is None:
+        return layer(x)
+    if type(layer) is nn.Linear:
+        torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.t(), out=out.flatten(0, 1))
+        return out
+    return out.copy_(layer(x))
+
+
 def _run(
-    blocks: Sequence[FusedBlock], x: Tensor, modulation: Sequence[Tensor], cos: Tensor, sin: Tensor
+    blocks: Sequence[FusedBlock],
+    x: Tensor,
+    modulation: Sequence[Tensor],
+    rotary: Rotary,
+    forecast: Forecast | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left undone:
     x + gate * branch belongs to whatever norm comes next."""
@@ -150,12 +160,16 @@ def _run(
     for i, block in enumerate(blocks):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[6 * i : 6 * i + 6]
         if branch is None or gate is None:
-            y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa)
+            y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa, forecast=forecast)
         else:
-            x, y = gated_residual_rms_norm_modulate(x, branch, gate, block.norm1.weight, shift_msa, scale_msa)
-        attended = block.attend(y, cos, sin)
-        x, y = gated_residual_rms_norm_modulate(x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp)
-        branch, gate = block.feed_forward(y), gate_mlp
+            x, y = gated_residual_rms_norm_modulate(
+                x, branch, gate, block.norm1.weight, shift_msa, scale_msa, forecast=forecast
+            )
+        attended = block.attn(y, *rotary)
+        x, y = gated_residual_rms_norm_modulate(
+            x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp, forecast=forecast
+        )
+        branch, gate = block.mlp(y), gate_mlp
     assert branch is not None
     assert gate is not None
     return x, branch, gate

@@ -1,13 +1,13 @@
 """DDT in plain PyTorch, under the names of the released weights: the definition every faster path is tested against.
 
 Shapes: B batch, N tokens, C hidden size, H heads, D head dimension, F SwiGLU width, p patch size. Read from the end:
-`DDT.forward` is the model, the classes above it its parts. Source: arXiv 2504.05741 and its released implementation.
+`DDT` is the model, the classes above it its parts; `base` holds how images become tokens. Source: arXiv 2504.05741 and
+its released implementation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddt_fast.config import DDTConfig
+from ddt_fast.model.base import DDTBase, Forecast, Rotary
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -22,51 +23,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def rotary_tables(
-    head_dim: int, rows: int, columns: int, device: torch.device | str | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of the 2-D rotary embedding, each (rows * columns, head_dim / 2) float32, one angle a pair.
-
-    Pairs alternate: even pairs turn with the column (x), odd pairs with the row (y), pairs 2k and 2k + 1 at frequency
-    10000^(-4k / head_dim). Positions span 0 to 16 whatever the size, so other resolutions see the same range.
-    """
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
-    x = torch.linspace(0, 16, columns, device=device)
-    y = torch.linspace(0, 16, rows, device=device)
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    angles = torch.stack([x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies], dim=-1).flatten(1)
-    return angles.cos(), angles.sin()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn adjacent pairs of x (B, N, H, D) by the angles of `rotary_tables`; float32 inside, x's dtype outside."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
-
-
-def patchify(x: Tensor, config: DDTConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), a token's features in (channel, row,
-    column) order, and their `rotary_tables`; ValueError for any other shape."""
-    if x.ndim != 4 or x.shape[1] != config.in_channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}; wanted (B, {config.in_channels}, height, width)")
-    config.num_tokens(*x.shape[2:])
-    p = config.patch_size
-    tokens = F.unfold(x, kernel_size=p, stride=p).transpose(1, 2)
-    return tokens, *rotary_tables(config.head_dim, x.shape[2] // p, x.shape[3] // p, device=x.device)
-
-
-def unpatchify(tokens: Tensor, like: Tensor, config: DDTConfig) -> Tensor:
-    """The inverse: (B, N, in_channels * p * p) → an image of the size of `like`."""
-    p = config.patch_size
-    return F.fold(tokens.transpose(1, 2), like.shape[2:], kernel_size=p, stride=p)
-
-
-def check_state(state: Tensor, x: Tensor, config: DDTConfig) -> None:
-    """ValueError unless `state` is (B, N, C) for x."""
-    expected = (x.shape[0], config.num_tokens(*x.shape[2:]), config.hidden_size)
-    if state.shape != expected:
-        raise ValueError(f"state has shape {tuple(state.shape)}; wanted {expected} for x {tuple(x.shape)}")
 
 
 class RMSNorm(nn.Module):
@@ -186,11 +147,10 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm(x), shift, scale))
 
 
-class DDT(nn.Module):
+class DDT(DDTBase):
     """Decoupled Diffusion Transformer: a condition encoder (x, t, y) → state and a velocity decoder (x, state) → v.
 
-    The decoder meets t and y only through the state, so everything it derives from the state (`decoder_modulations`)
-    can be kept for as long as the state is.
+    `forward` (in `DDTBase`) is: embed t; `condition`; `encode_tokens`; `decoder_modulations`; `decode_tokens`.
     """
 
     def __init__(self, config: DDTConfig) -> None:
@@ -223,51 +183,36 @@ class DDT(nn.Module):
     def decoder_blocks(self) -> list[Block]:
         return cast(list[Block], self.blocks[self.config.num_encoder_blocks :])
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state.
+    @property
+    def condition_size(self) -> int:
+        return self.config.hidden_size
 
-        Args:
-            x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
-            t: (B,) times in [0, 1], 0 noise, 1 data.
-            y: (B,) int64 labels, num_classes for the null class.
-            state: (B, N, C) from an earlier call: the encoder is skipped and neither t nor y is read.
-
-        Returns:
-            velocity, shaped as x, and state (B, N, C).
-
-        Raises:
-            ValueError: x or state of the wrong shape.
-        """
-        if state is None:
-            state = self.encode(x, t, y)
-        else:
-            check_state(state, x, self.config)
-        return self.decode(x, self.decoder_modulations(state)), state
-
-    def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The condition encoder: x (B, in_channels, height, width), t (B,), y (B,) → state (B, N, C)."""
-        tokens, cos, sin = patchify(x, self.config)
-        t_embedding = self.t_embedder(t)[:, None]
+    def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         condition = F.silu(t_embedding + self.y_embedder(y)[:, None])
+        return condition if out is None else out.copy_(condition)
+
+    def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
         s = self.s_embedder(tokens)
         for block in self.encoder_blocks:
-            s = block(s, block.adaLN_modulation(condition), cos, sin)
+            s = block(s, block.adaLN_modulation(condition), *rotary)
         return F.silu(t_embedding + s)
 
-    def decoder_modulations(self, state: Tensor) -> Iterator[Tensor]:
-        """What the decoder derives from the state (B, N, C): (B, N, 6C) a block, then (B, N, 2C), made one at a time.
+    def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
+        layers = [block.adaLN_modulation for block in self.decoder_blocks] + [self.final_layer.adaLN_modulation]
+        return torch.cat([layer(state) for layer in layers], dim=-1, out=out)
 
-        `list()` of it may be kept and passed to `decode` again and again; all are affine in the state.
-        """
-        for block in self.decoder_blocks:
-            yield block.adaLN_modulation(state)
-        yield self.final_layer.adaLN_modulation(state)
-
-    def decode(self, x: Tensor, modulations: Iterable[Tensor]) -> Tensor:
-        """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
-        tokens, cos, sin = patchify(x, self.config)
+    def decode_tokens(
+        self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
+    ) -> Tensor:
+        if forecast is not None:
+            weights, step = forecast
+            wide = torch.promote_types(modulations.dtype, weights.dtype)
+            combined = torch.einsum("ik,kbnw->bnw", weights.index_select(0, step).to(wide), modulations.to(wide))
+            modulations = combined.to(modulations.dtype)
+        *blocks, final = modulations.split(
+            [6 * self.config.hidden_size] * self.config.num_decoder_blocks + [2 * self.config.hidden_size], dim=-1
+        )
         h = self.x_embedder(tokens)
-        modulation = iter(modulations)
-        for block in self.decoder_blocks:
-            h = block(h, next(modulation), cos, sin)
-        return unpatchify(self.final_layer(h, next(modulation)), x, self.config)
+        for block, modulation in zip(self.decoder_blocks, blocks, strict=True):
+            h = block(h, modulation, *rotary)
+        return self.final_layer(h, final)

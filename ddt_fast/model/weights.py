@@ -22,7 +22,9 @@ from ddt_fast.model.reference import DDT
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-OWNED_NAMES = r"config\.json|diffusion_pytorch_model\.safetensors|recipe\.yaml|training\.json|README\.md"
+OWNED_NAMES = (
+    r"config\.json|diffusion_pytorch_model\.safetensors|recipe\.yaml|training\.json|README\.md|refresh_schedules\.json"
+)
 _EMA_PREFIX = "ema_denoiser."
 
 

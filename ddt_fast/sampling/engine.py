@@ -1,21 +1,30 @@
-"""Executes sampling plans."""
+"""Executes sampling plans, eagerly or as CUDA graphs: the same steps on the same buffers, hence the same numbers.
+
+A `Sampler` is a plan bound to a model, a batch size and an image size. All that steps share lives in buffers made
+once; what differs between two steps of a kind is read from tables by a step counter on the device (`tables`), so that
+a graph of each kind, captured once, replays the whole run: the host only says which kind comes next.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.sampling.plan import BranchStep, SamplingPlan
+from ddt_fast.model.base import patchify
+from ddt_fast.sampling.buffers import Buffers, check_memory
+from ddt_fast.sampling.graphs import CapturedSteps
+from ddt_fast.sampling.plan import SamplingPlan
+from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
+from ddt_kernels import guided_step_
 
 Progress = Callable[[int, Tensor], object]
 
 
-@torch.no_grad()
 def sample(
     model: DDT | FusedDDT,
     noise: Tensor,
@@ -27,48 +36,184 @@ def sample(
 ) -> Tensor:
     """Draw samples: integrate the model's velocity from noise (t = 0) to data (t = 1).
 
+    Many batches of one shape are better drawn by one `Sampler`, which captures its CUDA graphs once.
+
     Args:
         model: on the device and in the dtype to compute in.
         noise: (B, in_channels, height, width), standard normal.
         labels: (B,) int64, 0 to num_classes - 1.
-        config: the sampling settings.
+        config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
+            `sharing.resolve_refresh_steps` keeps what it found.
         generators: one CPU generator a sample, from which the "sde" solver draws; unused by the other solvers.
-        progress: called after every step with the number of steps done and the current x (B, ..) float32.
+        progress: called after every step with the number of steps done and a copy of the current x (B, ..) float32.
 
     Returns:
         Samples shaped as noise, float32, on the model's device; latents for a latent model, [-1, 1] pixels otherwise.
 
     Raises:
-        ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample.
+        ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample, or more to keep
+            between steps than there is memory.
     """
-    plan = SamplingPlan.from_config(config)
-    parameter = next(model.parameters())
-    _check_inputs(model, noise, labels, plan, generators)
-    if config.cuda_graphs:
-        _warn_eager(parameter.device)
-    x = noise.to(parameter.device, torch.float32)
-    labels = labels.to(parameter.device)
-    cond = _Branch(model, labels, plan)
-    uncond = _Branch(model, torch.full_like(labels, model.config.num_classes), plan)
-    velocities: list[Tensor] = []
-    differences: list[Tensor] = []
-    for i, step in enumerate(plan.steps):
-        v = cond.run(step.cond, x, step.t)
-        v_uncond = uncond.run(step.uncond, x, step.t) if step.uncond else None
-        assert v is not None
-        if v_uncond is not None:
-            differences = [v - v_uncond, *differences][: plan.difference_history]
-        if step.guided:
-            v = v + (step.guidance_scale - 1) * _combine(step.difference_weights, differences)
-        velocities = [v, *velocities][: plan.velocity_history]
-        c = step.coefficients
-        x = c.x_coefficient * x + _combine(c.velocity_coefficients, velocities)
-        if c.noise_coefficient:
-            assert generators is not None
-            x = x + c.noise_coefficient * normal(x.shape[1:], generators).to(x.device)
-        if progress is not None:
-            progress(i + 1, x)
-    return x
+    _check_noise(model, noise)
+    sampler = Sampler(model, config, *noise.shape[:1], *noise.shape[2:])
+    return sampler(noise, labels, generators=generators, progress=progress)
+
+
+class Sampler:
+    """Draws batches of one size and shape.
+
+    Args:
+        model: on the device and in the dtype to compute in; its weights are read at every call.
+        config: the sampling settings. cuda_graphs where the model is not on CUDA warns and runs eagerly.
+        batch_size: samples a call draws at most.
+        height, width: of what the model sees.
+        memory_budget: bytes for what is kept between steps, decoder modulations and precomputed encoder modulations;
+            None for what the device has.
+        compile_model: run the model through torch.compile, which takes a minute or so at the first call.
+
+    Attributes:
+        plan: what is executed.
+        engine: how, in a few words.
+        capture_seconds: what capturing the graphs took; 0 without graphs.
+
+    Raises:
+        ValueError: sizes that do not fit the model, or a plan that keeps more than the budget or the device holds.
+    """
+
+    def __init__(
+        self,
+        model: DDT | FusedDDT,
+        config: SamplingConfig,
+        batch_size: int,
+        height: int,
+        width: int,
+        *,
+        memory_budget: int | None = None,
+        compile_model: bool = False,
+    ) -> None:
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
+        model.config.num_tokens(height, width)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        if config.refresh_steps == "dp":
+            from ddt_fast.sampling.sharing import resolve_refresh_steps
+
+            config = resolve_refresh_steps(model, config, height, width)
+        self.model, self.plan = model, SamplingPlan.from_config(config)
+        self.batch_size, self.image_size = batch_size, (height, width)
+        check_memory(self.plan, model, batch_size, height, width, memory_budget)
+        self.memory_budget = memory_budget
+        self.kinds = step_kinds(self.plan)
+        self.tables = step_tables(self.plan, self.device)
+        self._encode, self._decode = model.encode_tokens, model.decode_tokens
+        if compile_model:
+            self._encode = torch.compile(model.encode_tokens, dynamic=False)
+            self._decode = torch.compile(model.decode_tokens, dynamic=False)
+        graphs = config.cuda_graphs and self.device.type == "cuda"
+        if config.cuda_graphs and not graphs:
+            warnings.warn(
+                f"cuda_graphs asked for, but the model is on {self.device.type}, not on CUDA; sampling eagerly",
+                stacklevel=3,
+            )
+        # A compiled model or a captured graph is of one shape: smaller batches are filled up.
+        self.fixed_shape = graphs or compile_model
+        self.buffers = self._make_buffers(batch_size)
+        self._execute: Callable[[StepKind], object] = self._advance
+        self.capture_seconds = 0.0
+        if graphs:
+            captured = self._capture()
+            self._execute, self.capture_seconds = captured, captured.seconds
+        self.engine = ("CUDA graphs" if graphs else "eager") + (", torch.compile" if compile_model else "")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """As `sample`, for up to batch_size samples of this sampler's height and width; ValueError for others."""
+        self._check_inputs(noise, labels, generators)
+        count = noise.shape[0]
+        missing = self.batch_size - count if self.fixed_shape else 0
+        if not self.fixed_shape and count != self.buffers.batch_size:
+            self.buffers = self._make_buffers(count)
+        if missing:
+            # Repeated, not zero, so that nothing in the batch is out of the ordinary.
+            noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
+            labels = torch.cat([labels, labels[:1].expand(missing)])
+        self.buffers.start(noise, labels)
+        for i, kind in enumerate(self.kinds):
+            self.buffers.prepare_conditions(i)
+            if self.buffers.noise is not None:
+                assert generators is not None
+                self.buffers.noise[:count].copy_(normal(noise.shape[1:], generators))
+            self._execute(kind)
+            if progress is not None:
+                progress(i + 1, self.buffers.x[:count].clone())
+        return self.buffers.x[:count].clone()
+
+    def _make_buffers(self, batch_size: int) -> Buffers:
+        return Buffers(self.model, self.plan, self.tables, batch_size, *self.image_size, self.memory_budget)
+
+    def _advance(self, kind: StepKind) -> None:
+        """One step: nothing here waits for the device or depends on more than the step's kind."""
+        b, B = self.buffers, self.buffers.batch_size
+        tokens = patchify(b.x.to(self.dtype), self.model.config)
+        branches = {1: tokens}
+        if 2 in (kind.encode, kind.decode):
+            branches[2] = tokens.repeat(2, 1, 1)
+        if kind.encode:
+            state = self._state(branches[kind.encode], slice(kind.encode * B))
+            self.model.decoder_modulations(state, out=b.modulations[kind.slot, : kind.encode * B])
+        if kind.forecast:
+            kept, forecast = b.modulations[:, : kind.decode * B], (self.tables.slot_weights, b.step)
+            velocity = self._decode(branches[kind.decode], kept, b.rotary, forecast)
+        else:
+            velocity = self._decode(branches[kind.decode], b.modulations[kind.slot, : kind.decode * B], b.rotary)
+        uncond = velocity[B:] if kind.decode == 2 else None
+        if kind.fresh_uncond:
+            state = self._state(tokens, slice(B, 2 * B))
+            uncond = self._decode(tokens, self.model.decoder_modulations(state), b.rotary)
+        guided_step_(
+            b.x,
+            _single(velocity[:B]),
+            None if uncond is None else _single(uncond),
+            self.tables.coefficients,
+            b.step,
+            b.velocities,
+            b.differences if kind.guided else None,
+            b.noise,
+            patch_size=self.model.config.patch_size,
+        )
+        b.step.add_(1)
+
+    def _state(self, tokens: Tensor, rows: slice) -> Tensor:
+        """The encoder's state at this step, for these rows of the labels (conditional first, then unconditional)."""
+        return self._encode(tokens, *self.buffers.encoder_inputs(rows), self.buffers.rotary)
+
+    @torch.no_grad()
+    def _capture(self) -> CapturedSteps:
+        return CapturedSteps(self._advance, self.kinds, self.buffers.rewind, self.device)
+
+    def _check_inputs(self, noise: Tensor, labels: Tensor, generators: Sequence[torch.Generator] | None) -> None:
+        _check_noise(self.model, noise)
+        classes = self.model.config.num_classes
+        if noise.shape[0] > self.batch_size or tuple(noise.shape[2:]) != self.image_size:
+            wanted = (
+                f"up to {self.batch_size} samples of {self.image_size[0]}x{self.image_size[1]}, this sampler's shape"
+            )
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted {wanted}")
+        if labels.shape != noise.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; wanted ({noise.shape[0]},) torch.int64")
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"labels run from {labels.min()} to {labels.max()}; allowed: 0 to {classes - 1}")
+        if self.buffers.noise is not None and (generators is None or len(generators) != noise.shape[0]):
+            count = 0 if generators is None else len(generators)
+            raise ValueError(f"the sde solver has {count} generators for {noise.shape[0]} samples; wanted one each")
 
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
@@ -76,63 +221,12 @@ def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tenso
     return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
-class _Branch:
-    """The conditional or the unconditional half of a run: its labels and what it keeps between refreshes."""
-
-    def __init__(self, model: DDT | FusedDDT, labels: Tensor, plan: SamplingPlan) -> None:
-        self.model = model
-        self.labels = labels
-        self.history = plan.state_history
-        self.reuse = plan.reuses_states
-        self.modulations: list[Iterable[Tensor]] = []
-
-    def run(self, step: BranchStep, x: Tensor, t: float) -> Tensor | None:
-        """The velocity (B, ..) in float32, or None where the step only encodes."""
-        dtype = next(self.model.parameters()).dtype
-        x = x.to(dtype)
-        if step.encode:
-            times = torch.full((x.shape[0],), t, device=x.device)
-            fresh = self.model.decoder_modulations(self.model.encode(x, times, self.labels))
-            # Nothing kept: each modulation is made when its block reads it and freed after.
-            self.modulations = [list(fresh) if self.reuse else fresh, *self.modulations][: self.history]
-        if not step.decode:
-            return None
-        if len(step.state_weights) == 1:
-            return self.model.decode(x, self.modulations[0]).float()
-        # Modulations are affine in the state and the weights sum to 1, so this is the modulation of the forecast state.
-        forecast = (_combine(step.state_weights, per_layer) for per_layer in zip(*self.modulations, strict=True))
-        return self.model.decode(x, forecast).float()
+def _single(velocity: Tensor) -> Tensor:
+    return velocity.float() if velocity.dtype == torch.float64 else velocity
 
 
-def _combine(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """sum_k weights[k] * values[k]; there may be more values than weights."""
-    total = weights[0] * values[0]
-    for weight, value in zip(weights[1:], values[1:], strict=False):
-        total = total + weight * value
-    return total
-
-
-def _warn_eager(device: torch.device) -> None:
-    reason = "this engine has none yet" if device.type == "cuda" else f"the model is on {device.type}, not on CUDA"
-    warnings.warn(f"cuda_graphs asked for, but {reason}; sampling eagerly", stacklevel=4)
-
-
-def _check_inputs(
-    model: DDT | FusedDDT,
-    noise: Tensor,
-    labels: Tensor,
-    plan: SamplingPlan,
-    generators: Sequence[torch.Generator] | None,
-) -> None:
-    channels, classes = model.config.in_channels, model.config.num_classes
+def _check_noise(model: DDT | FusedDDT, noise: Tensor) -> None:
+    channels = model.config.in_channels
     if noise.ndim != 4 or noise.shape[0] < 1 or noise.shape[1] != channels:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted (B, {channels}, height, width), B 1 or more")
     model.config.num_tokens(*noise.shape[2:])
-    if labels.shape != noise.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; wanted ({noise.shape[0]},) torch.int64")
-    if labels.numel() and (labels.min() < 0 or labels.max() >= classes):
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; allowed: 0 to {classes - 1}")
-    stochastic = any(step.coefficients.noise_coefficient for step in plan.steps)
-    if stochastic and (generators is None or len(generators) != noise.shape[0]):
-        count = 0 if generators is None else len(generators)
-        raise ValueError(f"the sde solver has {count} generators for {noise.shape[0]} samples; wanted one each")

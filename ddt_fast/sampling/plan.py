@@ -6,8 +6,12 @@ visible, countable and testable here:
 
 - the unconditional branch is evaluated only where guidance reads it: inside the interval, for a scale other than 1;
 - the encoder runs only at refreshes, and for the unconditional branch only in segments with a guided step (such a
-  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not);
+  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, for a forecast
+  that is to begin there, in the one or two before;
 - between refreshes the decoder's modulations, affine in the state, are kept: no step recomputes them.
+
+Where both branches are refreshed together (guidance_every 1) they read their states by the same weights; an
+unconditional branch evaluated more rarely has a fresh state each time and keeps none.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model.flops import model_flops
@@ -81,22 +86,30 @@ class SamplingPlan:
         state_history: cached states (or what is affine in them) a branch needs at most, newest first.
         velocity_history: past velocities the solver needs, this step's included.
         difference_history: guidance differences needed at most.
+        cached_branches: branches whose modulations are kept from step to step: 2 where the unconditional one is
+            refreshed together with the conditional one, else 1.
     """
 
     steps: tuple[PlanStep, ...]
     state_history: int
     velocity_history: int
     difference_history: int
+    cached_branches: int
 
     @classmethod
     def from_config(cls, config: SamplingConfig) -> SamplingPlan:
-        """The plan for a sampling configuration."""
+        """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
+        resolve first (`sharing.resolve_refresh_steps`)."""
+        if config.refresh_steps == "dp":
+            raise ValueError(
+                'refresh_steps is "dp"; resolve_refresh_steps(model, config, ...) turns it into step numbers'
+            )
         times = timesteps(config.num_steps, config.last_step, config.timeshift)
         refreshes = config.refresh_steps or tuple(range(0, config.num_steps, config.refresh_every))
         guided = [_is_guided(config, t) for t in times[:-1]]
         cond = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
         if config.guidance_every == 1:
-            uncond = _branch(times, guided, refreshes, config.state_forecast)
+            uncond = _branch(times, guided, refreshes, config.state_forecast, warm_up=True)
             differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
         else:
             # A held or extrapolated difference tolerates no unconditional state older than its velocity: where this
@@ -123,6 +136,7 @@ class SamplingPlan:
             state_history=max(len(branch.state_weights) for branch in branches),
             velocity_history=max(len(step.coefficients.velocity_coefficients) for step in steps),
             difference_history=max(len(step.difference_weights) for step in steps),
+            cached_branches=2 if any(guided) and config.guidance_every == 1 else 1,
         )
 
     @property
@@ -135,10 +149,10 @@ class SamplingPlan:
         """Encoder runs per image, both branches."""
         return sum(step.cond.encode + (step.uncond is not None and step.uncond.encode) for step in self.steps)
 
-    @property
-    def reuses_states(self) -> bool:
-        """Whether any state is read by more than the step that made it."""
-        return self.encoder_evaluations < self.network_evaluations or self.state_history > 1
+    def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
+        """Bytes per image of the decoder modulations that are kept between steps, and the most there ever are."""
+        per_state = model.num_tokens(height, width) * (6 * model.num_decoder_blocks + 2) * model.hidden_size
+        return self.state_history * self.cached_branches * per_state * dtype.itemsize
 
     def flops(self, model: DDTConfig, height: int, width: int) -> int:
         """Matrix-multiplication FLOPs per image (1 multiply-add = 2); height and width of what the model sees."""
@@ -192,14 +206,23 @@ def _forecast(
 
 
 def _branch(
-    times: tuple[float, ...], decoded: list[bool], refreshes: tuple[int, ...] | list[int], forecast: str
+    times: tuple[float, ...],
+    decoded: list[bool],
+    refreshes: tuple[int, ...] | list[int],
+    forecast: str,
+    warm_up: bool = False,
 ) -> list[BranchStep | None]:
-    """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes."""
-    bounds = [*refreshes, len(decoded)]
-    encoded = [False] * len(decoded)
+    """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes;
+    with warm_up also in as many before the first of them as its forecast reads states of."""
     history = _STATES_IN_FORECAST[forecast]
-    for start, end in pairwise(bounds):
-        encoded[start] = any(decoded[start:end])
+    needed = [any(decoded[start:end]) for start, end in pairwise([*refreshes, len(decoded)])]
+    extrapolates = history > 1 and any(decoded[i] for i in range(len(decoded)) if i not in refreshes)
+    if warm_up and extrapolates and True in needed:
+        first = needed.index(True)
+        needed[max(0, first - history + 1) : first] = [True] * min(first, history - 1)
+    encoded = [False] * len(decoded)
+    for start, is_needed in zip(refreshes, needed, strict=True):
+        encoded[start] = is_needed
     weights = _forecast(times, decoded, encoded, history)
     return [
         BranchStep(encode, decode, w or (1.0,)) if encode or decode else None

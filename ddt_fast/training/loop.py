@@ -28,7 +28,8 @@ from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels, seeded_noise
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import OWNED_NAMES, save_model
-from ddt_fast.sampling import SamplingPlan, sample
+from ddt_fast.sampling import sample
+from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.objective import flow_matching_loss
 
@@ -54,7 +55,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device) -> Tra
             names in output_dir that are not a run's, or a loss that is not finite.
     """
     settings = experiment.training
-    SamplingPlan.from_config(experiment.sampling)
+    timesteps(experiment.sampling.num_steps, experiment.sampling.last_step, experiment.sampling.timeshift)
     images, labels = _load_data(experiment, device)
     _remove_earlier_run(output_dir)
     torch.manual_seed(settings.seed)

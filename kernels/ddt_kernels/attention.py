@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddt_kernels import reference
 from ddt_kernels.attention_launch import MAX_HEAD_DIM, launch_backward, launch_forward
 from ddt_kernels.checks import DEVICES, FLOATS, check_like, check_positive, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
+from ddt_kernels.runtime import inlined
 
 MAX_TOKEN_STRIDE = 2**31 // 128  # a tile has at most 128 rows
 
@@ -43,6 +45,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_positive(op, "scale", scale)
+    if inlined(q):
+        return reference.attention(q, k, v, scale).contiguous()
     return _attention(q, k, v, scale)[0]
 
 

@@ -61,20 +61,46 @@ def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     check_unit_stride(op, name, tensor)
 
 
-def check_modulation(op: str, name: str, modulation: Tensor, x: Tensor, tokens: int) -> None:
-    """(B, tokens, C) for x's B and C, where tokens is N or 1; x's dtype and device, unit last stride.
+def check_modulation(
+    op: str, name: str, modulation: Tensor, x: Tensor, tokens: int, history: tuple[int, ...] = ()
+) -> None:
+    """(*history, B, tokens, C) for x's B and C, where tokens is N or 1; x's dtype and device, unit last stride.
 
-    `tokens` is the first modulation's: all modulations of a call share one granularity.
+    `tokens` is the first modulation's: all modulations of a call share one granularity. history: (K,) of a forecast.
     """
     check_tensor(op, name, modulation)
     B, N, C = x.shape
-    if modulation.shape != (B, tokens, C) or tokens not in (1, N):
+    if modulation.shape != (*history, B, tokens, C) or tokens not in (1, N):
         seen = f"of shape {tuple(modulation.shape)}"
         if tokens in (1, N):
-            fail(op, name, seen, f"{(B, tokens, C)}, of one granularity with the other modulations")
-        fail(op, name, seen, f"{(B, 1, C)} (per sample) or {(B, N, C)} (per token)")
+            fail(op, name, seen, f"{(*history, B, tokens, C)}, of one granularity with the other modulations")
+        fail(op, name, seen, f"{(*history, B, 1, C)} (per sample) or {(*history, B, N, C)} (per token)")
     check_same_kind(op, name, modulation, x)
     check_unit_stride(op, name, modulation)
+
+
+def check_forecast(op: str, forecast: object, history: int, x: Tensor) -> None:
+    """(weights, step) on x's device: (steps, history) fp32, contiguous, and an int32 or int64 of shape () or (1,)."""
+    if not isinstance(forecast, tuple) or len(forecast) != 2:
+        seen = f"a {type(forecast).__name__}" if not isinstance(forecast, tuple) else f"a tuple of {len(forecast)}"
+        fail(op, "forecast", seen, "a tuple (weights, step)")
+    weights, step = forecast
+    names = "forecast's weights", "forecast's step"
+    for name, tensor in zip(names, forecast, strict=True):
+        check_tensor(op, name, tensor)
+        if tensor.device != x.device:
+            fail(op, name, f"on {tensor.device}", f"{x.device}, as the first argument")
+    if weights.ndim != 2 or weights.shape[0] < 1 or weights.shape[1] != history:
+        seen = f"of shape {tuple(weights.shape)}"
+        fail(op, names[0], seen, f"(steps, {history}), a column for each cached modulation")
+    if weights.dtype != torch.float32:
+        fail(op, names[0], weights.dtype, "torch.float32")
+    if not weights.is_contiguous():
+        fail(op, names[0], f"strided {weights.stride()}", "a contiguous tensor")
+    if step.dtype not in (torch.int32, torch.int64):
+        fail(op, names[1], step.dtype, "torch.int32 or torch.int64")
+    if step.shape not in ((), (1,)):
+        fail(op, names[1], f"of shape {tuple(step.shape)}", "() or (1,)")
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:

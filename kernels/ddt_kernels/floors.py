@@ -29,12 +29,13 @@ def costs() -> Iterator[tuple[str, str, Cost]]:
         "rms_norm_modulate": ops.rms_norm_modulate_cost,
         "gated_residual_rms_norm_modulate": ops.gated_residual_rms_norm_modulate_cost,
         "gated_residual_layer_norm_modulate": ops.gated_residual_layer_norm_modulate_cost,
-        "gated_residual": ops.gated_residual_cost,
     }
-    for name, norm_cost in norms.items():
+    for name, norm_cost in (*norms.items(), ("gated_residual", ops.gated_residual_cost)):
         for per_token, granularity in ((False, "per sample"), (True, "per token")):
             for backward, direction in ((False, "forward"), (True, "backward")):
                 yield name, f"{granularity}, {direction}", norm_cost(*norm_shape, dtype, per_token, backward)
+    for name, forecast_cost in norms.items():
+        yield name, "per token, forecast from 2", forecast_cost(*norm_shape, dtype, True, history=2)
     heads = (BATCH, TOKENS, HEADS, HEAD_DIM)
     yield "qk_norm_rope_", "in place", ops.qk_norm_rope_cost(*heads, dtype, in_place=True)
     yield "qk_norm_rope", "forward", ops.qk_norm_rope_cost(*heads, dtype)

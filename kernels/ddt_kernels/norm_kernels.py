@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
-"""The Triton kernels of the norm family; `norm_modulate.py` launches them.
+"""The norm family's Triton kernels: the forward one, and what it shares with `norm_backward_kernels.py`'s.
 
-One forward and one backward kernel serve four ops, told apart by constexpr flags:
+One forward and one backward kernel serve four ops, told apart by constexpr flags; `norm_launch.py` launches them:
 
     x'  = x + gate · branch                            GATED; rounded to the storage dtype, as its next reader sees it
     n   = (x' - mean) · rstd                           NORM "rms" (mean = 0), "layer", or "none": stop at x'
@@ -34,6 +34,13 @@ and barriers between.
  - A program never crosses a sample. PER_TOKEN makes the modulations' token offset the row or zero; all else is equal.
  - Parameter gradients are deterministic: each backward program walks a fixed run of rows and leaves one fp32 partial
    sum per column; per sample, the two sums Σdy and Σdy·n give dshift, dscale and dweight alike.
+ - A forecast (HISTORY 2 or 3, forward only) reads that many cached entries of each modulation and sums them in fp32
+   registers, to be used unrounded: one more read an entry, no pass, nothing written. Its weights are a row of a device
+   table, taken by a device counter: nothing on the host depends on the step. Modulations are affine in the state and
+   weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its entry's loads:
+   no traffic, and whatever an unwritten entry holds counts for nothing. Its parameters come last, since ptxas's choice
+   of registers follows their order: without a forecast (HISTORY 1) every op takes as many as it would without these.
+   With one, C 1152 in bf16 on sm_90 takes 127 to 168 a thread, 12 programs an SM or more, each with as many more loads.
 
 Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset.
 """
@@ -42,35 +49,66 @@ from ddt_kernels.runtime import tl, triton
 
 
 @triton.jit
-def _load(ptr, offset, mask):
+def load_tile(ptr, offset, mask):
     return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(ptr, offset, value, mask):
+def store_tile(ptr, offset, value, mask):
     tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
+def tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
     col = MAIN + tl.arange(0, TAIL)
     return col, col < C
 
 
 @triton.jit
-def _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col, mask, GATED: tl.constexpr):
+def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
+    """The weights of this step, three whatever HISTORY; NaN outside the table."""
+    weights = (1.0, 0.0, 0.0)
+    if HISTORY > 1:
+        step = tl.load(step_ptr).to(tl.int64)
+        known = (step >= 0) & (step < steps)
+        row_ptr = forecast_ptr + step * HISTORY
+        w_0 = tl.load(row_ptr, mask=known, other=float("nan"))
+        w_1 = tl.load(row_ptr + 1, mask=known, other=float("nan"))
+        w_2 = tl.load(row_ptr + 2, mask=known & (HISTORY > 2), other=float("nan"))
+        weights = (w_0, w_1, w_2)
+    return weights
+
+
+@triton.jit
+def _load_modulation(ptr, row, stride_k, weights, col, mask, HISTORY: tl.constexpr):
+    """A modulation, or the Σ_k weights[k] · entry k of a forecast, as fp32. An entry of weight 0 is not read."""
+    if HISTORY == 1:
+        value = load_tile(ptr, row + col, mask)
+    else:
+        value = weights[0] * load_tile(ptr, row + col, mask & (weights[0] != 0))
+        for k in tl.static_range(1, HISTORY):
+            row += stride_k
+            value += weights[k] * load_tile(ptr, row + col, mask & (weights[k] != 0))
+    return value
+
+
+@triton.jit
+def load_stream(
+    x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col, mask, GATED: tl.constexpr,
+    gate_sk=0, weights=None, HISTORY: tl.constexpr = 1,
+):  # fmt: skip
     """(x', branch, gate) as fp32; *_row are row offsets, col and mask say which columns. Not gated: x thrice."""
-    x = _load(x_ptr, x_row + col, mask)
+    x = load_tile(x_ptr, x_row + col, mask)
     branch, gate = x, x
     if GATED:
-        branch = _load(branch_ptr, branch_row + col, mask)
-        gate = _load(gate_ptr, gate_row + col, mask)
+        branch = load_tile(branch_ptr, branch_row + col, mask)
+        gate = _load_modulation(gate_ptr, gate_row, gate_sk, weights, col, mask, HISTORY)
         x = (x + gate * branch).to(x_ptr.dtype.element_ty).to(tl.float32)
     return x, branch, gate
 
 
 @triton.jit
-def _row_sum(a_W, a_T, TAIL: tl.constexpr):
+def row_sum(a_W, a_T, TAIL: tl.constexpr):
     total = tl.sum(a_W, axis=0)
     if TAIL > 0:
         total += tl.sum(a_T, axis=0)
@@ -78,23 +116,26 @@ def _row_sum(a_W, a_T, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _statistics(x_W, x_T, mask_T, eps, C: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr):
+def statistics(x_W, x_T, mask_T, eps, C: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr):
     """(mean, rstd) of a row. The variance is the mean square about the mean: no cancellation."""
     mean = 0.0
     if NORM == "layer":
-        mean = _row_sum(x_W, x_T, TAIL) / C
+        mean = row_sum(x_W, x_T, TAIL) / C
     d_W = x_W - mean
     d_T = tl.where(mask_T, x_T - mean, 0.0)
-    return mean, tl.math.rsqrt(_row_sum(d_W * d_W, d_T * d_T, TAIL) / C + eps)
+    return mean, tl.math.rsqrt(row_sum(d_W * d_W, d_T * d_T, TAIL) / C + eps)
 
 
 @triton.jit
-def _gain(weight_ptr, scale_ptr, scale_row, col, mask, C: tl.constexpr, NORM: tl.constexpr):
+def gain(
+    weight_ptr, scale_ptr, scale_row, col, mask, C: tl.constexpr, NORM: tl.constexpr,
+    scale_sk=0, weights=None, HISTORY: tl.constexpr = 1,
+):  # fmt: skip
     """(weight, 1 + scale) as fp32; weight is 1 for "layer"."""
-    factor = 1.0 + _load(scale_ptr, scale_row + col, mask)
+    factor = 1.0 + _load_modulation(scale_ptr, scale_row, scale_sk, weights, col, mask, HISTORY)
     weight = 1.0
     if NORM == "rms":
-        weight = _load(weight_ptr, col, col < C)
+        weight = load_tile(weight_ptr, col, col < C)
     return weight, factor
 
 
@@ -102,10 +143,12 @@ def _gain(weight_ptr, scale_ptr, scale_row, col, mask, C: tl.constexpr, NORM: tl
 def norm_modulate_forward_kernel(
     x_ptr,  # (B, N, C), as are branch, residual and y
     branch_ptr,
-    gate_ptr,  # (B, N or 1, C), as are shift and scale
+    gate_ptr,  # (B, N or 1, C), as are shift and scale; a forecast's (HISTORY, B, N or 1, C)
     weight_ptr,  # (C,)
     shift_ptr,
     scale_ptr,
+    forecast_ptr,  # (steps, HISTORY) fp32 contiguous, the weights of a forecast's entries
+    step_ptr,  # one integer, the row to take
     residual_ptr,  # out, x', contiguous
     y_ptr,  # out, contiguous
     N,
@@ -122,6 +165,10 @@ def norm_modulate_forward_kernel(
     scale_sb,
     scale_sn,
     eps,
+    steps,
+    gate_sk,  # between a forecast's entries
+    shift_sk,
+    scale_sk,
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -129,6 +176,7 @@ def norm_modulate_forward_kernel(
     GATED: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    HISTORY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     b = (pid // splits).to(tl.int64)
@@ -137,7 +185,8 @@ def norm_modulate_forward_kernel(
     col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
     col_T, mask_T = col_W, mask_W
     if TAIL > 0:
-        col_T, mask_T = _tail_columns(MAIN, TAIL, C)
+        col_T, mask_T = tail_columns(MAIN, TAIL, C)
+    weights = _load_forecast(forecast_ptr, step_ptr, steps, HISTORY)
 
     for row in range(0, rows):
         n = first + row
@@ -149,221 +198,32 @@ def norm_modulate_forward_kernel(
             (b * N + n) * C,
         )
 
-        x_W, _, _ = _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED)
+        x_W, _, _ = load_stream(
+            x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED,
+            gate_sk, weights, HISTORY,
+        )  # fmt: skip
         x_T = x_W
         if TAIL > 0:
-            x_T, _, _ = _load_stream(x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED)
-        if STORE_RESIDUAL:
-            _store(residual_ptr, out_row + col_W, x_W, mask_W)
-            if TAIL > 0:
-                _store(residual_ptr, out_row + col_T, x_T, mask_T)
-        if NORM != "none":
-            mean, rstd = _statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
-            weight_W, factor_W = _gain(weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM)
-            shift_W = _load(shift_ptr, shift_row + col_W, mask_W)
-            y_W = (x_W - mean) * rstd * (weight_W * factor_W) + shift_W
-            _store(y_ptr, out_row + col_W, y_W, mask_W)
-            if TAIL > 0:
-                weight_T, factor_T = _gain(weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM)
-                shift_T = _load(shift_ptr, shift_row + col_T, mask_T)
-                y_T = (x_T - mean) * rstd * (weight_T * factor_T) + shift_T
-                _store(y_ptr, out_row + col_T, y_T, mask_T)
-
-
-@triton.jit
-def _emit_stream_gradients(
-    grad_X, branch_X, gate_X, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr, offset, mask,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADD_RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """Adds dx'_direct, stores dx, dbranch and (per token) dgate; returns the tile of dgate."""
-    if ADD_RESIDUAL:
-        grad_X += _load(grad_residual_ptr, offset, mask)
-    if NORM != "none":
-        _store(grad_x_ptr, offset, grad_X, mask)
-    grad_gate_X = grad_X * branch_X
-    if GATED:
-        _store(grad_branch_ptr, offset, grad_X * gate_X, mask)
-        if PER_TOKEN:
-            _store(grad_gate_ptr, offset, grad_gate_X, mask)
-    return grad_gate_X
-
-
-@triton.jit
-def _store_sums(ptr, partial, sum_W, sum_T, col_W, col_T, mask_T, TAIL: tl.constexpr):
-    tl.store(ptr + partial + col_W, sum_W)
-    if TAIL > 0:
-        tl.store(ptr + partial + col_T, sum_T, mask=mask_T)
-
-
-@triton.jit
-def norm_modulate_backward_kernel(
-    grad_residual_ptr,  # (B, N, C) contiguous, as are grad_y and all per-token gradients
-    grad_y_ptr,
-    x_ptr,
-    branch_ptr,
-    gate_ptr,
-    weight_ptr,
-    scale_ptr,
-    grad_x_ptr,
-    grad_branch_ptr,
-    grad_gate_ptr,  # per token only, as is grad_scale
-    grad_scale_ptr,
-    sum_shift_ptr,  # fp32 (B · splits, C) partial sums; per sample: of dy,
-    sum_scale_ptr,  # of dy · n (per token: of dy · n · (1 + scale), the weight's),
-    sum_gate_ptr,  # and of dgate
-    N,
-    splits,  # programs per sample
-    rows_per_program,
-    x_sb,
-    x_sn,
-    branch_sb,
-    branch_sn,
-    gate_sb,
-    gate_sn,
-    scale_sb,
-    scale_sn,
-    eps,
-    C: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    ADD_RESIDUAL: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    b = (pid // splits).to(tl.int64)
-    first = ((pid % splits) * rows_per_program).to(tl.int64)
-    rows = tl.minimum(rows_per_program, N - first)
-    col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
-    col_T, mask_T = col_W, mask_W
-    if TAIL > 0:
-        col_T, mask_T = _tail_columns(MAIN, TAIL, C)
-
-    shift_sum_W = tl.zeros([MAIN], tl.float32)
-    scale_sum_W = tl.zeros([MAIN], tl.float32)
-    gate_sum_W = tl.zeros([MAIN], tl.float32)
-    shift_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-    scale_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-    gate_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-
-    for row in range(0, rows):
-        n = first + row
-        mod_n = n if PER_TOKEN else 0
-        x_row, branch_row = b * x_sb + n * x_sn, b * branch_sb + n * branch_sn
-        gate_row, scale_row, out_row = b * gate_sb + mod_n * gate_sn, b * scale_sb + mod_n * scale_sn, (b * N + n) * C
-
-        if NORM == "none":
-            branch_W = _load(branch_ptr, branch_row + col_W, mask_W)
-            gate_W = _load(gate_ptr, gate_row + col_W, mask_W)
-            grad_W = tl.zeros([MAIN], tl.float32)
-            if TAIL > 0:
-                branch_T = _load(branch_ptr, branch_row + col_T, mask_T)
-                gate_T = _load(gate_ptr, gate_row + col_T, mask_T)
-                grad_T = tl.zeros([TAIL], tl.float32)
-        else:
-            x_W, branch_W, gate_W = _load_stream(
-                x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED
-            )
-            dy_W = _load(grad_y_ptr, out_row + col_W, mask_W)
-            weight_W, factor_W = _gain(weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM)
-            x_T = x_W
-            if TAIL > 0:
-                x_T, branch_T, gate_T = _load_stream(
-                    x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED
-                )
-                dy_T = _load(grad_y_ptr, out_row + col_T, mask_T)
-                weight_T, factor_T = _gain(weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM)
-            mean, rstd = _statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
-            n_W = (x_W - mean) * rstd
-            g_W = dy_W * (weight_W * factor_W)
-            n_T, g_T = n_W, g_W
-            if TAIL > 0:
-                n_T = (x_T - mean) * rstd
-                g_T = dy_T * (weight_T * factor_T)
-            mean_gn = _row_sum(g_W * n_W, g_T * n_T, TAIL) / C
-            mean_g = 0.0
-            if NORM == "layer":
-                mean_g = _row_sum(g_W, g_T, TAIL) / C
-            grad_W = rstd * (g_W - n_W * mean_gn - mean_g)
-            if TAIL > 0:
-                grad_T = rstd * (g_T - n_T * mean_gn - mean_g)
-
-            dyn_W = dy_W * n_W
-            if PER_TOKEN:
-                _store(grad_scale_ptr, out_row + col_W, dyn_W * weight_W, mask_W)
-                dyn_W *= factor_W
-            shift_sum_W += dy_W
-            scale_sum_W += dyn_W
-            if TAIL > 0:
-                dyn_T = dy_T * n_T
-                if PER_TOKEN:
-                    _store(grad_scale_ptr, out_row + col_T, dyn_T * weight_T, mask_T)
-                    dyn_T *= factor_T
-                shift_sum_T += dy_T
-                scale_sum_T += dyn_T
-
-        grad_gate_W = _emit_stream_gradients(
-            grad_W, branch_W, gate_W, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-            out_row + col_W, mask_W, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
-        )  # fmt: skip
-        gate_sum_W += grad_gate_W
-        if TAIL > 0:
-            gate_sum_T += _emit_stream_gradients(
-                grad_T, branch_T, gate_T, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-                out_row + col_T, mask_T, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
+            x_T, _, _ = load_stream(
+                x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED,
+                gate_sk, weights, HISTORY,
             )  # fmt: skip
-
-    partial = pid.to(tl.int64) * C
-    if NORM == "rms" or (NORM == "layer" and not PER_TOKEN):
-        _store_sums(sum_scale_ptr, partial, scale_sum_W, scale_sum_T, col_W, col_T, mask_T, TAIL)
-    if NORM != "none" and not PER_TOKEN:
-        _store_sums(sum_shift_ptr, partial, shift_sum_W, shift_sum_T, col_W, col_T, mask_T, TAIL)
-    if GATED and not PER_TOKEN:
-        _store_sums(sum_gate_ptr, partial, gate_sum_W, gate_sum_T, col_W, col_T, mask_T, TAIL)
-
-
-@triton.jit
-def _column_sum(ptr, start, splits, col_X, mask_X, C: tl.constexpr, SPLITS: tl.constexpr, COLS: tl.constexpr):
-    """Sums `splits` rows of an fp32 (rows, C) matrix, from element `start` on."""
-    total_SX = tl.zeros([SPLITS, COLS], tl.float32)
-    for first in range(0, splits, SPLITS):
-        s_S1 = (first + tl.arange(0, SPLITS))[:, None]
-        total_SX += tl.load(ptr + start + s_S1 * C + col_X, mask=(s_S1 < splits) & mask_X, other=0.0)
-    return tl.sum(total_SX, axis=0, keep_dims=True)
-
-
-@triton.jit
-def modulation_gradients_kernel(
-    sum_shift_ptr,  # fp32 (B · splits, C) partial sums of the backward kernel, per sample
-    sum_scale_ptr,
-    sum_gate_ptr,
-    weight_ptr,
-    scale_ptr,
-    grad_shift_ptr,  # out, (B, 1, C) contiguous
-    grad_scale_ptr,
-    grad_gate_ptr,
-    sum_weight_ptr,  # out, fp32 (B, C): each sample's share of the weight's gradient
-    splits,
-    scale_sb,
-    C: tl.constexpr,
-    NORM: tl.constexpr,
-    GATED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * COLS + tl.arange(0, COLS)[None, :]
-    mask = col < C
-    start = b * splits * C
-    if NORM != "none":
-        shift = _column_sum(sum_shift_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        _store(grad_shift_ptr, b * C + col, shift, mask)
-        dyn = _column_sum(sum_scale_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        weight, factor = _gain(weight_ptr, scale_ptr, b * scale_sb, col, mask, C, NORM)
-        _store(grad_scale_ptr, b * C + col, dyn * weight, mask)
-        if NORM == "rms":
-            _store(sum_weight_ptr, b * C + col, dyn * factor, mask)
-    if GATED:
-        gate = _column_sum(sum_gate_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        _store(grad_gate_ptr, b * C + col, gate, mask)
+        if STORE_RESIDUAL:
+            store_tile(residual_ptr, out_row + col_W, x_W, mask_W)
+            if TAIL > 0:
+                store_tile(residual_ptr, out_row + col_T, x_T, mask_T)
+        if NORM != "none":
+            mean, rstd = statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
+            weight_W, factor_W = gain(
+                weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM, scale_sk, weights, HISTORY
+            )
+            shift_W = _load_modulation(shift_ptr, shift_row, shift_sk, weights, col_W, mask_W, HISTORY)
+            y_W = (x_W - mean) * rstd * (weight_W * factor_W) + shift_W
+            store_tile(y_ptr, out_row + col_W, y_W, mask_W)
+            if TAIL > 0:
+                weight_T, factor_T = gain(
+                    weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM, scale_sk, weights, HISTORY
+                )
+                shift_T = _load_modulation(shift_ptr, shift_row, shift_sk, weights, col_T, mask_T, HISTORY)
+                y_T = (x_T - mean) * rstd * (weight_T * factor_T) + shift_T
+                store_tile(y_ptr, out_row + col_T, y_T, mask_T)

@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from ddt_kernels.compilation import AotCase
-from ddt_kernels.norm_kernels import (
-    modulation_gradients_kernel,
-    norm_modulate_backward_kernel,
-    norm_modulate_forward_kernel,
-)
+from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
+from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
 from ddt_kernels.runtime import cdiv, launch, next_power_of_2, target_arch
 
 MAX_CHANNELS = 6144  # a row is held in the registers of one program; wider ones spill
@@ -72,7 +69,11 @@ def backward_rows_per_program(batch: int, tokens: int) -> int:
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
+    return (0, 0) if tensor is None else (tensor.stride(-3), tensor.stride(-2))
+
+
+def _history_stride(modulation: Tensor | None) -> int:
+    return 0 if modulation is None or modulation.ndim == 3 else modulation.stride(0)
 
 
 def launch_forward(
@@ -85,23 +86,32 @@ def launch_forward(
     eps: float,
     norm: str,
     store_residual: bool,
+    forecast: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Runs the forward kernel; returns (x' or None, y or None). norm: "rms", "layer" or "none"."""
+    """Runs the forward kernel; returns (x' or None, y or None). norm: "rms", "layer" or "none".
+
+    forecast: (weights, step), of modulations (K, B, N or 1, C).
+    """
     B, N, C = x.shape
     config = forward_config(C)
     modulation = gate if scale is None else scale
     assert modulation is not None
     residual = x.new_empty(x.shape) if store_residual else None
     y = x.new_empty(x.shape) if norm != "none" else None
-    per_token = modulation.shape[1] == N
+    per_token = modulation.shape[-2] == N
+    weights, step, steps, history = None, None, 0, 1
+    if forecast is not None:
+        (weights, step), history = forecast, modulation.shape[0]
+        steps = weights.shape[0]
     rows = forward_rows_per_program(per_token)
     splits = cdiv(N, rows)
     launch(
         norm_modulate_forward_kernel,
         (B * splits,),
         x.device,
-        *(x, branch, gate, weight, shift, scale, residual, y, N, splits, rows),
+        *(x, branch, gate, weight, shift, scale, weights, step, residual, y, N, splits, rows),
         *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
+        *(steps, _history_stride(gate), _history_stride(shift), _history_stride(scale)),
         C=C,
         MAIN=config.main,
         TAIL=config.tail,
@@ -109,6 +119,7 @@ def launch_forward(
         GATED=gate is not None,
         STORE_RESIDUAL=store_residual,
         PER_TOKEN=per_token,
+        HISTORY=history,
         num_warps=config.num_warps,
     )
     return residual, y
@@ -212,6 +223,10 @@ def aot_cases() -> list[AotCase]:
         cases += _heaviest(_width_cases(channels, torch.bfloat16, False))[1:]
     for per_token in (False, True):
         cases += _heaviest(_width_cases(MAX_CHANNELS, torch.bfloat16, per_token))
+    for history in (2, 3):
+        cases += _forecast_cases(1152, torch.bfloat16, True, history)
+    for per_token in (False, True):
+        cases += _heaviest(_forecast_cases(MAX_CHANNELS, torch.bfloat16, per_token, 3))
     return cases
 
 
@@ -235,4 +250,27 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
         AotCase(f"gated rms {label}", lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms")),
         AotCase(f"gated layer {label}", lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer")),
         AotCase(f"gated {label}", lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none")),
+    ]
+
+
+def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history: int) -> list[AotCase]:
+    B, N = 4, 256
+    x = torch.empty(B, N, channels, dtype=dtype, device="meta")
+    weight = torch.empty(channels, dtype=dtype, device="meta")
+    cached = torch.empty(history, B, N if per_token else 1, 38 * channels, dtype=dtype, device="meta")
+    shift, scale, gate = cached[..., : 3 * channels].chunk(3, dim=-1)
+    forecast = torch.empty(250, history, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
+    label = f"{label}, forecast from {history}"
+    return [
+        AotCase(
+            f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)
+        ),
+        AotCase(
+            f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)
+        ),
+        AotCase(
+            f"gated layer {label}",
+            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast),
+        ),
     ]

@@ -8,6 +8,9 @@
 Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), all of a call alike.
 Everything may be strided but for the last dimension: chunks of one adaLN GEMM's output are read in place. Autograd
 keeps inputs alone; the backward kernels recompute x' and the statistics. Kernels and formulas: `norm_kernels.py`.
+
+With `forecast`, the norms take each modulation as a history of K cached ones and read Σ_k weights[step, k] · cached[k]:
+what a sampler extrapolates between refreshes is never written.
 """
 
 import torch
@@ -16,17 +19,30 @@ from torch import Tensor
 from ddt_kernels import norm_operators as operators
 from ddt_kernels.checks import (
     check_activations,
+    check_forecast,
     check_like,
     check_modulation,
     check_positive,
     check_tensor,
     check_weight,
+    fail,
 )
 from ddt_kernels.cost import Cost
 from ddt_kernels.norm_launch import MAX_CHANNELS
+from ddt_kernels.runtime import inlined
+
+Forecast = tuple[Tensor, Tensor]
 
 
-def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_norm_modulate(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    forecast: Forecast | None = None,
+) -> Tensor:
     """y = x / sqrt(mean(x²) + eps) · weight · (1 + scale) + shift, statistics and arithmetic in fp32.
 
     Args:
@@ -34,22 +50,39 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, e
         weight: (C,), x's dtype or fp32.
         shift, scale: (B, 1, C) or (B, N, C), both alike, x's dtype.
         eps: above 0.
+        forecast: (weights, step); shift and scale then are (K, B, 1 or N, C), K 2 or 3, and stand for
+            Σ_k weights[step, k] · shift[k], summed in fp32. An entry of weight 0 counts for nothing, whatever it holds.
+            weights: (steps, K) fp32, contiguous. step: int32 or int64, shape () or (1,), never read by the host;
+            outside the table every result is NaN on a GPU and an IndexError on a CPU (compiled for one, a step past
+            the end is a RuntimeError and a negative one counts from the end). Both on x's device.
 
-    Returns: (B, N, C), x's dtype, contiguous. Differentiable, once, in all four tensors.
+    Returns: (B, N, C), x's dtype, contiguous. Differentiable, once, in all four tensors; with a forecast in none.
 
-    Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1.
+    Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1, and with a forecast where
+        autograd would have to record it.
     Source: the adaLN norm of DDT (arXiv 2504.05741); RMSNorm, arXiv 1910.07467.
     """
     op = "rms_norm_modulate"
     check_activations(op, "x", x, MAX_CHANNELS)
     check_weight(op, "weight", weight, x)
-    _check_modulations(op, x, shift=shift, scale=scale)
+    _check_modulations(op, x, forecast, shift=shift, scale=scale)
     check_positive(op, "eps", eps)
-    return operators.rms_norm_modulate(x, weight, shift, scale, eps)
+    if forecast is not None:
+        return _with_forecast(op, x, None, None, weight, shift, scale, forecast, eps)[1]
+    function = operators.rms_norm_modulate_on_cpu if inlined(x) else operators.rms_norm_modulate
+    return function(x, weight, shift, scale, eps)
 
 
 def gated_residual_rms_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    forecast: Forecast | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x' = x + gate · branch and y = rms_norm_modulate(x'), in one pass.
 
@@ -57,9 +90,10 @@ def gated_residual_rms_norm_modulate(
         x, branch: (B, N, C), as rms_norm_modulate's x.
         gate, shift, scale: (B, 1, C) or (B, N, C), all alike, x's dtype.
         weight, eps: as in rms_norm_modulate.
+        forecast: as there, of gate too.
 
     Returns: (x', y), each (B, N, C), x's dtype, contiguous; y is computed from x' as rounded to that dtype.
-        Differentiable, once, in all six tensors.
+        Differentiable, once, in all six tensors; with a forecast in none.
 
     Raises: ValueError as rms_norm_modulate.
     Source: the residual and the next norm of a DDT block (arXiv 2504.05741).
@@ -68,13 +102,24 @@ def gated_residual_rms_norm_modulate(
     check_activations(op, "x", x, MAX_CHANNELS)
     check_like(op, "branch", branch, x)
     check_weight(op, "weight", weight, x)
-    _check_modulations(op, x, gate=gate, shift=shift, scale=scale)
+    _check_modulations(op, x, forecast, gate=gate, shift=shift, scale=scale)
     check_positive(op, "eps", eps)
-    return operators.gated_residual_rms_norm_modulate(x, branch, gate, weight, shift, scale, eps)
+    if forecast is not None:
+        return _with_forecast(op, x, branch, gate, weight, shift, scale, forecast, eps)
+    plain = operators.gated_residual_rms_norm_modulate_on_cpu
+    function = plain if inlined(x) else operators.gated_residual_rms_norm_modulate
+    return function(x, branch, gate, weight, shift, scale, eps)
 
 
 def gated_residual_layer_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    *,
+    forecast: Forecast | None = None,
 ) -> Tensor:
     """y = layer_norm(x + gate · branch) · (1 + scale) + shift, the norm without affine part, in one pass.
 
@@ -87,9 +132,13 @@ def gated_residual_layer_norm_modulate(
     op = "gated_residual_layer_norm_modulate"
     check_activations(op, "x", x, MAX_CHANNELS)
     check_like(op, "branch", branch, x)
-    _check_modulations(op, x, gate=gate, shift=shift, scale=scale)
+    _check_modulations(op, x, forecast, gate=gate, shift=shift, scale=scale)
     check_positive(op, "eps", eps)
-    return operators.gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, eps)
+    if forecast is not None:
+        return _with_forecast(op, x, branch, gate, None, shift, scale, forecast, eps)[1]
+    plain = operators.gated_residual_layer_norm_modulate_on_cpu
+    function = plain if inlined(x) else operators.gated_residual_layer_norm_modulate
+    return function(x, branch, gate, shift, scale, eps)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -100,50 +149,104 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     op = "gated_residual"
     check_activations(op, "x", x, MAX_CHANNELS)
     check_like(op, "branch", branch, x)
-    _check_modulations(op, x, gate=gate)
-    return operators.gated_residual(x, branch, gate)
+    _check_modulations(op, x, None, gate=gate)
+    return (operators.gated_residual_on_cpu if inlined(x) else operators.gated_residual)(x, branch, gate)
 
 
-def _check_modulations(op: str, x: Tensor, **modulations: Tensor) -> None:
+def _with_forecast(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    forecast: Forecast,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        named = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
+        for name, tensor in (named | {"forecast's weights": forecast[0]}).items():
+            if tensor is not None and tensor.requires_grad:
+                fail(op, name, "to be differentiated", "torch.no_grad() around: a forecast has no gradient")
+    function = operators.forecast_norm_modulate_on_cpu if inlined(x) else operators.forecast_norm_modulate
+    return function(x, branch, gate, weight, shift, scale, *forecast, eps)
+
+
+def _check_modulations(op: str, x: Tensor, forecast: Forecast | None, **modulations: Tensor) -> None:
     tokens = None
+    history: tuple[int, ...] = ()
     for name, modulation in modulations.items():
         if tokens is None:
             check_tensor(op, name, modulation)
-            tokens = modulation.shape[1] if modulation.ndim == 3 else -1
-        check_modulation(op, name, modulation, x, tokens)
+            if forecast is not None:
+                history = (_history(op, name, modulation, x),)
+                check_forecast(op, forecast, history[0], x)
+            tokens = modulation.shape[-2] if modulation.ndim == 3 + len(history) else -1
+        check_modulation(op, name, modulation, x, tokens, history)
+
+
+def _history(op: str, name: str, modulation: Tensor, x: Tensor) -> int:
+    """K of a forecast's modulation (K, B, N or 1, C)."""
+    if modulation.ndim != 4 or modulation.shape[0] not in (2, 3):
+        B, N, C = x.shape
+        seen = f"of shape {tuple(modulation.shape)}"
+        fail(op, name, seen, f"(K, {B}, 1 or {N}, {C}) with K 2 or 3, as there is a forecast")
+    return modulation.shape[0]
 
 
 def rms_norm_modulate_cost(
-    batch: int, tokens: int, channels: int, dtype: torch.dtype, per_token: bool, backward: bool = False
+    batch: int,
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype,
+    per_token: bool,
+    backward: bool = False,
+    history: int = 1,
 ) -> Cost:
     """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, channels); the weight in `dtype` too.
 
-    A per-token gradient of shift is the gradient of y itself and costs nothing.
+    A per-token gradient of shift is the gradient of y itself and costs nothing. history: a forecast's K; 1 without one.
     """
+    _check_history("rms_norm_modulate_cost", backward, history)
     activations, modulations, vectors = (3, 2, 2) if backward else (2, 2, 1)
     modulations += backward and not per_token
     flops = 21 if backward else 7
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops)
+    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops, history)
 
 
 def gated_residual_rms_norm_modulate_cost(
-    batch: int, tokens: int, channels: int, dtype: torch.dtype, per_token: bool, backward: bool = False
+    batch: int,
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype,
+    per_token: bool,
+    backward: bool = False,
+    history: int = 1,
 ) -> Cost:
     """As rms_norm_modulate_cost."""
+    _check_history("gated_residual_rms_norm_modulate_cost", backward, history)
     activations, modulations, vectors = (6, 4, 2) if backward else (4, 3, 1)
     modulations += backward and not per_token
     flops = 26 if backward else 9
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops)
+    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops, history)
 
 
 def gated_residual_layer_norm_modulate_cost(
-    batch: int, tokens: int, channels: int, dtype: torch.dtype, per_token: bool, backward: bool = False
+    batch: int,
+    tokens: int,
+    channels: int,
+    dtype: torch.dtype,
+    per_token: bool,
+    backward: bool = False,
+    history: int = 1,
 ) -> Cost:
     """As rms_norm_modulate_cost."""
+    _check_history("gated_residual_layer_norm_modulate_cost", backward, history)
     activations, modulations = (5, 4) if backward else (3, 3)
     modulations += backward and not per_token
     flops = 23 if backward else 10
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops)
+    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops, history)
 
 
 def gated_residual_cost(
@@ -152,6 +255,11 @@ def gated_residual_cost(
     """As rms_norm_modulate_cost; x's gradient is that of x' itself and costs nothing."""
     activations, modulations, flops = (3, 2, 3) if backward else (3, 1, 2)
     return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops)
+
+
+def _check_history(op: str, backward: bool, history: int) -> None:
+    if history not in ((1,) if backward else (1, 2, 3)):
+        fail(op, "history", history, "1: a forecast has no backward pass" if backward else "1, 2 or 3")
 
 
 def _cost(
@@ -164,9 +272,14 @@ def _cost(
     modulations: int,
     vectors: int,
     flops_per_element: int,
+    history: int = 1,
 ) -> Cost:
-    """activations, modulations, vectors: how many (B, N, C), (B, N or 1, C) and (C,) tensors cross memory once."""
+    """activations, modulations, vectors: how many (B, N, C), (B, N or 1, C) and (C,) tensors cross memory once; of a
+    forecast's modulations `history` entries each, and a row of fp32 weights."""
     elements = batch * tokens * channels
     modulation = elements if per_token else batch * channels
-    moved = activations * elements + modulations * modulation + vectors * channels
-    return Cost(moved * dtype.itemsize, flops_per_element * elements)
+    moved = activations * elements + history * modulations * modulation + vectors * channels
+    if history == 1:
+        return Cost(moved * dtype.itemsize, flops_per_element * elements)
+    sums = modulations * (2 * history - 1) * modulation
+    return Cost(moved * dtype.itemsize + 4 * history, flops_per_element * elements + sums)

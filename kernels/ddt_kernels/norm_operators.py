@@ -3,7 +3,8 @@
 Each is functional and of fixed arity. The decorated function's body is the CUDA kernel, the CPU kernel is the
 reference, the fake kernel allocates, and the backward pass is an operator of its own, wrapped by two functions that say
 what is kept for it and which gradient goes where. Per token, shift's gradient is y's: the backward operators return an
-empty tensor for it (an operator may not return its input) and autograd passes y's gradient on.
+empty tensor for it (an operator may not return its input) and autograd passes y's gradient on. With a forecast, which
+is for inference, one operator serves all norms.
 """
 
 from typing import Any
@@ -38,7 +39,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, e
 
 
 @rms_norm_modulate.register_kernel("cpu")
-def _(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def rms_norm_modulate_on_cpu(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return reference.rms_norm_modulate(x, weight, shift, scale, eps).contiguous()
 
 
@@ -89,7 +90,7 @@ def gated_residual_rms_norm_modulate(
 
 
 @gated_residual_rms_norm_modulate.register_kernel("cpu")
-def _(
+def gated_residual_rms_norm_modulate_on_cpu(
     x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     residual, y = reference.gated_residual_rms_norm_modulate(x, branch, gate, weight, shift, scale, eps)
@@ -178,7 +179,9 @@ def gated_residual_layer_norm_modulate(
 
 
 @gated_residual_layer_norm_modulate.register_kernel("cpu")
-def _(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def gated_residual_layer_norm_modulate_on_cpu(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
     return reference.gated_residual_layer_norm_modulate(x, branch, gate, shift, scale, eps).contiguous()
 
 
@@ -238,7 +241,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 @gated_residual.register_kernel("cpu")
-def _(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+def gated_residual_on_cpu(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     return reference.gated_residual(x, branch, gate).contiguous()
 
 
@@ -273,3 +276,58 @@ def _gated_residual_autograd(ctx: Any, grad_residual: Tensor) -> tuple[Tensor, T
 
 
 gated_residual.register_autograd(_gated_residual_autograd, setup_context=_gated_residual_setup)
+
+
+@torch.library.custom_op("ddt_kernels::forecast_norm_modulate", mutates_args=(), device_types="cuda")
+def forecast_norm_modulate(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    forecast_weights: Tensor,
+    step: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(x', y); x' is empty without branch and gate, and without weight, which makes it a LayerNorm."""
+    keep, norm = gate is not None and weight is not None, "layer" if weight is None else "rms"
+    forecast = forecast_weights, step
+    residual, y = launch_forward(x, branch, gate, weight, shift, scale, eps, norm, keep, forecast)
+    return x.new_empty(0) if residual is None else residual, _made(y)
+
+
+@forecast_norm_modulate.register_kernel("cpu")
+def forecast_norm_modulate_on_cpu(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    forecast_weights: Tensor,
+    step: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    shift, scale = (reference.forecast(history, forecast_weights, step) for history in (shift, scale))
+    if branch is None or gate is None:
+        return x.new_empty(0), rms_norm_modulate_on_cpu(x, _made(weight), shift, scale, eps)
+    gate = reference.forecast(gate, forecast_weights, step)
+    if weight is None:
+        return x.new_empty(0), gated_residual_layer_norm_modulate_on_cpu(x, branch, gate, shift, scale, eps)
+    return gated_residual_rms_norm_modulate_on_cpu(x, branch, gate, weight, shift, scale, eps)
+
+
+@forecast_norm_modulate.register_fake
+def _(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    forecast_weights: Tensor,
+    step: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(0 if gate is None or weight is None else x.shape), x.new_empty(x.shape)

@@ -15,6 +15,7 @@ from ddt_kernels import reference
 from ddt_kernels.checks import DEVICES, FLOATS, check_positive, check_tensor, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.qk_norm_rope_launch import launch_backward, launch_forward
+from ddt_kernels.runtime import inlined
 
 MAX_HEAD_DIM = 256
 
@@ -40,7 +41,7 @@ def qk_norm_rope(
     Source: DDT's attention (arXiv 2504.05741); RMSNorm, arXiv 1910.07467; rotary embeddings, arXiv 2104.09864.
     """
     _check("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps)
-    return _operator(qkv, q_weight, k_weight, cos, sin, eps)
+    return (reference.qk_norm_rope if inlined(qkv) else _operator)(qkv, q_weight, k_weight, cos, sin, eps)
 
 
 def qk_norm_rope_(
@@ -58,7 +59,7 @@ def qk_norm_rope_(
         for name, tensor in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
             if tensor.requires_grad:
                 fail(op, name, "to be differentiated", "torch.no_grad() around, or qk_norm_rope")
-    _in_place_operator(qkv, q_weight, k_weight, cos, sin, eps)
+    (_in_place_on_cpu if inlined(qkv) else _in_place_operator)(qkv, q_weight, k_weight, cos, sin, eps)
     return qkv
 
 
@@ -179,7 +180,7 @@ def _in_place_operator(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Ten
 
 
 @_in_place_operator.register_kernel("cpu")
-def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+def _in_place_on_cpu(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     q, k, _ = qkv.unbind(2)
     q.copy_(reference.norm_rope(q, q_weight, cos, sin, eps))
     k.copy_(reference.norm_rope(k, k_weight, cos, sin, eps))

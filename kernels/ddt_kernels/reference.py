@@ -58,6 +58,22 @@ def gated_residual_layer_norm_modulate(
     return modulate(F.layer_norm(residual, residual.shape[-1:], eps=eps), shift, scale)
 
 
+def forecast(history: Tensor, weights: Tensor, step: Tensor) -> Tensor:
+    """Σ_k weights[step, k] · history[k], in fp32, rounded to history's dtype; an entry of weight 0 may be anything.
+
+    history: (K, ...); weights: (steps, K); step: an integer tensor of shape () or (1,).
+    """
+    row = weights.index_select(0, step.reshape(1)).squeeze(0)
+    if history.device.type != "cpu" or torch.compiler.is_compiling():
+        return _combine(row, _wide(history).unbind()).to(history.dtype)
+    # A CPU reads its own weights for nothing, and without a kernel to fuse them, selects cost more than the sum does.
+    total = torch.zeros(history.shape[1:], dtype=torch.promote_types(history.dtype, torch.float32))
+    for weight, entry in zip(row.tolist(), history.unbind(), strict=True):
+        if weight != 0:
+            total.add_(entry, alpha=weight)
+    return total.to(history.dtype)
+
+
 def _reduce_to(gradient: Tensor, like: Tensor) -> Tensor:
     """Sums a (B, N, C) gradient over the tokens if `like` is per sample; in like's dtype."""
     if like.shape[1] != gradient.shape[1]:
@@ -194,8 +210,8 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 
 def _combine(coefficients: Tensor, values: Sequence[Tensor]) -> Tensor:
     """Σ coefficients[k] · values[k]; a value whose coefficient is 0 may be anything."""
-    terms = [torch.where(c == 0, 0.0, c * v) for c, v in zip(coefficients.unbind(), values, strict=False)]
-    return torch.stack(terms).sum(0)
+    first, *rest = (torch.where(c == 0, 0.0, c * v) for c, v in zip(coefficients.unbind(), values, strict=False))
+    return sum(rest, first)
 
 
 def guided_step(

@@ -59,6 +59,12 @@ def launches_run(device: torch.device) -> bool:
     return device.type == "cuda" and _recorder is None and _compiling
 
 
+def inlined(x: torch.Tensor) -> bool:
+    """Whether a call on x is being compiled for a CPU: it then is plain PyTorch, which Inductor fuses and autograd
+    differentiates, and no operator, which is opaque to both. An exported graph keeps operators: it may go to a GPU."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching."""

@@ -9,6 +9,7 @@ from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.job import Job, generate
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model.reference import DDT
+from ddt_fast.sampling import Sampler
 
 
 def test_uint8_follows_the_released_rounding():
@@ -94,6 +95,6 @@ def test_samples_that_are_not_finite_are_refused():
     model = DDT(PRESETS["digits"].model)
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(float("nan"))
-    job = Job(torch.tensor([1, 2]), [5, 6], 8, 2, SamplingConfig(num_steps=2))
+    job, sampler = Job(torch.tensor([1, 2]), [5, 6]), Sampler(model, SamplingConfig(num_steps=2), 2, 8, 8)
     with pytest.raises(ValueError, match="the sample of seed 5 is not finite"):
-        next(generate(model, job))
+        next(generate(sampler, job))

@@ -33,6 +33,46 @@ def with_gradients(
     return [output.detach() for output in outputs], list(torch.autograd.grad(outputs, leaves, list(grads)))
 
 
+def compiled_results(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor], set[str]]:
+    """(outputs, gradients, this package's operators in the graph) of `function`, compiled without graph breaks; without
+    `grads` for inference."""
+    operators: set[str] = set()
+
+    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Callable[..., object]:
+        operators.update(name for node in graph.graph.nodes if "ddt_kernels" in (name := str(node.target)))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    if grads:
+        return *with_gradients(compiled, inputs, grads), operators
+    with torch.no_grad():
+        outputs = compiled(*inputs)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs), [], operators
+
+
+def check_compiles(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    operator: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> None:
+    """Compiled for a CPU, `function` is plain PyTorch, whose gradients round in another order; `operator`, which it
+    calls where it is not compiled, stays itself, bit for bit."""
+    outputs, gradients = with_gradients(function, inputs, grads)
+    for compiled, opaque in ((function, False), (operator, True)):
+        made, made_gradients, operators = compiled_results(compiled, inputs, grads)
+        assert bool(operators) == opaque, operators
+        assert all(torch.equal(a, b) for a, b in zip(made, outputs, strict=True))
+        for a, b in zip(made_gradients, gradients, strict=True):
+            torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if opaque else {}))
+    made, _, operators = compiled_results(function, inputs)
+    assert not operators
+    assert all(torch.equal(a, b) for a, b in zip(made, outputs, strict=True))
+
+
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes fresh allocations of floats NaN, so that an element a kernel forgets to write cannot pass for right."""
 

@@ -87,3 +87,50 @@ def check_against_reference(
             continue
         else:
             assert_as_accurate(f"gradient of {name}", gradients[name], plain, oracle)
+
+
+FORECAST_OPS = OPS[:3]
+Forecast = tuple[Tensor, Tensor]
+
+
+def make_forecast_inputs(
+    op: str, shape: tuple[int, int, int], per_token: bool, dtype: torch.dtype, history: int, device: str = "cpu"
+) -> tuple[dict[str, Tensor], Forecast]:
+    """Seeded inputs, the modulations as chunks of one cached (K, B, N or 1, 8C), and (weights, step), which takes row 1
+    of 3."""
+    B, N, C = shape
+    generator = torch.Generator().manual_seed(2)
+    cached = torch.randn(history, B, N if per_token else 1, 8 * C, generator=generator, dtype=torch.float64) / 2
+    chunks = dict(zip(("shift", "scale", "gate"), cached.to(dtype).to(device).chunk(8, dim=-1)[2:5], strict=True))
+    inputs = make_inputs(op, shape, per_token, dtype, device)
+    weights = torch.tensor([[0.3, 0.7, 0.0], [1.7, -0.9, 0.2], [-1.0, 4.0, -2.0]])[:, :history].contiguous()
+    return inputs | {name: chunks[name] for name in chunks if name in inputs}, (
+        weights.to(device),
+        torch.tensor([1], device=device),
+    )
+
+
+def with_forecast(op: str, inputs: dict[str, Tensor], forecast: Forecast) -> list[Tensor]:
+    """The op's outputs in plain PyTorch: the reference on combined modulations."""
+    combined = [t if t.ndim < 4 else reference.forecast(t, *forecast) for t in inputs.values()]
+    outputs = getattr(reference, op)(*combined)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def launch_with_forecast(op: str, i: dict[str, Tensor], forecast: Forecast) -> list[Tensor]:
+    """As launch_forward."""
+    norm = "rms" if "rms" in op else "layer"
+    modulated = (i["x"], i.get("branch"), i.get("gate"), i.get("weight"), i["shift"], i["scale"])
+    stored = op == "gated_residual_rms_norm_modulate"
+    return [y for y in norm_launch.launch_forward(*modulated, 1e-6, norm, stored, forecast) if y is not None]
+
+
+def check_forecast_against_reference(
+    op: str, inputs: dict[str, Tensor], forecast: Forecast, outputs: list[Tensor]
+) -> None:
+    """The tolerance rule; the oracle combines, and does everything else, in fp64."""
+    plain = with_forecast(op, inputs, forecast)
+    oracles = with_forecast(op, {name: t.double() for name, t in inputs.items()}, (forecast[0].double(), forecast[1]))
+    assert len(outputs) == len(oracles)
+    for index, output in enumerate(outputs):
+        assert_as_accurate(f"output {index}", output, plain[index], oracles[index])

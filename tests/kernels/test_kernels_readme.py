@@ -13,7 +13,8 @@ from torch import nn
 
 import ddt_kernels
 from ddt_fast.config import DDTConfig
-from ddt_fast.model.reference import Block, rotary_tables
+from ddt_fast.model.base import rotary_tables
+from ddt_fast.model.reference import Block
 from ddt_kernels import floors
 from ddt_kernels.cost import Cost
 

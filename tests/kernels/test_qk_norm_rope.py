@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import ddt_kernels
-from ddt_fast.model.reference import RMSNorm, rotary_tables, rotate
+from ddt_fast.model.base import rotary_tables
+from ddt_fast.model.reference import RMSNorm, rotate
 from ddt_kernels import qk_norm_rope_launch, reference
-from kernel_testing import poison_empty, with_gradients
+from kernel_testing import check_compiles, compiled_results, poison_empty, with_gradients
 from qk_norm_rope_cases import check_against_reference, make_grad, make_inputs
 from test_aot import aot, verdicts
 
@@ -62,12 +63,10 @@ def test_compiles_without_graph_breaks():
     def function(qkv, q_weight, k_weight):
         return ddt_kernels.qk_norm_rope(qkv, q_weight, k_weight, *tables)
 
-    torch._dynamo.reset()
-    leaves = list(inputs.values())[:3]
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    eager, traced = (with_gradients(f, leaves, [grad]) for f in (function, compiled))
-    for a, b in zip(eager[0] + eager[1], traced[0] + traced[1], strict=True):
-        assert torch.equal(a, b)
+    def operator(qkv, q_weight, k_weight):
+        return OPS.qk_norm_rope.default(qkv, q_weight, k_weight, *tables, 1e-6)
+
+    check_compiles(function, operator, list(inputs.values())[:3], [grad])
 
 
 def test_in_place_compiles_without_graph_breaks():
@@ -77,9 +76,16 @@ def test_in_place_compiles_without_graph_breaks():
     def function(qkv, *others):
         return ddt_kernels.qk_norm_rope_(qkv * 1, *others)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*inputs.values()), expected)
+    def operator(qkv, *others):
+        qkv = qkv * 1
+        OPS.qk_norm_rope_.default(qkv, *others, 1e-6)
+        return qkv
+
+    for compiled, opaque in ((function, False), (operator, True), (ddt_kernels.qk_norm_rope_, False)):
+        (made,), _, operators = compiled_results(compiled, list(inputs.values()))
+        assert bool(operators) == opaque
+        assert torch.equal(made, expected)
+    assert torch.equal(inputs["qkv"], expected)
 
 
 def test_exports():

@@ -21,7 +21,7 @@ def test_count_equals_what_pytorch_counts():
 
     counts: list[int] = []
     state = counted(lambda: model.encode(x, t, y))
-    modulations = counted(lambda: list(model.decoder_modulations(state)))
+    modulations = counted(lambda: model.decoder_modulations(state))
     counted(lambda: model.decode(x, modulations))
     assert counts == [cost.encoder, cost.modulations, cost.decoder]
 

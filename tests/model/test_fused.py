@@ -92,7 +92,7 @@ def test_from_reference_keeps_dtype_and_mode_and_copies():
 
 def test_all_decoder_modulations_are_one_tensor():
     model, io = fused("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
-    (modulation,) = model.decoder_modulations(model.encode(io["x"], io["t"], io["y"]))
+    modulation = model.decoder_modulations(model.encode(io["x"], io["t"], io["y"]))
     assert modulation.shape == (3, 16, (6 * 2 + 2) * 48)
 
 

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 import golden_data as golden
-from ddt_fast.config import SamplingConfig
+from ddt_fast.config import PRESETS, SamplingConfig
 from ddt_fast.generation.seeds import seeded_noise
-from ddt_fast.sampling import SamplingPlan, sample
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.weights import load_model
+from ddt_fast.sample import EMBEDDED_CHECKPOINT
+from ddt_fast.sampling import Sampler, SamplingPlan, sample
+from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
+from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.schedule import timesteps
 from golden_data import relative_error
 
@@ -43,21 +48,14 @@ def evaluate_everything(model, x, labels, config):
 @pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
 @pytest.mark.parametrize("refresh", [{"refresh_every": 4}, {"refresh_steps": (0, 2, 3, 9)}, {"refresh_every": 1}])
 def test_left_out_evaluations_do_not_change_the_sample(forecast, refresh):
-    """Includes segments that begin unguided and end guided: t = 0.3 lies inside one."""
+    """Includes segments that begin unguided and end guided, t = 0.3 lies inside one, and forecasts that begin there;
+    the models extrapolate modulations, the expected run extrapolates the states themselves."""
     model, io = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
-    # An extrapolated unconditional state needs earlier ones, which only a guided start makes.
-    interval = (0.3, 1.0) if forecast == "hold" else (0.0, 1.0)
-    config = SamplingConfig(
-        num_steps=14,
-        last_step=None,
-        guidance_scale=3.0,
-        guidance_interval=interval,
-        state_forecast=forecast,
-        **refresh,
-    )
+    config = SamplingConfig(num_steps=14, last_step=None, guidance_scale=3.0, state_forecast=forecast, **refresh)
     with torch.no_grad():
         expected = evaluate_everything(model, io["xT"], io["y"], config)
-    assert relative_error(sample(model, io["xT"], io["y"], config), expected) < 1e-5
+    for either in (model, FusedDDT.from_reference(model)):
+        assert relative_error(sample(either, io["xT"], io["y"], config), expected) < 1e-5
 
 
 def test_forecasts_are_nearer_to_the_truth_than_holding():
@@ -141,3 +139,126 @@ def test_cuda_matches_the_cpu():
 def test_wrong_inputs_are_refused(noise, labels, settings, message):
     with pytest.raises(ValueError, match=message):
         sample(golden.model("tiny_h48_d24"), noise, labels, SamplingConfig(num_steps=3, **settings))
+
+
+def digits_error(**settings) -> float:
+    """Relative error of final samples of the trained digits model against the run that evaluates everything."""
+    base = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
+    model, labels = load_model(EMBEDDED_CHECKPOINT), torch.arange(20) % 10
+    noise, _ = seeded_noise(range(20), (1, 8, 8))
+    truth, result = (sample(model, noise, labels, config) for config in (base, replace(base, **settings)))
+    return relative_error(result, truth)
+
+
+def test_the_recommended_shortcut_is_nearer_to_the_truth_than_holding_two_steps():
+    fast = fast_settings(SamplingConfig(num_steps=250))
+    assert (fast.refresh_every, fast.guidance_every) == (6, 10)
+    assert (fast.state_forecast, fast.guidance_forecast) == ("linear", "linear")
+    settings = ("refresh_every", "state_forecast", "guidance_every", "guidance_forecast")
+    assert 0 < digits_error(**{name: getattr(fast, name) for name in settings}) < digits_error(refresh_every=2)
+
+
+def test_fewer_steps_take_a_smaller_shortcut_and_keep_the_rest():
+    config = SamplingConfig(num_steps=20, solver="lms", guidance_scale=3.0, refresh_steps=(0, 7))
+    fast = fast_settings(config)
+    assert (fast.refresh_every, fast.refresh_steps, fast.guidance_every) == (2, None, 4)
+    assert (fast.num_steps, fast.solver, fast.guidance_scale) == (20, "lms", 3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("settings", "states"),
+    [
+        ({}, 2),
+        ({"refresh_every": 3}, 2),
+        ({"refresh_every": 3, "guidance_scale": 1.0}, 1),
+        ({"refresh_every": 3, "state_forecast": "linear"}, 4),
+        ({"refresh_every": 3, "state_forecast": "quadratic", "guidance_every": 4}, 3),
+    ],
+)
+def test_what_is_kept_is_what_the_plan_predicted(settings, states, dtype):
+    """Held modulations are two chunks more than six a decoder block, per token; XL/2 at 256 pixels keeps 22.4 MB."""
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24")).to(dtype)
+    sampler = Sampler(model, SamplingConfig(num_steps=12, **settings), 5, 8, 12)
+    predicted = sampler.plan.cache_bytes(model.config, 8, 12, dtype)
+    assert predicted == states * 24 * (6 * 2 + 2) * 48 * dtype.itemsize
+    draw = torch.randn(5, 4, 8, 12), torch.tensor([0, 1, 2, 3, 4])
+    sampler(*draw)
+    assert sampler.buffers.modulations.nbytes == 5 * predicted
+    assert sampler.buffers.kept_bytes >= needed_bytes(sampler.plan, model, 5, 8, 12)
+
+
+def test_xl2_keeps_22_megabytes_a_state():
+    plan = SamplingPlan.from_config(SamplingConfig(guidance_scale=1.0))
+    assert plan.cache_bytes(PRESETS["xl2_256"].model, 32, 32, torch.bfloat16) / 1e6 == pytest.approx(22.4, abs=0.05)
+    assert plan.cache_bytes(PRESETS["xl2_512"].model, 64, 64, torch.bfloat16) / 1e6 == pytest.approx(90, abs=0.5)
+
+
+def test_encoder_modulations_are_computed_ahead_within_the_budget():
+    """However few refreshes a budget holds, the samples are the same; distinct labels are computed once."""
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
+    config = SamplingConfig(num_steps=10, refresh_every=2)
+    noise, labels = torch.randn(6, 4, 8, 8), torch.tensor([1, 1, 7, 1, 7, 7])
+    rows = []
+    condition = model.condition
+    model.condition = lambda t, y, out=None: rows.append(len(y)) or condition(t, y, out)
+    everything = Sampler(model, config, 6, 8, 8)
+    expected = everything(noise, labels)
+    assert rows == [5 * 3]
+    rows.clear()
+    least = needed_bytes(everything.plan, model, 6, 8, 8)
+    within = Sampler(model, config, 6, 8, 8, memory_budget=least)(noise, labels)
+    assert relative_error(within, expected) < 1e-6  # another row count, another rounding of the GEMM
+    assert rows == [2 * 3, 2 * 3, 3]
+    with pytest.raises(ValueError, match=r"batches of 6 keep .* between steps, the memory budget is .* up to 5"):
+        Sampler(model, config, 6, 8, 8, memory_budget=least - 1)
+
+
+def test_budget_decides_the_batch_size():
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
+    plan = SamplingPlan.from_config(SamplingConfig(num_steps=4))
+    for fits in (1, 3, 8):
+        assert fitting_batch_size(plan, model, 8, 8, 8, needed_bytes(plan, model, fits, 8, 8)) == fits
+    with pytest.raises(ValueError, match=r"one 8x8 sample keeps .* the memory budget is 10 bytes"):
+        fitting_batch_size(plan, model, 8, 8, 8, 10)
+
+
+def test_a_batch_that_no_memory_holds_is_refused():
+    with torch.device("meta"):
+        model = DDT(golden.model_config("tiny_h48_d24"))
+    with pytest.raises(ValueError, match=r"batches of 1000000000 keep .* the device has .* batches of up to"):
+        Sampler(model, SamplingConfig(), 10**9, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((4, 4, 8, 8), "wanted up to 3 samples of 8x8"), ((2, 4, 8, 12), "wanted up to 3 samples of 8x8")],
+)
+def test_a_sampler_refuses_other_shapes(shape, message):
+    sampler = Sampler(golden.model("tiny_h48_d24"), SamplingConfig(num_steps=2), 3, 8, 8)
+    with pytest.raises(ValueError, match=message):
+        sampler(torch.zeros(shape), torch.zeros(shape[0]).long())
+
+
+def test_a_sampler_draws_one_batch_after_another():
+    model = golden.model("tiny_h48_d24")
+    config = SamplingConfig(num_steps=6, solver="lms", order=3, refresh_every=2, state_forecast="linear")
+    sampler = Sampler(model, config, 3, 8, 8)
+    for count in (3, 1, 3):
+        noise, labels = torch.randn(count, 4, 8, 8), torch.randint(0, 10, (count,))
+        assert torch.equal(sampler(noise, labels), sample(model, noise, labels, config))
+
+
+def test_compiled_model_gives_the_same_samples():
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
+    config = SamplingConfig(num_steps=6, guidance_scale=1.0, refresh_every=3, state_forecast="linear")
+    noise, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
+    sampler = Sampler(model, config, 3, 8, 8, compile_model=True)
+    assert sampler.engine == "eager, torch.compile"
+    assert relative_error(sampler(noise, labels), sample(model, noise, labels, config)) < 1e-5
+
+
+def test_float64_models_sample():
+    model, io = golden.model("tiny_h48_d24").double(), golden.tensors("tiny_h48_d24")
+    config = golden.sampling_config("tiny_h48_d24", "euler_cfg2_interval")
+    assert relative_error(sample(model, io["xT"], io["y"], config), io["sample.euler_cfg2_interval"]) < 1e-4

@@ -19,7 +19,7 @@ def test_published_default_needs_422_evaluations_instead_of_500():
     assert len(published.steps) == 250
     assert published.network_evaluations == published.encoder_evaluations == 422
     assert sum(step.guided for step in published.steps) == 172
-    assert not published.reuses_states
+    assert published.state_history == 1
 
 
 @pytest.mark.parametrize(

@@ -33,15 +33,15 @@ def _wide(handle: TensorHandle) -> TensorHandle:
 
 
 def _through_fp32(method):
-    """Widens bf16 operands, computes, narrows a float result; comparisons keep their bool."""
+    """Widens bf16 operands, computes, narrows a float result. A comparison is an int1: the interpreter calls it by its
+    operands' type, and a scalar one, once broadcast, would be an array of fp32 that no `&` takes."""
 
     def repaired(self, *handles):
         *operands, operation = handles
         result = method(self, *(_wide(operand) for operand in operands), operation)
-        if not _is_bf16(operands[0]):
-            return result
-        data = result.data if result.data.dtype == bool else narrow(result.data)
-        return TensorHandle(data, tl.bfloat16)
+        if result.data.dtype == bool:
+            return TensorHandle(result.data, tl.int1)
+        return TensorHandle(narrow(result.data), tl.bfloat16) if _is_bf16(operands[0]) else result
 
     return repaired
 

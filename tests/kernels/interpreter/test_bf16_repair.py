@@ -1,5 +1,6 @@
 """The interpreter computes bf16 as hardware does: through fp32, rounding to nearest even."""
 
+import pytest
 import torch
 
 from ddt_kernels.runtime import tl, triton
@@ -28,6 +29,13 @@ def cast_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(out_ptr + i, tl.load(x_ptr + i).to(tl.bfloat16))
 
 
+@triton.jit
+def scalar_condition_kernel(x_ptr, condition_ptr, out_ptr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    used = (i < SIZE - 1) & (tl.load(condition_ptr) != 0)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=used, other=0.0))
+
+
 def test_dot_of_bf16():
     a, b = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.zeros(16, 16)
@@ -42,6 +50,15 @@ def test_arithmetic_comparison_and_sum_of_bf16():
     expected = torch.where(a > b, a + b, -a * b)
     assert torch.equal(out, expected)
     torch.testing.assert_close(total, expected.float().sum()[None].bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_scalar_comparison_masks_a_tile(dtype):
+    x = torch.arange(1, 9, dtype=torch.float32)
+    for condition in (0, 2):
+        out = torch.empty(8)
+        scalar_condition_kernel[(1,)](x, torch.tensor([condition], dtype=dtype), out, SIZE=8)
+        assert torch.equal(out, x * torch.tensor([condition != 0] * 7 + [False]))
 
 
 def test_casts_round_to_nearest_even():

@@ -1,0 +1,158 @@
+"""What every DDT shares: images outside, tokens inside, and the few steps in which samplers take it apart.
+
+Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, the widths of what the encoder and the decoder are
+modulated by. Source: arXiv 2504.05741.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddt_fast.config import DDTConfig
+
+Rotary = tuple[Tensor, Tensor]
+"""`rotary_tables`: cos and sin."""
+
+Forecast = tuple[Tensor, Tensor]
+"""Weights (steps, K) float32 of K kept modulations, and the number of the step, an integer tensor of shape (1,)."""
+
+
+class DDTBase(nn.Module):
+    """A condition encoder (x, t, y) → state and a velocity decoder (x, state) → v.
+
+    The decoder meets t and y only through the state, so everything it derives from the state (`decoder_modulations`)
+    can be kept for as long as the state is; and the encoder's own modulations (`condition`) depend on t and y alone.
+    """
+
+    config: DDTConfig
+    t_embedder: nn.Module
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The velocity at (x, t) for the labels y, and the encoder's state.
+
+        Args:
+            x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
+            t: (B,) times in [0, 1], 0 noise, 1 data.
+            y: (B,) int64 labels, num_classes for the null class.
+            state: (B, N, C) from an earlier call: the encoder is skipped and neither t nor y is read.
+
+        Returns:
+            velocity, shaped as x, and state (B, N, C).
+
+        Raises:
+            ValueError: x or state of the wrong shape.
+        """
+        if state is None:
+            state = self.encode(x, t, y)
+        else:
+            check_state(state, x, self.config)
+        return self.decode(x, self.decoder_modulations(state)), state
+
+    def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The condition encoder: x (B, in_channels, height, width), t (B,), y (B,) → state (B, N, C)."""
+        t_embedding = self.t_embedder(t)[:, None]
+        tokens = patchify(x, self.config)
+        return self.encode_tokens(tokens, t_embedding, self.condition(t_embedding, y), self.rotary(x))
+
+    def decode(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
+        return unpatchify(self.decode_tokens(patchify(x, self.config), modulations, self.rotary(x)), x, self.config)
+
+    def rotary(self, x: Tensor) -> Rotary:
+        """The tables for images of x's size, on x's device."""
+        p = self.config.patch_size
+        return rotary_tables(self.config.head_dim, x.shape[2] // p, x.shape[3] // p, device=x.device)
+
+    @property
+    @abstractmethod
+    def condition_size(self) -> int:
+        """W_e."""
+
+    @property
+    def modulation_size(self) -> int:
+        """W_d = (6 decoder blocks + 2) C."""
+        return (6 * self.config.num_decoder_blocks + 2) * self.config.hidden_size
+
+    @abstractmethod
+    def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """What the encoder derives from t and y alone.
+
+        Args:
+            t_embedding: (B, 1, C), `t_embedder` of the times.
+            y: (B,) labels.
+            out: (B, 1, W_e), written and returned; for inference.
+
+        Returns:
+            (B, 1, W_e)
+        """
+
+    @abstractmethod
+    def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
+        """The condition encoder on `patchify`'s tokens (B, N, in_channels p p), t_embedding (B or 1, 1, C) and
+        `condition` (B, 1, W_e) → state (B, N, C)."""
+
+    @abstractmethod
+    def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
+        """All the decoder derives from the state: six chunks a block, then two of the final layer. Affine in the state.
+
+        Args:
+            state: (B, N, C).
+            out: (B, N, W_d), contiguous, written and returned; for inference.
+
+        Returns:
+            (B, N, W_d), which may be kept and decoded with again and again.
+        """
+
+    @abstractmethod
+    def decode_tokens(
+        self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
+    ) -> Tensor:
+        """The velocity decoder on `patchify`'s tokens (B, N, in_channels p p) → the velocity's tokens, shaped alike.
+
+        Args:
+            tokens: of x.
+            modulations: (B, N, W_d); with forecast (K, B, N, W_d), K kept ones.
+            rotary: the tables.
+            forecast: decode with sum_k weights[step, k] modulations[k]; for inference. Where the weights sum to 1 these
+                are the modulations of the same combination of states.
+        """
+
+
+def rotary_tables(head_dim: int, rows: int, columns: int, device: torch.device | str | None = None) -> Rotary:
+    """cos and sin of the 2-D rotary embedding, each (rows * columns, head_dim / 2) float32, one angle a pair.
+
+    Pairs alternate: even pairs turn with the column (x), odd pairs with the row (y), pairs 2k and 2k + 1 at frequency
+    10000^(-4k / head_dim). Positions span 0 to 16 whatever the size, so other resolutions see the same range.
+    """
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
+    x = torch.linspace(0, 16, columns, device=device)
+    y = torch.linspace(0, 16, rows, device=device)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    angles = torch.stack([x.reshape(-1, 1) * frequencies, y.reshape(-1, 1) * frequencies], dim=-1).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def patchify(x: Tensor, config: DDTConfig) -> Tensor:
+    """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), a token's features in (channel, row,
+    column) order; ValueError for any other shape."""
+    if x.ndim != 4 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x has shape {tuple(x.shape)}; wanted (B, {config.in_channels}, height, width)")
+    config.num_tokens(*x.shape[2:])
+    return F.unfold(x, kernel_size=config.patch_size, stride=config.patch_size).transpose(1, 2)
+
+
+def unpatchify(tokens: Tensor, like: Tensor, config: DDTConfig) -> Tensor:
+    """The inverse: (B, N, in_channels * p * p) → an image of the size of `like`."""
+    p = config.patch_size
+    return F.fold(tokens.transpose(1, 2), like.shape[2:], kernel_size=p, stride=p)
+
+
+def check_state(state: Tensor, x: Tensor, config: DDTConfig) -> None:
+    """ValueError unless `state` is (B, N, C) for x."""
+    expected = (x.shape[0], config.num_tokens(*x.shape[2:]), config.hidden_size)
+    if state.shape != expected:
+        raise ValueError(f"state has shape {tuple(state.shape)}; wanted {expected} for x {tuple(x.shape)}")

@@ -1,0 +1,60 @@
+"""Kinds of steps as CUDA graphs: captured once, replayed at every step of their kind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ddt_fast.sampling.tables import StepKind
+
+
+class CapturedSteps:
+    """One graph for every kind of step; calling with a kind replays its graph on the current stream.
+
+    All graphs share one memory pool: no tensor made inside a step is read after it, so each may overwrite what another
+    left there, in whatever order they are replayed.
+
+    Args:
+        advance: runs a step of the given kind, on buffers that stay where they are.
+        kinds: the kinds to capture; repeated ones are captured once.
+        rewind: puts the step counter back to 0.
+        device: the CUDA device.
+
+    Attributes:
+        seconds: what warming up and capturing took.
+    """
+
+    def __init__(
+        self,
+        advance: Callable[[StepKind], None],
+        kinds: Iterable[StepKind],
+        rewind: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        started = time.perf_counter()
+        kinds = list(dict.fromkeys(kinds))
+        self.graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                # At their first call kernels are compiled and timed, libraries make workspaces: not in a graph.
+                for kind in kinds:
+                    rewind()
+                    advance(kind)
+                rewind()
+            torch.cuda.synchronize()
+            pool = torch.cuda.graph_pool_handle()
+            for kind in kinds:
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may use the device meanwhile, to decode or to write images.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    advance(kind)
+                self.graphs[kind] = graph
+            torch.cuda.synchronize()
+        self.seconds = time.perf_counter() - started
+
+    def __call__(self, kind: StepKind) -> None:
+        self.graphs[kind].replay()

@@ -1,0 +1,175 @@
+"""The probe run of encoder sharing: a few samples, every step refreshed, and how similar their states are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.config import SamplingConfig
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.sampling.plan import SamplingPlan
+
+_STATE_BYTES = 2 * 2**30
+_GRAM_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe run found.
+
+    Attributes:
+        times: (T,) the time of every step.
+        similarity: (T, T) float64, mean cosine similarity of the states of two steps.
+    """
+
+    times: tuple[float, ...]
+    similarity: NDArray[np.float64]
+
+
+@torch.no_grad()
+def probe_states(
+    model: DDT | FusedDDT,
+    config: SamplingConfig,
+    height: int,
+    width: int,
+    num_samples: int = 8,
+    progress: Callable[[], object] | None = None,
+) -> Probe:
+    """Draw samples as `config` says, but with every step evaluated in full, and compare the states of all steps.
+
+    Sample i starts from the noise of seed i; labels go evenly through the classes. The similarity is the cosine of two
+    states of the same token, averaged over the tokens of all samples and, where guidance shares the unconditional
+    states as well (scale other than 1, guidance_every 1), of both branches, at all steps: so does the released DDT.
+
+    The states of all steps are kept on the model's device, in its dtype, for as many samples at a time as fit in 2 GiB,
+    at least one.
+
+    Args:
+        model: on the device and in the dtype to compute in.
+        config: the sampling settings; those of sharing and forecasts are not read.
+        height, width: of what the model sees.
+        num_samples: 1 or more.
+        progress: called after every step of every batch, `probe_calls` times in all.
+
+    Raises:
+        ValueError: num_samples below 1, a size that does not fit the model, states that are not finite.
+    """
+    plan = _full_plan(config)
+    shape = (model.config.in_channels, height, width)
+    batch_size = _batch_size(model, config, height, width, num_samples)
+    labels = _spread_labels(num_samples, model.config.num_classes)
+    total = np.zeros((len(plan.steps), len(plan.steps)))
+    tokens = 0
+    for start in range(0, num_samples, batch_size):
+        seeds = range(start, min(start + batch_size, num_samples))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        states = _run(model, plan, labels[start : seeds.stop], shape, generators, _shares_both(config), progress)
+        total += _summed_cosines(states)
+        tokens += states.shape[1]
+    return Probe(tuple(step.t for step in plan.steps), total / tokens)
+
+
+def probe_calls(model: DDT | FusedDDT, config: SamplingConfig, height: int, width: int, num_samples: int = 8) -> int:
+    """How often `probe_states` calls its progress."""
+    return config.num_steps * -(-num_samples // _batch_size(model, config, height, width, num_samples))
+
+
+def _full_plan(config: SamplingConfig) -> SamplingPlan:
+    full = replace(
+        config,
+        refresh_every=1,
+        refresh_steps=None,
+        num_refreshes=None,
+        state_forecast="hold",
+        guidance_every=1,
+        guidance_forecast="hold",
+        cuda_graphs=False,
+    )
+    return SamplingPlan.from_config(full)
+
+
+def _shares_both(config: SamplingConfig) -> bool:
+    """Whether the unconditional branch reuses states too: evaluated at every M-th step only, its state is fresh."""
+    return config.guidance_scale != 1 and config.guidance_every == 1
+
+
+def _batch_size(model: DDT | FusedDDT, config: SamplingConfig, height: int, width: int, num_samples: int) -> int:
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; allowed: 1 or more")
+    branches = 2 if _shares_both(config) else 1
+    state = model.config.num_tokens(height, width) * model.config.hidden_size * next(model.parameters()).element_size()
+    return min(num_samples, max(1, _STATE_BYTES // (config.num_steps * branches * state)))
+
+
+def _run(
+    model: DDT | FusedDDT,
+    plan: SamplingPlan,
+    labels: Tensor,
+    shape: tuple[int, int, int],
+    generators: list[torch.Generator],
+    both: bool,
+    progress: Callable[[], object] | None,
+) -> Tensor:
+    """The states (T, tokens of all samples and branches, C) of one batch."""
+    parameter = next(model.parameters())
+    device = parameter.device
+    x = _normal(shape, generators).to(device)
+    labels = labels.to(device)
+    null = torch.full_like(labels, model.config.num_classes)
+    velocities: list[Tensor] = []
+    states = None
+    for i, step in enumerate(plan.steps):
+        x_in, t = x.to(parameter.dtype), torch.full((len(x),), step.t, device=device)
+        velocity, state = model(x_in, t, labels)
+        v = velocity.float()
+        found = [state]
+        if step.guided:
+            unguided, state = model(x_in, t, null)
+            v = torch.lerp(unguided.float(), v, step.guidance_scale)
+        elif both:
+            state = model.encode(x_in, t, null)
+        if both:
+            found.append(state)
+        found = [state.flatten(0, 1) for state in found]
+        if states is None:
+            count = sum(map(len, found))
+            states = torch.empty(len(plan.steps), count, found[0].shape[-1], dtype=parameter.dtype, device=device)
+        torch.cat(found, out=states[i])
+        velocities = [v, *velocities][: plan.velocity_history]
+        c = step.coefficients
+        x = c.x_coefficient * x + sum(w * v for w, v in zip(c.velocity_coefficients, velocities, strict=False))
+        if c.noise_coefficient:
+            x = x + c.noise_coefficient * _normal(shape, generators).to(device)
+        if progress is not None:
+            progress()
+    assert states is not None, "a plan has steps"
+    return states
+
+
+def _spread_labels(count: int, num_classes: int) -> Tensor:
+    return torch.arange(count) * num_classes // count
+
+
+def _normal(shape: tuple[int, int, int], generators: list[torch.Generator]) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def _summed_cosines(states: Tensor) -> NDArray[np.float64]:
+    """(T, T): the cosines of the states (T, P, C) of any two steps, summed over the P tokens.
+
+    In float64: a forecast's error is a small difference of such sums.
+    """
+    num_steps, _, width = states.shape
+    total = torch.zeros(num_steps, num_steps, dtype=torch.float64, device=states.device)
+    for part in states.split(max(1, _GRAM_BYTES // (num_steps * width * 8)), dim=1):
+        directions = torch.nn.functional.normalize(part.double(), dim=-1).flatten(1)
+        total += directions @ directions.T
+    broken = (~total.diagonal().isfinite()).nonzero()
+    if len(broken):
+        raise ValueError(f"the state of step {int(broken[0])} is not finite; check the weights and the settings")
+    return total.cpu().numpy()

@@ -1,0 +1,115 @@
+"""A plan as the engine runs it: what a step does, and what it reads.
+
+What a step *does* is a `StepKind`, of which a plan has few: an executor may capture one CUDA graph a kind. What a step
+*reads*, its time, its coefficients, its weights, is a row of a table, found by a step counter that lives with the
+tables on the device: no kernel launch depends on the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ddt_fast.sampling.plan import PlanStep, SamplingPlan
+from ddt_kernels import guided_step_coefficients
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """What a step does.
+
+    Modulations of `SamplingPlan.cached_branches` branches are kept in as many slots as the forecast reads states; each
+    refresh takes the slot of the oldest.
+
+    Attributes:
+        encode: branches that are refreshed: 0, 1 (conditional) or 2 (both), into `slot`.
+        slot: where the newest modulations are; 0 where nothing depends on it.
+        decode: branches that are decoded from kept modulations: 1 or 2.
+        forecast: decode from a weighted sum of all slots, not from `slot` alone.
+        fresh_uncond: evaluate the unconditional branch, encoder and decoder, and keep nothing of it.
+        guided: the step reads a guidance difference.
+    """
+
+    encode: int
+    slot: int
+    decode: int
+    forecast: bool
+    fresh_uncond: bool
+    guided: bool
+
+    @property
+    def evaluates_uncond(self) -> bool:
+        return self.decode == 2 or self.fresh_uncond
+
+
+@dataclass
+class StepTables:
+    """What steps read, one row a step, on the device.
+
+    Attributes:
+        times: (steps,) float32.
+        coefficients: (steps, 8) float32, `ddt_kernels.guided_step`'s.
+        slot_weights: (steps, slots) float32: decode with sum_k slot_weights[step, k] * (modulations in slot k).
+    """
+
+    times: Tensor
+    coefficients: Tensor
+    slot_weights: Tensor
+
+
+def step_kinds(plan: SamplingPlan) -> list[StepKind]:
+    """The kind of every step of a plan."""
+    kinds = []
+    refreshes = 0
+    for step in plan.steps:
+        refreshes += step.cond.encode
+        uncond = step.uncond
+        together = plan.cached_branches == 2 and uncond is not None
+        forecast = len(step.cond.state_weights) > 1
+        if together:
+            _check_together(step)
+        encodes = 0 if not step.cond.encode else 2 if together else 1
+        kinds.append(
+            StepKind(
+                encode=encodes,
+                slot=0 if forecast else (refreshes - 1) % plan.state_history,
+                decode=2 if together and uncond is not None and uncond.decode else 1,
+                forecast=forecast,
+                fresh_uncond=uncond is not None and not together,
+                guided=step.guided,
+            )
+        )
+    return kinds
+
+
+def _check_together(step: PlanStep) -> None:
+    """The two branches agree in what they share: a plan that refreshes them together says the same of both."""
+    assert step.uncond is not None
+    assert step.uncond.encode == step.cond.encode
+    assert not step.uncond.decode or step.uncond.state_weights == step.cond.state_weights
+
+
+def step_tables(plan: SamplingPlan, device: torch.device) -> StepTables:
+    """The tables of a plan, on `device`."""
+    coefficients, slot_weights = [], []
+    refreshes = 0
+    for step in plan.steps:
+        refreshes += step.cond.encode
+        solver = step.coefficients
+        differences = [(step.guidance_scale - 1) * weight for weight in step.difference_weights]
+        coefficients.append(
+            guided_step_coefficients(
+                solver.velocity_coefficients, differences, solver.x_coefficient, solver.noise_coefficient
+            )
+        )
+        weights = [0.0] * plan.state_history
+        for age, weight in enumerate(step.cond.state_weights):
+            weights[(refreshes - 1 - age) % plan.state_history] = weight
+        slot_weights.append(weights)
+    return StepTables(
+        times=torch.tensor([step.t for step in plan.steps], device=device),
+        coefficients=torch.tensor(coefficients, dtype=torch.float32, device=device),
+        slot_weights=torch.tensor(slot_weights, dtype=torch.float32, device=device),
+    )

@@ -1,0 +1,128 @@
+"""Captured steps give the eager result, bit for bit, for every kind of plan: recorded graphs here, real on CUDA."""
+
+import pytest
+import torch
+
+import golden_data as golden
+from ddt_fast.config import SamplingConfig
+from ddt_fast.generation.seeds import seeded_noise
+from ddt_fast.model import FusedDDT
+from ddt_fast.sampling import Sampler, sample
+from ddt_fast.sampling.graphs import CapturedSteps
+from recorded_graphs import play_graphs
+
+PLANS = {
+    "as published": {},
+    "shared": {"refresh_every": 3},
+    "uneven": {"refresh_steps": (0, 1, 4, 9)},
+    "linear": {"refresh_every": 3, "state_forecast": "linear"},
+    "quadratic": {"refresh_every": 2, "state_forecast": "quadratic", "guidance_interval": (0.5, 0.9)},
+    "rare guidance": {"refresh_every": 2, "guidance_every": 3},
+    "both forecasts": {
+        "refresh_every": 3,
+        "state_forecast": "linear",
+        "guidance_every": 3,
+        "guidance_forecast": "linear",
+    },
+    "multistep": {"solver": "lms", "order": 3, "refresh_every": 2},
+    "stochastic": {"solver": "sde"},
+    "unguided": {"guidance_scale": 1.0, "refresh_every": 4},
+}
+
+
+def model_on(device: str, kind: type) -> torch.nn.Module:
+    reference = golden.model("tiny_h48_d24")
+    return (reference if kind is golden.DDT else FusedDDT.from_reference(reference)).to(device)
+
+
+def draw(sampler: Sampler, seeds: range) -> torch.Tensor:
+    noise, generators = seeded_noise(seeds, (4, 8, 8))
+    return sampler(noise, torch.tensor([seed % 10 for seed in seeds]), generators=generators)
+
+
+def captured_on_cpu(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> CapturedSteps:
+    """Does on a CPU what a Sampler with cuda_graphs does on CUDA."""
+    buffers = play_graphs(monkeypatch)
+    buffers += [value for value in vars(sampler.buffers).values() if isinstance(value, torch.Tensor)]
+    captured = sampler._capture()
+    sampler._execute, sampler.fixed_shape = captured, True
+    return captured
+
+
+@pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
+@pytest.mark.parametrize("name", PLANS)
+def test_replayed_graphs_equal_eager_steps(name, kind, monkeypatch):
+    config = SamplingConfig(num_steps=14, last_step=None, **PLANS[name])
+    model = model_on("cpu", kind)
+    eager, graphs = (Sampler(model, config, 3, 8, 8) for _ in range(2))
+    captured = captured_on_cpu(graphs, monkeypatch)
+    assert len(captured.graphs) == len(set(graphs.kinds)) < len(graphs.kinds)
+    for seeds in (range(3), range(7, 10)):
+        assert torch.equal(draw(graphs, seeds), draw(eager, seeds))
+
+
+def test_a_smaller_batch_is_filled_up_and_captures_nothing(monkeypatch):
+    config = SamplingConfig(num_steps=6, refresh_every=2)
+    model = model_on("cpu", FusedDDT)
+    graphs, eager = (Sampler(model, config, 4, 8, 8) for _ in range(2))
+    captured = captured_on_cpu(graphs, monkeypatch)
+    recorded = {kind: len(graph.calls) for kind, graph in captured.graphs.items()}
+    whole = draw(eager, range(4))
+    assert torch.equal(draw(graphs, range(2)), whole[:2])
+    assert torch.equal(draw(graphs, range(4)), whole)
+    assert {kind: len(graph.calls) for kind, graph in captured.graphs.items()} == recorded
+
+
+def test_a_plan_has_few_kinds_of_steps():
+    fast = SamplingConfig(refresh_every=6, state_forecast="linear", guidance_every=10, guidance_forecast="linear")
+    model = golden.model("tiny_h48_d24")
+    assert len(set(Sampler(model, SamplingConfig(), 1, 8, 8).kinds)) == 2
+    assert len(set(Sampler(model, SamplingConfig(refresh_every=6), 1, 8, 8).kinds)) <= 6
+    assert len(set(Sampler(model, fast, 1, 8, 8).kinds)) <= 12
+
+
+def test_recorded_graphs_notice_what_real_ones_would():
+    """The stand-in itself: a number from Python is frozen, a tensor read on the host is refused."""
+    from recorded_graphs import RecordedGraph
+
+    x, out, factor = torch.ones(2), torch.zeros(2), 2.0
+    graph = RecordedGraph()
+    with graph:
+        out.copy_(x[:1] * factor)
+    factor = 5.0
+    x.fill_(3)
+    graph.replay()
+    assert out.tolist() == [6.0, 6.0]
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), RecordedGraph():
+        x[0].item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
+@pytest.mark.parametrize("name", PLANS)
+def test_cuda_graphs_equal_the_eager_result(name, kind, dtype):
+    settings = {"num_steps": 14, "last_step": None, **PLANS[name]}
+    model = model_on("cuda", kind).to(dtype)
+    noise, generators = seeded_noise(range(3), (4, 8, 8))
+    labels = torch.tensor([1, 2, 3])
+    eager = sample(model, noise, labels, SamplingConfig(**settings), generators=generators)
+    sampler = Sampler(model, SamplingConfig(**settings, cuda_graphs=True), 4, 8, 8)
+    assert sampler.engine == "CUDA graphs"
+    assert sampler.capture_seconds > 0
+    whole_batch = Sampler(model, SamplingConfig(**settings, cuda_graphs=True), 3, 8, 8)
+    for _ in range(2):
+        noise, generators = seeded_noise(range(3), (4, 8, 8))
+        assert torch.equal(whole_batch(noise, labels, generators=generators), eager)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_allocate_nothing_while_replaying():
+    config = SamplingConfig(num_steps=12, refresh_every=3, state_forecast="linear", cuda_graphs=True)
+    sampler = Sampler(model_on("cuda", FusedDDT), config, 4, 8, 8)
+    draw(sampler, range(4))
+    allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for kind in sampler.kinds:
+        sampler._execute(kind)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocations
