@@ -24,7 +24,7 @@ from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
 from ddt_fast.model.quantization import quantization_error, quantize_int8
-from ddt_fast.model.weights import CONFIG_NAME, load_model, read_experiment, resolve_checkpoint
+from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function
 from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
@@ -83,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     device = choose_device(options.device)
     checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
-    experiment = _experiment(checkpoint, options.preset)
+    experiment = experiment_of(checkpoint, options.preset)
     job, sampling = _job(options, experiment)
     dtype = choose_dtype(options.dtype, device, latents=experiment.data.autoencoder is not None)
     budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
     output_dir = output_folder(options.output_dir)
     check_output(output_dir)
-    reference = load_model(checkpoint, device, dtype, None if _has_config(checkpoint) else experiment.model)
+    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
     model, description = _engine_model(reference, options)
     size = experiment.data.sample_size
     if sampling.refresh_steps == "dp":
@@ -146,24 +146,6 @@ def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
     error = quantization_error(model, quantized, x.to(parameter.dtype), t, y)
     print(f"int8: relative error of a velocity {error:.2g} against {dtype}")
     return quantized, f"int8 ({dtype} between), attention {backend}"
-
-
-def _has_config(checkpoint: Path) -> bool:
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return checkpoint.suffix != ".ckpt" and (folder / CONFIG_NAME).is_file()
-
-
-def _experiment(checkpoint: Path, preset: str | None) -> Experiment:
-    """The settings beside the weights, else those of the preset that --preset names."""
-    if _has_config(checkpoint):
-        saved = read_experiment(checkpoint)
-        if preset is not None:
-            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
-        return saved
-    if preset not in PRESETS:
-        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
-        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
-    return PRESETS[preset]
 
 
 def _job(options: Any, experiment: Experiment) -> tuple[Job, SamplingConfig]:

@@ -11,8 +11,9 @@ On a CPU every operation is ddt_kernels' plain PyTorch one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,7 @@ class FusedDDT(DDTBase):
         self.blocks = nn.ModuleList(FusedBlock(config, attention_backend) for _ in range(config.num_blocks))
         self.encoder_modulation = nn.Linear(c, self.condition_size)
         self.decoder_modulation = nn.Linear(c, self.modulation_size)
+        self._functions = _Functions()
         self.register_state_dict_post_hook(_split_modulations)
         self.register_load_state_dict_pre_hook(_merge_modulations)
         self.load_state_dict(DDT(config).state_dict())
@@ -109,6 +111,14 @@ class FusedDDT(DDTBase):
         fused.load_state_dict(model.state_dict())
         return fused.train(model.training).requires_grad_(parameter.requires_grad)
 
+    def compiled(self) -> FusedDDT:
+        """This model, its parameters shared, on functions that torch.compile compiles at their first calls, once for
+        each shape: the function that runs a block serves every block. In inference this is as fast as the whole model
+        compiled, from a fifth of the compilation."""
+        model = copy.copy(self)
+        model._functions = _Functions(*(torch.compile(function, dynamic=False) for function in self._functions))
+        return model
+
     @property
     def condition_size(self) -> int:
         return 6 * self.config.num_encoder_blocks * self.config.hidden_size
@@ -118,20 +128,39 @@ class FusedDDT(DDTBase):
 
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
         blocks = self._blocks(slice(self.config.num_encoder_blocks))
-        s, branch, gate = _run(blocks, self.s_embedder(tokens), condition.chunk(6 * len(blocks), dim=-1), rotary)
-        return F.silu(t_embedding + gated_residual(s, branch, gate))
+        chunks = condition.chunk(6 * len(blocks), dim=-1)
+        s, branch, gate = self._run(blocks, self.s_embedder(tokens), chunks, rotary)
+        return self._functions.state(t_embedding, s, branch, gate)
 
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        return _linear(self.decoder_modulation, state, out)
+        return self._functions.linear(self.decoder_modulation, state, out)
 
     def decode_tokens(
         self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
     ) -> Tensor:
         blocks = self._blocks(slice(self.config.num_encoder_blocks, None))
         *chunks, shift, scale = modulations.chunk(6 * len(blocks) + 2, dim=-1)
-        h, branch, gate = _run(blocks, self.x_embedder(tokens), chunks, rotary, forecast)
-        y = gated_residual_layer_norm_modulate(h, branch, gate, shift, scale, forecast=forecast)
-        return self.final_layer.linear(y)
+        h, branch, gate = self._run(blocks, self.x_embedder(tokens), chunks, rotary, forecast)
+        return self._functions.velocity(self.final_layer, h, branch, gate, shift, scale, forecast)
+
+    def _run(
+        self,
+        blocks: Sequence[FusedBlock],
+        x: Tensor,
+        modulation: Sequence[Tensor],
+        rotary: Rotary,
+        forecast: Forecast | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left
+        undone: x + gate * branch belongs to whatever norm comes next."""
+        branch = gate = None
+        for i, block in enumerate(blocks):
+            *parts, next_gate = modulation[6 * i : 6 * i + 6]
+            x, branch = self._functions.block(block, x, branch, gate, parts, rotary, forecast)
+            gate = next_gate
+        assert branch is not None
+        assert gate is not None
+        return x, branch, gate
 
     def _blocks(self, part: slice) -> list[FusedBlock]:
         return cast(list[FusedBlock], self.blocks[part])
@@ -147,32 +176,54 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
     return out.copy_(layer(x))
 
 
-def _run(
-    blocks: Sequence[FusedBlock],
+def _run_block(
+    block: FusedBlock,
     x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
     modulation: Sequence[Tensor],
     rotary: Rotary,
-    forecast: Forecast | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left undone:
-    x + gate * branch belongs to whatever norm comes next."""
-    branch = gate = None
-    for i, block in enumerate(blocks):
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation[6 * i : 6 * i + 6]
-        if branch is None or gate is None:
-            y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa, forecast=forecast)
-        else:
-            x, y = gated_residual_rms_norm_modulate(
-                x, branch, gate, block.norm1.weight, shift_msa, scale_msa, forecast=forecast
-            )
-        attended = block.attn(y, *rotary)
+    forecast: Forecast | None,
+) -> tuple[Tensor, Tensor]:
+    """(x, branch) after a block, from (x, branch, gate) before it, branch and gate None before the first; modulation is
+    all but the block's own gate_mlp, which is the next gate."""
+    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation
+    if branch is None or gate is None:
+        y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa, forecast=forecast)
+    else:
         x, y = gated_residual_rms_norm_modulate(
-            x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp, forecast=forecast
+            x, branch, gate, block.norm1.weight, shift_msa, scale_msa, forecast=forecast
         )
-        branch, gate = block.mlp(y), gate_mlp
-    assert branch is not None
-    assert gate is not None
-    return x, branch, gate
+    attended = block.attn(y, *rotary)
+    x, y = gated_residual_rms_norm_modulate(
+        x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp, forecast=forecast
+    )
+    return x, block.mlp(y)
+
+
+def _state(t_embedding: Tensor, s: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return F.silu(t_embedding + gated_residual(s, branch, gate))
+
+
+def _velocity(
+    layer: FusedFinalLayer,
+    h: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    forecast: Forecast | None,
+) -> Tensor:
+    return layer.linear(gated_residual_layer_norm_modulate(h, branch, gate, shift, scale, forecast=forecast))
+
+
+class _Functions(NamedTuple):
+    """What a forward pass consists of, in the order of execution; `FusedDDT.compiled` replaces them all."""
+
+    block: Callable[..., tuple[Tensor, Tensor]] = _run_block
+    state: Callable[..., Tensor] = _state
+    linear: Callable[..., Tensor] = _linear
+    velocity: Callable[..., Tensor] = _velocity
 
 
 def _released_names(config: DDTConfig) -> dict[str, list[tuple[str, int]]]:

@@ -104,6 +104,25 @@ def resolve_checkpoint(path: str | Path) -> Path:
         raise ValueError(f"checkpoint {path} is no local path and could not be had from the Hub: {reason}") from error
 
 
+def has_config(checkpoint: Path) -> bool:
+    """Whether a local checkpoint has its settings with it: a config.json in the folder, or beside a .safetensors."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return checkpoint.suffix != ".ckpt" and (folder / CONFIG_NAME).is_file()
+
+
+def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
+    """The settings beside a local checkpoint's weights, else those of the preset; ValueError for both or neither."""
+    if has_config(checkpoint):
+        saved = read_experiment(checkpoint)
+        if preset is not None:
+            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
+        return saved
+    if preset not in PRESETS:
+        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
+        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[preset]
+
+
 def read_experiment(path: str | Path) -> Experiment:
     """Model, data and sampling settings from the config.json of (or beside) a checkpoint.
 

@@ -115,6 +115,9 @@ def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast 
     extrapolating far beyond close refreshes multiplies the difference; its drift is the mean of the first term over a
     uniform schedule of as many refreshes.
 
+    On the digits model, 250 steps, linear, this gave smaller errors of the final sample than the relative squared error
+    of the states themselves, and than leaving the second term out.
+
     Args:
         probe: of `probe_states`.
         refreshes: ascending steps, the first 0.

@@ -43,7 +43,7 @@ def arch(request, monkeypatch):
         ((3, 1, 341, 24), FP16),
         ((2, 9, 72, 48), FP16),
         ((2, 20, 72, 170), FP32),
-        ((1, 5, 16, 1), FP32),
+        ((1, 45, 72, 1), FP32),  # enough elements that plain PyTorch's largest error is not luck
     ],
 )
 def test_matches_reference(arch, shape, dtype):
