@@ -128,8 +128,8 @@ class SamplingConfig:
             "sine" sin(pi t)^2; the other solvers do not read it.
         diffusion_scale: factor on w(t); 0 is the ODE.
         refresh_every: the encoder runs at every K-th step, its state is reused between.
-        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every. "dp": the
-            num_refreshes best ones by the paper's statistical dynamic programme, from a probe of the model.
+        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every. "dp":
+            the num_refreshes best ones by the paper's statistical dynamic programme, from a probe of the model.
         num_refreshes: the budget of refresh_steps "dp", 1 to num_steps; None otherwise.
         state_forecast: between refreshes "hold" the last state, or extrapolate it in t through the last two
             ("linear") or three ("quadratic") states.

@@ -63,13 +63,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; options given go before it")
     add("--cuda-graphs", action="store_true", help="replay the loop as CUDA graphs")
     add("--batch-size", type=int, default=100, help="images drawn at a time")
-    add(
-        "--memory-budget", type=str, help="for what is kept between steps, e.g. 8GiB; makes batches fit"
-    )
+    add("--memory-budget", type=str, help="for what is kept between steps, e.g. 8GiB; makes batches fit")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    add(
-        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units"
-    )
+    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units")
     add("--attention", choices=ATTENTION_BACKENDS, default="auto", help="attention implementation")
     add("--compile", action="store_true", help="run the model through torch.compile: slow to start, then faster")
     add("--quantize", choices=["int8"], help="CPU: 8-bit weights and activations; the error is measured and printed")
@@ -131,8 +127,8 @@ def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
     parameter = next(reference.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
     if options.reference:
-        if options.quantize or options.attention != "auto":
-            raise ValueError("--reference is plain PyTorch; it goes without --quantize and --attention")
+        if options.quantize or options.compile or options.attention != "auto":
+            raise ValueError("--reference is plain PyTorch; it goes without --quantize, --compile and --attention")
         return reference, f"{dtype}, reference model"
     config = reference.config
     backend = resolve_backend(options.attention, parameter.device, parameter.dtype, config.head_dim)

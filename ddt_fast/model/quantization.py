@@ -83,8 +83,8 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         rows, scale = quantize_rows(weight.detach())
-        # (K, N), contiguous: the layout that torch._int_mm is fastest with.
-        self.register_buffer("weight", rows.t().contiguous())
+        # (K, N) in rows: the layout that torch._int_mm is fastest with.
+        self.register_buffer("weight", rows.t().clone(memory_format=torch.contiguous_format))
         self.register_buffer("scale", scale.flatten())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
@@ -92,6 +92,10 @@ class Int8Linear(nn.Module):
         """x (..., K) → (..., N), x's dtype."""
         _check_cpu(x)
         rows, row_scale = quantize_rows(x.flatten(0, -2))
+        if 1 in rows.shape:
+            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: other than this one,
+            # results are wrong without a word.
+            rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
         sums = torch._int_mm(rows, self.weight)
         if torch.compiler.is_compiling():
             y = self._scaled(sums, row_scale).to(x.dtype)

@@ -64,7 +64,11 @@ class Buffers:
         self.noise = zeros(*shape) if stochastic else None
         self.rotary = model.rotary(self.x)
 
-        self.encoding_steps = [i for i, step in enumerate(plan.steps) if step.cond.encode or _encodes(step.uncond)]
+        self.encoding_steps = [
+            i
+            for i, step in enumerate(plan.steps)
+            if step.cond.encode or (step.uncond is not None and step.uncond.encode)
+        ]
         self._encoding_steps = torch.tensor(self.encoding_steps, device=device)
         self.uses_null = any(step.uncond is not None for step in plan.steps)
         self.t_embeddings = zeros(len(plan.steps), config.hidden_size, like=dtype)
@@ -125,10 +129,6 @@ class Buffers:
         t_embedding = self.t_embeddings.index_select(0, self.step)[:, None]
         start = self.condition_start.index_select(0, self.step)
         return t_embedding, self.conditions.index_select(0, start + self.label_rows[rows])
-
-
-def _encodes(branch: object) -> bool:
-    return branch is not None and branch.encode  # type: ignore[attr-defined]
 
 
 def max_labels(plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int) -> int:

@@ -69,7 +69,7 @@ class Sampler:
         height, width: of what the model sees.
         memory_budget: bytes for what is kept between steps, decoder modulations and precomputed encoder modulations;
             None for what the device has.
-        compile_model: run the model through torch.compile, which takes a minute or so at the first call.
+        compile_model: run `FusedDDT.compiled`: the first calls compile, the others are faster.
 
     Attributes:
         plan: what is executed.
@@ -100,16 +100,17 @@ class Sampler:
             from ddt_fast.sampling.sharing import resolve_refresh_steps
 
             config = resolve_refresh_steps(model, config, height, width)
-        self.model, self.plan = model, SamplingPlan.from_config(config)
+        self.model = model
+        if compile_model:
+            if not isinstance(model, FusedDDT):
+                raise ValueError("compile_model is for FusedDDT; wanted FusedDDT.from_reference(model)")
+            self.model = model.compiled()
+        self.plan = SamplingPlan.from_config(config)
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget
         self.kinds = step_kinds(self.plan)
         self.tables = step_tables(self.plan, self.device)
-        self._encode, self._decode = model.encode_tokens, model.decode_tokens
-        if compile_model:
-            self._encode = torch.compile(model.encode_tokens, dynamic=False)
-            self._decode = torch.compile(model.decode_tokens, dynamic=False)
         graphs = config.cuda_graphs and self.device.type == "cuda"
         if config.cuda_graphs and not graphs:
             warnings.warn(
@@ -171,13 +172,15 @@ class Sampler:
             self.model.decoder_modulations(state, out=b.modulations[kind.slot, : kind.encode * B])
         if kind.forecast:
             kept, forecast = b.modulations[:, : kind.decode * B], (self.tables.slot_weights, b.step)
-            velocity = self._decode(branches[kind.decode], kept, b.rotary, forecast)
+            velocity = self.model.decode_tokens(branches[kind.decode], kept, b.rotary, forecast)
         else:
-            velocity = self._decode(branches[kind.decode], b.modulations[kind.slot, : kind.decode * B], b.rotary)
+            velocity = self.model.decode_tokens(
+                branches[kind.decode], b.modulations[kind.slot, : kind.decode * B], b.rotary
+            )
         uncond = velocity[B:] if kind.decode == 2 else None
         if kind.fresh_uncond:
             state = self._state(tokens, slice(B, 2 * B))
-            uncond = self._decode(tokens, self.model.decoder_modulations(state), b.rotary)
+            uncond = self.model.decode_tokens(tokens, self.model.decoder_modulations(state), b.rotary)
         guided_step_(
             b.x,
             _single(velocity[:B]),
@@ -193,7 +196,7 @@ class Sampler:
 
     def _state(self, tokens: Tensor, rows: slice) -> Tensor:
         """The encoder's state at this step, for these rows of the labels (conditional first, then unconditional)."""
-        return self._encode(tokens, *self.buffers.encoder_inputs(rows), self.buffers.rotary)
+        return self.model.encode_tokens(tokens, *self.buffers.encoder_inputs(rows), self.buffers.rotary)
 
     @torch.no_grad()
     def _capture(self) -> CapturedSteps:

@@ -124,6 +124,22 @@ def test_random_configurations_agree_with_the_reference(
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_as_one_graph_forward_and_backward(dtype):
+    io = golden.tensors("tiny_h48_d24")
+    model = fused("tiny_h48_d24").to(dtype)
+    arguments = io["x"].to(dtype), io["t"], io["y"]
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for expected, actual in zip(model(*arguments), whole(*arguments), strict=True):
+        assert relative_error(actual.float(), expected.float()) < (1e-6 if dtype == torch.float32 else 0.02)
+    gradients = []
+    for run in (model, whole):
+        model.zero_grad()
+        run(*arguments)[0].square().mean().backward()
+        gradients.append(model.encoder_modulation.weight.grad.float())
+    assert relative_error(gradients[1], gradients[0]) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
 def test_too_wide_heads_are_refused():
     with pytest.raises(ValueError, match="head dimension is 132; allowed for FusedDDT: up to 128"):
         FusedDDT(DDTConfig(4, 2, 132, 1, 2, 1, 10))

@@ -258,6 +258,11 @@ def test_compiled_model_gives_the_same_samples():
     assert relative_error(sampler(noise, labels), sample(model, noise, labels, config)) < 1e-5
 
 
+def test_only_the_fused_model_is_compiled():
+    with pytest.raises(ValueError, match="compile_model is for FusedDDT"):
+        Sampler(golden.model("tiny_h48_d24"), SamplingConfig(), 1, 8, 8, compile_model=True)
+
+
 def test_float64_models_sample():
     model, io = golden.model("tiny_h48_d24").double(), golden.tensors("tiny_h48_d24")
     config = golden.sampling_config("tiny_h48_d24", "euler_cfg2_interval")

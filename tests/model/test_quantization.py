@@ -1,0 +1,191 @@
+"""int8 against the model it was made from, on small models; exact where exactness is claimed."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import golden_data as golden
+from ddt_fast.config import SamplingConfig
+from ddt_fast.model.fused import FusedDDT
+from ddt_fast.model.quantization import (
+    Int8Linear,
+    cpu_has_bf16,
+    cpu_has_int8,
+    quantization_error,
+    quantize_int8,
+    quantize_rows,
+)
+from ddt_fast.sampling import sample
+from golden_data import relative_error
+
+
+def fused(name: str = "tiny_h48_d24") -> FusedDDT:
+    return FusedDDT.from_reference(golden.model(name))
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def in_float64(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+    """The formula of the module, from the same int8 numbers, without any rounding after them."""
+    rows, scale = quantize_rows(x.flatten(0, -2))
+    y = (rows.double() * scale.double()) @ (layer.weight.double() * layer.scale.double())
+    return (y if layer.bias is None else y + layer.bias.double()).unflatten(0, x.shape[:-1])
+
+
+def test_rows_are_rounded_to_the_nearest_of_255_numbers():
+    x = random(33, 170) * torch.logspace(-3, 3, 33)[:, None]
+    rows, scale = quantize_rows(x)
+    assert rows.dtype == torch.int8
+    assert torch.equal(rows.int().abs().amax(1), torch.full((33,), 127, dtype=torch.int32))
+    assert ((rows * scale - x).abs() <= scale * 0.5001).all()
+
+
+def test_rows_of_zeros_stay_zero_and_nan_stays_visible():
+    x = torch.zeros(3, 8)
+    x[1, 2] = float("nan")
+    rows, scale = quantize_rows(x)
+    assert torch.equal((rows * scale)[[0, 2]], torch.zeros(2, 8))
+    assert Int8Linear(random(5, 8), None)(x)[1].isnan().all()
+
+
+# Rows of one GEMV, of few and of many samples; widths that no vector length divides.
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 1, 170), (3, 5, 341), (1, 17, 7), (2, 40, 1)])
+@pytest.mark.parametrize("width", [1, 16, 129])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_linear_is_the_exact_sum_of_its_int8_products(shape, width, has_bias):
+    x = random(*shape)
+    layer = Int8Linear(random(width, shape[-1], seed=1), random(width, seed=2) if has_bias else None)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    assert relative_error(y, in_float64(layer, x)) < 1e-6
+
+
+def test_a_linear_is_scaled_in_chunks_alike():
+    x, layer = random(2, 300, 8), Int8Linear(random(1000, 8, seed=1), random(1000, seed=2))
+    assert relative_error(layer(x), in_float64(layer, x)) < 1e-6
+
+
+def test_bf16_between_is_rounded_once():
+    x, layer = random(2, 9, 64).bfloat16(), Int8Linear(random(48, 64, seed=1).bfloat16(), None)
+    y = layer(x)
+    assert torch.equal(y, in_float64(layer, x).bfloat16())
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 0.01), (torch.bfloat16, 0.02)])
+def test_a_quantised_model_is_close_and_the_error_is_measured(name, dtype, limit):
+    model, io = fused(name).to(dtype), golden.tensors(name)
+    before = copy.deepcopy(model.state_dict())
+    quantized = quantize_int8(model)
+    x = io["x"].to(dtype)
+    error = quantization_error(model, quantized, x, io["t"], io["y"])
+    with torch.no_grad():
+        expected = relative_error(quantized(x, io["t"], io["y"])[0].double(), model(x, io["t"], io["y"])[0].double())
+    assert error == pytest.approx(expected)
+    assert 1e-4 < error < limit
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert quantization_error(model, model, x, io["t"], io["y"]) == 0
+
+
+def test_every_large_linear_is_quantised():
+    model = quantize_int8(fused())
+    left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert left == [
+        "x_embedder.proj",
+        "s_embedder.proj",
+        "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
+        "final_layer.linear",
+    ]
+    assert model.blocks[0].mlp.w13.weight.shape == (48, 2 * model.config.mlp_hidden_size)
+
+
+def test_a_run_is_sampled_in_int8():
+    model, io = fused(), golden.tensors("tiny_h48_d24")
+    config = SamplingConfig(
+        num_steps=12, refresh_every=3, state_forecast="linear", guidance_every=2, guidance_forecast="linear"
+    )
+    expected = sample(model, io["xT"], io["y"], config)
+    result = sample(quantize_int8(model), io["xT"], io["y"], config)
+    assert 0 < relative_error(result, expected) < 0.01
+
+
+def test_strides_of_single_rows_and_columns_do_not_matter():
+    x, layer = random(1, 64), Int8Linear(random(48, 64, seed=1), None)
+    strided = x.as_strided((1, 64), (1, 1))
+    assert torch.equal(layer(strided), layer(x))
+    # What a compiler may choose for the int8 rows, which torch._int_mm takes at its word.
+    column, narrow = random(40, 1), Int8Linear(random(16, 1, seed=1), None)
+    assert relative_error(narrow(column.as_strided((40, 1), (1, 7))), in_float64(narrow, column)) < 1e-6
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_compiled_blocks_are_one_graph_each_and_give_the_same_numbers(monkeypatch, quantized):
+    # Dynamo and AOT autograd alone: Inductor's C++ takes minutes, and benchmarks.cpu_sampling checks its numbers.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
+    eager, io = fused(), golden.tensors("tiny_h48_d24")
+    if quantized:
+        eager = quantize_int8(eager)
+    torch.compiler.reset()
+    compiled = eager.compiled()
+    counters["stats"].clear()
+    with torch.no_grad():
+        expected, state = eager(io["x"], io["t"], io["y"])
+        velocity, compiled_state = compiled(io["x"], io["t"], io["y"])
+        again, _ = compiled(io["x"], io["t"], io["y"], state)
+    # Encoder and decoder blocks, first and others, and three functions around them; however many blocks there are.
+    assert counters["stats"]["unique_graphs"] <= 7
+    assert relative_error(velocity, expected) < 2e-3  # int8: a last-bit difference may turn a rounding
+    assert relative_error(compiled_state, state) < 2e-3
+    assert relative_error(again, expected) < 2e-3
+    assert compiled.blocks is eager.blocks
+
+
+def test_what_cannot_be_quantised_is_an_error():
+    quantized = quantize_int8(fused())
+    with pytest.raises(ValueError, match="for FusedDDT, not DDT"):
+        quantize_int8(golden.model("tiny_h48_d24"))
+    with pytest.raises(ValueError, match="already"):
+        quantize_int8(quantized)
+    with pytest.raises(ValueError, match="on a CPU, this one is on meta"):
+        quantize_int8(fused().to("meta"))
+
+
+def test_a_quantised_model_is_neither_saved_nor_loaded():
+    quantized = quantize_int8(fused())
+    with pytest.raises(ValueError, match="neither saved nor loaded"):
+        quantized.state_dict()
+    with pytest.raises(ValueError, match="neither saved nor loaded"):
+        quantized.load_state_dict(fused().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("units", "bf16", "int8"),
+    [
+        ({"avx512_bf16": True, "avx512_vnni": True}, True, True),
+        ({"avx2": True, "amx_bf16": False, "avx_vnni": True}, False, True),
+        ({"neon": True, "bf16": True}, True, False),
+        ({}, False, False),
+    ],
+)
+def test_units_of_the_cpu(monkeypatch, units, bf16, int8):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert cpu_has_bf16() is bf16
+    assert cpu_has_int8() is int8
+
+
+def test_units_of_the_cpu_where_torch_has_no_table(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    for name, has in (
+        ("_is_avx512_bf16_supported", True),
+        ("_is_vnni_supported", False),
+        ("_is_amx_tile_supported", False),
+    ):
+        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
+    assert cpu_has_bf16()
+    assert not cpu_has_int8()
