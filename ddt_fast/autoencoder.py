@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    # diffusers takes seconds to import; pixel-space models never need it.
+    from diffusers import AutoencoderKL
+
+    try:
+        # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False)
+        return vae.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"autoencoder {name} could not be loaded: {reason}") from error
 
 
 class Decoder:
@@ -18,14 +34,7 @@ class Decoder:
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        # diffusers takes seconds to import; pixel-space models never need it.
-        from diffusers import AutoencoderKL
-
-        try:
-            self.vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype).to(device).eval().requires_grad_(False)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"autoencoder {name} could not be loaded: {reason}") from error
+        self.vae = _load(name, device, dtype)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
@@ -33,3 +42,53 @@ class Decoder:
         scaling, dtype, device = self.vae.config.scaling_factor, self.vae.dtype, self.vae.device
         images = [self.vae.decode(z[None].to(device, dtype) / scaling).sample.float() for z in latents]
         return torch.cat(images)
+
+
+class Encoder:
+    """Pixels → the posterior of their latents, before scaling.
+
+    Args:
+        name: hub id or local folder of a diffusers AutoencoderKL.
+        device, dtype: where and in what to encode.
+
+    Attributes:
+        scaling_factor: what a drawn latent is multiplied with to become what a model sees.
+        latent_channels: C of a latent.
+        pixels_per_latent: side of the square of pixels that one latent position stands for.
+
+    Raises:
+        ValueError: the autoencoder is neither local nor to be had from the Hub, or shifts its latents, which `Decoder`
+            would not undo.
+    """
+
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.vae = _load(name, device, dtype)
+        config = self.vae.config
+        if config.shift_factor:
+            raise ValueError(f"autoencoder {name} has shift_factor {config.shift_factor}; allowed: none or 0")
+        self.scaling_factor = float(config.scaling_factor)
+        self.latent_channels = int(config.latent_channels)
+        self.pixels_per_latent = int(2 ** (len(config.block_out_channels) - 1))
+
+    def sha256(self) -> str:
+        """Checksum of the weights by name, in the dtype they are used in."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) uint8 images → mean and logvar, (N, C, h, w) float32 each on the CPU; logvar is within
+        [-30, 20].
+
+        Raises:
+            ValueError: latents that are not finite.
+        """
+        pixels = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+        if not (mean.isfinite().all() and logvar.isfinite().all()):
+            raise ValueError("the autoencoder's latents are not finite; encode in float32, or check its weights")
+        return mean, logvar

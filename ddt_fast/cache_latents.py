@@ -1,0 +1,131 @@
+"""Encode an image folder into cached latents: `python -m ddt_fast.cache_latents --images DIR --output DIR`.
+
+Under torchrun the processes share the work; without a GPU each encodes on one core. A run that was stopped, in whatever
+way, goes on when started again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddt_fast.autoencoder import Encoder
+from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.data.encode import cache_settings, encode_images
+from ddt_fast.data.image_folder import list_images
+from ddt_fast.data.latent_cache import MANIFEST, check_owned
+from ddt_fast.files import output_folder
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m ddt_fast.cache_latents", description=__doc__)
+    parser.add_argument("--images", type=str, required=True, help="folder with one sub-folder of images per class")
+    parser.add_argument("--output", type=str, required=True, help="folder of the cache")
+    parser.add_argument("--image-size", type=int, default=256, help="side of the centre crop in pixels")
+    parser.add_argument(
+        "--autoencoder", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL, hub id or local folder"
+    )
+    parser.add_argument("--dtype", type=str, default="float16", help="of the stored latents: float16 or bfloat16")
+    parser.add_argument("--compute-dtype", type=str, default="float32", help="of the autoencoder: float32 or bfloat16")
+    parser.add_argument("--flips", action="store_true", help="also encode the mirrored images")
+    parser.add_argument("--shard-size", type=int, default=8192, help="images per shard")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per call of the autoencoder")
+    parser.add_argument("--num-workers", type=int, help="processes that decode images; default: the CPUs' share")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--verify", action="store_true", help="compare checksums of the shards that are finished")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, encode, report."""
+    options = build_parser().parse_args(arguments)
+    rank, world_size, local_rank, local_size = _ranks()
+    workers = options.num_workers
+    if workers is None:
+        workers = max(1, len(os.sched_getaffinity(0)) // local_size)
+    if workers < 0:
+        raise ValueError(f"--num-workers is {workers}; allowed: 0 or more")
+    if options.compute_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--compute-dtype is {options.compute_dtype!r}; allowed: float32, bfloat16")
+    images = Path(options.images)
+    if Path(options.output).resolve().is_relative_to(images.resolve()):
+        raise ValueError(f"output folder {options.output} lies inside the image folder; name another")
+    folder = list_images(images)
+    output = output_folder(options.output)
+    check_owned(output)
+    if folder.ignored and rank == 0:
+        count = len(folder.ignored)
+        print(f"warning: {count} files are no images by name, such as {folder.ignored[0]}", file=sys.stderr)
+    device = choose_device(options.device)
+    if device == torch.device("cuda"):
+        device = choose_device(f"cuda:{local_rank}")
+    _make_deterministic(device)
+    encoder = Encoder(options.autoencoder, device, DTYPES[options.compute_dtype])
+    settings = cache_settings(
+        folder,
+        encoder,
+        options.autoencoder,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        flips=options.flips,
+        shard_size=options.shard_size,
+        batch_size=options.batch_size,
+    )
+    manifest = encode_images(
+        folder,
+        output,
+        encoder,
+        settings,
+        rank=rank,
+        world_size=world_size,
+        num_workers=workers,
+        verify=options.verify,
+    )
+    if manifest is None:
+        print(f"rank {rank} of {world_size} has finished its shards; the last one writes {output / MANIFEST}")
+    else:
+        _report(manifest, output)
+
+
+def _ranks() -> tuple[int, int, int, int]:
+    """Rank and number of processes, over all and on this machine, as torchrun says; ValueError where it is nonsense."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise ValueError(f"environment variable {name} is {text!r}; allowed: a whole number")
+        values.append(int(text))
+    rank, world_size, local_rank, local_size = values
+    if rank >= world_size:
+        raise ValueError(f"environment variable RANK is {rank}; allowed: below WORLD_SIZE ({world_size})")
+    return rank, world_size, local_rank, max(1, local_size)
+
+
+def _make_deterministic(device: torch.device) -> None:
+    """The shards of a stopped and restarted run shall be those of an unbroken one, bit for bit."""
+    torch.backends.cudnn.benchmark = False  # it picks algorithms by their time
+    torch.backends.cudnn.deterministic = True
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # sums over threads depend on their number, which torchrun changes
+
+
+def _report(manifest: dict[str, Any], output: Path) -> None:
+    unreadable = manifest["unreadable"]
+    if unreadable:
+        print(f"{len(unreadable)} images could not be read and are left out:")
+        for image in unreadable:
+            print(f"  {image['file']}: {image['reason']}")
+    classes = len(manifest["class_counts"])
+    empty = sum(count == 0 for count in manifest["class_counts"])
+    note = f" ({empty} of them without a readable image)" if empty else ""
+    print(f"{manifest['count']} latents of {classes} classes{note} in {len(manifest['shards'])} shards: {output}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,108 @@
+"""Images in class folders, as ImageNet is kept, and the crop that ADM and its successors train on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder with one sub-folder per class.
+
+    Attributes:
+        root: the folder.
+        class_names: sub-folder names, sorted; a label is an index into them.
+        files: paths relative to root with forward slashes, sorted within a class, class after class.
+        labels: the class of each file.
+        ignored: files below root that are no images by their name.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Images per class."""
+        counts = Counter(self.labels)
+        return [counts[label] for label in range(len(self.class_names))]
+
+
+def list_images(root: Path) -> ImageFolder:
+    """Every image below the sub-folders of root; names decide, nothing is opened. Hidden folders are skipped.
+
+    Raises:
+        ValueError: root is no folder, has no sub-folders, or a sub-folder holds no images.
+    """
+    if not root.is_dir():
+        raise ValueError(f"image folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+    with os.scandir(root) as scan:
+        entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    class_names = tuple(entry.name for entry in entries if entry.is_dir())
+    if not class_names:
+        raise ValueError(f"image folder {root} holds no class folders; wanted one folder of images per class")
+    files: list[str] = []
+    labels: list[int] = []
+    ignored = [entry.name for entry in entries if not entry.is_dir()]
+    for label, name in enumerate(class_names):
+        found: list[str] = []
+        for folder, inner, names in os.walk(root / name, followlinks=True):
+            inner[:] = [other for other in inner if not other.startswith(".")]
+            place = Path(folder).relative_to(root).as_posix()
+            for file in names:
+                is_image = os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+                (found if is_image else ignored).append(f"{place}/{file}")
+        if not found:
+            raise ValueError(
+                f"class folder {root / name} holds no images; allowed: {', '.join(sorted(EXTENSIONS))} (or remove it)"
+            )
+        files += sorted(found)
+        labels += [label] * len(found)
+    return ImageFolder(root, class_names, tuple(files), tuple(labels), tuple(sorted(ignored)))
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle size x size pixels after the short side was brought to size, as ADM does it (arXiv 2105.05233,
+    guided-diffusion): halved with a box filter while it is at least 2 * size, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; the message says why, without the path."""
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """The centre crop of an image file, (3, size, size) uint8 RGB.
+
+    Raises:
+        UnreadableImageError: missing, unreadable, truncated, or no image at all.
+    """
+    try:
+        with Image.open(path) as image:
+            cropped = center_crop(image.convert("RGB"), size)
+    except UnidentifiedImageError:
+        raise UnreadableImageError("no image that Pillow can read") from None
+    except MemoryError:
+        raise
+    except OSError as error:
+        raise UnreadableImageError(error.strerror or str(error)) from error
+    except Exception as error:  # a decoder may raise anything on damaged bytes: SyntaxError, IndexError, …
+        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()

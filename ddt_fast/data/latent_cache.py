@@ -1,0 +1,285 @@
+"""The latent cache: an image folder, encoded once, as shards of posterior means and log-variances.
+
+A cache is a folder of
+    settings.json                               what it is made of and how; written first, a later run must agree
+    latents-K-of-N.safetensors                  mean, logvar (M, C, h, w), with flips also mean_flip and logvar_flip;
+                                                labels, index (M,) int64: class and place in the sorted image list
+    latents-K-of-N.json                         count, size and checksum of that shard, and the images it lacks
+    manifest.json                               settings, counts, shards with checksums, unreadable images; written last
+
+Shard K covers images K * shard_size and on, in batches that do not cross it: its bytes depend on the images and the
+settings, not on how many processes there were or how often they were stopped. A shard is finished once its file has
+its final name; its .json is written just before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from ddt_fast.files import atomic_file
+
+VERSION = 1
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+_OWNED = r"settings\.json|manifest\.json|latents-\d+-of-\d+\.(safetensors|json)|\.(settings|manifest|latents-).*"
+_TEMPORARY = r"\.(settings|manifest)\.\d+\.json|\.latents-\d+-of-\d+\.\d+\.(safetensors|json)"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Everything the bytes of a cache depend on.
+
+    Args:
+        image_size: side of the square crop in pixels.
+        autoencoder: hub id or local folder of the AutoencoderKL.
+        autoencoder_sha256: of its weights.
+        scaling_factor: what a drawn latent is multiplied with.
+        latent_shape: (C, h, w) of one latent.
+        dtype: of the stored latents, "float16" or "bfloat16".
+        compute_dtype: of the autoencoder.
+        flips: whether the mirrored images are encoded too.
+        shard_size: images per shard.
+        batch_size: images per call of the autoencoder.
+        num_images: of the image folder, readable or not.
+        images_sha256: of their names.
+        class_names: label i is class_names[i].
+    """
+
+    image_size: int
+    autoencoder: str
+    autoencoder_sha256: str
+    scaling_factor: float
+    latent_shape: tuple[int, int, int]
+    dtype: str
+    compute_dtype: str
+    flips: bool
+    shard_size: int
+    batch_size: int
+    num_images: int
+    images_sha256: str
+    class_names: tuple[str, ...]
+    version: int = field(default=VERSION, init=False)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, the last one possibly shorter."""
+        return -(-self.num_images // self.shard_size)
+
+    def shard_range(self, shard: int) -> range:
+        """The images that a shard covers, as places in the sorted image list."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def shard_name(self, shard: int) -> str:
+        """File name of a shard, without its suffix."""
+        return f"latents-{shard:05d}-of-{self.num_shards:05d}"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that is not in the cache: its place in the sorted list, its path below the image folder, and why."""
+
+    index: int
+    file: str
+    reason: str
+
+
+def names_sha256(files: Iterable[str]) -> str:
+    """Checksum of a list of file names."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file) + b"\0")
+    return digest.hexdigest()
+
+
+class CacheFolder:
+    """A cache being written, by this process and possibly by others that own other shards.
+
+    Args:
+        path: the folder; created where it is missing.
+        settings: of this run.
+
+    Raises:
+        ValueError: the folder holds something else, or a cache with other settings (the message names them).
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: CacheSettings) -> None:
+        self.path, self.settings = path, settings
+        path.mkdir(parents=True, exist_ok=True)
+        check_owned(path)
+        self._agree_on_settings()
+
+    def _agree_on_settings(self) -> None:
+        target = self.path / SETTINGS
+        ours = _plain(self.settings)
+        if not target.exists():
+            with _writing(target):
+                self._write_json(target, ours)
+        theirs = read_json(target)
+        changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        if changed:
+            shown = "; ".join(f"{name} {_short(theirs.get(name))}, now {_short(ours.get(name))}" for name in changed)
+            raise ValueError(f"{self.path} was begun with other settings: {shown}; take another output folder")
+
+    def finished_shards(self, shards: Iterable[int], *, verify: bool = False) -> set[int]:
+        """Those of `shards` that are there and of the size on record; with verify, also of the checksum on record.
+        Damaged ones are reported and count as unfinished."""
+        finished = set()
+        for shard in shards:
+            name = self.settings.shard_name(shard)
+            file = self.path / f"{name}.safetensors"
+            if not file.exists():
+                continue
+            record = read_json(self.path / f"{name}.json") if (self.path / f"{name}.json").exists() else {}
+            damage = None
+            if file.stat().st_size != record.get("bytes"):
+                damage = f"is {file.stat().st_size} bytes, {record.get('bytes', 'not')} on record"
+            elif verify and file_sha256(file) != record["sha256"]:
+                damage = "does not have the checksum on record"
+            if damage:
+                tqdm.write(f"warning: {file} {damage}; it is made again", file=sys.stderr)
+            else:
+                finished.add(shard)
+        return finished
+
+    def write_shard(self, shard: int, tensors: dict[str, Tensor], unreadable: list[Unreadable]) -> None:
+        """Write shard number `shard`; it is finished when this returns and unfinished as long as it has not.
+
+        Args:
+            shard: its number.
+            tensors: what it holds, by name.
+            unreadable: its images that are not among them.
+
+        Raises:
+            OSError: no space left, or another failure of the file system; finished shards are untouched.
+        """
+        self.remove_temporaries(shard)
+        name = self.settings.shard_name(shard)
+        content = save(tensors, metadata={"format": "pt"})
+        record = {
+            "file": f"{name}.safetensors",
+            "count": len(tensors["labels"]),
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "labels": {str(label): count for label, count in sorted(Counter(tensors["labels"].tolist()).items())},
+            "unreadable": [asdict(image) for image in unreadable],
+        }
+        target = self.path / f"{name}.safetensors"
+        with _writing(target), atomic_file(target) as file:
+            with file.open("wb") as stream:
+                stream.write(content)
+                _sync(stream)
+            self._write_json(self.path / f"{name}.json", record)
+
+    def _write_json(self, path: Path, content: Any) -> None:
+        try:
+            with atomic_file(path) as file, file.open("w") as stream:
+                stream.write(json.dumps(content, indent=1) + "\n")
+                _sync(stream)
+        except FileNotFoundError:
+            # Another process has written the same content and removed the temporary file, which bears this one's
+            # process id if it is on another machine.
+            if not path.exists():
+                raise
+
+    def remove_temporaries(self, shard: int | None = None) -> None:
+        """Remove what stopped runs left half-written: of one shard, or everything."""
+        prefix = "" if shard is None else f".{self.settings.shard_name(shard)}."
+        for entry in list(self.path.iterdir()):
+            if re.fullmatch(_TEMPORARY, entry.name) and entry.name.startswith(prefix):
+                entry.unlink(missing_ok=True)
+
+    def write_manifest(self) -> dict[str, Any]:
+        """Write manifest.json from the records of all shards, which must be finished, and return it."""
+        records = [
+            read_json(self.path / f"{self.settings.shard_name(shard)}.json")
+            for shard in range(self.settings.num_shards)
+        ]
+        counts: Counter[str] = Counter()
+        for record in records:
+            counts.update(record["labels"])
+        manifest = {
+            "version": VERSION,
+            "settings": _plain(self.settings),
+            "count": sum(record["count"] for record in records),
+            "class_counts": [counts[str(label)] for label in range(len(self.settings.class_names))],
+            "shards": [{key: record[key] for key in ("file", "count", "bytes", "sha256")} for record in records],
+            "unreadable": [image for record in records for image in record["unreadable"]],
+        }
+        with _writing(self.path / MANIFEST):
+            self._write_json(self.path / MANIFEST, manifest)
+        self.remove_temporaries()
+        return manifest
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "finished shards are kept, the same command goes on from them"
+        raise OSError(f"{path} could not be written: {reason}; {hint}") from error
+
+
+def check_owned(path: Path) -> None:
+    """ValueError when a folder holds what no cache does."""
+    names = sorted(entry.name for entry in path.iterdir())
+    foreign = [name for name in names if not re.fullmatch(_OWNED, name)]
+    if not foreign and SETTINGS not in names:
+        foreign = [name for name in names if not name.startswith(".")]
+    if foreign:
+        raise ValueError(f"output folder {path} holds {foreign[0]}, which is not of a cache begun there; name another")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it holds no object, OSError when it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
+    return content
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def storage_dtype(name: str) -> torch.dtype:
+    """The dtype of stored latents by name; ValueError for others."""
+    if name not in ("float16", "bfloat16"):
+        raise ValueError(f"dtype is {name!r}; allowed: float16, bfloat16")
+    return torch.float16 if name == "float16" else torch.bfloat16
+
+
+def _plain(settings: CacheSettings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 4:
+        return f"{len(value)} names"
+    return str(value) if len(str(value)) <= 80 else str(value)[:77] + "..."
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

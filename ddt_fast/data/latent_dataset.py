@@ -1,0 +1,275 @@
+"""Reading latents: memory-mapped shards of ddt-fast's cache, or of LightningDiT's."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, file_sha256, read_json
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
+_PAGE = mmap.ALLOCATIONGRANULARITY
+
+
+class Shard:
+    """A safetensors file, mapped into memory: its tensors read from disk what is looked at, when it is.
+
+    Attributes:
+        path: the file.
+        tensors: by name; they are not to be written to.
+
+    Raises:
+        ValueError: no safetensors file, or one that is truncated or of unknown types.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            start, header = _read_header(path, stream.read(8), size)
+            try:
+                entries = json.loads(stream.read(header))
+                entries.pop("__metadata__", None)
+                described = {
+                    name: (_DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
+                    for name, entry in entries.items()
+                }
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path} is damaged or holds unknown types: {error!r}") from error
+            needed = start + max((end for *_, end in described.values()), default=0)
+            if size != needed:
+                state = "truncated" if size < needed else "damaged"
+                raise ValueError(f"{path} is {state}: it is {size} bytes, its header says {needed}")
+            # Private rather than read-only, since torch warns of read-only memory; nothing is written.
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_RANDOM"):
+            self._map.madvise(mmap.MADV_RANDOM)  # rows are visited at random: reading on would fetch what is not wanted
+        self.tensors: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[int, int]] = {}  # where the rows of a tensor start, and the bytes of one
+        for name, (dtype, shape, begin, end) in described.items():
+            if math.prod(shape) * dtype.itemsize != end - begin:
+                raise ValueError(f"{path} is damaged: {name} of shape {shape} is {end - begin} bytes")
+            flat = torch.empty(0, dtype=dtype)
+            if end > begin:
+                flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=start + begin)
+            self.tensors[name] = flat.view(shape)
+            self._rows[name] = (start + begin, (end - begin) // max(1, shape[0] if shape else 1))
+
+    def prefetch(self, name: str, row: int) -> None:
+        """Have the operating system read a row of a tensor now, without waiting for it."""
+        first, length = self._rows[name]
+        begin = first + row * length
+        aligned = begin - begin % _PAGE
+        self._map.madvise(mmap.MADV_WILLNEED, aligned, begin + length - aligned)
+
+
+def _read_header(path: Path, prefix: bytes, size: int) -> tuple[int, int]:
+    """Where the tensors start, and how long the header is."""
+    header = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= header <= size - 8:
+        raise ValueError(f"{path} is truncated or no safetensors file: it is {size} bytes")
+    return 8 + header, header
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Tensor names of one view of the images: the posterior's mean and logvar, or drawn latents and None."""
+
+    mean: str
+    logvar: str | None
+
+
+class LatentDataset:
+    """Cached latents of a folder: a cache of `python -m ddt_fast.cache_latents`, or LightningDiT's shards.
+
+    The latter (`latents`, `latents_flip`, `labels` in each *.safetensors, files in order of their names, no manifest)
+    hold one draw from each posterior, before any normalisation, and do not say how to scale it.
+
+    Args:
+        folder: the cache.
+        shape: the (C, h, w) that latents must have; None takes what is there.
+        scaling_factor: what latents are multiplied with. None is the cache's own; LightningDiT's shards need it.
+        channel_stats: for LightningDiT's shards, its `latents_stats.pt` ({"mean", "std"}, C values each): latents
+            become (latents - mean) / std * scaling_factor. None leaves this out, right for Stable Diffusion's VAE.
+        verify: also compare the checksums of all shards; sizes are compared always.
+
+    Attributes:
+        labels: (N,) int64.
+        shape: (C, h, w).
+        scaling_factor: as applied.
+        num_classes: classes of the image folder; of LightningDiT's shards, the highest label + 1.
+        has_flips: whether mirrored images are there.
+        has_posterior: whether latents can be drawn afresh.
+
+    Raises:
+        ValueError: no cache, an unfinished one, shards that are missing, truncated, damaged, of a wrong checksum or of
+            another latent size; the message names the file.
+        OSError: files that cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shape: Sequence[int] | None = None,
+        scaling_factor: float | None = None,
+        channel_stats: Path | None = None,
+        verify: bool = False,
+    ) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"latent cache {folder} {'is no folder' if folder.exists() else 'does not exist'}")
+        num_classes = None
+        if (folder / MANIFEST).exists():
+            if channel_stats is not None:
+                raise ValueError(f"{folder} has a manifest, which scales its latents; leave channel_stats out")
+            own_scaling, num_classes = self._open_cache(folder, verify)
+            if scaling_factor not in (None, own_scaling):
+                raise ValueError(f"scaling factor is {scaling_factor}; {folder} was made for {own_scaling}")
+            scaling_factor = own_scaling
+        elif (folder / SETTINGS).exists():
+            raise ValueError(f"{folder} is an unfinished cache; run ddt_fast.cache_latents again to finish it")
+        else:
+            self._open_shards(folder, verify)
+            if scaling_factor is None:
+                raise ValueError(f"the shards of {folder} do not say how they are scaled; give a scaling factor")
+        self.scaling_factor = scaling_factor
+        self._check_shards(shape)
+        self._set_scale(channel_stats)
+        counts = [len(shard.tensors["labels"]) for shard in self._shards]
+        self._ends: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)
+        self.labels = torch.cat([shard.tensors["labels"].long() for shard in self._shards])
+        if len(self.labels) == 0:
+            raise ValueError(f"latent cache {folder} holds no latents")
+        self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
+        if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
+            raise ValueError(f"{folder} holds labels outside 0 to {self.num_classes - 1}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _open_cache(self, folder: Path, verify: bool) -> tuple[float, int]:
+        path = folder / MANIFEST
+        manifest = read_json(path)
+        if manifest.get("version") != VERSION:
+            raise ValueError(f"{path} is of version {manifest.get('version')}; this ddt-fast reads {VERSION}")
+        try:
+            settings, records = manifest["settings"], manifest["shards"]
+            described = [(folder / record["file"], record["bytes"], record["sha256"]) for record in records]
+            scaling, num_classes = float(settings["scaling_factor"]), len(settings["class_names"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}") from error
+        self._shards = []
+        for file, size, checksum in described:
+            if not file.exists():
+                raise ValueError(f"{file} is missing, {path} lists it; run ddt_fast.cache_latents again to make it")
+            if file.stat().st_size != size:
+                raise ValueError(f"{file} is {file.stat().st_size} bytes; {path} says {size}")
+            if verify and file_sha256(file) != checksum:
+                raise ValueError(f"{file} does not have the checksum that {path} says: {checksum}")
+            self._shards.append(Shard(file))
+        return scaling, num_classes
+
+    def _open_shards(self, folder: Path, verify: bool) -> None:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{folder} holds no latents: neither {MANIFEST} nor *.safetensors")
+        if verify:
+            raise ValueError(f"{folder} has no {MANIFEST}, so there are no checksums to verify")
+        self._shards = [Shard(file) for file in files]
+
+    def _check_shards(self, shape: Sequence[int] | None) -> None:
+        first = self._shards[0].tensors
+        self.has_posterior = "mean" in first
+        pair = ("mean", "mean_flip") if self.has_posterior else ("latents", "latents_flip")
+        self.has_flips = pair[1] in first
+        names = pair if self.has_flips else pair[:1]
+        logvars = {"mean": "logvar", "mean_flip": "logvar_flip"}
+        self._views = [_Names(name, logvars.get(name)) for name in names]
+        if pair[0] in first:
+            self.shape = tuple(first[pair[0]].shape[1:])
+        for shard in self._shards:
+            for name in [name for view in self._views for name in (view.mean, view.logvar) if name] + ["labels"]:
+                if name not in shard.tensors:
+                    raise ValueError(f"{shard.path} holds no {name}, only {', '.join(shard.tensors) or 'nothing'}")
+                tensor, count = shard.tensors[name], len(shard.tensors["labels"]) if "labels" in shard.tensors else -1
+                wanted = (count,) if name == "labels" else (count, *(self.shape if shape is None else shape))
+                if tuple(tensor.shape) != wanted:
+                    raise ValueError(f"{shard.path} holds {name} of shape {tuple(tensor.shape)}; wanted {wanted}")
+                if tensor.is_floating_point() == (name == "labels"):
+                    raise ValueError(f"{shard.path} holds {name} as {tensor.dtype}")
+
+    def _set_scale(self, channel_stats: Path | None) -> None:
+        """latents = drawn * self._scale + self._shift, per channel, or by one number where shift is None."""
+        self._scale: Tensor = torch.tensor(float(self.scaling_factor))
+        self._shift: Tensor | None = None
+        if channel_stats is None:
+            return
+        try:
+            stats = torch.load(channel_stats, map_location="cpu", weights_only=True)
+            mean, std = (stats[name].float().reshape(self.shape[0], 1, 1) for name in ("mean", "std"))
+        except Exception as error:  # the unpickler may raise anything on damaged bytes
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"channel statistics {channel_stats} cannot be used: {reason}") from error
+        self._scale = self._scale / std
+        self._shift = -mean * self._scale
+
+    def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
+        """Latents as a model sees them, drawn from their posteriors: (mean + exp(logvar / 2) * noise) * scaling_factor.
+
+        Args:
+            indices: (n,) which.
+            flips: (n,) whether the mirrored image is wanted; has_flips must be true where it is.
+            seeds: (n,) of each latent's noise, which depends on nothing else. torch uses the lower 32 bits.
+
+        Returns:
+            (n, C, h, w) float32.
+        """
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        rows = (indices - starts[shards]).tolist()
+        places = [
+            (self._shards[shard], row, self._views[flip])
+            for shard, row, flip in zip(shards.tolist(), rows, flips.astype(int).tolist(), strict=True)
+        ]
+        if hasattr(mmap, "MADV_WILLNEED"):  # all at once: a disk answers many requests as fast as one
+            for shard, row, view in places:
+                shard.prefetch(view.mean, row)
+                if view.logvar is not None:
+                    shard.prefetch(view.logvar, row)
+        latents = torch.empty(len(places), *self.shape)
+        # Few rows at a time: what they are computed from stays in the cache, and torch starts no threads for so little,
+        # which would wait for those of other batches.
+        step = max(1, 32767 // math.prod(self.shape))
+        mean, deviation = torch.empty(2, step, *self.shape)
+        means, deviations = mean.unbind(), deviation.unbind()
+        generator = torch.Generator()
+        numbers = seeds.tolist()
+        for start in range(0, len(places), step):
+            part = latents[start : start + step]
+            noises, size = part.unbind(), len(part)
+            for i, (shard, row, view) in enumerate(places[start : start + size]):
+                means[i].copy_(shard.tensors[view.mean].select(0, row))
+                if view.logvar is not None:
+                    deviations[i].copy_(shard.tensors[view.logvar].select(0, row))
+                    noises[i].normal_(generator=generator.manual_seed(numbers[start + i]))
+            if self.has_posterior:
+                # exp(logvar / 2) as a power of 2: exp goes to MKL, which starts threads even for this little.
+                deviation[:size].clamp_(-30, 20).mul_(0.5 / math.log(2)).exp2_()
+                torch.addcmul(mean[:size], deviation[:size], part, out=part)
+            else:
+                part.copy_(mean[:size])
+            part.mul_(self._scale)
+            if self._shift is not None:
+                part.add_(self._shift)
+        return latents

@@ -1,0 +1,134 @@
+"""The command as a user runs it, with a small AutoencoderKL."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits, load_sample_images
+
+from ddt_fast import cache_latents
+from ddt_fast.autoencoder import Decoder, Encoder
+from ddt_fast.command import run_command
+from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.latent_loader import LatentLoader
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """30 digits at 64 px, two photographs, and a truncated JPEG."""
+    root = tmp_path_factory.mktemp("images") / "images"
+    digits = load_digits()
+    for i in range(30):
+        folder = root / f"digit_{digits.target[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray((digits.images[i] * 15.9).astype(np.uint8))
+        picture.resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.{'png' if i % 2 else 'jpg'}")
+    (root / "photos").mkdir()
+    for i, pixels in enumerate(load_sample_images().images):
+        Image.fromarray(pixels).save(root / "photos" / f"{i}.jpg")
+    content = (root / "photos" / "0.jpg").read_bytes()
+    (root / "photos" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    return root
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    AutoencoderKL(
+        block_out_channels=(8, 8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+    ).save_pretrained(folder)
+    return folder
+
+
+def arguments(images: Path, autoencoder: Path, output: Path, *more: str) -> list[str]:
+    """The command's options for 32 px, 10 images per shard."""
+    options = {"--images": images, "--output": output, "--autoencoder": autoencoder, "--image-size": 32}
+    options |= {"--shard-size": 10, "--batch-size": 4, "--num-workers": 0}
+    return [str(word) for pair in options.items() for word in pair] + list(more)
+
+
+def test_from_images_to_batches(images, autoencoder, tmp_path, capsys):
+    cache_latents.main(arguments(images, autoencoder, tmp_path, "--flips"))
+    output = capsys.readouterr()
+    assert "32 latents of 11 classes in 4 shards" in output.out
+    assert re.search(r"photos/cut\.jpg: image file is truncated", output.out)
+    assert "img/s" in output.err
+    dataset = LatentDataset(tmp_path, shape=(4, 4, 4), verify=True)
+    encoder = Encoder(str(autoencoder), torch.device("cpu"))
+    assert dataset.scaling_factor == encoder.scaling_factor == 0.18215
+    with LatentLoader(dataset, 32) as loader:
+        latents, labels = next(loader)
+    assert labels.bincount(minlength=11).tolist() == dataset.labels.bincount(minlength=11).tolist()
+    assert Decoder(str(autoencoder), torch.device("cpu"))(latents[:2]).shape == (2, 3, 32, 32)
+
+
+def test_two_processes_write_what_one_does(images, autoencoder, tmp_path):
+    cache_latents.main(arguments(images, autoencoder, tmp_path / "one"))
+    command = [sys.executable, "-m", "ddt_fast.cache_latents", *arguments(images, autoencoder, tmp_path / "two")]
+    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for environment in environments
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum("32 latents of 11 classes" in output for output in outputs) >= 1
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--image-size", "30"], "image size is 30; allowed: multiples of 8"),
+        (["--dtype", "float32"], "allowed: float16, bfloat16"),
+        (["--compute-dtype", "int8"], "allowed: float32, bfloat16"),
+        (["--num-workers", "-1"], "--num-workers is -1"),
+        (["--batch-size", "0"], "batch size is 0"),
+        (["--images", "nowhere"], "image folder nowhere does not exist"),
+        (["--autoencoder", "."], "autoencoder . could not be loaded"),
+    ],
+)
+def test_mistakes_are_one_line(images, autoencoder, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: cache_latents.main(arguments(images, autoencoder, tmp_path / "cache", *more)))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_an_output_inside_the_images_is_refused(images, autoencoder):
+    with pytest.raises(ValueError, match="lies inside the image folder"):
+        cache_latents.main(arguments(images, autoencoder, images / "latents"))
+    assert not (images / "latents").exists()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(images, autoencoder, tmp_path, capsys):
+    """A file size limit of the operating system stands in for a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run_command(lambda: cache_latents.main(arguments(images, autoencoder, tmp_path / "cache")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(
+        r"error: .*latents-00000-of-00004.safetensors could not be written: File too large; finished shards are kept.*",
+        capsys.readouterr().err.strip().splitlines()[-1],
+    )
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["settings.json"]
