@@ -47,6 +47,8 @@ def run_command(command: Callable[[], Any]) -> None:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
         # A CPU allocation that fails is a plain RuntimeError.
+        if type(error).__name__ == "InductorError":
+            fail(f"torch.compile cannot compile here: {str(error).splitlines()[0]}")
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'take a smaller model or batch'}")
@@ -81,7 +83,7 @@ def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
 
 def parse_bytes(text: str) -> int:
     """ "8GiB", "500 MB" or a plain number of bytes; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} is no amount of memory; wanted a number and a unit, such as 8GiB or 500MB")
     number, prefix, binary = match.groups()

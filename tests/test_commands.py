@@ -124,7 +124,10 @@ def test_ways_to_compute_leave_the_images_alone(tmp_path, capsys):
     for name, (option, said) in others.items():
         images = sample(tmp_path / name, *arguments, *option)["arr_0"].astype(int)
         assert np.abs(images - fused).max() <= 1, name
-        assert said in capsys.readouterr().out
+        output = capsys.readouterr().out
+        assert said in output
+        if name == "memory":
+            assert float(re.search(r"keep ([\d.]+) KiB between steps", output)[1]) <= 400e3 / 1024
 
 
 def test_int8_says_its_error(tmp_path, capsys):
@@ -290,6 +293,8 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
         (["--reference", "--quantize", "int8"], "--reference is plain PyTorch"),
         (["--memory-budget", "lots"], "'lots' is no amount of memory"),
         (["--memory-budget", "10B"], "one 8x8 sample keeps"),
+        (["--memory-budget", "9" * 400], "is no amount of memory"),
+        (["--reference", "--compile"], "--reference is plain PyTorch"),
         (["--refresh-steps", "dp"], "num_refreshes is None; allowed: 1 to num_steps (25)"),
         (["--refresh-steps", "dp", "--num-refreshes", "26"], "num_refreshes is 26"),
         (["--refresh-steps", "0", "x"], "--refresh-steps is 0 x; allowed: step numbers, or dp"),

@@ -116,7 +116,11 @@ class FusedDDT(DDTBase):
         each shape: the function that runs a block serves every block. In inference this is as fast as the whole model
         compiled, from a fifth of the compilation."""
         model = copy.copy(self)
-        model._functions = _Functions(*(torch.compile(function, dynamic=False) for function in self._functions))
+        # Past dynamo's limit, 8, a function would run eagerly: one plan alone may call the block's in 8 ways.
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, 128)
+        compiled = [torch.compile(function, dynamic=False, fullgraph=True) for function in self._functions]
+        model._functions = _Functions(*cast(list[Any], compiled))
         return model
 
     @property

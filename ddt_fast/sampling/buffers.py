@@ -98,6 +98,7 @@ class Buffers:
         """Begin a run: x becomes the noise; the labels' rows are laid out. The last point at which the host waits."""
         self.rewind()
         self.x.copy_(noise)
+        self.modulations.zero_()  # what an earlier run left may be NaN, which a weight of 0 does not undo
         self.t_embeddings.copy_(self.model.t_embedder(self._times))
         distinct, rows = labels.cpu().unique(return_inverse=True)
         if self.uses_null:
@@ -144,9 +145,16 @@ def needed_bytes(plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int, hei
 
 
 def fitting_batch_size(
-    plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int, height: int, width: int, memory_budget: int
+    plan: SamplingPlan,
+    model: DDT | FusedDDT,
+    batch_size: int,
+    height: int,
+    width: int,
+    memory_budget: int,
+    owner: str = "the memory budget is",
 ) -> int:
-    """The largest batch, up to batch_size, that keeps no more than memory_budget bytes between steps.
+    """The largest batch, up to batch_size, that keeps no more than memory_budget bytes between steps; `owner` says in
+    the error whose bytes they are.
 
     Raises:
         ValueError: not even one sample fits.
@@ -160,9 +168,10 @@ def fitting_batch_size(
             high = middle - 1
     if low == 0:
         needed = needed_bytes(plan, model, 1, height, width)
+        advice = "; a forecast of fewer states keeps less" if plan.state_history > 1 else ""
         raise ValueError(
-            f"one {height}x{width} sample keeps {format_bytes(needed)} between steps, the memory budget is "
-            f"{format_bytes(memory_budget)}; allow more, or take hold for linear, or linear for quadratic forecasts"
+            f"one {height}x{width} sample keeps {format_bytes(needed)} between steps, {owner} "
+            f"{format_bytes(memory_budget)}{advice}"
         )
     return low
 
@@ -175,7 +184,7 @@ def check_memory(
     limit = _device_memory(next(model.parameters()).device) if memory_budget is None else memory_budget
     if needed > limit:
         owner = "the device has" if memory_budget is None else "the memory budget is"
-        fitting = fitting_batch_size(plan, model, batch_size, height, width, limit)
+        fitting = fitting_batch_size(plan, model, batch_size, height, width, limit, owner)
         raise ValueError(
             f"batches of {batch_size} keep {format_bytes(needed)} between steps, {owner} {format_bytes(limit)}; "
             f"allowed: batches of up to {fitting}"

@@ -91,8 +91,10 @@ class Sampler:
         memory_budget: int | None = None,
         compile_model: bool = False,
     ) -> None:
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
+        if not (type(batch_size) is int and batch_size >= 1):
+            raise ValueError(f"batch_size is {batch_size}; allowed: a whole number, 1 or more")
+        if not (memory_budget is None or type(memory_budget) is int):
+            raise ValueError(f"memory_budget is {memory_budget!r}; allowed: a whole number of bytes, or None")
         model.config.num_tokens(height, width)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -137,10 +139,21 @@ class Sampler:
         progress: Progress | None = None,
     ) -> Tensor:
         """As `sample`, for up to batch_size samples of this sampler's height and width; ValueError for others."""
+        with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
+            return self._run(noise, labels, generators, progress)
+
+    def _run(
+        self,
+        noise: Tensor,
+        labels: Tensor,
+        generators: Sequence[torch.Generator] | None,
+        progress: Progress | None,
+    ) -> Tensor:
         self._check_inputs(noise, labels, generators)
         count = noise.shape[0]
         missing = self.batch_size - count if self.fixed_shape else 0
         if not self.fixed_shape and count != self.buffers.batch_size:
+            del self.buffers  # before the new ones take memory
             self.buffers = self._make_buffers(count)
         if missing:
             # Repeated, not zero, so that nothing in the batch is out of the ordinary.
@@ -158,7 +171,9 @@ class Sampler:
         return self.buffers.x[:count].clone()
 
     def _make_buffers(self, batch_size: int) -> Buffers:
-        return Buffers(self.model, self.plan, self.tables, batch_size, *self.image_size, self.memory_budget)
+        # A tensor made in inference mode could not be written outside of it, at a later call.
+        with torch.inference_mode(False):
+            return Buffers(self.model, self.plan, self.tables, batch_size, *self.image_size, self.memory_budget)
 
     def _advance(self, kind: StepKind) -> None:
         """One step: nothing here waits for the device or depends on more than the step's kind."""
@@ -210,6 +225,8 @@ class Sampler:
                 f"up to {self.batch_size} samples of {self.image_size[0]}x{self.image_size[1]}, this sampler's shape"
             )
             raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted {wanted}")
+        if not isinstance(labels, Tensor):
+            raise ValueError(f"labels are a {type(labels).__name__}; wanted a tensor, ({noise.shape[0]},) torch.int64")
         if labels.shape != noise.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; wanted ({noise.shape[0]},) torch.int64")
         if labels.min() < 0 or labels.max() >= classes:
@@ -230,6 +247,9 @@ def _single(velocity: Tensor) -> Tensor:
 
 def _check_noise(model: DDT | FusedDDT, noise: Tensor) -> None:
     channels = model.config.in_channels
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        given = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"noise is {given}; wanted a tensor of floats, (B, {channels}, height, width)")
     if noise.ndim != 4 or noise.shape[0] < 1 or noise.shape[1] != channels:
         raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted (B, {channels}, height, width), B 1 or more")
     model.config.num_tokens(*noise.shape[2:])

@@ -172,13 +172,13 @@ def resolve_refresh_steps(
     if config.refresh_steps != "dp":
         return config
     assert config.num_refreshes is not None, "a configuration with dp has a budget"
-    key = schedule_key(model, config, height, width)
+    key = schedule_key(model, config, height, width) if cache is not None else ""
     entry = read_schedule(cache, key, report) if cache is not None else None
     if cache is not None and entry is not None:
         try:
             resolved = _with_steps(config, entry["refresh_steps"])
             errors = float(entry["mean_error"]), float(entry["mean_error_uniform"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             report(f"an entry of {cache} is no schedule; probing again")
         else:
             report(f"{describe_choice(resolved, *errors)}; from {cache}")

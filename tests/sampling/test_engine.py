@@ -1,6 +1,7 @@
 """`sample` against the original's runs, and its rules: one seed one image, exact savings, refused inputs."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import golden_data as golden
 from ddt_fast.config import PRESETS, SamplingConfig
 from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.model.weights import load_model
 from ddt_fast.sample import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
@@ -172,6 +174,7 @@ def test_fewer_steps_take_a_smaller_shortcut_and_keep_the_rest():
         ({}, 2),
         ({"refresh_every": 3}, 2),
         ({"refresh_every": 3, "guidance_scale": 1.0}, 1),
+        ({"refresh_every": 3, "guidance_interval": (0.951, 0.952)}, 1),
         ({"refresh_every": 3, "state_forecast": "linear"}, 4),
         ({"refresh_every": 3, "state_forecast": "quadratic", "guidance_every": 4}, 3),
     ],
@@ -267,3 +270,73 @@ def test_float64_models_sample():
     model, io = golden.model("tiny_h48_d24").double(), golden.tensors("tiny_h48_d24")
     config = golden.sampling_config("tiny_h48_d24", "euler_cfg2_interval")
     assert relative_error(sample(model, io["xT"], io["y"], config), io["sample.euler_cfg2_interval"]) < 1e-4
+
+
+def test_nothing_of_a_broken_batch_reaches_the_next():
+    model = golden.model("tiny_h48_d24")
+    config = SamplingConfig(num_steps=8, solver="lms", order=4, refresh_every=2, state_forecast="quadratic")
+    sampler, labels = Sampler(model, config, 2, 8, 8), torch.tensor([1, 2])
+    noise = torch.randn(2, 4, 8, 8)
+    first = sampler(noise, labels)
+    assert not sampler(noise * float("nan"), labels).isfinite().any()
+    assert torch.equal(sampler(noise, labels), first)
+
+
+def test_inference_mode_and_autocast_around_a_call_change_nothing():
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
+    sampler = Sampler(model, SamplingConfig(num_steps=2), 2, 8, 8)
+    noise, labels = torch.randn(1, 4, 8, 8), torch.tensor([1])
+    with torch.inference_mode():
+        first = sampler(noise, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler(noise, labels), first)
+    assert torch.equal(sampler(noise, labels), first)
+
+
+def test_best_refreshes_without_a_place_to_keep_them():
+    model = quantize_int8(FusedDDT.from_reference(golden.model("tiny_h48_d24")))
+    config = SamplingConfig(num_steps=6, refresh_steps="dp", num_refreshes=2)
+    sampler = Sampler(model, config, 2, 8, 8)
+    assert sum(step.cond.encode for step in sampler.plan.steps) == 2
+
+
+def test_two_compiled_samplers_stay_compiled(monkeypatch):
+    """More kinds of calls than dynamo keeps by default; past that it would raise, or run eagerly."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
+    config = SamplingConfig(
+        num_steps=12, guidance_interval=(0.3, 0.8), refresh_every=4, state_forecast="linear", last_step=None
+    )
+    for count in (3, 2):
+        noise, labels = torch.randn(count, 4, 8, 8), torch.arange(count)
+        compiled = Sampler(model, config, count, 8, 8, compile_model=True)(noise, labels)
+        assert relative_error(compiled, sample(model, noise, labels, config)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": True}, "batch_size is True"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"memory_budget": "8GiB"}, "memory_budget is '8GiB'; allowed: a whole number of bytes"),
+        ({"height": 65536, "width": 65536}, "one 65536x65536 sample keeps .* between steps, the device has"),
+    ],
+)
+def test_wrong_sampler_settings_are_refused(arguments, message):
+    model = golden.model("tiny_h48_d24")
+    with pytest.raises(ValueError, match=message):
+        Sampler(model, SamplingConfig(num_steps=2), **{"batch_size": 1, "height": 8, "width": 8, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("noise", "labels", "message"),
+    [
+        (None, torch.tensor([1]), "noise is NoneType; wanted a tensor of floats"),
+        (torch.zeros(1, 4, 8, 8, dtype=torch.complex64), torch.tensor([1]), "noise is torch.complex64"),
+        (torch.zeros(1, 4, 8, 8), [1], "labels are a list; wanted a tensor"),
+    ],
+)
+def test_arguments_that_are_no_tensors_are_refused(noise, labels, message):
+    with pytest.raises(ValueError, match=message):
+        sample(golden.model("tiny_h48_d24"), noise, labels, SamplingConfig(num_steps=2))

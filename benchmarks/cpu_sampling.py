@@ -1,0 +1,306 @@
+"""What FusedDDT, bf16, int8 and the sampling engine save on a CPU, against the reference run the published way.
+
+    python -m benchmarks.cpu_sampling --output benchmarks/results/cpu_sampling.json
+
+XL/2 at 256 px with random weights. Three tables:
+
+- forward: one guidance pair (batch 2), the reference in fp32 eager against FusedDDT in each precision, eager and
+  compiled, with the velocity's error against the reference;
+- sampling: 250 steps, time per image. A run is a sequence of steps of a few kinds; each kind is timed, and the run's
+  time is put together from the medians by how often the plan has each. The published way is the reference in fp32,
+  eager, both branches at every step;
+- runs: whole runs of fewer steps, timed from end to end against the same composition, and how far their results are
+  from the reference's. With random weights and few steps, refreshes are far apart for a velocity that is not smooth in
+  t: these errors compare precisions, they do not say what a shortcut costs a trained model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.environment import environment
+from benchmarks.timing import Timing, interleave, timed
+from ddt_fast.command import run_command
+from ddt_fast.config import PRESETS, DDTConfig, SamplingConfig
+from ddt_fast.files import atomic_file
+from ddt_fast.generation.seeds import seeded_noise
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.base import DDTBase
+from ddt_fast.model.quantization import quantize_int8
+from ddt_fast.sampling import Sampler
+from ddt_fast.sampling.schedule import timesteps
+from ddt_fast.sampling.tables import StepKind
+
+PUBLISHED = SamplingConfig(
+    num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), timeshift=1.0, last_step=0.04
+)
+SETTINGS = {
+    "refresh 1": PUBLISHED,
+    "refresh 6": replace(PUBLISHED, refresh_every=6),
+    "refresh 6, guidance every 10, linear": replace(
+        PUBLISHED, refresh_every=6, state_forecast="linear", guidance_every=10, guidance_forecast="linear"
+    ),
+}
+REFERENCE = "reference, fp32 eager"
+WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
+MAX_ERROR = 0.1
+"""Of a velocity, beyond which a variant is not timed: it is wrong, not imprecise."""
+
+
+def random_model(config: DDTConfig) -> DDT:
+    """A reference model in which every parameter counts: as initialised, the final layer is zero."""
+    generator = torch.Generator().manual_seed(0)
+    model = DDT(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            parameter.normal_(std=0.02, generator=generator)
+    return model
+
+
+def variants(reference: DDT) -> dict[str, DDTBase]:
+    """Every way to run the model, the reference first."""
+    fused = FusedDDT.from_reference(reference)
+    eager = {"fp32": fused, "int8": quantize_int8(fused)}
+    eager["bf16"] = FusedDDT.from_reference(reference).to(torch.bfloat16)
+    models: dict[str, DDTBase] = {REFERENCE: reference}
+    for name in ("fp32", "bf16", "int8"):
+        models[f"{name} eager"] = eager[name]
+        models[f"{name} compiled"] = eager[name].compiled()
+    return models
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    return (torch.linalg.vector_norm((actual - expected).double()) / torch.linalg.vector_norm(expected.double())).item()
+
+
+@torch.no_grad()
+def measure_forward(models: dict[str, DDTBase], size: int, calls: int) -> list[dict[str, Any]]:
+    """One guidance pair through every model: error, then time."""
+    config = models[REFERENCE].config
+    x, _ = seeded_noise([0], (config.in_channels, size, size))
+    x, t, y = x.expand(2, -1, -1, -1).contiguous(), torch.full((2,), 0.5), torch.tensor([0, config.num_classes])
+
+    def run(model: DDTBase) -> Tensor:
+        return model(x.to(next(model.parameters()).dtype), t, y)[0].float()
+
+    expected = run(models[REFERENCE])
+    errors, first_seconds = {}, {}
+    for name, model in models.items():
+        first_seconds[name] = timed(partial(run, model))
+        errors[name] = relative_error(run(model), expected)
+        if not errors[name] <= MAX_ERROR:
+            raise ValueError(f"{name}: relative error {errors[name]:.2g}; not timed")
+    timings = interleave({name: partial(run, model) for name, model in models.items()}, calls, warmup=0)
+    base = timings[REFERENCE].median
+    return [
+        {
+            "variant": name,
+            "seconds": timing.as_dict(),
+            "of_reference": timing.median / base,
+            "relative_error": errors[name],
+            "first_call_seconds": first_seconds[name],
+        }
+        for name, timing in timings.items()
+    ]
+
+
+@torch.no_grad()
+def published_run(model: DDT, noise: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
+    """Euler as published: both branches in one batch of 2B at every step, whether guidance reads them or not."""
+    low, high = config.guidance_interval
+    x = noise.clone()
+    y = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
+    for t, following in pairwise(timesteps(config.num_steps, config.last_step, config.timeshift)):
+        velocity, _ = model(torch.cat([x, x]), torch.full((len(y),), t), y)
+        cond, uncond = velocity.chunk(2)
+        scale = config.guidance_scale if low < t < high else 1.0
+        x = x + (uncond + scale * (cond - uncond)) * (following - t)
+    return x
+
+
+class StepCosts:
+    """The parts a sampler's run is made of, as functions to be timed; a part is named by a string.
+
+    Args:
+        sampler: its buffers are written to.
+        noise, labels: of a batch.
+    """
+
+    def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
+        self.sampler, self.noise, self.labels = sampler, noise, labels
+        # Which slot a refresh writes to is no matter for its time.
+        self.kinds = [replace(kind, slot=0) for kind in sampler.kinds]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often a run has each part."""
+        return {"start": 1} | {_words(kind): count for kind, count in Counter(self.kinds).items()}
+
+    def functions(self) -> dict[str, Callable[[], object]]:
+        """By part: a function that does it once. "start" is all that precedes the first step, and the encoder's
+        modulations for all steps."""
+        steps = {kind: self.kinds.index(kind) for kind in self.kinds}
+        self.start()
+        return {"start": self.start} | {_words(kind): partial(self.step, i) for kind, i in steps.items()}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        self.sampler.buffers.start(self.noise, self.labels)
+        for step in range(len(self.kinds)):
+            self.sampler.buffers.prepare_conditions(step)
+
+    @torch.no_grad()
+    def step(self, number: int) -> None:
+        buffers = self.sampler.buffers
+        buffers.x.copy_(self.noise)
+        buffers.step.fill_(number)
+        self.sampler._advance(self.sampler.kinds[number])
+
+
+def _words(kind: StepKind) -> str:
+    parts = [f"encode {kind.encode}"] if kind.encode else []
+    parts.append(f"decode {kind.decode}" + (" forecast" if kind.forecast else ""))
+    if kind.fresh_uncond:
+        parts.append("unconditional afresh")
+    return ", ".join(parts) + ("" if kind.guided else ", unguided")
+
+
+def composed(counts: dict[str, int], timings: dict[str, Timing]) -> float:
+    """Seconds of a run that has each part so often."""
+    return sum(count * timings[part].median for part, count in counts.items())
+
+
+@torch.no_grad()
+def measure_sampling(
+    reference: DDT, engines: dict[str, DDTBase], size: int, batch_size: int, calls: int, run_steps: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The tables "sampling" and "runs"."""
+    shape = (reference.config.in_channels, size, size)
+    noise, _ = seeded_noise(range(batch_size), shape)
+    labels = torch.arange(batch_size) % reference.config.num_classes
+    one_step = partial(published_run, reference, noise, labels, replace(PUBLISHED, num_steps=1, last_step=None))
+    names = [(engine, setting) for engine in engines for setting in SETTINGS]
+    long, short = {}, {}
+    functions: dict[Any, Callable[[], object]] = {REFERENCE: one_step}
+    for engine, setting in names:
+        for costs, config in ((long, SETTINGS[setting]), (short, replace(SETTINGS[setting], num_steps=run_steps))):
+            costs[engine, setting] = StepCosts(Sampler(engines[engine], config, batch_size, size, size), noise, labels)
+        parts = short[engine, setting].functions() | long[engine, setting].functions()
+        functions |= {(engine, setting, part): function for part, function in parts.items()}
+        functions[engine, setting, "short start"] = short[engine, setting].start
+    timings = interleave(functions, calls, warmup=2)
+    step = timings[REFERENCE]
+    published = PUBLISHED.num_steps * step.median / batch_size
+    sampling: dict[str, Any] = {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": []}
+    runs: list[dict[str, Any]] = []
+    started: list[Tensor] = []
+    run_config = replace(PUBLISHED, num_steps=run_steps)
+    seconds = timed(lambda: started.append(published_run(reference, noise, labels, run_config)))
+    expected = started.pop()
+    runs.append(_run_record(REFERENCE, "published", run_steps, seconds, run_steps * step.median, 0.0))
+    for engine, setting in names:
+        own = {
+            part: timings[engine, setting, part]
+            for part in long[engine, setting].counts | short[engine, setting].counts
+        }
+        total = composed(long[engine, setting].counts, own) / batch_size
+        plan = long[engine, setting].sampler.plan
+        sampling["settings"].append(
+            {
+                "engine": engine,
+                "setting": setting,
+                "seconds_per_image": total,
+                "times_faster_than_published": published / total,
+                "network_evaluations": plan.network_evaluations,
+                "encoder_evaluations": plan.encoder_evaluations,
+                "tflop_per_image": plan.flops(reference.config, size, size) / 1e12,
+                "parts": [
+                    {"part": part, "count": count, "seconds": own[part].as_dict()}
+                    for part, count in long[engine, setting].counts.items()
+                ],
+            }
+        )
+        own["start"] = timings[engine, setting, "short start"]
+        predicted = composed(short[engine, setting].counts, own)
+        sampler = short[engine, setting].sampler
+        seconds = timed(lambda s=sampler: started.append(s(noise, labels)))
+        error = relative_error(started.pop(), expected)
+        runs.append(_run_record(engine, setting, run_steps, seconds, predicted, error))
+    return sampling, runs
+
+
+def _run_record(
+    engine: str, setting: str, steps: int, seconds: float, predicted: float, error: float
+) -> dict[str, Any]:
+    return {
+        "engine": engine,
+        "setting": setting,
+        "num_steps": steps,
+        "seconds": seconds,
+        "composed_seconds": predicted,
+        "relative_error": error,
+    }
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_sampling", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_sampling.json"))
+    parser.add_argument("--batch-size", type=int, default=1, help="images at a time, for the published way too")
+    parser.add_argument("--calls", type=int, default=5, help="of everything that is timed")
+    parser.add_argument("--run-steps", type=int, default=24, help="steps of the whole runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    for name in ("batch_size", "calls", "run_steps", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: 1 or more")
+    torch.set_num_threads(options.threads)
+    # One process compiles the same functions for several dtypes and shapes; none may fall back to eager unseen.
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    record = {
+        "environment": environment(),
+        "model": "XL/2, 256 px",
+        "weights": WEIGHTS,
+        "batch_size": options.batch_size,
+    }
+    preset = PRESETS["xl2_256"]
+    reference = random_model(preset.model)
+    models = variants(reference)
+    size = preset.data.sample_size
+    record["forward"] = measure_forward(models, size, options.calls)
+    for row in record["forward"]:
+        print("{variant:28} {of_reference:.3f} of the reference's time, error {relative_error:.2g}".format(**row))
+    engines = {name: models[name] for name in ("int8 compiled", "bf16 compiled")}
+    del models
+    record["sampling"], record["runs"] = measure_sampling(
+        reference, engines, size, options.batch_size, options.calls, options.run_steps
+    )
+    print("published: {seconds_per_image:.0f} s per image".format(**record["sampling"]["published"]))
+    for row in record["sampling"]["settings"]:
+        print("{engine}, {setting}: {seconds_per_image:.1f} s, {times_faster_than_published:.2f}x".format(**row))
+    for row in record["runs"]:
+        words = "{engine}, {setting}, {num_steps} steps: {seconds:.1f} s, composed {composed_seconds:.1f} s"
+        print((words + ", error {relative_error:.2g}").format(**row))
+    with atomic_file(options.output) as file:
+        file.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,188 @@
+"""What shortcuts cost in accuracy: error curves on the trained digits model.
+
+    python -m benchmarks.forecast --output-dir benchmarks/results
+
+writes forecast.json and forecast.png. Every setting draws the same samples; its error is the relative L2 distance of
+the final samples from those of the run that evaluates everything (every step refreshed, both branches inside the
+guidance interval). Beside it stand the digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.environment import environment
+from ddt_fast import SamplingConfig, load_model
+from ddt_fast.command import run_command
+from ddt_fast.config import PRESETS, GuidanceForecast, StateForecast
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.generation.seeds import assign_labels, seeded_noise
+from ddt_fast.sample import EMBEDDED_CHECKPOINT
+from ddt_fast.sampling import Sampler, SamplingPlan
+from ddt_fast.sampling.fast import fast_settings
+
+BASE = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
+LINEAR = replace(BASE, state_forecast="linear", guidance_forecast="linear")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One setting: what it is, its error, the digits' scores, and its cost at XL/2, 256 px."""
+
+    group: str
+    series: str
+    at: float
+    error: float
+    accuracy: float
+    frechet: float
+    tflop_per_image_xl2_256: float
+    settings: dict[str, Any]
+
+
+def settings() -> Iterator[tuple[str, str, float, SamplingConfig]]:
+    """(group, series, place on the group's axis, configuration) of every run."""
+    for scale, name in ((2.0, "w 2"), (1.0, "no guidance")):
+        guided = replace(BASE, guidance_scale=scale)
+        for forecast in get_args(StateForecast):
+            for every in (2, 3, 4, 6, 10, 16):
+                yield f"encoder, {name}", forecast, every, replace(guided, refresh_every=every, state_forecast=forecast)
+    for forecast in get_args(GuidanceForecast):
+        for every in (2, 4, 6, 10, 16):
+            yield "guidance", forecast, every, replace(BASE, guidance_every=every, guidance_forecast=forecast)
+    for every, guidance in ((4, 6), (6, 6), (6, 10), (10, 10)):
+        config = replace(LINEAR, refresh_every=every, guidance_every=guidance)
+        yield "both", f"K {every}, M {guidance}, linear", every, config
+    for steps in (25, 50, 100, 250):
+        config = replace(BASE, num_steps=steps, last_step=None if steps < 50 else 0.04)
+        yield "steps", "hold K 2", steps, replace(config, refresh_every=2)
+        yield "steps", "hold K 6", steps, replace(config, refresh_every=6)
+        yield "steps", "--fast", steps, fast_settings(config)
+    for scale in (1.5, 2.0, 3.0, 4.0):
+        config = replace(BASE, guidance_scale=scale)
+        yield "guidance scale", "hold K 2", scale, replace(config, refresh_every=2)
+        yield "guidance scale", "--fast", scale, fast_settings(config)
+
+
+def truth_of(config: SamplingConfig) -> SamplingConfig:
+    """The same run with everything evaluated."""
+    return replace(
+        config,
+        refresh_every=1,
+        refresh_steps=None,
+        state_forecast="hold",
+        guidance_every=1,
+        guidance_forecast="hold",
+    )
+
+
+def measure(num_samples: int) -> list[Result]:
+    """Every setting, and every truth it is compared with (series "everything")."""
+    model = load_model(EMBEDDED_CHECKPOINT)
+    labels = assign_labels(num_samples, model.config.num_classes)
+    noise, _ = seeded_noise(range(num_samples), (1, 8, 8))
+    truths: dict[SamplingConfig, torch.Tensor] = {}
+    results = []
+    # Settings with the same truth follow each other in no particular order: keep them all.
+    for group, series, at, config in tqdm(list(settings()), unit="setting"):
+        truth_config = truth_of(config)
+        runs = [(series, config)]
+        if truth_config not in truths:
+            runs.insert(0, ("everything", truth_config))
+        for name, run in runs:
+            samples = Sampler(model, run, num_samples, 8, 8)(noise, labels)
+            truth = truths.setdefault(truth_config, samples)
+            score = score_digits(samples, labels)
+            results.append(
+                Result(
+                    group=group,
+                    series=name,
+                    at=at,
+                    error=(torch.linalg.vector_norm(samples - truth) / torch.linalg.vector_norm(truth)).item(),
+                    accuracy=score.accuracy,
+                    frechet=score.frechet,
+                    tflop_per_image_xl2_256=SamplingPlan.from_config(run).flops(PRESETS["xl2_256"].model, 32, 32)
+                    / 1e12,
+                    settings=asdict(run),
+                )
+            )
+    return results
+
+
+def plot(results: list[Result], file: Path) -> None:
+    """Error over each group's axis, and error, Fréchet distance and accuracy over FLOPs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(19, 9), layout="constrained")
+    panels = {
+        "encoder, w 2": "encoder at every K-th step, w 2",
+        "encoder, no guidance": "encoder at every K-th step, no guidance",
+        "guidance": "guidance at every M-th step, w 2",
+        "steps": "solver steps",
+        "guidance scale": "guidance scale w, 250 steps",
+    }
+    for axis, (group, title) in zip(axes.flat, panels.items(), strict=False):
+        for series in dict.fromkeys(r.series for r in results if r.group == group and r.series != "everything"):
+            points = sorted((r.at, r.error) for r in results if r.group == group and r.series == series)
+            axis.plot(*zip(*points, strict=True), marker="o", label=series)
+        axis.set(yscale="log", title=title, ylabel="relative error of the sample")
+        axis.set_xscale("log")
+        ticks = sorted({r.at for r in results if r.group == group and r.series != "everything"})
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    at_w2 = [r for r in results if r.settings["num_steps"] == 250 and r.settings["guidance_scale"] == 2.0]
+    quantities = (
+        ("error", "relative error of the sample"),
+        ("frechet", "pixel Fréchet distance"),
+        ("accuracy", "class accuracy"),
+    )
+    for axis, (name, label) in zip(axes.flat[len(panels) :], quantities, strict=True):
+        for group in ("encoder, w 2", "guidance", "both"):
+            for forecast, marker in (("hold", "x"), ("linear", "o"), ("quadratic", "^")):
+                chosen = [r for r in at_w2 if r.group == group and forecast in r.series]
+                if chosen:
+                    points = [(r.tflop_per_image_xl2_256, getattr(r, name)) for r in chosen]
+                    axis.scatter(*zip(*points, strict=True), marker=marker, label=f"{group.split(',')[0]}, {forecast}")
+        everything = next(r for r in at_w2 if r.series == "everything")
+        if name == "error":
+            axis.set_yscale("log")
+        else:
+            axis.axhline(getattr(everything, name), color="grey", linewidth=1, label="everything evaluated")
+        axis.set(xlabel="TFLOP per image at XL/2, 256 px", title=f"{label}, 250 steps, w 2", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle("Shortcuts on the trained digits model: final samples against the run that evaluates everything")
+    figure.savefig(file, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, write, plot."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forecast", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", default="benchmarks/results")
+    parser.add_argument("--num-samples", type=int, default=449, help="65 or more")
+    options = parser.parse_args()
+    folder = output_folder(options.output_dir)
+    results = measure(options.num_samples)
+    record = {"environment": environment(), "num_samples": options.num_samples}
+    with atomic_file(folder / "forecast.json") as file:
+        file.write_text(json.dumps(record | {"results": [asdict(result) for result in results]}, indent=1) + "\n")
+    with atomic_file(folder / "forecast.png") as file:
+        plot(results, file)
+
+
+if __name__ == "__main__":
+    run_command(main)
