@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,12 +37,12 @@ from ddt_fast.config import PRESETS, DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
 from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.model.base import DDTBase
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.tables import StepKind
 
+Model = DDT | FusedDDT
 PUBLISHED = SamplingConfig(
     num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), timeshift=1.0, last_step=0.04
 )
@@ -72,12 +73,12 @@ def random_model(config: DDTConfig) -> DDT:
     return model
 
 
-def variants(reference: DDT) -> dict[str, DDTBase]:
+def variants(reference: DDT) -> dict[str, Model]:
     """Every way to run the model, the reference first."""
     fused = FusedDDT.from_reference(reference)
     eager = {"fp32": fused, "int8": quantize_int8(fused)}
     eager["bf16"] = FusedDDT.from_reference(reference).to(torch.bfloat16)
-    models: dict[str, DDTBase] = {REFERENCE: reference}
+    models: dict[str, Model] = {REFERENCE: reference}
     for name in ("fp32", "bf16", "int8"):
         models[f"{name} eager"] = eager[name]
         models[f"{name} compiled"] = eager[name].compiled()
@@ -90,13 +91,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def measure_forward(models: dict[str, DDTBase], size: int, calls: int) -> list[dict[str, Any]]:
+def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dict[str, Any]]:
     """One guidance pair through every model: error, then time."""
     config = models[REFERENCE].config
     x, _ = seeded_noise([0], (config.in_channels, size, size))
     x, t, y = x.expand(2, -1, -1, -1).contiguous(), torch.full((2,), 0.5), torch.tensor([0, config.num_classes])
 
-    def run(model: DDTBase) -> Tensor:
+    def run(model: Model) -> Tensor:
         return model(x.to(next(model.parameters()).dtype), t, y)[0].float()
 
     expected = run(models[REFERENCE])
@@ -155,9 +156,9 @@ class StepCosts:
     def functions(self) -> dict[str, Callable[[], object]]:
         """By part: a function that does it once. "start" is all that precedes the first step, and the encoder's
         modulations for all steps."""
-        steps = {kind: self.kinds.index(kind) for kind in self.kinds}
         self.start()
-        return {"start": self.start} | {_words(kind): partial(self.step, i) for kind, i in steps.items()}
+        functions: dict[str, Callable[[], object]] = {"start": self.start}
+        return functions | {_words(kind): partial(self.step, self.kinds.index(kind)) for kind in self.kinds}
 
     @torch.no_grad()
     def start(self) -> None:
@@ -188,7 +189,7 @@ def composed(counts: dict[str, int], timings: dict[str, Timing]) -> float:
 
 @torch.no_grad()
 def measure_sampling(
-    reference: DDT, engines: dict[str, DDTBase], size: int, batch_size: int, calls: int, run_steps: int
+    reference: DDT, engines: dict[str, Model], size: int, batch_size: int, calls: int, run_steps: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The tables "sampling" and "runs"."""
     shape = (reference.config.in_channels, size, size)
@@ -196,7 +197,8 @@ def measure_sampling(
     labels = torch.arange(batch_size) % reference.config.num_classes
     one_step = partial(published_run, reference, noise, labels, replace(PUBLISHED, num_steps=1, last_step=None))
     names = [(engine, setting) for engine in engines for setting in SETTINGS]
-    long, short = {}, {}
+    long: dict[tuple[str, str], StepCosts] = {}
+    short: dict[tuple[str, str], StepCosts] = {}
     functions: dict[Any, Callable[[], object]] = {REFERENCE: one_step}
     for engine, setting in names:
         for costs, config in ((long, SETTINGS[setting]), (short, replace(SETTINGS[setting], num_steps=run_steps))):
@@ -209,10 +211,10 @@ def measure_sampling(
     published = PUBLISHED.num_steps * step.median / batch_size
     sampling: dict[str, Any] = {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": []}
     runs: list[dict[str, Any]] = []
-    started: list[Tensor] = []
     run_config = replace(PUBLISHED, num_steps=run_steps)
-    seconds = timed(lambda: started.append(published_run(reference, noise, labels, run_config)))
-    expected = started.pop()
+    started = time.perf_counter()
+    expected = published_run(reference, noise, labels, run_config)
+    seconds = time.perf_counter() - started
     runs.append(_run_record(REFERENCE, "published", run_steps, seconds, run_steps * step.median, 0.0))
     for engine, setting in names:
         own = {
@@ -239,8 +241,10 @@ def measure_sampling(
         own["start"] = timings[engine, setting, "short start"]
         predicted = composed(short[engine, setting].counts, own)
         sampler = short[engine, setting].sampler
-        seconds = timed(lambda s=sampler: started.append(s(noise, labels)))
-        error = relative_error(started.pop(), expected)
+        started = time.perf_counter()
+        result = sampler(noise, labels)
+        seconds = time.perf_counter() - started
+        error = relative_error(result, expected)
         runs.append(_run_record(engine, setting, run_steps, seconds, predicted, error))
     return sampling, runs
 

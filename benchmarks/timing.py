@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Timing:
         return asdict(self)
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], calls: int, warmup: int = 1) -> dict[str, Timing]:
+def interleave(variants: Mapping[Key, Callable[[], object]], calls: int, warmup: int = 1) -> dict[Key, Timing]:
     """Time every variant `calls` times, in turn, after `warmup` rounds that do not count.
 
     A variant ends when the device is done with it.
@@ -45,7 +47,7 @@ def interleave(variants: Mapping[str, Callable[[], object]], calls: int, warmup:
     for _ in range(warmup):
         for run in variants.values():
             run()
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[Key, list[float]] = {name: [] for name in variants}
     for _ in range(calls):
         for name, run in variants.items():
             seconds[name].append(timed(run))
