@@ -35,10 +35,10 @@ from benchmarks.timing import Timing, interleave, timed
 from ddt_fast.command import run_command
 from ddt_fast.config import PRESETS, DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
-from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.sampling import Sampler
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.tables import StepKind
 
@@ -297,7 +297,7 @@ def main() -> None:
     record["forward"] = measure_forward(models, size, options.calls)
     for row in record["forward"]:
         print("{variant:28} {of_reference:.3f} of the reference's time, error {relative_error:.2g}".format(**row))
-    engines = {name: models[name] for name in ("int8 compiled", "bf16 compiled") if name in models}
+    engines: dict[str, Model] = {name: models[name] for name in ("int8 compiled", "bf16 compiled") if name in models}
     del models
     record["sampling"], record["runs"] = measure_sampling(
         reference, engines, size, options.batch_size, options.calls, options.run_steps

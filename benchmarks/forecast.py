@@ -25,10 +25,11 @@ from ddt_fast.command import run_command
 from ddt_fast.config import PRESETS, GuidanceForecast, StateForecast
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.files import atomic_file, output_folder
-from ddt_fast.generation.seeds import assign_labels, seeded_noise
-from ddt_fast.sample import EMBEDDED_CHECKPOINT
+from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 BASE = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
 LINEAR = replace(BASE, state_forecast="linear", guidance_forecast="linear")
@@ -176,8 +177,8 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=449, help="65 or more")
     options = parser.parse_args()
     folder = output_folder(options.output_dir)
-    results = measure(options.num_samples)
     record = {"environment": environment(), "num_samples": options.num_samples}
+    results = measure(options.num_samples)
     with atomic_file(folder / "forecast.json") as file:
         file.write_text(json.dumps(record | {"results": [asdict(result) for result in results]}, indent=1) + "\n")
     with atomic_file(folder / "forecast.png") as file:

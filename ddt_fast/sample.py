@@ -6,8 +6,7 @@ import sys
 import time
 import types
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import jsonargparse
@@ -16,56 +15,43 @@ import torch
 from tqdm import tqdm
 
 from ddt_fast.autoencoder import Decoder
-from ddt_fast.command import DTYPES, CommandParser, choose_device, choose_dtype, parse_bytes, run_command
-from ddt_fast.config import PRESETS, Diffusion, Experiment, GuidanceForecast, SamplingConfig, Solver, StateForecast
+from ddt_fast.command import CommandParser, choose_device, choose_dtype, parse_bytes, run_command
+from ddt_fast.config import Experiment, GuidanceForecast, SamplingConfig
 from ddt_fast.files import output_folder
 from ddt_fast.generation.job import Job, check_output, generate, save_images
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
 from ddt_fast.model.quantization import cpu_has_int8, quantization_error, quantize_int8
-from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.model.weights import has_config, load_model
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function
 from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
 from ddt_fast.sampling.schedule_cache import schedule_cache_path
 from ddt_fast.sampling.sharing import resolve_refresh_steps
-
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "assets" / "digits"
+from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
     """The options of the command; sampling settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sample", description=__doc__)
+    add_checkpoint_options(parser)
+    add_solver_options(parser)
     add = parser.add_argument
-    add("--checkpoint", type=str, help="folder, .safetensors, .ckpt or hub id; default: the digits in the package")
-    add("--preset", type=str, help=f"settings for a checkpoint without config.json: {', '.join(PRESETS)}")
     add("--num-images", type=int, help="default: 100 digits, 16 otherwise, or one per seed")
     add("--classes", type=int, nargs="+", help="classes to go round; default: all")
     add("--seeds", type=int, nargs="+", help="one per image; default: --first-seed and up")
     add("--first-seed", type=int, help="seed of the first image, the next image has the next seed; default: 0")
-    add("--num-steps", type=int, help="solver steps")
-    add("--guidance-scale", type=float, help="1 is no guidance")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
-    add("--timeshift", type=float, help="above 1: more steps near the noise")
-    add("--last-step", type=float, help="length of the final step; 0: as long as the others")
-    add("--solver", choices=get_args(Solver), help="ODE: euler, lms (linear multistep); SDE: sde")
-    add("--order", type=int, help="of the lms solver, 1 to 4")
-    add("--diffusion", choices=get_args(Diffusion), help="w(t) of the sde solver")
-    add("--diffusion-scale", type=float, help="factor on w(t)")
     add("--refresh-every", type=int, help="run the encoder at every K-th step")
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
     add("--num-refreshes", type=int, help="how many, for --refresh-steps dp; found by a probe, then kept")
-    add("--state-forecast", choices=get_args(StateForecast), help="the encoder's state between refreshes")
     add("--guidance-every", type=int, help="evaluate the unconditional branch at every M-th guided step")
     add("--guidance-forecast", choices=get_args(GuidanceForecast), help="the guidance difference between those")
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; options given go before it")
     add("--cuda-graphs", action="store_true", help="replay the loop as CUDA graphs")
     add("--batch-size", type=int, default=100, help="images drawn at a time")
     add("--memory-budget", type=str, help="for what is kept between steps, e.g. 8GiB; makes batches fit")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units")
     add("--attention", choices=ATTENTION_BACKENDS, default="auto", help="attention implementation")
     add("--compile", action="store_true", help="run the model through torch.compile: slow to start, then faster")
     add("--quantize", choices=["int8"], help="CPU: 8-bit weights and activations; the error is measured and printed")
@@ -78,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, sample, write, report."""
     options = build_parser().parse_args(arguments)
     device = choose_device(options.device)
-    checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
-    experiment = experiment_of(checkpoint, options.preset)
+    checkpoint, experiment = chosen_checkpoint(options)
     job, sampling = _job(options, experiment)
     # float32 is the faster choice between int8 GEMMs.
     latents = experiment.data.autoencoder is not None and options.quantize is None
@@ -137,7 +122,7 @@ def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
     model = FusedDDT.from_reference(reference, options.attention)
     if options.quantize is None:
         return model, f"{dtype}, attention {backend}"
-    quantized = quantize_int8(FusedDDT.from_reference(reference, options.attention))
+    quantized = quantize_int8(model)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)
     t, y = torch.tensor([0.3, 0.7]), torch.tensor([0, config.num_classes])
@@ -150,9 +135,7 @@ def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
 
 def _job(options: Any, experiment: Experiment) -> tuple[Job, SamplingConfig]:
     """Labels and seeds, and sampling settings, as the options say; ValueError for values that are not allowed."""
-    given = {f.name: getattr(options, f.name) for f in fields(SamplingConfig) if getattr(options, f.name) is not None}
-    if given.get("last_step") == 0:
-        given["last_step"] = None
+    given = given_settings(options)
     if "refresh_steps" in given:
         given = {"refresh_every": 1, "num_refreshes": None, **given, "refresh_steps": _steps(given["refresh_steps"])}
     elif "refresh_every" in given:

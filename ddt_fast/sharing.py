@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jsonargparse
 import numpy as np
@@ -19,14 +19,14 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ddt_fast.command import DTYPES, CommandParser, choose_device, choose_dtype, run_command
-from ddt_fast.config import PRESETS, Diffusion, Experiment, SamplingConfig, Solver, StateForecast
+from ddt_fast.command import CommandParser, choose_device, choose_dtype, run_command
+from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
-from ddt_fast.sample import EMBEDDED_CHECKPOINT
+from ddt_fast.model.weights import has_config, load_model
 from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
 from ddt_fast.sampling.sharing import optimal_refresh_schedule, step_errors, uniform_refresh_steps
+from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
 
 _OUTPUTS = ("similarity.png", "similarity.json")
 _SHADES = " .:-=+*#%@"
@@ -60,24 +60,12 @@ class Study:
 def build_parser() -> jsonargparse.ArgumentParser:
     """The options of the command; sampling settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
+    add_checkpoint_options(parser)
+    add_solver_options(parser)
     add = parser.add_argument
-    add("--checkpoint", type=str, help="folder, .safetensors, .ckpt or hub id; default: the digits in the package")
-    add("--preset", type=str, help=f"settings for a checkpoint without config.json: {', '.join(PRESETS)}")
     add("--num-refreshes", type=int, help="encoder runs; default: the checkpoint's, else a sixth of the steps")
     add("--num-samples", type=int, default=8, help="samples of the probe run, seeds 0 and up, through all classes")
-    add("--num-steps", type=int, help="solver steps")
-    add("--guidance-scale", type=float, help="1 is no guidance")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guided where LOW < t < HIGH")
-    add("--timeshift", type=float, help="above 1: more steps near the noise")
-    add("--last-step", type=float, help="length of the final step; 0: as long as the others")
-    add("--solver", choices=get_args(Solver), help="ODE: euler, lms (linear multistep); SDE: sde")
-    add("--order", type=int, help="of the lms solver, 1 to 4")
-    add("--diffusion", choices=get_args(Diffusion), help="w(t) of the sde solver")
-    add("--diffusion-scale", type=float, help="factor on w(t)")
-    add("--state-forecast", choices=get_args(StateForecast), help="the encoder's state between refreshes")
     add("--guidance-every", type=int, help="above 1 the unconditional branch shares no states, and is not compared")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units")
     add("--output-dir", type=str, default="sharing", help="where similarity.png and similarity.json go")
     return parser
 
@@ -86,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, probe, search, report, write."""
     options = build_parser().parse_args(arguments)
     device = choose_device(options.device)
-    checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
-    experiment = experiment_of(checkpoint, options.preset)
+    checkpoint, experiment = chosen_checkpoint(options)
     sampling = _sampling(options, experiment)
     if options.num_samples < 1:
         raise ValueError(f"--num-samples is {options.num_samples}; allowed: 1 or more")
@@ -118,17 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     """The run's settings with refresh_steps "dp" and its budget, as the options say."""
     own = experiment.sampling
-    given = {
-        f.name: getattr(options, f.name)
-        for f in fields(SamplingConfig)
-        if getattr(options, f.name, None) is not None and f.name != "num_refreshes"
-    }
-    if given.get("last_step") == 0:
-        given["last_step"] = None
-    num_steps = given.get("num_steps", own.num_steps)
-    budget = options.num_refreshes or own.num_refreshes or max(1, num_steps // 6)
-    if options.num_refreshes == 0:
-        budget = 0
+    given = given_settings(options)
+    budget = given.pop("num_refreshes", own.num_refreshes or max(1, given.get("num_steps", own.num_steps) // 6))
     return replace(own, **given, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
 
 

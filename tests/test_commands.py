@@ -23,6 +23,7 @@ from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 sample_command = importlib.import_module("ddt_fast.sample")
 train_command = importlib.import_module("ddt_fast.train")
@@ -150,7 +151,7 @@ def test_fast_is_what_is_recommended_and_gives_way_to_options(tmp_path, capsys):
 
 
 def test_the_best_refreshes_are_found_once_and_kept_beside_the_checkpoint(tmp_path, capsys):
-    shutil.copytree(sample_command.EMBEDDED_CHECKPOINT, tmp_path / "model")
+    shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "model")
     arguments = ["--checkpoint", str(tmp_path / "model"), "--num-images", "4", "--num-steps", "12"]
     arguments += ["--refresh-steps", "dp", "--num-refreshes", "4"]
     first = sample(tmp_path / "a", *arguments)["arr_0"]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ddt_fast.files import atomic_file, atomic_folder, check_replaceable
 from ddt_fast.generation.images import labelled_grid, to_uint8
-from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.sampling.engine import Progress, Sampler
+from ddt_fast.sampling.noise import seeded_noise
 
 IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
 

@@ -1,4 +1,4 @@
-"""One seed, one image: which class and which noise belong to sample number i, whatever the batch or the machine."""
+"""Which class belongs to sample number i."""
 
 from __future__ import annotations
 
@@ -6,22 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from ddt_fast.sampling.engine import normal
-
-
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """The starting noise of each seed, and its generator for whatever a stochastic solver draws later.
-
-    Args:
-        seeds: one per sample.
-        shape: (channels, height, width).
-
-    Returns:
-        (len(seeds), *shape) float32 on the CPU, and as many CPU generators.
-    """
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    return normal(shape, generators), generators
 
 
 def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:

@@ -117,8 +117,8 @@ class DDTBase(nn.Module):
             tokens: of x.
             modulations: (B, N, W_d); with forecast (K, B, N, W_d), K kept ones.
             rotary: the tables.
-            forecast: decode with sum_k weights[step, k] modulations[k]; for inference. Where the weights sum to 1 these
-                are the modulations of the same combination of states.
+            forecast: decode with sum_k weights[step, k] modulations[k], terms of weight 0 left out; for inference.
+                Where the weights sum to 1 these are the modulations of the same combination of states.
         """
 
 

@@ -113,8 +113,7 @@ class FusedDDT(DDTBase):
 
     def compiled(self) -> FusedDDT:
         """This model, its parameters shared, on functions that torch.compile compiles at their first calls, once for
-        each shape: the function that runs a block serves every block. In inference this is as fast as the whole model
-        compiled, from a fifth of the compilation."""
+        each shape: the function that runs a block serves every block, so there is one block to compile, not all."""
         model = copy.copy(self)
         # Past dynamo's limit, 8, a function would run eagerly: one plan alone may call the block's in 8 ways.
         config = torch._dynamo.config

@@ -207,7 +207,9 @@ class DDT(DDTBase):
         if forecast is not None:
             weights, step = forecast
             wide = torch.promote_types(modulations.dtype, weights.dtype)
-            combined = torch.einsum("ik,kbnw->bnw", weights.index_select(0, step).to(wide), modulations.to(wide))
+            weights = weights.index_select(0, step).to(wide).view(-1, 1, 1, 1)
+            # A weight of 0 makes its modulations count for nothing, whatever an earlier run left there.
+            combined = torch.where(weights == 0, 0, weights * modulations).sum(0)
             modulations = combined.to(modulations.dtype)
         *blocks, final = modulations.split(
             [6 * self.config.hidden_size] * self.config.num_decoder_blocks + [2 * self.config.hidden_size], dim=-1

@@ -98,7 +98,6 @@ class Buffers:
         """Begin a run: x becomes the noise; the labels' rows are laid out. The last point at which the host waits."""
         self.rewind()
         self.x.copy_(noise)
-        self.modulations.zero_()  # what an earlier run left may be NaN, which a weight of 0 does not undo
         self.t_embeddings.copy_(self.model.t_embedder(self._times))
         distinct, rows = labels.cpu().unique(return_inverse=True)
         if self.uses_null:

@@ -18,7 +18,9 @@ from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.base import patchify
 from ddt_fast.sampling.buffers import Buffers, check_memory
 from ddt_fast.sampling.graphs import CapturedSteps
+from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
+from ddt_fast.sampling.sharing import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
 from ddt_kernels import guided_step_
 
@@ -45,7 +47,8 @@ def sample(
         config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
             `sharing.resolve_refresh_steps` keeps what it found.
         generators: one CPU generator a sample, from which the "sde" solver draws; unused by the other solvers.
-        progress: called after every step with the number of steps done and a copy of the current x (B, ..) float32.
+        progress: called after every step with the number of steps done and the current x (B, ..) float32, which the
+            next step overwrites: copy what is to be kept, and write nothing to it.
 
     Returns:
         Samples shaped as noise, float32, on the model's device; latents for a latent model, [-1, 1] pixels otherwise.
@@ -98,16 +101,12 @@ class Sampler:
         model.config.num_tokens(height, width)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        if config.refresh_steps == "dp":
-            from ddt_fast.sampling.sharing import resolve_refresh_steps
-
-            config = resolve_refresh_steps(model, config, height, width)
         self.model = model
         if compile_model:
             if not isinstance(model, FusedDDT):
                 raise ValueError("compile_model is for FusedDDT; wanted FusedDDT.from_reference(model)")
             self.model = model.compiled()
-        self.plan = SamplingPlan.from_config(config)
+        self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget
@@ -167,7 +166,7 @@ class Sampler:
                 self.buffers.noise[:count].copy_(normal(noise.shape[1:], generators))
             self._execute(kind)
             if progress is not None:
-                progress(i + 1, self.buffers.x[:count].clone())
+                progress(i + 1, self.buffers.x[:count])
         return self.buffers.x[:count].clone()
 
     def _make_buffers(self, batch_size: int) -> Buffers:
@@ -234,11 +233,6 @@ class Sampler:
         if self.buffers.noise is not None and (generators is None or len(generators) != noise.shape[0]):
             count = 0 if generators is None else len(generators)
             raise ValueError(f"the sde solver has {count} generators for {noise.shape[0]} samples; wanted one each")
-
-
-def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise, (len(generators), *shape) float32 on the CPU; each sample from its own CPU generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 def _single(velocity: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.sampling.noise import normal, seeded_noise
 from ddt_fast.sampling.plan import SamplingPlan
 
 _STATE_BYTES = 2 * 2**30
@@ -67,8 +68,7 @@ def probe_states(
     tokens = 0
     for start in range(0, num_samples, batch_size):
         seeds = range(start, min(start + batch_size, num_samples))
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        states = _run(model, plan, labels[start : seeds.stop], shape, generators, _shares_both(config), progress)
+        states = _run(model, plan, labels[start : seeds.stop], shape, seeds, _shares_both(config), progress)
         total += _summed_cosines(states)
         tokens += states.shape[1]
     return Probe(tuple(step.t for step in plan.steps), total / tokens)
@@ -111,14 +111,15 @@ def _run(
     plan: SamplingPlan,
     labels: Tensor,
     shape: tuple[int, int, int],
-    generators: list[torch.Generator],
+    seeds: Sequence[int],
     both: bool,
     progress: Callable[[], object] | None,
 ) -> Tensor:
     """The states (T, tokens of all samples and branches, C) of one batch."""
     parameter = next(model.parameters())
     device = parameter.device
-    x = _normal(shape, generators).to(device)
+    x, generators = seeded_noise(seeds, shape)
+    x = x.to(device)
     labels = labels.to(device)
     null = torch.full_like(labels, model.config.num_classes)
     velocities: list[Tensor] = []
@@ -144,7 +145,7 @@ def _run(
         c = step.coefficients
         x = c.x_coefficient * x + sum(w * v for w, v in zip(c.velocity_coefficients, velocities, strict=False))
         if c.noise_coefficient:
-            x = x + c.noise_coefficient * _normal(shape, generators).to(device)
+            x = x + c.noise_coefficient * normal(shape, generators).to(device)
         if progress is not None:
             progress()
     assert states is not None, "a plan has steps"
@@ -153,10 +154,6 @@ def _run(
 
 def _spread_labels(count: int, num_classes: int) -> Tensor:
     return torch.arange(count) * num_classes // count
-
-
-def _normal(shape: tuple[int, int, int], generators: list[torch.Generator]) -> Tensor:
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def _summed_cosines(states: Tensor) -> NDArray[np.float64]:

@@ -25,10 +25,11 @@ from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.files import atomic_file, check_replaceable
 from ddt_fast.generation.images import labelled_grid, to_uint8
-from ddt_fast.generation.seeds import assign_labels, seeded_noise
+from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import OWNED_NAMES, save_model
 from ddt_fast.sampling import sample
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.objective import flow_matching_loss

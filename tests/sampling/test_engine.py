@@ -8,15 +8,15 @@ import torch
 
 import golden_data as golden
 from ddt_fast.config import PRESETS, SamplingConfig
-from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.model.weights import load_model
-from ddt_fast.sample import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
 from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
 from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 from golden_data import relative_error
 
 

@@ -5,10 +5,10 @@ import torch
 
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
-from ddt_fast.generation.seeds import seeded_noise
 from ddt_fast.model import FusedDDT
 from ddt_fast.sampling import Sampler, sample
 from ddt_fast.sampling.graphs import CapturedSteps
+from ddt_fast.sampling.noise import seeded_noise
 from recorded_graphs import play_graphs
 
 PLANS = {
@@ -121,6 +121,7 @@ def test_cuda_graphs_allocate_nothing_while_replaying():
     config = SamplingConfig(num_steps=12, refresh_every=3, state_forecast="linear", cuda_graphs=True)
     sampler = Sampler(model_on("cuda", FusedDDT), config, 4, 8, 8)
     draw(sampler, range(4))
+    sampler.buffers.rewind()
     allocations = torch.cuda.memory_stats()["allocation.all.allocated"]
     for kind in sampler.kinds:
         sampler._execute(kind)

@@ -182,7 +182,7 @@ def test_search_refuses_what_it_cannot_use(similarity, num_refreshes, message):
 @pytest.mark.parametrize("run", RUNS)
 def test_probe_finds_the_originals_similarity(run, monkeypatch):
     io = golden.tensors(SHARING)
-    monkeypatch.setattr(probing, "_normal", lambda shape, generators: io[f"probe_noise.{run}"])
+    monkeypatch.setattr(probing, "seeded_noise", lambda seeds, shape: (io[f"probe_noise.{run}"], []))
     monkeypatch.setattr(probing, "_spread_labels", lambda *_: io[f"probe_labels.{run}"])
     probe = probe_states(golden.model(SHARING), golden.sampling_config(SHARING, run), 8, 8)
     expected = io[f"similarity.{run}"].double().numpy()
@@ -222,8 +222,8 @@ def test_probe_counts_the_branches_that_share(model):
 @pytest.mark.parametrize("solver", ["euler", "lms", "sde"])
 def test_probe_runs_every_solver_as_the_sampler_does(model, solver, monkeypatch):
     """The probe's last x, read where the model sees it, is the sampler's."""
-    from ddt_fast.generation.seeds import seeded_noise
     from ddt_fast.sampling import sample
+    from ddt_fast.sampling.noise import seeded_noise
 
     config = replace(SMALL, solver=solver)
     noise, generators = seeded_noise([0, 1, 2], (4, 8, 8))

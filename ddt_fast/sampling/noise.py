@@ -1,0 +1,27 @@
+"""One seed, one image: which noise belongs to a sample, whatever the batch or the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
+    """The starting noise of each seed, and its generator for whatever a stochastic solver draws later.
+
+    Args:
+        seeds: one per sample.
+        shape: (channels, height, width).
+
+    Returns:
+        (len(seeds), *shape) float32 on the CPU, and as many CPU generators.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return normal(shape, generators), generators
+
+
+def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise, (len(generators), *shape) float32 on the CPU; each sample from its own CPU generator."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
