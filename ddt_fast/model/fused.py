@@ -58,8 +58,8 @@ class FusedAttention(Attention):
 
 
 class FusedBlock(nn.Module):
-    """A block without adaLN_modulation. What runs it is handed in, since one compiled function serves all blocks; calling
-    the module is what hooks, such as FSDP's, wait for."""
+    """A block without adaLN_modulation. What runs it is handed in, since one compiled function serves all blocks; it is
+    called as a module for the sake of hooks, such as FSDP's."""
 
     def __init__(self, config: DDTConfig, backend: AttentionBackend) -> None:
         super().__init__()
