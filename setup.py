@@ -32,5 +32,6 @@ setup(
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"],
         "gpu": ["flash-attn>=2.8", "xformers>=0.0.35"],
         "demo": ["gradio>=5"],
+        "logging": ["tensorboard>=2.19", "wandb>=0.31"],
     },
 )
