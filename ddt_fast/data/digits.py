@@ -22,6 +22,7 @@ class DigitsDataset:
     """The digits as `LatentLoader` reads data: in place of latents, pixels."""
 
     has_flips = False
+    feature_shape = None
 
     def __init__(self) -> None:
         self._images, self.labels = digits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from ddt_fast.config import Experiment
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.data.latent_loader import LatentLoader, Samples
+from ddt_fast.data.latent_loader import LatentLoader
 
 
 def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
@@ -25,7 +26,7 @@ def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
         raise ValueError(
             f"batch_size is {training.batch_size}; allowed: multiples of {shares}, processes times accumulation_steps"
         )
-    dataset: Samples
+    dataset: Any
     if data.dataset == "digits":
         dataset = DigitsDataset()
     elif data.folder is None:

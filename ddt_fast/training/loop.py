@@ -70,7 +70,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
             run.advance()
             last = state.step == settings.max_steps
             if state.step % settings.log_every == 0 or last:
-                run.report(window.metrics(state.step) | run.throughput.measure())
+                run.report(window.metrics(state.step) | run.throughput.read())
             if state.step % settings.checkpoint_every == 0 and not last:
                 run.save()
             if settings.sample_every and state.step % settings.sample_every == 0 and not last:

@@ -77,7 +77,7 @@ class Objective:
     Args:
         experiment: the settings.
         device: where to compute.
-        feature_size: of the data's own features, if there are any.
+        feature_shape: (N', F) of the data's own features, if there are any.
 
     Attributes:
         feature_size: of the features that REPA compares with; None without REPA.
@@ -86,7 +86,7 @@ class Objective:
         ValueError: the encoder of REPA's features cannot be loaded.
     """
 
-    def __init__(self, experiment: Experiment, device: torch.device, feature_size: int | None) -> None:
+    def __init__(self, experiment: Experiment, device: torch.device, feature_shape: tuple[int, int] | None) -> None:
         self._model, self._settings, self._device = experiment.model, experiment.training, device
         size = experiment.data.sample_size // experiment.model.patch_size
         self._grid = (size, size)
@@ -94,8 +94,9 @@ class Objective:
         self._encoder: DinoV2 | None = None
         if self._settings.repa_weight and experiment.data.images is not None:
             self._encoder = DinoV2(self._settings.repa_encoder, device, getattr(torch, self._settings.dtype))
-            feature_size = self._encoder.feature_size
-        self.feature_size = feature_size
+            self.feature_size: int | None = self._encoder.feature_size
+        else:
+            self.feature_size = None if feature_shape is None else feature_shape[1]
 
     def backward(self, replica: Replica, batch: LatentBatch, step: int) -> Tensor:
         """Leave the gradients of one step in the replica's masters.

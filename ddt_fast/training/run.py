@@ -28,14 +28,14 @@ from ddt_fast.training.checkpoint import Checkpoints, load_state, read_numbers
 from ddt_fast.training.curves import plot_curves
 from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
-from ddt_fast.training.log import TrainingLog
+from ddt_fast.training.log import NullLog, TrainingLog
 from ddt_fast.training.objective import Objective
 from ddt_fast.training.parallel import Replica, StopSignal, process_group
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
 from ddt_fast.training.state import TrainingState
-from ddt_fast.training.throughput import Throughput
+from ddt_fast.training.throughput import Throughput, training_flops
 from ddt_fast.training.trained import TrainedDDT
 
 
@@ -53,7 +53,7 @@ class Run:
     stop: StopSignal
     throughput: Throughput
     _checkpoints: Checkpoints
-    _log: TrainingLog | None
+    _log: NullLog
     _preview: Preview | None
     _progress: Any
     _seconds_before: float
@@ -61,14 +61,13 @@ class Run:
 
     def advance(self) -> None:
         """Count a step that is done."""
-        self.throughput.count(self.experiment.training.batch_size)
+        self.throughput.add(self.experiment.training.batch_size)
         self._progress.update()
 
     def report(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step."""
         self._progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} img/s")
-        if self._log is not None:
-            self._log.write(self.state.step, metrics)
+        self._log.write(self.state.step, metrics)
 
     def save(self, wait: bool = False) -> None:
         """Save a checkpoint of this step; with `wait`, see it on the disk."""
@@ -86,7 +85,7 @@ class Run:
         """Log a grid of samples of the averaged model."""
         with self.throughput.paused():
             model = self.state.averaged_model()
-            if self._preview is not None and self._log is not None and model is not None:
+            if self._preview is not None and model is not None:
                 self._log.image(self.state.step, "samples", self._preview.grid(model))
 
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
@@ -131,7 +130,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             numbers = read_numbers(checkpoint)
             run_folder.check_continuable(checkpoint, numbers["settings"], experiment)
         preview = Preview(experiment, device) if first else None
-        objective = Objective(experiment, device, loader.feature_size)
+        objective = Objective(experiment, device, loader.dataset.feature_shape)
         torch.manual_seed(settings.seed)
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
@@ -152,16 +151,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
             loader.load_state_dict(numbers["data"])
             replica.publish()
-        log = None
-        if first:
-            log = TrainingLog(
-                folder,
-                tensorboard=settings.tensorboard,
-                wandb=settings.wandb,
-                settings=run_folder.settings_of(experiment),
-                first_step=state.step,
-            )
-            stack.enter_context(log)
+        flops = training_flops(experiment.model, experiment.data.sample_size, experiment.data.sample_size, masters.projector is not None)
         yield Run(
             experiment,
             folder,
@@ -171,9 +161,9 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             replica,
             state,
             stop=stack.enter_context(StopSignal().listening()),
-            throughput=Throughput(experiment, device, dist.get_world_size()),
+            throughput=Throughput(flops, device, getattr(torch, settings.dtype), dist.get_world_size()),
             _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints))),
-            _log=log,
+            _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
             _preview=preview,
             _progress=stack.enter_context(
                 tqdm(total=settings.max_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not first)
@@ -181,6 +171,18 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             _seconds_before=numbers.get("seconds", 0.0),
             _started=time.perf_counter(),
         )
+
+
+def open_log(experiment: Experiment, folder: Path, first_step: int) -> TrainingLog:
+    """The log of a run that starts after first_step."""
+    settings = experiment.training
+    return TrainingLog(
+        folder,
+        tensorboard=settings.tensorboard,
+        wandb=settings.wandb,
+        settings=run_folder.settings_of(experiment),
+        first_step=first_step,
+    )
 
 
 def build_model(experiment: Experiment, device: torch.device, feature_size: int | None) -> TrainedDDT:
