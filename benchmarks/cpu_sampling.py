@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from benchmarks.environment import environment
 from benchmarks.timing import Timing, interleave, timed
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS, DDTConfig, SamplingConfig
+from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps

@@ -22,10 +22,11 @@ from tqdm import tqdm
 from benchmarks.environment import environment
 from ddt_fast import SamplingConfig, load_model
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS, GuidanceForecast, StateForecast
+from ddt_fast.config import GuidanceForecast, StateForecast
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise

@@ -6,7 +6,16 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Checksum of a model's weights by name, in the dtype they are in."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -72,11 +81,7 @@ class Encoder:
 
     def sha256(self) -> str:
         """Checksum of the weights by name, in the dtype they are used in."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.vae.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return weights_sha256(self.vae)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

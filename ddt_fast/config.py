@@ -1,4 +1,4 @@
-"""Every setting of ddt-fast: frozen dataclasses that refuse wrong values, and the named presets.
+"""Every setting of ddt-fast: frozen dataclasses that refuse wrong values.
 
 A wrong value raises ValueError with the name of the setting, the value seen and what is allowed, at construction:
 a configuration that exists is a valid one.
@@ -33,6 +33,10 @@ def _require_number(name: str, value: object, low: float, high: float, *, open_l
     valid = valid and not (open_low and value == low)
     bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
     _require(valid, name, value, bounds)
+
+
+def _require_name(name: str, value: object, allowed: str) -> None:
+    _require(value is None or (isinstance(value, str) and value != ""), name, value, allowed)
 
 
 def _require_choice(name: str, value: object, choices: Any) -> None:
@@ -229,21 +233,34 @@ class DataConfig:
         image_size: side of the square image in pixels.
         autoencoder: diffusers AutoencoderKL (hub id or local folder) between pixels and latents, 8 pixels a latent;
             None for pixel space.
+        folder: the latents: a cache of `ddt_fast.cache_latents`, or LightningDiT's shards.
+        images: the image folder that the cache was made from, for REPA to compute its features from; None takes those
+            in the cache.
+        scaling_factor: of LightningDiT's shards, which do not say theirs.
+        channel_stats: LightningDiT's latents_stats.pt, where its latents are to be normalised with it.
     """
 
     dataset: Literal["digits", "latents"] = "digits"
     image_size: int = 8
     autoencoder: str | None = None
+    folder: str | None = None
+    images: str | None = None
+    scaling_factor: float | None = None
+    channel_stats: str | None = None
 
     def __post_init__(self) -> None:
         _require_choice("dataset", self.dataset, Literal["digits", "latents"])
         _require_int("image_size", self.image_size, 1)
-        name = self.autoencoder
-        valid = name is None or (isinstance(name, str) and name != "")
-        _require(valid, "autoencoder", name, "a hub id or a folder, or null for pixels")
+        _require_name("autoencoder", self.autoencoder, "a hub id or a folder, or null for pixels")
+        for name in ("folder", "images", "channel_stats"):
+            _require_name(name, getattr(self, name), "a path, or null")
+        if self.scaling_factor is not None:
+            _require_number("scaling_factor", self.scaling_factor, 0, float("inf"), open_low=True)
         if self.dataset == "digits":
             _require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
-            _require(self.autoencoder is None, "autoencoder", self.autoencoder, "null for the digits, which are pixels")
+            for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
+                value = getattr(self, name)
+                _require(value is None, name, value, "null for the digits, which are pixels that come with the package")
         if self.autoencoder is not None:
             _require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
 
@@ -255,43 +272,84 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained (DDT paper, section 4 and appendix; defaults are the paper's).
+    """How a model is trained (DDT paper, section 4 and appendix; defaults are the paper's, but for REPA).
 
     Args:
         max_steps: optimiser steps.
         batch_size: samples per step, over all processes.
-        learning_rate: of AdamW, constant.
+        accumulation_steps: parts in which each process computes its share of a batch, one after the other.
+        learning_rate: of AdamW, constant after the warm-up.
+        warmup_steps: steps over which the learning rate rises from 0.
         adam_betas: AdamW's.
         weight_decay: AdamW's.
+        max_grad_norm: gradients of a larger norm are scaled down to it; None clips nothing.
         ema_decay: decay per step of the averaged weights that are saved, sampled from and scored; the first steps decay
             faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
         label_dropout: chance that a label is replaced with the null class.
-        dtype: of the forward pass; weights, optimiser and EMA stay float32.
+        repa_weight: of REPA's loss (arXiv 2410.06940), the paper's 0.5; 0 leaves REPA out.
+        repa_block: the encoder block whose output is aligned, counted from 1.
+        repa_encoder: DINOv2 (hub id or local folder) that features are computed with where the cache has none.
+        engine: "fused", the model on ddt_kernels; "reference", plain PyTorch.
+        dtype: of the forward and backward pass; weights, optimiser and EMA stay float32.
+        gradient_checkpointing: keep only the blocks' inputs, and compute the rest again in the backward pass.
+        compile: with torch.compile.
+        parallel: over several processes, "ddp" keeps all weights on each; "fsdp" shards weights, optimiser and EMA.
         seed: of initialisation, data order, noise and dropout.
+        init: a checkpoint to start from: a model folder, .safetensors or a released .ckpt; None starts afresh.
         checkpoint_every: steps between checkpoints.
+        keep_checkpoints: how many are kept, the latest; 0 keeps all.
         log_every: steps between lines of log.jsonl.
+        sample_every: steps between grids of samples from the averaged weights, one more at the end; 0 draws none.
+        sample_images: images of a grid.
         score_samples: samples drawn at the end, without guidance and again with it, to score a digits model: 0, or 65
             and more.
+        tensorboard: also log for TensorBoard.
+        wandb: project of Weights & Biases to log to; None does not.
     """
 
     max_steps: int = 400_000
     batch_size: int = 256
+    accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    warmup_steps: int = 0
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
+    max_grad_norm: float | None = None
     ema_decay: float = 0.9999
     label_dropout: float = 0.1
+    repa_weight: float = 0.0
+    repa_block: int = 8
+    repa_encoder: str = "facebook/dinov2-base"
+    engine: Literal["fused", "reference"] = "fused"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
+    init: str | None = None
     checkpoint_every: int = 10_000
+    keep_checkpoints: int = 3
     log_every: int = 100
+    sample_every: int = 10_000
+    sample_images: int = 16
     score_samples: int = 0
+    tensorboard: bool = False
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "checkpoint_every", "log_every"):
+        for name in ("max_steps", "batch_size", "accumulation_steps", "repa_block", "checkpoint_every", "log_every"):
             _require_int(name, getattr(self, name), 1)
-        for name in ("seed", "score_samples"):
+        _require_int("sample_images", self.sample_images, 1)
+        for name in ("warmup_steps", "seed", "keep_checkpoints", "sample_every", "score_samples"):
             _require_int(name, getattr(self, name), 0)
+        for name in ("gradient_checkpointing", "compile", "tensorboard"):
+            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        for name, allowed in (("init", "a checkpoint"), ("wandb", "the name of a project")):
+            _require_name(name, getattr(self, name), f"{allowed}, or null")
+        _require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
+        if self.max_grad_norm is not None:
+            _require_number("max_grad_norm", self.max_grad_norm, 0, float("inf"), open_low=True)
+        _require_number("repa_weight", self.repa_weight, 0, float("inf"))
         _require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
         _require(
             self.score_samples == 0 or self.score_samples >= 65,
@@ -312,7 +370,13 @@ class TrainingConfig:
         _require_number("weight_decay", self.weight_decay, 0, float("inf"))
         _require_number("ema_decay", self.ema_decay, 0, 1)
         _require_number("label_dropout", self.label_dropout, 0, 1)
+        _require_choice("engine", self.engine, Literal["fused", "reference"])
         _require_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
+        _require_choice("parallel", self.parallel, Literal["ddp", "fsdp"])
+        parts = self.accumulation_steps
+        _require(
+            self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of batch_size ({self.batch_size})"
+        )
 
 
 @dataclass(frozen=True)
@@ -331,53 +395,10 @@ class Experiment:
             _require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
         elif self.data.autoencoder is None:
             _require(self.model.in_channels in (1, 3), "in_channels", self.model.in_channels, "1 or 3 for pixels")
+        if self.training.repa_weight:
+            encoder = self.model.num_encoder_blocks
+            _require(self.data.dataset == "latents", "repa_weight", self.training.repa_weight, "0 for the digits")
+            block = self.training.repa_block
+            _require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")
         scored = self.training.score_samples
         _require(scored == 0 or self.data.dataset == "digits", "score_samples", scored, "0: only digits can be scored")
-
-
-def _imagenet(
-    hidden_size: int, num_heads: int, num_blocks: int, num_encoder_blocks: int, image_size: int, guidance_scale: float
-) -> Experiment:
-    return Experiment(
-        model=DDTConfig(
-            in_channels=4,
-            patch_size=2,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_blocks=num_blocks,
-            num_encoder_blocks=num_encoder_blocks,
-            num_classes=1000,
-        ),
-        data=DataConfig(dataset="latents", image_size=image_size, autoencoder="stabilityai/sd-vae-ft-ema"),
-        sampling=SamplingConfig(guidance_scale=guidance_scale),
-    )
-
-
-PRESETS: dict[str, Experiment] = {
-    "digits": Experiment(
-        model=DDTConfig(
-            in_channels=1,
-            patch_size=2,
-            hidden_size=64,
-            num_heads=2,
-            num_blocks=4,
-            num_encoder_blocks=3,
-            num_classes=10,
-        ),
-        training=TrainingConfig(
-            max_steps=2800,
-            batch_size=128,
-            learning_rate=2e-3,
-            ema_decay=0.999,
-            dtype="float32",
-            checkpoint_every=500,
-            log_every=20,
-            score_samples=898,
-        ),
-        sampling=SamplingConfig(num_steps=25, guidance_scale=1.5, last_step=None, solver="lms"),
-    ),
-    "b2_256": _imagenet(768, 12, 12, 8, 256, 2.0),
-    "l2_256": _imagenet(1024, 16, 24, 20, 256, 2.0),
-    "xl2_256": _imagenet(1152, 16, 28, 22, 256, 2.0),
-    "xl2_512": _imagenet(1152, 16, 28, 22, 512, 3.0),
-}

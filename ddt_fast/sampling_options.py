@@ -9,8 +9,9 @@ from typing import Any, get_args
 import jsonargparse
 
 from ddt_fast.command import DTYPES
-from ddt_fast.config import PRESETS, Diffusion, Experiment, SamplingConfig, Solver, StateForecast
+from ddt_fast.config import Diffusion, Experiment, SamplingConfig, Solver, StateForecast
 from ddt_fast.model.weights import experiment_of, resolve_checkpoint
+from ddt_fast.presets import PRESETS
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent / "assets" / "digits"
 

@@ -11,8 +11,9 @@ import jsonargparse
 import yaml
 
 from ddt_fast.command import CommandParser, choose_device, run_command
-from ddt_fast.config import PRESETS, Experiment
+from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder
+from ddt_fast.presets import PRESETS
 from ddt_fast.training.loop import train
 
 

@@ -71,7 +71,7 @@ def test_from_images_to_batches(images, autoencoder, tmp_path, capsys):
     encoder = Encoder(str(autoencoder), torch.device("cpu"))
     assert dataset.scaling_factor == encoder.scaling_factor == 0.18215
     with LatentLoader(dataset, 32) as loader:
-        latents, labels = next(loader)
+        latents, labels, *_ = next(loader)
     assert labels.bincount(minlength=11).tolist() == dataset.labels.bincount(minlength=11).tolist()
     assert Decoder(str(autoencoder), torch.device("cpu"))(latents[:2]).shape == (2, 3, 32, 32)
 

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 import ddt_fast
 import golden_data as golden
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT

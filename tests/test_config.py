@@ -2,7 +2,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ddt_fast.config import PRESETS, DataConfig, DDTConfig, Experiment, SamplingConfig, TrainingConfig
+from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig, TrainingConfig
+from ddt_fast.presets import PRESETS
 
 DIGITS = PRESETS["digits"]
 

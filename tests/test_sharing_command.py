@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from ddt_fast import sharing
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS
 from ddt_fast.model import DDT
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling.sharing import optimal_refresh_steps, uniform_refresh_steps
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -14,3 +16,19 @@ def digits() -> tuple[Tensor, Tensor]:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).float()[:, None] / (LEVELS / 2) - 1
     return images, torch.from_numpy(bunch.target).long()
+
+
+class DigitsDataset:
+    """The digits as `LatentLoader` reads data: in place of latents, pixels."""
+
+    has_flips = False
+
+    def __init__(self) -> None:
+        self._images, self.labels = digits()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
+        """(n, 1, 8, 8) float32: the images of these indices. There is nothing to flip and nothing to draw."""
+        return self._images[torch.from_numpy(indices)]

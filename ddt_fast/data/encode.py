@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ddt_fast.autoencoder import Encoder
 from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError, read_image
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
+from ddt_fast.training.repa import DinoV2
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def cache_settings(
     flips: bool,
     shard_size: int,
     batch_size: int,
+    repa_encoder: DinoV2 | None = None,
 ) -> CacheSettings:
-    """The settings of a cache of these images by this encoder; ValueError for values that are not allowed."""
+    """The settings of a cache of these images by these encoders; ValueError for values that are not allowed."""
     storage_dtype(dtype)
     factor = encoder.pixels_per_latent
     if image_size < 1 or image_size % factor:
@@ -93,6 +95,9 @@ def cache_settings(
         num_images=len(folder.files),
         images_sha256=names_sha256(folder.files),
         class_names=folder.class_names,
+        repa_encoder=repa_encoder.name if repa_encoder else None,
+        repa_encoder_sha256=repa_encoder.sha256() if repa_encoder else None,
+        feature_shape=(repa_encoder.grid(image_size) ** 2, repa_encoder.feature_size) if repa_encoder else None,
     )
 
 
@@ -102,6 +107,7 @@ def encode_images(
     encoder: Encoder,
     settings: CacheSettings,
     *,
+    repa_encoder: DinoV2 | None = None,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 2,
@@ -117,6 +123,7 @@ def encode_images(
         output: the cache.
         encoder: on the device to use.
         settings: of `cache_settings`.
+        repa_encoder: whose features to write as well; the one that the settings are of.
         rank, world_size: this process among those that share the work; they need not know of each other.
         num_workers: processes that decode images; 0 decodes in this one.
         verify: read finished shards and compare their checksums, rather than their sizes alone.
@@ -126,7 +133,7 @@ def encode_images(
 
     Raises:
         ValueError: settings that differ from those the cache was begun with, a folder that holds something else,
-            latents that are not finite.
+            latents or features that are not finite.
         OSError: no space left, or another failure of the file system; finished shards are kept.
     """
     cache = CacheFolder(output, settings)
@@ -137,14 +144,20 @@ def encode_images(
     if finished:
         tqdm.write(f"{who}{len(finished)} of {len(own)} shards are finished already", file=sys.stderr)
     if todo:
-        _encode_shards(folder, cache, encoder, todo, num_workers, who)
+        _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:
         return None
     return cache.write_manifest()
 
 
 def _encode_shards(
-    folder: ImageFolder, cache: CacheFolder, encoder: Encoder, todo: list[int], num_workers: int, who: str
+    folder: ImageFolder,
+    cache: CacheFolder,
+    encoder: Encoder,
+    repa_encoder: DinoV2 | None,
+    todo: list[int],
+    num_workers: int,
+    who: str,
 ) -> None:
     settings = cache.settings
     batches = [(shard, batch) for shard in todo for batch in _split(settings.shard_range(shard), settings.batch_size)]
@@ -163,31 +176,44 @@ def _encode_shards(
     total = sum(len(batch) for _, batch in batches)
     with tqdm(total=total, desc=f"{who}encoding", unit="img", dynamic_ncols=True) as progress:
         for position, ((shard, images), batch) in enumerate(zip(batches, decoded, strict=True)):
-            parts.append({**_encode(batch.images, encoder, settings), "labels": labels[batch.index]})
-            parts[-1]["index"] = batch.index
+            encoded = _encode(batch.images, encoder, repa_encoder, settings)
+            parts.append({**encoded, "labels": labels[batch.index], "index": batch.index})
             for image in batch.unreadable:
                 tqdm.write(f"warning: {image.file} is left out: {image.reason}", file=sys.stderr)
             unreadable += batch.unreadable
             progress.update(len(images))
             if position + 1 == len(batches) or batches[position + 1][0] != shard:
-                tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                # Popped: a shard's features are gigabytes, which need not be there twice.
+                tensors = {name: torch.cat([part.pop(name) for part in parts]) for name in tuple(parts[0])}
                 cache.write_shard(shard, tensors, unreadable)
                 parts, unreadable = [], []
 
 
-def _encode(images: Tensor, encoder: Encoder, settings: CacheSettings) -> dict[str, Tensor]:
-    dtype = storage_dtype(settings.dtype)
+def _encode(
+    images: Tensor, encoder: Encoder, repa_encoder: DinoV2 | None, settings: CacheSettings
+) -> dict[str, Tensor]:
     encoded: dict[str, Tensor] = {}
     for suffix in ("", "_flip") if settings.flips else ("",):
+        view = images.flip(-1) if suffix else images
         if len(images):
-            mean, logvar = encoder(images.flip(-1) if suffix else images)
+            mean, logvar = encoder(view)
         else:
             mean = logvar = torch.empty(0, *settings.latent_shape)
-        stored = mean.to(dtype)
-        if not stored.isfinite().all():
-            raise ValueError(f"latents up to {mean.abs().max():.3g} do not fit {settings.dtype}; take bfloat16")
-        encoded |= {f"mean{suffix}": stored.contiguous(), f"logvar{suffix}": logvar.to(dtype).contiguous()}
+        encoded[f"mean{suffix}"] = _stored(mean, "latents", settings)
+        encoded[f"logvar{suffix}"] = _stored(logvar, "log-variances", settings)
+        if repa_encoder and settings.feature_shape:
+            features = repa_encoder(view) if len(images) else torch.empty(0, *settings.feature_shape)
+            encoded[f"features{suffix}"] = _stored(features, "features", settings)
     return encoded
+
+
+def _stored(values: Tensor, what: str, settings: CacheSettings) -> Tensor:
+    """Values as a shard holds them; ValueError when they are too large for that."""
+    stored = values.to("cpu", storage_dtype(settings.dtype)).contiguous()
+    if not stored.isfinite().all():
+        largest = values.abs().max().item()
+        raise ValueError(f"{what} up to {largest:.3g} do not fit {settings.dtype}; take bfloat16")
+    return stored
 
 
 def _split(indices: range, size: int) -> Iterator[list[int]]:

@@ -105,4 +105,5 @@ def read_image(path: Path, size: int) -> Tensor:
         raise UnreadableImageError(error.strerror or str(error)) from error
     except Exception as error:  # a decoder may raise anything on damaged bytes: SyntaxError, IndexError, …
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
+    # Transposed by numpy: torch would start threads for it, which would wait for those of other images.
+    return torch.from_numpy(np.array(np.asarray(cropped).transpose(2, 0, 1), order="C"))

@@ -3,7 +3,8 @@
 A cache is a folder of
     settings.json                               what it is made of and how; written first, a later run must agree
     latents-K-of-N.safetensors                  mean, logvar (M, C, h, w), with flips also mean_flip and logvar_flip;
-                                                labels, index (M,) int64: class and place in the sorted image list
+                                                labels, index (M,) int64: class and place in the sorted image list;
+                                                with a REPA encoder features (and features_flip) (M, N', F)
     latents-K-of-N.json                         count, size and checksum of that shard, and the images it lacks
     manifest.json                               settings, counts, shards with checksums, unreadable images; written last
 
@@ -22,7 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,9 @@ class CacheSettings:
         num_images: of the image folder, readable or not.
         images_sha256: of their names.
         class_names: label i is class_names[i].
+        repa_encoder: hub id or local folder of the DINOv2 whose features are cached too; None where there are none.
+        repa_encoder_sha256: of its weights.
+        feature_shape: (N', F) of one image's features, a square grid row by row.
     """
 
     image_size: int
@@ -72,7 +76,22 @@ class CacheSettings:
     num_images: int
     images_sha256: str
     class_names: tuple[str, ...]
+    repa_encoder: str | None = None
+    repa_encoder_sha256: str | None = None
+    feature_shape: tuple[int, int] | None = None
     version: int = field(default=VERSION, init=False)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> CacheSettings:
+        """The settings in a manifest; TypeError where some are missing."""
+        known = {entry.name for entry in fields(cls) if entry.init}
+        return cls(
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in content.items()
+                if name in known
+            }
+        )
 
     @property
     def num_shards(self) -> int:

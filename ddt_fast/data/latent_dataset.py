@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, file_sha256, read_json
+from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, file_sha256, read_json, storage_dtype
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -84,10 +84,12 @@ def _read_header(path: Path, prefix: bytes, size: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Names:
-    """Tensor names of one view of the images: the posterior's mean and logvar, or drawn latents and None."""
+    """Tensor names of one view of the images: the posterior's mean and logvar, or drawn latents and None; and of its
+    features, where they are wanted."""
 
     mean: str
     logvar: str | None
+    features: str | None
 
 
 class LatentDataset:
@@ -102,6 +104,7 @@ class LatentDataset:
         scaling_factor: what latents are multiplied with. None is the cache's own; LightningDiT's shards need it.
         channel_stats: for LightningDiT's shards, its `latents_stats.pt` ({"mean", "std"}, C values each): latents
             become (latents - mean) / std * scaling_factor. None leaves this out, right for Stable Diffusion's VAE.
+        features: also read the DINOv2 features that `ddt_fast.cache_latents --repa-encoder` put there.
         verify: also compare the checksums of all shards; sizes are compared always.
 
     Attributes:
@@ -111,10 +114,13 @@ class LatentDataset:
         num_classes: classes of the image folder; of LightningDiT's shards, the highest label + 1.
         has_flips: whether mirrored images are there.
         has_posterior: whether latents can be drawn afresh.
+        settings: what the cache was made from and how; None for LightningDiT's shards.
+        feature_shape: (N', F) of an image's features; None unless they are read.
 
     Raises:
-        ValueError: no cache, an unfinished one, shards that are missing, truncated, damaged, of a wrong checksum or of
-            another latent size; the message names the file.
+        ValueError: no cache, an unfinished one, one without the features that are asked for, shards that are missing,
+            truncated, damaged, of a wrong checksum or of another size of latents or features; the message names the
+            file.
         OSError: files that cannot be read.
     """
 
@@ -125,18 +131,20 @@ class LatentDataset:
         shape: Sequence[int] | None = None,
         scaling_factor: float | None = None,
         channel_stats: Path | None = None,
+        features: bool = False,
         verify: bool = False,
     ) -> None:
         if not folder.is_dir():
             raise ValueError(f"latent cache {folder} {'is no folder' if folder.exists() else 'does not exist'}")
-        num_classes = None
+        self.settings: CacheSettings | None = None
         if (folder / MANIFEST).exists():
             if channel_stats is not None:
                 raise ValueError(f"{folder} has a manifest, which scales its latents; leave channel_stats out")
-            own_scaling, num_classes = self._open_cache(folder, verify)
-            if scaling_factor not in (None, own_scaling):
-                raise ValueError(f"scaling factor is {scaling_factor}; {folder} was made for {own_scaling}")
-            scaling_factor = own_scaling
+            self.settings = self._open_cache(folder, verify)
+            if scaling_factor not in (None, self.settings.scaling_factor):
+                own = self.settings.scaling_factor
+                raise ValueError(f"scaling factor is {scaling_factor}; {folder} was made for {own}")
+            scaling_factor = self.settings.scaling_factor
         elif (folder / SETTINGS).exists():
             raise ValueError(f"{folder} is an unfinished cache; run ddt_fast.cache_latents again to finish it")
         else:
@@ -144,6 +152,11 @@ class LatentDataset:
             if scaling_factor is None:
                 raise ValueError(f"the shards of {folder} do not say how they are scaled; give a scaling factor")
         self.scaling_factor = scaling_factor
+        self.feature_shape = self.settings.feature_shape if self.settings and features else None
+        if features and self.feature_shape is None:
+            how = "python -m ddt_fast.cache_latents --repa-encoder facebook/dinov2-base makes a cache with them"
+            raise ValueError(f"{folder} holds no features; {how}, in another folder")
+        self._feature_dtype = storage_dtype(self.settings.dtype) if self.settings else None
         self._check_shards(shape)
         self._set_scale(channel_stats)
         counts = [len(shard.tensors["labels"]) for shard in self._shards]
@@ -151,23 +164,22 @@ class LatentDataset:
         self.labels = torch.cat([shard.tensors["labels"].long() for shard in self._shards])
         if len(self.labels) == 0:
             raise ValueError(f"latent cache {folder} holds no latents")
-        self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
+        self.num_classes = len(self.settings.class_names) if self.settings else int(self.labels.max()) + 1
         if not 0 <= int(self.labels.min()) <= int(self.labels.max()) < self.num_classes:
             raise ValueError(f"{folder} holds labels outside 0 to {self.num_classes - 1}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _open_cache(self, folder: Path, verify: bool) -> tuple[float, int]:
+    def _open_cache(self, folder: Path, verify: bool) -> CacheSettings:
         path = folder / MANIFEST
         manifest = read_json(path)
         if manifest.get("version") != VERSION:
             raise ValueError(f"{path} is of version {manifest.get('version')}; this ddt-fast reads {VERSION}")
         try:
-            settings, records = manifest["settings"], manifest["shards"]
-            described = [(folder / record["file"], record["bytes"], record["sha256"]) for record in records]
-            scaling, num_classes = float(settings["scaling_factor"]), len(settings["class_names"])
-        except (KeyError, TypeError, ValueError) as error:
+            described = [(folder / record["file"], record["bytes"], record["sha256"]) for record in manifest["shards"]]
+            settings = CacheSettings.from_json(manifest["settings"])
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from error
         self._shards = []
         for file, size, checksum in described:
@@ -178,7 +190,7 @@ class LatentDataset:
             if verify and file_sha256(file) != checksum:
                 raise ValueError(f"{file} does not have the checksum that {path} says: {checksum}")
             self._shards.append(Shard(file))
-        return scaling, num_classes
+        return settings
 
     def _open_shards(self, folder: Path, verify: bool) -> None:
         files = sorted(folder.glob("*.safetensors"))
@@ -194,19 +206,32 @@ class LatentDataset:
         pair = ("mean", "mean_flip") if self.has_posterior else ("latents", "latents_flip")
         self.has_flips = pair[1] in first
         names = pair if self.has_flips else pair[:1]
-        logvars = {"mean": "logvar", "mean_flip": "logvar_flip"}
-        self._views = [_Names(name, logvars.get(name)) for name in names]
-        if pair[0] in first:
-            self.shape = tuple(first[pair[0]].shape[1:])
+        self._views = [
+            _Names(
+                name,
+                name.replace("mean", "logvar") if self.has_posterior else None,
+                name.replace("mean", "features") if self.feature_shape else None,
+            )
+            for name in names
+        ]
+        self.shape = tuple(first[pair[0]].shape[1:]) if pair[0] in first else ()
+        latent = self.shape if shape is None else tuple(shape)
+        rows: dict[str, tuple[int, ...]] = {}
+        for view in self._views:
+            rows |= {name: latent for name in (view.mean, view.logvar) if name}
+            if view.features and self.feature_shape:
+                rows[view.features] = self.feature_shape
+        rows["labels"] = ()
         for shard in self._shards:
-            for name in [name for view in self._views for name in (view.mean, view.logvar) if name] + ["labels"]:
+            for name, row in rows.items():
                 if name not in shard.tensors:
                     raise ValueError(f"{shard.path} holds no {name}, only {', '.join(shard.tensors) or 'nothing'}")
                 tensor, count = shard.tensors[name], len(shard.tensors["labels"]) if "labels" in shard.tensors else -1
-                wanted = (count,) if name == "labels" else (count, *(self.shape if shape is None else shape))
-                if tuple(tensor.shape) != wanted:
-                    raise ValueError(f"{shard.path} holds {name} of shape {tuple(tensor.shape)}; wanted {wanted}")
-                if tensor.is_floating_point() == (name == "labels"):
+                if tuple(tensor.shape) != (count, *row):
+                    shapes = f"{tuple(tensor.shape)}; wanted {(count, *row)}"
+                    raise ValueError(f"{shard.path} holds {name} of shape {shapes}")
+                known = tensor.is_floating_point() != (name == "labels")
+                if not known or (name.startswith("features") and tensor.dtype != self._feature_dtype):
                     raise ValueError(f"{shard.path} holds {name} as {tensor.dtype}")
 
     def _set_scale(self, channel_stats: Path | None) -> None:
@@ -224,6 +249,49 @@ class LatentDataset:
         self._scale = self._scale / std
         self._shift = -mean * self._scale
 
+    def image_places(self) -> NDArray[np.int64]:
+        """(N,) places of the latents' images in the sorted list of the image folder; ValueError where the shards do not
+        say them."""
+        places = []
+        for shard, count in zip(self._shards, np.diff(self._ends, prepend=0).tolist(), strict=True):
+            index = shard.tensors.get("index")
+            if index is None or index.dtype != torch.int64 or tuple(index.shape) != (count,):
+                raise ValueError(f"{shard.path} does not say which images its latents are of")
+            places.append(index.numpy())
+        found = np.concatenate(places)
+        limit = self.settings.num_images if self.settings else 0
+        if found.min() < 0 or found.max() >= limit:
+            raise ValueError(f"{self._shards[0].path.parent} holds latents of images outside the {limit} on record")
+        return found
+
+    def _places(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> list[tuple[Shard, int, _Names]]:
+        """Shard, row and tensor names of each."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = np.concatenate([[0], self._ends[:-1]])
+        rows = (indices - starts[shards]).tolist()
+        return [
+            (self._shards[shard], row, self._views[flip])
+            for shard, row, flip in zip(shards.tolist(), rows, flips.astype(int).tolist(), strict=True)
+        ]
+
+    def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
+        """Cached features of the same images as `draw` takes latents of: (n, N', F) as stored, float16 or bfloat16.
+
+        Raises:
+            ValueError: the dataset was opened without features.
+        """
+        if self.feature_shape is None:
+            raise ValueError("the dataset was opened without features")
+        places = self._places(indices, flips)
+        features = torch.empty(len(places), *self.feature_shape, dtype=self._feature_dtype)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            for shard, row, view in places:
+                shard.prefetch(str(view.features), row)
+        # Copied by numpy, as integers since it has no bfloat16: torch would start threads for rows of this size.
+        for target, (shard, row, view) in zip(features.view(torch.int16).numpy(), places, strict=True):
+            target[:] = shard.tensors[str(view.features)][row].view(torch.int16).numpy()
+        return features
+
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
         """Latents as a model sees them, drawn from their posteriors: (mean + exp(logvar / 2) * noise) * scaling_factor.
 
@@ -235,13 +303,7 @@ class LatentDataset:
         Returns:
             (n, C, h, w) float32.
         """
-        shards = np.searchsorted(self._ends, indices, side="right")
-        starts = np.concatenate([[0], self._ends[:-1]])
-        rows = (indices - starts[shards]).tolist()
-        places = [
-            (self._shards[shard], row, self._views[flip])
-            for shard, row, flip in zip(shards.tolist(), rows, flips.astype(int).tolist(), strict=True)
-        ]
+        places = self._places(indices, flips)
         if hasattr(mmap, "MADV_WILLNEED"):  # all at once: a disk answers many requests as fast as one
             for shard, row, view in places:
                 shard.prefetch(view.mean, row)

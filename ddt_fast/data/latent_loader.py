@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,31 +19,51 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt_fast.command import CommandParser, run_command
+from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.latent_dataset import LatentDataset
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _U64 = np.uint64
 
 
+class LatentBatch(NamedTuple):
+    """What a model is trained on in one step, on the CPU.
+
+    Attributes:
+        latents: (b, C, h, w) float32.
+        labels: (b,) int64.
+        features: (b, N', F) float16 or bfloat16 DINOv2 features of the same images; None unless the dataset has them.
+        images: (b, 3, S, S) uint8 RGB, the same images; None unless the loader knows their folder.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    features: Tensor | None
+    images: Tensor | None
+
+
 class LatentLoader:
-    """An endless iterator of (latents, labels): (batch_size / world_size, C, h, w) float32 and int64, on the CPU.
+    """An endless iterator of `LatentBatch`, batch_size / world_size samples each.
 
     Every epoch visits each latent once, in its own random order; batches run on across epochs, so none is short. What
     comes at position p of epoch e, its flip and its noise depend on (seed, e, p) alone: rank r of R takes the r-th of R
     equal parts of a global batch, and the parts together are the same batch whatever R is.
 
     Args:
-        dataset: the latents.
+        dataset: the latents, and features if it was opened with them.
         batch_size: samples per step over all ranks, a multiple of world_size.
         seed: of order, flips and noise.
         rank, world_size: which part of each batch is this process's.
         flips: draw the mirrored image half of the time; None: where the dataset has them.
+        images: the image folder that the cache was made from; batches then hold the images too, cropped and mirrored as
+            the latents are. Decoding takes a core some milliseconds per image: give num_threads as many as are free.
         num_threads: batches that are being made at the same time, in the background.
         prefetch: batches that are made ahead.
         pin_memory: return page-locked memory, from which a GPU copies asynchronously.
 
     Raises:
-        ValueError: values that are not allowed, or flips of a dataset without them.
+        ValueError: values that are not allowed, flips of a dataset without them, or another image folder than the
+            cache's; while iterating, an image that cannot be read any more.
     """
 
     def __init__(
@@ -55,6 +75,7 @@ class LatentLoader:
         rank: int = 0,
         world_size: int = 1,
         flips: bool | None = None,
+        images: Path | None = None,
         num_threads: int = 2,
         prefetch: int = 4,
         pin_memory: bool = False,
@@ -81,21 +102,23 @@ class LatentLoader:
         self.rank, self.world_size = rank, world_size
         self.flips = dataset.has_flips if flips is None else flips
         self.pin_memory = pin_memory
+        self._images = None if images is None else CachedImages(images, dataset)
         self._prefetch = prefetch
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="latents")
         self._orders: dict[int, NDArray[np.int64]] = {}
-        self._pending: deque[Future[tuple[Tensor, Tensor]]] = deque()
+        self._pending: deque[Future[LatentBatch]] = deque()
         self._position = 0  # of the next batch to be returned: epoch * len(dataset) + place in the epoch
         self._submitted = 0  # of the next batch to be made
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[LatentBatch]:
         return self
 
-    def __next__(self) -> tuple[Tensor, Tensor]:
+    def __next__(self) -> LatentBatch:
         while len(self._pending) < self._prefetch:
             self._pending.append(self._pool.submit(self._make, *self._plan(self._submitted)))
             self._submitted += self.batch_size
-        batch = self._pending.popleft().result()
+        batch = self._pending[0].result()  # one that fails stays: no batch is ever skipped
+        self._pending.popleft()
         self._position += self.batch_size
         return batch
 
@@ -166,12 +189,16 @@ class LatentLoader:
         places = np.arange(len(self.dataset), dtype=np.int64).astype(_U64)
         return np.argsort(_mix(key + places), kind="stable")
 
-    def _make(
-        self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]
-    ) -> tuple[Tensor, Tensor]:
-        latents = self.dataset.draw(indices, flips, seeds)
-        labels = self.dataset.labels[torch.from_numpy(indices)]
-        return (latents.pin_memory(), labels.pin_memory()) if self.pin_memory else (latents, labels)
+    def _make(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> LatentBatch:
+        batch = LatentBatch(
+            latents=self.dataset.draw(indices, flips, seeds),
+            labels=self.dataset.labels[torch.from_numpy(indices)],
+            features=None if self.dataset.feature_shape is None else self.dataset.features(indices, flips),
+            images=None if self._images is None else self._images.read(indices, flips),
+        )
+        if not self.pin_memory:
+            return batch
+        return LatentBatch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -188,7 +215,7 @@ def measure(loader: LatentLoader, seconds: float) -> tuple[float, float]:
     next(loader)
     count, start, cpu = 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - start < seconds:
-        count += len(next(loader)[0])
+        count += len(next(loader).labels)
     elapsed = time.perf_counter() - start
     return count / elapsed, (time.process_time() - cpu) / elapsed
 
@@ -201,13 +228,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-threads", type=int, default=2, help="batches made at the same time")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
     parser.add_argument("--scaling-factor", type=float, help="for shards that do not say, as LightningDiT's")
+    parser.add_argument("--features", action="store_true", help="read the cached DINOv2 features too")
+    parser.add_argument("--images", type=str, help="image folder of the cache; its images are read too")
     parser.add_argument("--verify", action="store_true", help="compare the checksums of all shards first")
     options = parser.parse_args(arguments)
-    dataset = LatentDataset(Path(options.folder), scaling_factor=options.scaling_factor, verify=options.verify)
-    with LatentLoader(dataset, options.batch_size, num_threads=options.num_threads) as loader:
+    dataset = LatentDataset(
+        Path(options.folder),
+        scaling_factor=options.scaling_factor,
+        features=options.features,
+        verify=options.verify,
+    )
+    images = None if options.images is None else Path(options.images)
+    with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
         rate, busy = measure(loader, options.seconds)
     shape = "x".join(str(size) for size in dataset.shape)
     print(f"{len(dataset)} latents of {shape}, {dataset.num_classes} classes, scaled by {dataset.scaling_factor:g}")
+    more = []
+    if dataset.feature_shape:
+        more.append("features of " + "x".join(str(size) for size in dataset.feature_shape))
+    if images is not None and dataset.settings:
+        more.append(f"images of {dataset.settings.image_size} px")
+    if more:
+        print("with " + " and ".join(more))
     cpus = len(os.sched_getaffinity(0))
     print(f"{rate:.0f} img/s with {options.num_threads} threads, {busy:.2f} of {cpus} CPUs busy")
 

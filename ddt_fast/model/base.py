@@ -7,10 +7,12 @@ modulated by. Source: arXiv 2504.05741.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddt_fast.config import DDTConfig
 
@@ -26,10 +28,15 @@ class DDTBase(nn.Module):
 
     The decoder meets t and y only through the state, so everything it derives from the state (`decoder_modulations`)
     can be kept for as long as the state is; and the encoder's own modulations (`condition`) depend on t and y alone.
+
+    Attributes:
+        gradient_checkpointing: a forward pass that will be differentiated keeps the inputs of its blocks only, and
+            backward runs each block again: less memory, a third more work.
     """
 
     config: DDTConfig
     t_embedder: nn.Module
+    gradient_checkpointing: bool = False
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The velocity at (x, t) for the labels y, and the encoder's state.
@@ -52,11 +59,29 @@ class DDTBase(nn.Module):
             check_state(state, x, self.config)
         return self.decode(x, self.decoder_modulations(state)), state
 
+    def forward_with_features(
+        self, x: Tensor, t: Tensor, y: Tensor, block: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`forward`, and what representation alignment (REPA, arXiv 2410.06940) looks at.
+
+        Args:
+            x, t, y: as `forward` takes them.
+            block: of how many encoder blocks, 1 to num_encoder_blocks, the output is wanted; None for none.
+
+        Returns:
+            velocity, state, and that output, (B, N, C).
+        """
+        state, features = self._encode_image(x, t, y, block)
+        return self.decode(x, self.decoder_modulations(state)), state, features
+
     def encode(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The condition encoder: x (B, in_channels, height, width), t (B,), y (B,) → state (B, N, C)."""
+        return self._encode_image(x, t, y, None)[0]
+
+    def _encode_image(self, x: Tensor, t: Tensor, y: Tensor, block: int | None) -> tuple[Tensor, Tensor | None]:
         t_embedding = self.t_embedder(t)[:, None]
         tokens = patchify(x, self.config)
-        return self.encode_tokens(tokens, t_embedding, self.condition(t_embedding, y), self.rotary(x))
+        return self._encode(tokens, t_embedding, self.condition(t_embedding, y), self.rotary(x), block)
 
     def decode(self, x: Tensor, modulations: Tensor) -> Tensor:
         """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
@@ -90,10 +115,16 @@ class DDTBase(nn.Module):
             (B, 1, W_e)
         """
 
-    @abstractmethod
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
         """The condition encoder on `patchify`'s tokens (B, N, in_channels p p), t_embedding (B or 1, 1, C) and
         `condition` (B, 1, W_e) → state (B, N, C)."""
+        return self._encode(tokens, t_embedding, condition, rotary, None)[0]
+
+    @abstractmethod
+    def _encode(
+        self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`encode_tokens`, and the tokens after that many blocks, if any are wanted."""
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
@@ -120,6 +151,12 @@ class DDTBase(nn.Module):
             forecast: decode with sum_k weights[step, k] modulations[k], terms of weight 0 left out; for inference.
                 Where the weights sum to 1 these are the modulations of the same combination of states.
         """
+
+    def _call(self, block: nn.Module, *arguments: Any) -> Any:
+        """block(*arguments), its inner results kept for backward or not."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return block(*arguments)
 
 
 def rotary_tables(head_dim: int, rows: int, columns: int, device: torch.device | str | None = None) -> Rotary:

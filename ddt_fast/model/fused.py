@@ -58,7 +58,8 @@ class FusedAttention(Attention):
 
 
 class FusedBlock(nn.Module):
-    """A block's parameters, without adaLN_modulation; `_run` strings blocks together."""
+    """A block without adaLN_modulation. What runs it is handed in, since one compiled function serves all blocks; it is
+    called as a module for the sake of hooks, such as FSDP's."""
 
     def __init__(self, config: DDTConfig, backend: AttentionBackend) -> None:
         super().__init__()
@@ -66,6 +67,9 @@ class FusedBlock(nn.Module):
         self.attn = FusedAttention(config, backend)
         self.norm2 = RMSNorm(config.hidden_size)
         self.mlp = FusedSwiGLU(config)
+
+    def forward(self, run: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
+        return run(self, *arguments)
 
 
 class FusedFinalLayer(nn.Module):
@@ -129,11 +133,19 @@ class FusedDDT(DDTBase):
     def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         return _linear(self.encoder_modulation, F.silu(t_embedding + self.y_embedder(y)[:, None]), out)
 
-    def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
+    def _encode(
+        self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
+    ) -> tuple[Tensor, Tensor | None]:
         blocks = self._blocks(slice(self.config.num_encoder_blocks))
-        chunks = condition.chunk(6 * len(blocks), dim=-1)
-        s, branch, gate = self._run(blocks, self.s_embedder(tokens), chunks, rotary)
-        return self._functions.state(t_embedding, s, branch, gate)
+        chunks, split = condition.chunk(6 * len(blocks), dim=-1), features_after or 0
+        s, features = self.s_embedder(tokens), None
+        if split:
+            # The sum that the next block's norm would do is done here, and that block starts without.
+            s = features = gated_residual(*self._run(blocks[:split], s, chunks[: 6 * split], rotary))
+        if split == len(blocks):
+            return F.silu(t_embedding + s), features
+        s, branch, gate = self._run(blocks[split:], s, chunks[6 * split :], rotary)
+        return self._functions.state(t_embedding, s, branch, gate), features
 
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
         return self._functions.linear(self.decoder_modulation, state, out)
@@ -159,7 +171,7 @@ class FusedDDT(DDTBase):
         branch = gate = None
         for i, block in enumerate(blocks):
             *parts, next_gate = modulation[6 * i : 6 * i + 6]
-            x, branch = self._functions.block(block, x, branch, gate, parts, rotary, forecast)
+            x, branch = self._call(block, self._functions.block, x, branch, gate, parts, rotary, forecast)
             gate = next_gate
         assert branch is not None
         assert gate is not None

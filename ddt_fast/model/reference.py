@@ -191,11 +191,15 @@ class DDT(DDTBase):
         condition = F.silu(t_embedding + self.y_embedder(y)[:, None])
         return condition if out is None else out.copy_(condition)
 
-    def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
-        s = self.s_embedder(tokens)
-        for block in self.encoder_blocks:
-            s = block(s, block.adaLN_modulation(condition), *rotary)
-        return F.silu(t_embedding + s)
+    def _encode(
+        self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        s, features = self.s_embedder(tokens), None
+        for count, block in enumerate(self.encoder_blocks, start=1):
+            s = self._call(block, s, block.adaLN_modulation(condition), *rotary)
+            if count == features_after:
+                features = s
+        return F.silu(t_embedding + s), features
 
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
         layers = [block.adaLN_modulation for block in self.decoder_blocks] + [self.final_layer.adaLN_modulation]
@@ -216,5 +220,5 @@ class DDT(DDTBase):
         )
         h = self.x_embedder(tokens)
         for block, modulation in zip(self.decoder_blocks, blocks, strict=True):
-            h = block(h, modulation, *rotary)
+            h = self._call(block, h, modulation, *rotary)
         return self.final_layer(h, final)

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddt_fast.config import PRESETS, DataConfig, DDTConfig, Experiment, SamplingConfig
+from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder
 from ddt_fast.model.lightning import LightningWeights, WeightSet, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
+from ddt_fast.presets import PRESETS
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

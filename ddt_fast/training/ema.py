@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Generic, TypeVar
-
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-ModelType = TypeVar("ModelType", bound=nn.Module)
 
-
-class EMA(Generic[ModelType]):
-    """Keeps `model`, a float32 copy of the trained one, at ema = d * ema + (1 - d) * weights.
+class EMA:
+    """Float32 copies of a model's parameters, kept at ema = d * ema + (1 - d) * weights.
 
     After n updates d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights, a grown one has
     the constant decay.
+
+    Attributes:
+        weights: the averages by the names of the parameters, sharded as they are.
+        decay: the constant decay.
+        num_updates: n.
     """
 
-    def __init__(self, model: ModelType, decay: float) -> None:
-        self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.weights: dict[str, Tensor] = {
+            name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        }
         self.decay = decay
         self.num_updates = 0
+
+    @torch.no_grad()
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Start from these averages, whole ones by the same names, as if they had been grown here for long."""
+        for name, average in self.weights.items():
+            whole = weights[name].to(average.device, average.dtype)
+            if isinstance(average, DTensor):
+                whole = distribute_tensor(whole, average.device_mesh, average.placements)
+            average.copy_(whole)
+        self.num_updates = 1_000_000
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take the trained weights in; once after every optimiser step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
+        averages = [_local(average) for average in self.weights.values()]
+        torch._foreach_lerp_(averages, [_local(parameter) for parameter in model.parameters()], 1 - decay)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -2,40 +2,140 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddt_fast.config import Experiment
+from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.training.parallel import Replica
+from ddt_fast.training.repa import DinoV2, repa_loss
 
 
-def flow_matching_loss(
-    model: nn.Module,
+class FlowMatchingBatch(NamedTuple):
+    """Points on the straight paths from noise to data, and the velocities there.
+
+    Attributes:
+        x: (B, channels, height, width) float32, t data + (1 - t) noise.
+        t: (B,) float32 in (0, 1), logit-normal: sigmoid(N(0, 1)).
+        labels: (B,) int64, some replaced with the null class.
+        target: as x, data - noise.
+    """
+
+    x: Tensor
+    t: Tensor
+    labels: Tensor
+    target: Tensor
+
+
+def flow_matching_batch(
     data: Tensor,
     labels: Tensor,
     *,
     num_classes: int,
     label_dropout: float,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Mean squared error of the velocity at a random time of every sample's straight path from noise to data.
-
-    x_t = t data + (1 - t) noise, target data - noise, t = sigmoid(N(0, 1)) (logit-normal), labels dropped to the null
-    class with chance label_dropout.
+    generator: torch.Generator,
+    part: tuple[int, int] = (0, 1),
+) -> FlowMatchingBatch:
+    """Draw a time, a noise and a dropout for every sample.
 
     Args:
-        model: (x, t, y) → (velocity, state).
         data: (B, channels, height, width) float32, the clean samples.
         labels: (B,) int64.
         num_classes: also the index of the null class.
-        label_dropout: between 0 and 1.
-        generator: on the data's device; None is torch's default one.
-
-    Returns:
-        The loss, a float32 scalar.
+        label_dropout: chance of the null class, 0 to 1.
+        generator: on the data's device.
+        part: (r, R): the samples are the r-th of R equal parts of a batch. What is drawn is that of the whole batch,
+            so that it does not depend on how many processes share it.
     """
+    index, parts = part
     batch, device = data.shape[0], data.device
-    t = torch.randn(batch, generator=generator, device=device).sigmoid()
-    noise = torch.randn(data.shape, generator=generator, device=device)
-    dropped = torch.rand(batch, generator=generator, device=device) < label_dropout
-    labels = labels.masked_fill(dropped, num_classes)
+    own = slice(index * batch, (index + 1) * batch)
+    t = torch.randn(parts * batch, generator=generator, device=device)[own].sigmoid()
+    noise = torch.randn((parts * batch, *data.shape[1:]), generator=generator, device=device)[own]
+    dropped = torch.rand(parts * batch, generator=generator, device=device)[own] < label_dropout
     along = t.view(-1, 1, 1, 1)
-    velocity, _ = model(along * data + (1 - along) * noise, t, labels)
-    return nn.functional.mse_loss(velocity.float(), data - noise)
+    return FlowMatchingBatch(
+        x=along * data + (1 - along) * noise,
+        t=t,
+        labels=labels.masked_fill(dropped, num_classes),
+        target=data - noise,
+    )
+
+
+def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of the velocities, a float32 scalar."""
+    return F.mse_loss(velocity.float(), target)
+
+
+class Objective:
+    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's.
+
+    Args:
+        experiment: the settings.
+        device: where to compute.
+        feature_size: of the data's own features, if there are any.
+
+    Attributes:
+        feature_size: of the features that REPA compares with; None without REPA.
+
+    Raises:
+        ValueError: the encoder of REPA's features cannot be loaded.
+    """
+
+    def __init__(self, experiment: Experiment, device: torch.device, feature_size: int | None) -> None:
+        self._model, self._settings, self._device = experiment.model, experiment.training, device
+        size = experiment.data.sample_size // experiment.model.patch_size
+        self._grid = (size, size)
+        self._generator = torch.Generator(device)
+        self._encoder: DinoV2 | None = None
+        if self._settings.repa_weight and experiment.data.images is not None:
+            self._encoder = DinoV2(self._settings.repa_encoder, device, getattr(torch, self._settings.dtype))
+            feature_size = self._encoder.feature_size
+        self.feature_size = feature_size
+
+    def backward(self, replica: Replica, batch: LatentBatch, step: int) -> Tensor:
+        """Leave the gradients of one step in the replica's masters.
+
+        Args:
+            replica: what is trained.
+            batch: this process's share of the step's batch.
+            step: its number, which alone decides, with the seed, what is drawn.
+
+        Returns:
+            (2,) float32, the losses of flow matching and of REPA (0 without), means over this process's share.
+        """
+        settings = self._settings
+        # Neighbouring seeds and steps lie far apart, and none of them is torch's or the data's own.
+        self._generator.manual_seed((settings.seed * 0x9E3779B97F4A7C15 + step) % 2**63)
+        points = flow_matching_batch(
+            batch.latents.to(self._device, non_blocking=True),
+            batch.labels.to(self._device, non_blocking=True),
+            num_classes=self._model.num_classes,
+            label_dropout=settings.label_dropout,
+            generator=self._generator,
+            part=(dist.get_rank(), dist.get_world_size()),
+        )
+        parts = settings.accumulation_steps
+        losses = torch.zeros(2, device=self._device)
+        features = self._features(batch).chunk(parts) if self.feature_size is not None else [None] * parts
+        for x, t, labels, target, aligned in zip(*(tensor.chunk(parts) for tensor in points), features, strict=True):
+            velocity, projected = replica.compute(x, t, labels)
+            flow = flow_matching_loss(velocity, target)
+            repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
+            ((flow + settings.repa_weight * repa) / parts).backward()
+            replica.collect()
+            losses += torch.stack([flow, repa]).detach() / parts
+        return losses
+
+    def _features(self, batch: LatentBatch) -> Tensor:
+        """DINOv2's, as cached or computed now: (B, N', F)."""
+        if self._encoder is None:
+            assert batch.features is not None
+            return batch.features.to(self._device, non_blocking=True)
+        assert batch.images is not None
+        parts = batch.images.chunk(self._settings.accumulation_steps)
+        return torch.cat([self._encoder(part.to(self._device, non_blocking=True)) for part in parts])

@@ -38,6 +38,21 @@ class MeanPoolEncoder:
         return mean, -mean - 2
 
 
+class PatchMeanFeatures:
+    """Features that are the colours of 4x4 patches: the interface of ddt_fast.training.repa.DinoV2 without a ViT."""
+
+    name, feature_size = "patch means", 3
+
+    def grid(self, image_size: int) -> int:
+        return image_size // 4
+
+    def sha256(self) -> str:
+        return "none"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(images.float() / 255, 4).flatten(2).transpose(1, 2)
+
+
 def make_images(root: Path, counts: dict[str, int], size: int = 24) -> Path:
     """A folder of noise images, as many per class as counts says."""
     random = np.random.default_rng(0)
@@ -57,14 +72,24 @@ def encode(
     dtype: str = "float16",
     flips: bool = True,
     shard_size: int = 8,
+    repa_encoder: PatchMeanFeatures | None = None,
     **options: int,
 ) -> dict | None:
-    """Cache an image folder with the encoder above, 16 px, 3 images at a time."""
+    """Cache an image folder with the encoders above, 16 px, 3 images at a time."""
     folder, encoder = list_images(images), encoder or MeanPoolEncoder()
     settings = cache_settings(
-        folder, encoder, "pool", image_size=16, dtype=dtype, flips=flips, shard_size=shard_size, batch_size=3
+        folder,
+        encoder,
+        "pool",
+        image_size=16,
+        dtype=dtype,
+        flips=flips,
+        shard_size=shard_size,
+        batch_size=3,
+        repa_encoder=repa_encoder,
     )
-    return encode_images(folder, output, encoder, settings, **{"num_workers": 0, **options})
+    options = {"num_workers": 0, **options}
+    return encode_images(folder, output, encoder, settings, repa_encoder=repa_encoder, **options)
 
 
 def write_cache(path: Path, count: int, shape=(4, 2, 2), *, flips: bool = True, logvar: float = -2.0) -> Path:

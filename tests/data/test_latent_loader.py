@@ -28,8 +28,9 @@ def sure(tmp_path_factory):
 def take(loader: LatentLoader, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The next `count` batches, concatenated."""
     with loader:
-        latents, labels = zip(*(next(loader) for _ in range(count)), strict=True)
-    return torch.cat(latents), torch.cat(labels)
+        batches = [next(loader) for _ in range(count)]
+    assert all(batch.features is None and batch.images is None for batch in batches)
+    return torch.cat([batch.latents for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 
 def seen(latents: torch.Tensor) -> list[int]:

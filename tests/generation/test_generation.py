@@ -3,12 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddt_fast.config import PRESETS, SamplingConfig
+from ddt_fast.config import SamplingConfig
 from ddt_fast.files import atomic_file, atomic_folder, check_replaceable, output_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.job import Job, generate
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model.reference import DDT
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddt_fast.config import PRESETS, DDTConfig
+from ddt_fast.config import DDTConfig
 from ddt_fast.model.flops import model_flops
 from ddt_fast.model.reference import DDT
+from ddt_fast.presets import PRESETS
 
 
 def test_count_equals_what_pytorch_counts():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import golden_data as golden
-from ddt_fast.config import PRESETS
 from ddt_fast.model.base import rotary_tables
 from ddt_fast.model.reference import DDT, rotate
+from ddt_fast.presets import PRESETS
 from golden_data import relative_error
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 import golden_data as golden
 from ddt_fast import load_model
-from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, save_model
+from ddt_fast.presets import PRESETS
 
 NAME = "tiny_h48_d24"
 DATA, SAMPLING = DataConfig("latents", 64, "some/vae"), SamplingConfig(num_steps=7, refresh_steps=(0, 3))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import golden_data as golden
-from ddt_fast.config import PRESETS, SamplingConfig
+from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.model.weights import load_model
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
 from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
 from ddt_fast.sampling.fast import fast_settings

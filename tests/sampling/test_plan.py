@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddt_fast.config import PRESETS, SamplingConfig
+from ddt_fast.config import SamplingConfig
+from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
 
 XL2 = PRESETS["xl2_256"]

@@ -10,8 +10,9 @@ import yaml
 from PIL import Image
 
 from ddt_fast import load_model
-from ddt_fast.config import PRESETS, Experiment
+from ddt_fast.config import Experiment
 from ddt_fast.model.reference import DDT
+from ddt_fast.presets import PRESETS
 from ddt_fast.training import loop
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import shuffled_batches, train

@@ -1,0 +1,56 @@
+"""The images behind a latent cache, read anew: for features that are computed while training rather than cached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.data.image_folder import UnreadableImageError, list_images, read_image
+from ddt_fast.data.latent_cache import names_sha256
+from ddt_fast.data.latent_dataset import LatentDataset
+
+
+class CachedImages:
+    """The centre crops that the latents of a cache were encoded from.
+
+    Args:
+        root: the image folder that the cache was made from, wherever it is now.
+        dataset: the cache.
+
+    Raises:
+        ValueError: no image folder, or one whose file names are not those of the cache; LightningDiT's shards, which do
+            not say what they were made from.
+    """
+
+    def __init__(self, root: Path, dataset: LatentDataset) -> None:
+        settings = dataset.settings
+        if settings is None:
+            raise ValueError("LightningDiT's shards do not say which image is which; images need a ddt-fast cache")
+        folder = list_images(root)
+        if len(folder.files) != settings.num_images:
+            raise ValueError(f"{root} holds {len(folder.files)} images; the cache was made from {settings.num_images}")
+        if names_sha256(folder.files) != settings.images_sha256:
+            raise ValueError(f"{root} holds other file names than the image folder that the cache was made from")
+        self._root, self._files = root, folder.files
+        self._places = dataset.image_places()
+        self.image_size = settings.image_size
+
+    def read(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
+        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB.
+
+        Raises:
+            ValueError: an image that cannot be read any more; the message names the file.
+        """
+        images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
+        for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
+            path = self._root / self._files[place]
+            try:
+                pixels = read_image(path, self.image_size).numpy()
+            except UnreadableImageError as error:
+                raise ValueError(f"{path} was readable when its latent was cached, now it is not: {error}") from error
+            image[:] = pixels[..., ::-1] if flip else pixels
+        return torch.from_numpy(images)

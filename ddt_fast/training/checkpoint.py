@@ -1,0 +1,178 @@
+"""Checkpoints of a run: saved while training goes on, whole or not at all, continued by any number of processes.
+
+    checkpoints/step_0010000/state/          weights, average, optimiser: torch.distributed.checkpoint, sharded
+    checkpoints/step_0010000/trainer.json    step, position in the data, settings
+    checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from tqdm import tqdm
+
+from ddt_fast.training.state import TrainingState
+
+_NAME = re.compile(r"step_(\d+)")
+OWNED_NAMES = r"\.?step_\d+(\.old)?"
+VERSION = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    All processes construct one and call its methods together. Tensors are copied to the CPU when `save` is called; what
+    follows happens in the background. A checkpoint gets its name when all of it is on the disk.
+
+    Args:
+        folder: the run's folder.
+        keep: how many are kept, the latest; 0 keeps all.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder = folder / "checkpoints"
+        self._keep = keep
+        self._first = dist.get_rank() == 0
+        # What is said in the background must not be mixed up with what training says at the same time.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future[None] | None = None
+
+    def save(
+        self, state: TrainingState, numbers: dict[str, Any], save_model: Callable[[Path], None], wait: bool = False
+    ) -> None:
+        """Save a checkpoint of the state's step, after the one before is finished.
+
+        Args:
+            state: what to save.
+            numbers: goes to trainer.json.
+            save_model: writes the model folder; called in the first process, in the background unless `wait`.
+            wait: return when the checkpoint is on the disk, and raise what went wrong. Otherwise a checkpoint that
+                cannot be written is a warning: training goes on, earlier checkpoints stay.
+
+        Raises:
+            OSError: with wait, no space left, or the like.
+        """
+        self.wait()
+        name = f"step_{state.step:07d}"
+        temporary = self._folder / f".{name}"
+        if self._first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch.distributed.checkpoint.*")
+            tensors, target = state.tensors(), temporary / "state"
+            written = cast(Future[Any], dcp.async_save(tensors, checkpoint_id=target, process_group=self._group))
+        content = json.dumps({"version": VERSION, **numbers}, indent=2) + "\n"
+
+        def finish() -> None:
+            try:
+                written.result()
+                if not self._first:
+                    return
+                save_model(temporary / "model")
+                (temporary / "trainer.json").write_text(content)
+                _remove(self._folder / name)
+                temporary.rename(self._folder / name)
+                self._prune()
+            except BaseException:
+                if self._first:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+        self._saving = self._thread.submit(finish)
+        if wait:
+            self._finish(warn=False)
+
+    def wait(self) -> None:
+        """Return when nothing is being saved any more."""
+        self._finish(warn=True)
+
+    def close(self) -> None:
+        """Finish, and end the background thread."""
+        self.wait()
+        self._thread.shutdown()
+
+    def _finish(self, warn: bool) -> None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.result()
+        except (OSError, CheckpointException, RuntimeError) as error:
+            message = f"the checkpoint could not be saved: {reason(error)}"
+            if not warn:
+                raise OSError(message) from error
+            tqdm.write(f"warning: {message}; training goes on, earlier checkpoints are kept", file=sys.stderr)
+
+    def _prune(self) -> None:
+        if self._keep:
+            for folder in list_checkpoints(self._folder)[: -self._keep]:
+                _remove(folder)
+
+
+def reason(error: BaseException) -> str:
+    """In one line, what made saving or loading fail in any of the processes."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a run's checkpoints/ folder, the latest last."""
+    found = [(int(match[1]), path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def read_numbers(checkpoint: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint.
+
+    Raises:
+        ValueError: the folder is no checkpoint of a run, or of another version.
+    """
+    file = checkpoint / "trainer.json"
+    if not file.is_file() or not (checkpoint / "state" / ".metadata").is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint of a run, a folder such as RUN/checkpoints/step_0010000")
+    try:
+        numbers = json.loads(file.read_text())
+        version = numbers["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}") from error
+    if version != VERSION:
+        raise ValueError(f"{file} is of version {version}; this ddt-fast reads {VERSION}")
+    return numbers
+
+
+def load_state(checkpoint: Path, state: TrainingState) -> None:
+    """Fill the state's tensors from a checkpoint that any number of processes wrote. Called by all together.
+
+    Raises:
+        ValueError: files that are missing or damaged, or of another model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch.distributed.checkpoint.*")
+            dcp.load(state.tensors(), checkpoint_id=checkpoint / "state")
+    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that a kill in between leaves none that looks whole."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

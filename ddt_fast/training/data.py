@@ -1,0 +1,52 @@
+"""The data that an experiment names, as batches without end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ddt_fast.config import Experiment
+from ddt_fast.data.digits import DigitsDataset
+from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.latent_loader import LatentLoader, Samples
+
+
+def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
+    """This process's share of the experiment's batches.
+
+    Raises:
+        ValueError: no or unusable data, data that do not fit the model, or a batch that the processes cannot share.
+    """
+    data, model, training = experiment.data, experiment.model, experiment.training
+    shares = dist.get_world_size() * training.accumulation_steps
+    if training.batch_size % shares:
+        raise ValueError(
+            f"batch_size is {training.batch_size}; allowed: multiples of {shares}, processes times accumulation_steps"
+        )
+    dataset: Samples
+    if data.dataset == "digits":
+        dataset = DigitsDataset()
+    elif data.folder is None:
+        raise ValueError("data.folder is null; name the folder of cached latents (ddt_fast.cache_latents makes one)")
+    else:
+        dataset = LatentDataset(
+            Path(data.folder),
+            shape=(model.in_channels, data.sample_size, data.sample_size),
+            scaling_factor=data.scaling_factor,
+            channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
+            features=training.repa_weight > 0 and data.images is None,
+        )
+        if dataset.num_classes > model.num_classes:
+            classes = f"{data.folder} holds {dataset.num_classes} classes"
+            raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: as many or more")
+    return LatentLoader(
+        dataset,
+        training.batch_size,
+        seed=training.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        images=Path(data.images) if training.repa_weight and data.images is not None else None,
+        pin_memory=device.type == "cuda",
+    )

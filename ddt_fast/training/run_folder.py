@@ -1,0 +1,121 @@
+"""The files of a run: its settings, what it must agree with to be continued, and its provenance."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from ddt_fast.config import Experiment
+from ddt_fast.evaluation.digits_score import DigitsScore
+from ddt_fast.files import atomic_file, check_replaceable
+from ddt_fast.model.weights import OWNED_NAMES as MODEL_NAMES
+from ddt_fast.training import checkpoint
+from ddt_fast.training.checkpoint import list_checkpoints
+
+_FILES = ("recipe.yaml", "log.jsonl", "samples.png", "curves.png", "training.json", "wandb_run.txt")
+_MAY_CHANGE = {
+    *("data.folder", "data.images", "training.max_steps", "training.accumulation_steps", "training.parallel"),
+    *("training.gradient_checkpointing", "training.compile", "training.checkpoint_every", "training.keep_checkpoints"),
+    *("training.log_every", "training.sample_every", "training.sample_images", "training.score_samples"),
+    *("training.init", "training.tensorboard", "training.wandb"),
+}
+
+
+def settings_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
+    """All settings as YAML and JSON can hold them: tuples become lists."""
+    parts = {name: asdict(getattr(experiment, name)) for name in ("model", "data", "training", "sampling")}
+    return {
+        part: {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        for part, settings in parts.items()
+    }
+
+
+def check_continuable(checkpoint: Path, saved: dict[str, dict[str, Any]], experiment: Experiment) -> None:
+    """ValueError that names the settings, if the run of a checkpoint would not be the same run under these ones.
+
+    How samples are drawn, how often things are written, the number of processes and how they share the work may change.
+    """
+    ours = settings_of(experiment)
+    changed = [
+        f"{part}.{name} was {saved.get(part, {}).get(name)!r}, now {value!r}"
+        for part in ("model", "data", "training")
+        for name, value in ours[part].items()
+        if f"{part}.{name}" not in _MAY_CHANGE and saved.get(part, {}).get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {'; '.join(changed)}; take the same, or start a new run "
+            f"from its weights with --training.init {checkpoint / 'model'}"
+        )
+
+
+def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
+    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all processes together.
+
+    Raises:
+        ValueError: files of the same names that are not a run's.
+    """
+    check_replaceable(folder / "model", MODEL_NAMES)
+    check_replaceable(folder / "checkpoints", checkpoint.OWNED_NAMES)
+    check_replaceable(folder / "samples", r"\w+_step_\d+\.png")
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        stale = list((folder / "checkpoints").glob(".step_*"))
+        if not keep:
+            stale += [folder / name for name in ("model", "checkpoints", "samples", "tensorboard")]
+            for name in _FILES:
+                (folder / name).unlink(missing_ok=True)
+        for path in stale:
+            shutil.rmtree(path, ignore_errors=True)
+        with atomic_file(folder / "recipe.yaml") as file:
+            file.write_text(yaml.safe_dump(settings_of(experiment), sort_keys=False))
+    dist.barrier()
+
+
+def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
+    """The checkpoint to continue from: none, "auto" for the latest of the folder if it has one, or the one named."""
+    if resume != "auto":
+        return None if resume is None else Path(resume)
+    found = list_checkpoints(folder / "checkpoints")
+    return found[-1] if found else None
+
+
+def write_provenance(
+    folder: Path, steps: int, seconds: float, device: torch.device, scores: dict[str, DigitsScore]
+) -> None:
+    """training.json: what a reader needs to trust or repeat a run."""
+    content = {
+        "steps": steps,
+        "training_seconds": round(seconds, 1),
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processes": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "scores": {kind: asdict(score) for kind, score in scores.items()},
+    }
+    with atomic_file(folder / "training.json") as file:
+        file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The commit of this source tree; None when the package is installed rather than checked out."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

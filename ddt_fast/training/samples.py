@@ -1,0 +1,62 @@
+"""Looking at a model while it is trained: labelled grids of samples, and scores where there is something to score with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddt_fast.autoencoder import Decoder
+from ddt_fast.command import choose_dtype
+from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.generation.images import labelled_grid, to_uint8
+from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model.fused import FusedDDT
+from ddt_fast.model.reference import DDT
+from ddt_fast.sampling import sample
+from ddt_fast.sampling.noise import seeded_noise
+
+
+class Preview:
+    """Draws from models of one experiment, as its sampling settings say.
+
+    Args:
+        experiment: the settings.
+        device: where to draw.
+
+    Raises:
+        ValueError: the autoencoder that turns samples into images cannot be loaded.
+    """
+
+    def __init__(self, experiment: Experiment, device: torch.device) -> None:
+        self._experiment = experiment
+        self._device = device
+        self._decode: Callable[[Tensor], Tensor] | None = None
+        if experiment.data.autoencoder is not None and experiment.training.sample_every:
+            self._decode = Decoder(experiment.data.autoencoder, device)
+
+    def grid(self, model: DDT) -> Image.Image:
+        """A labelled grid of class-balanced samples."""
+        labels = assign_labels(self._experiment.training.sample_images, self._experiment.model.num_classes)
+        samples = self._draw(model, labels, self._experiment.sampling)
+        images = samples if self._decode is None else self._decode(samples)
+        return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
+
+    def score(self, model: DDT, num_samples: int) -> dict[str, DigitsScore]:
+        """Scores of class-balanced digits drawn without guidance, and as the sampling settings say."""
+        labels = assign_labels(num_samples, self._experiment.model.num_classes)
+        sampling = self._experiment.sampling
+        configs = {"unguided": replace(sampling, guidance_scale=1.0), "guided": sampling}
+        return {kind: score_digits(self._draw(model, labels, config), labels) for kind, config in configs.items()}
+
+    def _draw(self, model: DDT, labels: Tensor, config: SamplingConfig) -> Tensor:
+        data = self._experiment.data
+        dtype = choose_dtype("auto", self._device, latents=data.autoencoder is not None)
+        fused = FusedDDT.from_reference(model).to(self._device, dtype)
+        shape = (self._experiment.model.in_channels, data.sample_size, data.sample_size)
+        noise, generators = seeded_noise(range(len(labels)), shape)
+        return sample(fused, noise, labels, config, generators=generators)

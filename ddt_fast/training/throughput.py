@@ -1,0 +1,124 @@
+"""How fast training goes: img/s, TFLOP/s, MFU and memory."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ddt_fast.config import DDTConfig
+from ddt_fast.model.flops import model_flops
+
+_DINOV2_WIDTH = 768
+
+_PEAK_TFLOPS = {
+    r"A100-(SXM4|PCIE|PG509)-\d+GB|A100 80GB PCIe": 312.0,
+    r"H100 80GB HBM3": 989.4,
+    r"H100 PCIe": 756.0,
+    r"H100 NVL|H200 NVL": 835.5,
+    r"H200": 989.4,
+    r"B200": 2250.0,
+    r"L40S": 362.05,
+    r"GeForce RTX 4090": 165.2,
+}
+"""Dense bf16 and fp16 TFLOP/s with fp32 accumulation, by what CUDA calls the GPU: NVIDIA's data sheets, whose figures
+for Hopper and Blackwell are for sparse matrices, twice these."""
+
+
+def training_flops(config: DDTConfig, height: int, width: int, projector: bool) -> int:
+    """Matrix-multiplication FLOPs that training takes per image: forward, and twice that for backward.
+
+    Not counted: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
+    cached features do not need.
+
+    Args:
+        config: the model.
+        height, width: of the image or latent; ValueError when patch_size does not divide them.
+        projector: REPA is on: its MLP C -> C -> C -> 768 runs on every token.
+    """
+    forward = model_flops(config, height, width).total
+    if projector:
+        c = config.hidden_size
+        forward += 2 * config.num_tokens(height, width) * (c * c + c * c + c * _DINOV2_WIDTH)
+    return 3 * forward
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Dense FLOP/s that the GPU reaches at best in bfloat16 or float16; None for other dtypes and where that is not
+    known: CPUs, GPUs not listed here, slices of a GPU (MIG)."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+    return next((peak * 1e12 for pattern, peak in _PEAK_TFLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+class Throughput:
+    """Counts images and time between log lines.
+
+    Args:
+        flops_per_image: see training_flops.
+        device: of this rank.
+        dtype: of the matrix multiplications.
+        world_size: GPUs, or processes on CPUs, that the images are shared by.
+    """
+
+    def __init__(
+        self, flops_per_image: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, world_size: int = 1
+    ) -> None:
+        self._flops, self._device, self._world_size = flops_per_image, device, world_size
+        self._peak = peak_flops(device, dtype)
+        self._images, self._start = 0, self._now()
+
+    def add(self, images: int) -> None:
+        """Count the images of a step, those of all ranks."""
+        self._images += images
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time spent inside: sampling, saving, compiling."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._start += self._now() - start
+
+    def read(self) -> dict[str, float]:
+        """What the log takes, since the last call or the start, and begin anew.
+
+        images_per_second over all ranks; tflops_per_second of one device, and mfu, its share of the device's peak,
+        left out where the peak is not known; memory_gb (10^9 bytes), the most that this rank's tensors took on its
+        GPU so far, or this process in RAM, left out where the system does not tell.
+        """
+        now = self._now()
+        rate = self._images / (now - self._start)
+        flops = rate * self._flops / self._world_size
+        self._images, self._start = 0, now
+        values = {"images_per_second": rate, "tflops_per_second": flops / 1e12}
+        if self._peak is not None:
+            values["mfu"] = flops / self._peak
+        memory = _peak_memory(self._device)
+        if memory is not None:
+            values["memory_gb"] = memory / 1e9
+        return values
+
+    def _now(self) -> float:
+        # The GPU works behind: without waiting, its last steps would count as time of what comes next.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    # macOS counts bytes, the others KiB.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
