@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.config import PRESETS, Experiment
+from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
 from ddt_fast.model.weights import (
@@ -26,6 +26,7 @@ from ddt_fast.model.weights import (
     save_model,
     settle_config,
 )
+from ddt_fast.presets import PRESETS
 
 
 def build_parser() -> CommandParser:

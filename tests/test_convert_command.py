@@ -20,10 +20,11 @@ import ddt_fast.convert as convert
 import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.command import run_command
-from ddt_fast.config import PRESETS, DataConfig, SamplingConfig
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.lightning import read_lightning, write_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, read_weight_sets, save_model
+from ddt_fast.presets import PRESETS
 
 NAME = "tiny_h48_d24"
 CONFIG = golden.model_config(NAME)
