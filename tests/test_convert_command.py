@@ -96,10 +96,22 @@ def test_there_and_back_again_is_exact(place):
     assert same(back.raw, RAW)
     assert same(back.projector, PROJECTOR)
     for source in ("model", "released.ckpt"):
-        sets = read_weight_sets(place / source)
+        sets = read_weight_sets(place / source, CONFIG)
         assert same(sets.ema, EMA)
         assert same(sets.raw, RAW)
         assert same(sets.projector, PROJECTOR)
+
+
+def test_what_training_starts_from_must_fit_its_model(place):
+    for config in (replace(CONFIG, num_blocks=CONFIG.num_blocks + 1), replace(CONFIG, hidden_size=24)):
+        with pytest.raises(ValueError, match=r"released\.ckpt and its configuration disagree"):
+            read_weight_sets(place / "released.ckpt", config)
+    write_lightning(place / "raw.ckpt", EMA, {name: tensor[:1] for name, tensor in RAW.items()})
+    with pytest.raises(ValueError, match=r"raw\.ckpt and its configuration disagree: \d+ tensors of another shape"):
+        read_weight_sets(place / "raw.ckpt", CONFIG)
+    odd_projector(place)
+    with pytest.raises(ValueError, match=r"the REPA projector in .* does not fit: 4\.weight is \(7, 9\)"):
+        read_weight_sets(place / "released.ckpt", CONFIG)
 
 
 def test_an_export_without_raw_weights_says_so(place, capsys):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder
-from ddt_fast.model.lightning import LightningWeights, WeightSet, own_storages, read_lightning
+from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
 
@@ -105,23 +105,30 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def read_weight_sets(path: str | Path) -> LightningWeights:
+def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
     """Everything that training can go on from: averaged and raw weights and REPA's projector, as far as they are there,
-    from a .ckpt, a folder or a .safetensors file (whose weights count as averaged). On the CPU, memory-mapped, in their
-    own dtype; whether they fit a model is `build_model`'s to say.
+    from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU,
+    memory-mapped, in their own dtype.
 
     Raises:
-        ValueError: missing or corrupt file.
+        ValueError: missing or corrupt file, or weights or a projector that do not fit `config`, where it is given.
     """
     source = resolve_checkpoint(path)
     if source.suffix == ".ckpt":
-        return read_lightning(source)
-    if not source.is_dir():
-        return LightningWeights(_read_safetensors(source), {}, {}, [])
-    raw, projector = (
-        _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
-    )
-    return LightningWeights(_read_safetensors(source / WEIGHTS_NAME), raw, projector, [])
+        sets = read_lightning(source)
+    elif source.is_dir():
+        raw, projector = (
+            _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
+        )
+        sets = LightningWeights(_read_safetensors(source / WEIGHTS_NAME), raw, projector, [])
+    else:
+        sets = LightningWeights(_read_safetensors(source), {}, {}, [])
+    if config is not None:
+        for weights in filter(None, (sets.ema, sets.raw)):
+            build_model(config, weights, source)
+        if sets.projector:
+            check_projector(sets.projector, config.hidden_size, source)
+    return sets
 
 
 def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
