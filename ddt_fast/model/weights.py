@@ -1,15 +1,17 @@
-"""Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt."""
+"""Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt
+(`lightning`)."""
 
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
+import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -18,22 +20,33 @@ from torch import Tensor
 
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder
+from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+RAW_NAME = "raw.safetensors"
+PROJECTOR_NAME = "repa_projector.safetensors"
 OWNED_NAMES = (
-    r"config\.json|diffusion_pytorch_model\.safetensors|recipe\.yaml|training\.json|README\.md|refresh_schedules\.json"
+    r"config\.json|diffusion_pytorch_model\.safetensors|raw\.safetensors|repa_projector\.safetensors"
+    r"|recipe\.yaml|training\.json|README\.md|refresh_schedules\.json"
 )
-_EMA_PREFIX = "ema_denoiser."
 
 
-def save_model(model: DDT, folder: str | Path, data: DataConfig, sampling: SamplingConfig) -> None:
+def save_model(
+    model: DDT,
+    folder: str | Path,
+    data: DataConfig,
+    sampling: SamplingConfig,
+    raw: Mapping[str, Tensor] | None = None,
+    projector: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model folder that `load_model` reads, whole or not at all; an older model of that name is replaced.
 
     config.json holds the model's shape, and how its samples become images and are best drawn, so that a folder is all
-    that sampling needs. Weights keep their dtype.
+    that sampling needs. Weights keep their dtype. For continued training, `raw`, the weights that the model's are the
+    average of, and REPA's `projector` go into files of their own; `read_weight_sets` gives them back.
 
     Raises:
         ValueError: the folder holds anything but a model.
@@ -42,9 +55,11 @@ def save_model(model: DDT, folder: str | Path, data: DataConfig, sampling: Sampl
     entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
     with atomic_folder(Path(folder), OWNED_NAMES) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        files = {WEIGHTS_NAME: model.state_dict(), RAW_NAME: raw, PROJECTOR_NAME: projector}
         try:
-            save_file(weights, temporary / WEIGHTS_NAME, metadata={"format": "pt"})
+            for name, tensors in files.items():
+                if tensors:
+                    save_file(own_storages(tensors), temporary / name, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written: {error}") from error
 
@@ -54,35 +69,75 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     config: DDTConfig | None = None,
+    weights: WeightSet = "ema",
 ) -> DDT:
     """Load a DDT for sampling: in eval mode, without gradients.
 
     Args:
-        path: a folder written by `save_model`, a .safetensors file, a released Lightning .ckpt (its EMA weights are
-            taken), or a Hugging Face Hub id of such a folder.
+        path: a folder written by `save_model`, a .safetensors file, a released Lightning .ckpt, or a Hugging Face Hub
+            id of such a folder.
         device, dtype: where to put it, and the dtype of its weights.
         config: needed only where a bare weights file leaves open what its tensor shapes do not settle (patch size,
             number of encoder blocks) and no preset has these shapes; must agree with the folder's config.json if given.
+        weights: "ema", the averaged ones, a folder's own; "raw", those that training goes on from, where they are kept.
 
     Raises:
-        ValueError: missing or corrupt file, or weights and configuration that disagree.
+        ValueError: missing or corrupt file, a .ckpt with more than tensors in it (nothing of it is run), or weights and
+            configuration that disagree.
     """
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, torch.float64")
+    if weights not in get_args(WeightSet):
+        raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(WeightSet))}")
     source = resolve_checkpoint(path)
-    weights_file = source / WEIGHTS_NAME if source.is_dir() else source
-    config_file = (source if source.is_dir() else source.parent) / CONFIG_NAME
-    weights = _read_weights(weights_file)
-    if config_file.is_file() and weights_file.suffix == ".safetensors":
+    tensors = _read_chosen(source, weights)
+    if has_config(source):
         saved = read_experiment(source).model
         if config is not None and config != saved:
-            raise ValueError(f"{config_file} says {saved}, config says {config}; leave config out or make them agree")
+            file = _config_file(source)
+            raise ValueError(f"{file} says {saved}, config says {config}; leave config out or make them agree")
         config = saved
-    with torch.device("meta"):
-        model = DDT(config or _config_from_weights(weights, weights_file))
-    _check_fit({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, weights_file)
-    model.load_state_dict(weights, assign=True)
+    if config is None:
+        preset, config = settle_config(tensors, source)
+        guessed = f"patch size {config.patch_size}, {config.num_encoder_blocks} encoder blocks"
+        warnings.warn(f"{source.name} says nothing of {guessed}: taken from preset {preset} by its shape", stacklevel=2)
+    model = build_model(config, tensors, source)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
+    """Everything that training can go on from: averaged and raw weights and REPA's projector, as far as they are there,
+    from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU,
+    memory-mapped, in their own dtype.
+
+    Raises:
+        ValueError: missing or corrupt file, or weights or a projector that do not fit `config`, where it is given.
+    """
+    source = resolve_checkpoint(path)
+    if source.suffix == ".ckpt":
+        sets = read_lightning(source)
+    elif source.is_dir():
+        raw, projector = (
+            _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
+        )
+        sets = LightningWeights(_read_safetensors(source / WEIGHTS_NAME), raw, projector, [])
+    else:
+        sets = LightningWeights(_read_safetensors(source), {}, {}, [])
+    if config is not None:
+        for weights in filter(None, (sets.ema, sets.raw)):
+            build_model(config, weights, source)
+        if sets.projector:
+            check_projector(sets.projector, config.hidden_size, source)
+    return sets
+
+
+def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
+    """A DDT that holds these very tensors; ValueError where they do not fit it, with `source` as their origin."""
+    with torch.device("meta"):
+        model = DDT(config)
+    _check_fit({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, source)
+    model.load_state_dict(weights, assign=True)
+    return model
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -107,8 +162,11 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 def has_config(checkpoint: Path) -> bool:
     """Whether a local checkpoint has its settings with it: a config.json in the folder, or beside a .safetensors."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return checkpoint.suffix != ".ckpt" and (folder / CONFIG_NAME).is_file()
+    return checkpoint.suffix != ".ckpt" and _config_file(checkpoint).is_file()
+
+
+def _config_file(checkpoint: Path) -> Path:
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_NAME
 
 
 def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
@@ -130,11 +188,20 @@ def read_experiment(path: str | Path) -> Experiment:
     Raises:
         ValueError: no or a corrupt config.json.
     """
-    source = resolve_checkpoint(path)
-    file = (source if source.is_dir() else source.parent) / CONFIG_NAME
+    return read_settings(_config_file(resolve_checkpoint(path)))
+
+
+def read_settings(file: Path) -> Experiment:
+    """Model, data and sampling settings from a config.json, or from YAML such as the recipe.yaml of a training run.
+
+    Raises:
+        ValueError: no or a corrupt file.
+    """
     try:
-        entries = json.loads(file.read_text())
-        model = DDTConfig(**{setting.name: entries[setting.name] for setting in fields(DDTConfig)})
+        text = file.read_text()
+        entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        parts = entries.get("model", entries)
+        model = DDTConfig(**{setting.name: parts[setting.name] for setting in fields(DDTConfig)})
         data = DataConfig(**entries.get("data", {}))
         sampling = SamplingConfig(**entries.get("sampling", {}))
         return Experiment(model, data, sampling=sampling)
@@ -142,59 +209,59 @@ def read_experiment(path: str | Path) -> Experiment:
         raise ValueError(f"{file} does not exist") from error
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{file} is not a valid configuration: {error}") from error
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint file, under the model's own names."""
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} does not exist")
-    if file.suffix not in (".safetensors", ".ckpt"):
+def _read_chosen(source: Path, which: WeightSet) -> dict[str, Tensor]:
+    if source.suffix == ".ckpt":
+        return read_lightning(source).take(which, source)
+    if which == "ema":
+        return _read_safetensors(source / WEIGHTS_NAME if source.is_dir() else source)
+    if not (source / RAW_NAME).is_file():
+        raise ValueError(f"checkpoint {source} holds no raw weights; take its ema weights")
+    return _read_safetensors(source / RAW_NAME)
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        tensors = dict(content["state_dict"])
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint: {reason}") from error
-    weights = {
-        name.removeprefix(_EMA_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if isinstance(name, str) and name.startswith(_EMA_PREFIX) and isinstance(tensor, Tensor)
-    }
-    if not weights:
-        raise ValueError(f"checkpoint {file} holds no {_EMA_PREFIX}* tensors; it is not a released DDT checkpoint")
-    return weights
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint: {error}") from error
 
 
-def _config_from_weights(weights: dict[str, Tensor], file: Path) -> DDTConfig:
-    """What the shapes settle, completed from the preset that has them."""
+def settle_config(
+    weights: Mapping[str, Tensor], source: Path, presets: Mapping[str, Experiment] = PRESETS
+) -> tuple[str, DDTConfig]:
+    """What the shapes of the weights settle, completed from the first preset that agrees with them, and its name.
+
+    Raises:
+        ValueError: none agrees, or no weights of a DDT, with `source` as their origin.
+    """
     try:
         hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
         head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
         num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
         num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     except KeyError as error:
-        raise ValueError(f"checkpoint {file} holds no tensor {error}; it is not a DDT") from error
+        raise ValueError(f"checkpoint {source} holds no tensor {error}; it is not a DDT") from error
     except (ValueError, IndexError) as error:
-        raise ValueError(f"checkpoint {file} holds tensors of names or shapes that no DDT has: {error}") from error
-    for preset in PRESETS.values():
+        raise ValueError(f"checkpoint {source} holds tensors of names or shapes that no DDT has: {error}") from error
+    for name, preset in presets.items():
         model = preset.model
         known = (model.hidden_size, model.head_dim, model.num_blocks, model.in_channels * model.patch_size**2)
         if known == (hidden_size, head_dim, num_blocks, patch_features):
-            guessed = f"patch size {model.patch_size}, {model.num_encoder_blocks} encoder blocks"
-            warnings.warn(f"{file.name} says nothing of {guessed}: taken from the preset of its shape", stacklevel=3)
-            return replace(model, num_classes=num_classes)
+            return name, replace(model, num_classes=num_classes)
+    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
     raise ValueError(
-        f"checkpoint {file} has {num_blocks} blocks of width {hidden_size}, which no preset has: its patch size and "
-        "number of encoder blocks are unknown; pass config"
+        f"checkpoint {source} has {num_blocks} blocks of width {hidden_size}, head dimension {head_dim}, which "
+        f"{whose}: its patch size and number of encoder blocks are unknown; pass config"
     )
 
 
-def _check_fit(wanted: dict[str, torch.Size], weights: dict[str, Tensor], file: Path) -> None:
+def _check_fit(wanted: dict[str, torch.Size], weights: Mapping[str, Tensor], source: Path) -> None:
     missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape]
     problems = [
@@ -210,4 +277,4 @@ def _check_fit(wanted: dict[str, torch.Size], weights: dict[str, Tensor], file: 
         shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"
         problems.append(f"{len(wrong)} tensors of another shape (such as {name}: {shapes})")
     if problems:
-        raise ValueError(f"checkpoint {file} and its configuration disagree: {'; '.join(problems)}")
+        raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(problems)}")

@@ -60,12 +60,16 @@ def lightning_checkpoint(path, model, **more):
     torch.save({"epoch": 3, "state_dict": state, **more}, path)
 
 
-def test_released_checkpoint_gives_its_ema_weights(tmp_path):
-    model = golden.model(NAME)
+def test_released_checkpoint_gives_its_ema_weights_or_the_raw_ones(tmp_path):
+    model, config = golden.model(NAME), golden.model_config(NAME)
     lightning_checkpoint(tmp_path / "released.ckpt", model)
-    loaded = load_model(tmp_path / "released.ckpt", config=golden.model_config(NAME))
+    loaded = load_model(tmp_path / "released.ckpt", config=config)
+    raw = load_model(tmp_path / "released.ckpt", config=config, weights="raw")
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+        assert torch.equal(raw.state_dict()[name], tensor + 1)
+    with pytest.raises(ValueError, match="weights is 'best'; allowed: ema, raw"):
+        load_model(tmp_path / "released.ckpt", config=config, weights="best")
 
 
 def test_shapes_of_a_preset_need_no_config(tmp_path):
@@ -116,13 +120,13 @@ def corrupt(folder, tmp_path, case):
         return folder, r"disagree: \d+ tensors missing \(such as blocks.5.*1 tensors unexpected \(such as extra\)"
     if case == "malicious pickle":
         (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Malicious()))
-        return tmp_path / "bad.ckpt", "corrupt"
+        return tmp_path / "bad.ckpt", "corrupt or no checkpoint, nothing of it was run"
     if case == "malicious checkpoint":
         lightning_checkpoint(tmp_path / "bad.ckpt", golden.model(NAME), surprise=Malicious())
-        return tmp_path / "bad.ckpt", "corrupt"
+        return tmp_path / "bad.ckpt", r"more than tensors, and was not executed: it would call or make builtins\.exec"
     if case == "checkpoint without ema":
         torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, tmp_path / "other.ckpt")
-        return tmp_path / "other.ckpt", r"no ema_denoiser\.\* tensors"
+        return tmp_path / "other.ckpt", "holds no ema weights; take its raw weights"
     if case == "unsettled shapes":
         save_file(weights, tmp_path / "bare.safetensors")
         return tmp_path / "bare.safetensors", "pass config"
@@ -145,7 +149,7 @@ def corrupt(folder, tmp_path, case):
         return tmp_path / "odd.ckpt", "corrupt"
     if case == "odd keys":
         torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, tmp_path / "odd.ckpt")
-        return tmp_path / "odd.ckpt", r"no ema_denoiser\.\* tensors"
+        return tmp_path / "odd.ckpt", r"no ema_denoiser\.\* and no denoiser\.\* tensors"
     if case == "odd shapes":
         odd = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": torch.tensor(1.0)}
         save_file(odd, tmp_path / "odd.safetensors")

@@ -1,0 +1,150 @@
+"""Convert a released Lightning checkpoint into a model folder, or back: `python -m ddt_fast.convert SOURCE OUT`.
+
+An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in a .ckpt is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.config import Experiment
+from ddt_fast.files import check_replaceable
+from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
+from ddt_fast.model.weights import (
+    OWNED_NAMES,
+    build_model,
+    experiment_of,
+    has_config,
+    read_settings,
+    read_weight_sets,
+    resolve_checkpoint,
+    save_model,
+    settle_config,
+)
+from ddt_fast.presets import PRESETS
+
+
+def build_parser() -> CommandParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m ddt_fast.convert", description=__doc__)
+    add = parser.add_argument
+    add("source", type=str, help="a .ckpt; or, to export, a model folder, a .safetensors or a hub id")
+    add("out", type=str, help="the folder to write; or, to export, a file that ends in .ckpt")
+    add(
+        "--weights",
+        choices=["ema", "raw", "both"],
+        help="which weights of a .ckpt become the model: the average (default) or the trained ones; both: the average, "
+        "and the trained ones beside it for continued training",
+    )
+    add("--preset", type=str, help=f"settings that go with the weights: {', '.join(PRESETS)}; default: by their shapes")
+    add("--config", type=str, help="the same from a file: config.json of a model folder, or recipe.yaml of a run")
+    add("--skip", type=str, nargs="+", default=[], help="packages whose objects in a .ckpt are passed over, not made")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, convert, report."""
+    options = build_parser().parse_args(arguments)
+    source, out = resolve_checkpoint(options.source), Path(options.out)
+    if not options.out:
+        raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    if out.resolve() == source.resolve():
+        raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
+    if options.preset is not None and options.config is not None:
+        raise ValueError("--preset and --config are both given; give one")
+    if source.suffix == ".ckpt":
+        _import(source, out, options)
+    elif out.suffix == ".ckpt":
+        _export(source, out, options)
+    else:
+        raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one")
+
+
+def _import(source: Path, out: Path, options: Any) -> None:
+    if out.suffix in (".ckpt", ".safetensors"):
+        raise ValueError(f"OUT {out} is named like a file; a model folder is written")
+    check_replaceable(out, OWNED_NAMES)
+    sets = read_lightning(source, options.skip)
+    _report(source, sets)
+    which = options.weights or "ema"
+    weights = sets.take("raw" if which == "raw" else "ema", source)
+    raw = sets.take("raw", source) if which == "both" else None
+    experiment = _settings(source, weights, options)
+    model = build_model(experiment.model, weights, source)
+    _check_rest(experiment, raw, sets.projector, source)
+    save_model(model, out, experiment.data, experiment.sampling, raw, sets.projector)
+    parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
+    print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
+
+
+def _export(source: Path, out: Path, options: Any) -> None:
+    if options.weights is not None or options.skip:
+        raise ValueError("--weights and --skip are for a SOURCE that is a .ckpt")
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"{out} exists; remove it or name another")
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies inside the model folder {source}; name another place")
+    sets = read_weight_sets(source)
+    _report(source, sets)
+    experiment = _settings(source, sets.ema, options)
+    build_model(experiment.model, sets.ema, source)
+    _check_rest(experiment, sets.raw, sets.projector, source)
+    write_lightning(out, sets.ema, sets.raw, sets.projector)
+    note = "" if sets.raw else " (no raw weights known: denoiser.* are the same as ema_denoiser.*)"
+    print(f"wrote {out} for the original code{note}")
+
+
+def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Experiment:
+    """The model's settings, from its folder, a file, the preset named, or the one that has its shapes; says which."""
+    if has_config(source):
+        if options.config is not None:
+            raise ValueError(f"--config is for checkpoints without config.json; {source} has one")
+        return experiment_of(source, options.preset)
+    if options.config is not None:
+        return read_settings(Path(options.config))
+    if options.preset is not None:
+        experiment = experiment_of(source, options.preset)
+        _, model = settle_config(weights, source, {options.preset: experiment})
+    else:
+        name, model = settle_config(weights, source)
+        experiment = PRESETS[name]
+        same = [other for other, preset in PRESETS.items() if preset.model == experiment.model and other != name]
+        print(
+            f"settings: guessed from the shapes, preset {name} (image size {experiment.data.image_size}, "
+            f"{model.num_encoder_blocks} of {model.num_blocks} blocks are the encoder, sampling)"
+            + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
+        )
+    if model.num_classes != experiment.model.num_classes:
+        print(f"settings: {model.num_classes} classes, by the shapes")
+    return Experiment(model, experiment.data, sampling=experiment.sampling)
+
+
+def _check_rest(
+    experiment: Experiment, raw: dict[str, Tensor] | None, projector: dict[str, Tensor], source: Path
+) -> None:
+    if raw:
+        build_model(experiment.model, raw, source)
+    if projector:
+        check_projector(projector, experiment.model.hidden_size, source)
+
+
+def _report(source: Path, sets: LightningWeights) -> None:
+    """Say what was read, and what of it is ignored."""
+    named = {"EMA weights": sets.ema, "raw weights": sets.raw, "REPA projector": sets.projector}
+    for name, tensors in named.items():
+        if tensors:
+            count = sum(tensor.numel() for tensor in tensors.values())
+            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+            print(f"{source}: {name}, {len(tensors)} tensors, {count:,} parameters, {dtypes}")
+    if sets.other:
+        more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
+        print(f"ignored: {', '.join(sets.other[:8])}{more}")
+
+
+if __name__ == "__main__":
+    run_command(main)

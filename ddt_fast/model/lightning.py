@@ -1,0 +1,236 @@
+"""Released checkpoints: Lightning .ckpt files, read without running anything in them, written for the original code.
+
+Their state_dict holds `denoiser.*` (the trained weights), `ema_denoiser.*` (their average), both under the model's own
+names, and `diffusion_trainer.proj.0.*` (REPA's projector). Source: the DDT authors' LightningModel; it has no buffers,
+loads without strictness, samples with the average, and Lightning 2.5 asks for the other entries that are written here.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ddt_fast.files import atomic_file
+
+WeightSet = Literal["ema", "raw"]
+
+_PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser.", "projector": "diffusion_trainer.proj.0."}
+# What torch.compile, DDP, FSDP and activation checkpointing put between the parts of a name.
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_PROJECTOR_NAMES = [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+_LIGHTNING_VERSION = "2.5.0.post0"
+
+# What hyperparameters and callbacks usually consist of: passed over without asking.
+_PASSED_OVER = re.compile(
+    r"(argparse|collections|copyreg|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..*"
+    r"|(jsonargparse|lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning)\..*"
+    r"|functools\.partial|builtins\.(bool|bytes|dict|float|frozenset|int|list|object|range|slice|str|tuple|type)"
+)
+_DICTS = re.compile(r"collections\.defaultdict|.*\.AttributeDict")
+
+
+@dataclass(frozen=True)
+class LightningWeights:
+    """What a checkpoint holds of a DDT.
+
+    Args:
+        ema: the averaged weights by the model's own names: what to sample from, and where a continued average starts.
+        raw: the trained weights, likewise: where continued training starts.
+        projector: REPA's, by the names "0.weight", "0.bias", ... "4.bias" of an nn.Sequential with SiLUs between.
+        other: names of everything else in the file.
+
+    Each may be empty, but not both ema and raw. Copy before changing in place: tensors may share their memory with each
+    other (equal weights are stored once) or with the file.
+    """
+
+    ema: dict[str, Tensor]
+    raw: dict[str, Tensor]
+    projector: dict[str, Tensor]
+    other: list[str]
+
+    def take(self, which: WeightSet, file: Path) -> dict[str, Tensor]:
+        """The weights asked for; ValueError where `file`, which they were read from, has none."""
+        if which not in get_args(WeightSet):
+            raise ValueError(f"weights is {which!r}; allowed: {', '.join(get_args(WeightSet))}")
+        found: dict[str, Tensor] = getattr(self, which)
+        if not found:
+            other = "raw" if which == "ema" else "ema"
+            raise ValueError(f"checkpoint {file} holds no {which} weights; take its {other} weights")
+        return found
+
+
+def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeights:
+    """Read a Lightning .ckpt. No code in it runs: only tensors are rebuilt, memory-mapped, in their own dtype; whatever
+    else it holds is passed over.
+
+    Args:
+        path: the file.
+        skip: packages or "package.name" of further objects to pass over, where the file is refused because of them.
+
+    Raises:
+        ValueError: missing or corrupt file, objects that no checkpoint needs (none of them is made), or no DDT in it.
+        OSError: it cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file} does not exist")
+    file.open("rb").close()  # one that may not be read is not a damaged one
+    content = _unpickle(file, list(skip))
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint of Lightning: it holds no state_dict")
+    sets: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PREFIXES}
+    other = [str(key) for key in content if key != "state_dict"]
+    for name, tensor in state.items():
+        plain = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+        kind = next((kind for kind, prefix in _PREFIXES.items() if plain.startswith(prefix)), None)
+        if kind is None or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
+            other.append(str(name))
+            continue
+        own = plain.removeprefix(_PREFIXES[kind])
+        if own in sets[kind]:
+            raise ValueError(f"checkpoint {file} holds {plain} twice, once as {name}")
+        sets[kind][own] = tensor.detach()
+    if not sets["ema"] and not sets["raw"]:
+        raise ValueError(f"checkpoint {file} holds no ema_denoiser.* and no denoiser.* tensors; it is not a DDT")
+    return LightningWeights(**sets, other=other)
+
+
+def write_lightning(
+    path: Path,
+    ema: dict[str, Tensor],
+    raw: dict[str, Tensor] | None = None,
+    projector: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a .ckpt that the original code loads for sampling and for training, whole or not at all.
+
+    Args:
+        path: a file of that name is replaced.
+        ema: averaged weights by the model's own names, in any dtype.
+        raw: trained weights; without them the averaged ones are written in their place.
+        projector: REPA's projector; without it the original code starts a new one.
+
+    Training resumes at step 0 with a new optimiser.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    ema = own_storages(ema)
+    sets = {"raw": own_storages(raw) if raw else ema, "ema": ema, "projector": own_storages(projector or {})}
+    content = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": _LIGHTNING_VERSION,
+        "state_dict": {_PREFIXES[kind] + name: tensor for kind, part in sets.items() for name, tensor in part.items()},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+    }
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # about the archive; why it could not be written is in the error before
+            reason = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path} could not be written: {reason}") from error
+
+
+def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, none a part of a larger storage or of another's: as files hold them."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        result[name] = tensor
+    return result
+
+
+def check_projector(projector: dict[str, Tensor], hidden_size: int, file: Path) -> tuple[int, ...]:
+    """The widths (hidden_size, ..., features) of a REPA projector; ValueError unless it is three linear layers in a row
+    that begin with the model's width."""
+    if projector.keys() != set(_PROJECTOR_NAMES):
+        wrong = sorted(projector.keys() ^ set(_PROJECTOR_NAMES))
+        what = "lacks" if wrong[0] in _PROJECTOR_NAMES else "has besides"
+        raise ValueError(f"the REPA projector in {file} {what} {wrong[0]}; wanted {', '.join(_PROJECTOR_NAMES)}")
+    widths = [hidden_size]
+    for name, bias in zip(_PROJECTOR_NAMES[::2], _PROJECTOR_NAMES[1::2], strict=True):
+        shape = tuple(projector[name].shape)
+        if len(shape) != 2 or shape[1] != widths[-1] or tuple(projector[bias].shape) != shape[:1]:
+            seen = f"{name} is {shape}, {bias} {tuple(projector[bias].shape)}"
+            raise ValueError(f"the REPA projector in {file} does not fit: {seen}; wanted an input of {widths[-1]}")
+        widths.append(shape[0])
+    return tuple(widths)
+
+
+class _PassedOver:
+    """Takes the place of an object that is not needed: made from anything, it does nothing."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _PassedOverDict:
+    """Takes the place of a class of dictionaries; torch's unpickler fills plain ones only."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return {}
+
+
+def _unpickle(file: Path, skip: list[str]) -> Any:
+    try:
+        names = sorted(get_unsafe_globals_in_checkpoint(str(file)))
+        refused = [name for name in names if not _may_pass_over(name, skip)]
+        if refused:
+            raise _Refused(_refusal(file, refused))
+        # Nothing of those names is imported or called: torch makes the stand-ins in their place.
+        stand_ins: list[Any] = [(_PassedOverDict if _DICTS.fullmatch(name) else _PassedOver, name) for name in names]
+        with safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (MemoryError, _Refused):
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        lines = str(error).splitlines() or [type(error).__name__]
+        # torch's first line advises to load with weights_only=False.
+        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint, nothing of it was run: {reason}") from error
+
+
+class _Refused(ValueError):
+    pass
+
+
+def _may_pass_over(name: str, skip: list[str]) -> bool:
+    return bool(_PASSED_OVER.fullmatch(name)) or (
+        not _is_python(name) and any(name == part or name.startswith(f"{part}.") for part in skip)
+    )
+
+
+def _is_python(name: str) -> bool:
+    return name.partition(".")[0] in sys.stdlib_module_names
+
+
+def _refusal(file: Path, names: list[str]) -> str:
+    dangerous = [name for name in names if _is_python(name)]
+    named = dangerous or names
+    listed = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")
+    seen = f"checkpoint {file} holds more than tensors, and was not executed: it would call or make {listed}"
+    if dangerous:
+        return f"{seen}; no checkpoint of a model needs that: do not trust this file"
+    packages = " ".join(sorted({name.partition(".")[0] for name in names}))
+    return (
+        f"{seen}; to take the weights alone and pass over those objects, which runs nothing of them: "
+        f"python -m ddt_fast.convert {file} OUT --skip {packages}"
+    )

@@ -1,0 +1,267 @@
+"""Lightning checkpoints: what is read from them, what never runs, and what is written for the original code."""
+
+import argparse
+import collections
+import datetime
+import functools
+import json
+import os
+import pathlib
+import pickle
+import sys
+import types
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import golden_data as golden
+from ddt_fast import FusedDDT, load_model
+from ddt_fast.model.lightning import check_projector, own_storages, read_lightning, write_lightning
+
+NAME = "tiny_h48_d24"
+CONFIG = golden.model_config(NAME)
+
+
+def state_dict(ema="ema_denoiser.", raw="denoiser.", projector="diffusion_trainer.proj.0.") -> dict[str, Tensor]:
+    """A checkpoint's, its raw weights one above the averaged."""
+    weights = golden.weights(NAME)
+    state = {raw + name: tensor + 1 for name, tensor in weights.items()}
+    state |= {ema + name: tensor for name, tensor in weights.items()}
+    return state | {projector + name: tensor for name, tensor in repa_projector().items()}
+
+
+def repa_projector(widths=(48, 48, 48, 7)) -> dict[str, Tensor]:
+    layers = [torch.nn.Linear(a, b) for a, b in pairwise(widths)]
+    return {f"{2 * i}.{name}": tensor for i, layer in enumerate(layers) for name, tensor in layer.state_dict().items()}
+
+
+def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return actual.keys() == expected.keys() and all(
+        actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor) for name, tensor in expected.items()
+    )
+
+
+def test_the_released_keys_make_an_xl_of_either_weights(tmp_path):
+    shapes = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
+    state = {}
+    for prefix, value in (("denoiser.", 1.0), ("ema_denoiser.", 2.0)):
+        # Strides of 0: a file of 200 kB has all the names and shapes.
+        filled = torch.full((), value, dtype=torch.bfloat16)
+        state |= {prefix + name: filled.expand(shape) for name, shape in shapes.items()}
+    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "xl.ckpt")
+    assert (tmp_path / "xl.ckpt").stat().st_size < 1e6
+    for weights, value in (("raw", 1), ("ema", 2)):
+        with pytest.warns(UserWarning, match=r"xl\.ckpt says nothing of patch size 2, 22 encoder blocks"):
+            model = load_model(tmp_path / "xl.ckpt", dtype=torch.bfloat16, weights=weights)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 674_646_352
+        assert all(parameter.flatten()[0] == value for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ema", "raw"),
+    [
+        ("ema_denoiser.", "denoiser."),
+        ("ema_denoiser._orig_mod.", "denoiser._orig_mod."),
+        ("module.ema_denoiser.", "denoiser.module._orig_mod."),
+        ("_orig_mod.ema_denoiser.", "_fsdp_wrapped_module.denoiser._checkpoint_wrapped_module."),
+    ],
+)
+def test_everything_is_read_whatever_it_was_wrapped_in(tmp_path, ema, raw):
+    state = state_dict(ema, raw, "module.diffusion_trainer.proj.0.") | {"vae.scale": torch.ones(1)}
+    torch.save({"epoch": 3, "state_dict": state, "optimizer_states": [{"a": torch.ones(2)}]}, tmp_path / "a.ckpt")
+    read = read_lightning(tmp_path / "a.ckpt")
+    weights = golden.weights(NAME)
+    assert same(read.ema, weights)
+    assert same(read.raw, {name: tensor + 1 for name, tensor in weights.items()})
+    assert [tuple(tensor.shape) for tensor in read.projector.values()] == [
+        (48, 48),
+        (48,),
+        (48, 48),
+        (48,),
+        (7, 48),
+        (7,),
+    ]
+    assert read.other == ["epoch", "optimizer_states", "vae.scale"]
+
+
+def test_one_name_twice_is_refused(tmp_path):
+    state = state_dict() | {"denoiser._orig_mod.x_embedder.proj.bias": torch.zeros(48)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"holds denoiser\.x_embedder\.proj\.bias twice, once as denoiser\._orig_mod"):
+        read_lightning(tmp_path / "a.ckpt")
+
+
+class Calls:
+    """Pickles as a call."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("skip", [[], ["builtins", "pathlib", "posix", "os", "exec"]])
+@pytest.mark.parametrize("place", ["beside", "inside", "alone", "blocked"])
+def test_a_malicious_pickle_does_not_run(tmp_path, place, skip):
+    mark = tmp_path / "it_ran"
+    bad = Calls(exec, f"open({str(mark)!r}, 'w')")
+    content = {"beside": {"state_dict": state_dict(), "hyper_parameters": bad}, "alone": bad}
+    content["inside"] = {"state_dict": state_dict() | {"denoiser.more": bad}}
+    content["blocked"] = {"state_dict": state_dict(), "callbacks": Calls(os.system, f"touch {mark}")}
+    torch.save(content[place], tmp_path / "bad.ckpt")
+    for read in (lambda path: read_lightning(path, skip), load_model):
+        with pytest.raises(ValueError, match="holds more than tensors, and was not executed") as refusal:
+            read(tmp_path / "bad.ckpt")
+        name = r"(posix|nt)\.system" if place == "blocked" else "builtins.exec"
+        assert refusal.match(rf"it would call or make {name}; .* do not trust this file$")
+    assert not mark.exists()
+    torch.load(tmp_path / "bad.ckpt", weights_only=False)
+    assert mark.exists(), "the pickle is not malicious: the test says nothing"
+
+
+class Unusual:
+    """Of a package that nobody has heard of."""
+
+    made = 0
+
+    def __setstate__(self, state):
+        Unusual.made += 1
+
+
+def test_unusual_objects_are_named_and_can_be_passed_over(tmp_path, monkeypatch):
+    package = types.ModuleType("mylab")
+    package.Unusual = Unusual
+    monkeypatch.setitem(sys.modules, "mylab", package)
+    monkeypatch.setattr(Unusual, "__module__", "mylab")
+    unusual = Unusual()
+    unusual.size = 3
+    torch.save({"state_dict": state_dict(), "hyper_parameters": {"config": unusual}}, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"was not executed: .* mylab\.Unusual; .*a\.ckpt OUT --skip mylab$"
+    ) as refusal:
+        read_lightning(tmp_path / "a.ckpt")
+    assert "\n" not in str(refusal.value)
+    for skip in (["mylab"], ["mylab.Unusual"]):
+        assert same(read_lightning(tmp_path / "a.ckpt", skip).ema, golden.weights(NAME))
+    with pytest.raises(ValueError, match="was not executed"):
+        read_lightning(tmp_path / "a.ckpt", ["mylab.Un", "my"])
+    assert Unusual.made == 0
+
+
+def test_usual_hyperparameters_are_passed_over(tmp_path, monkeypatch):
+    # As lightning.fabric.utilities.data.AttributeDict, which need not be installed to be passed over.
+    package = types.ModuleType("lightning")
+    package.AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
+    monkeypatch.setitem(sys.modules, "lightning", package)
+    hyper_parameters = {
+        "scalar": np.float64(0.5),
+        "array": np.arange(3),
+        "path": pathlib.Path("somewhere"),
+        "namespace": argparse.Namespace(a=1),
+        "factory": functools.partial(int, "3"),
+        "counts": collections.defaultdict(list, {"a": [1]}),
+        "ordered": collections.OrderedDict(a=1),
+        "date": datetime.date(2025, 4, 8),
+        "attributes": package.AttributeDict(a=1),
+    }
+    torch.save({"state_dict": state_dict(), "hyper_parameters": hyper_parameters}, tmp_path / "a.ckpt")
+    monkeypatch.delitem(sys.modules, "lightning")
+    allowed = set(torch.serialization.get_safe_globals())
+    read = read_lightning(tmp_path / "a.ckpt")
+    assert same(read.ema, golden.weights(NAME))
+    assert read.other == ["hyper_parameters"]
+    assert set(torch.serialization.get_safe_globals()) == allowed
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "tail", "bare pickle", "legacy", "list", "no tensors"])
+def test_what_is_no_checkpoint_is_one_line(tmp_path, kind):
+    file, message = tmp_path / "a.ckpt", "is corrupt or no checkpoint"
+    torch.save({"state_dict": state_dict()}, file)
+    content = file.read_bytes()
+    if kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "text":
+        file.write_text("hello")
+    elif kind == "half":
+        file.write_bytes(content[: len(content) // 2])
+    elif kind == "tail":
+        file.write_bytes(content[-1000:])
+    elif kind == "bare pickle":
+        file.write_bytes(pickle.dumps(Calls(exec, "raise SystemExit('it ran')")))
+    elif kind == "legacy":
+        torch.save({"state_dict": state_dict()}, file, _use_new_zipfile_serialization=False)
+    elif kind == "list":
+        torch.save([1], file)
+    else:
+        torch.save({"state_dict": {"conv.weight": torch.zeros(1), "denoiser.x": 3}}, file)
+        message = r"no ema_denoiser\.\* and no denoiser\.\* tensors; it is not a DDT"
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_lightning(file)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writing_and_reading_changes_nothing(tmp_path, dtype):
+    ema = {name: tensor.to(dtype) for name, tensor in golden.weights(NAME).items()}
+    raw = {name: tensor + 1 for name, tensor in ema.items()}
+    projector = repa_projector()
+    write_lightning(tmp_path / "both.ckpt", ema, raw, projector)
+    read = read_lightning(tmp_path / "both.ckpt")
+    assert same(read.ema, ema)
+    assert same(read.raw, raw)
+    assert same(read.projector, projector)
+    write_lightning(tmp_path / "one.ckpt", ema)
+    read = read_lightning(tmp_path / "one.ckpt")
+    assert same(read.ema, ema)
+    assert same(read.raw, ema)
+    assert read.projector == {}
+    sizes = [(tmp_path / name).stat().st_size for name in ("one.ckpt", "both.ckpt")]
+    assert sizes[0] < 0.6 * sizes[1], "equal weights are stored once"
+
+
+def test_an_export_has_the_names_and_entries_that_the_original_code_asks_for(tmp_path):
+    write_lightning(tmp_path / "a.ckpt", golden.weights(NAME), projector=repa_projector())
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    entries = ["epoch", "global_step", "pytorch-lightning_version", "state_dict", "optimizer_states", "lr_schedulers"]
+    assert list(content) == entries
+    assert content["state_dict"].keys() == state_dict().keys()
+
+
+def test_a_fused_model_is_exported_under_the_released_names(tmp_path):
+    fused = FusedDDT.from_reference(golden.model(NAME))
+    write_lightning(tmp_path / "a.ckpt", fused.state_dict())
+    assert same(read_lightning(tmp_path / "a.ckpt").ema, golden.weights(NAME))
+    numbers = sum(tensor.nbytes for tensor in golden.weights(NAME).values())
+    assert (tmp_path / "a.ckpt").stat().st_size < 1.5 * numbers, "no part is stored with the whole it is a part of"
+
+
+def test_tensors_get_storages_of_their_own():
+    whole = torch.arange(6.0)
+    owned = own_storages(
+        {"a": whole, "b": whole, "part": whole[2:4], "row": whole[:1].expand(4), "t": whole.view(2, 3).T}
+    )
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in owned.values()}
+    assert len(pointers) == 5
+    for name, expected in (("b", whole), ("part", whole[2:4]), ("row", torch.zeros(4)), ("t", whole.view(2, 3).T)):
+        assert torch.equal(owned[name], expected)
+        assert owned[name].is_contiguous()
+        assert owned[name].untyped_storage().nbytes() == owned[name].nbytes
+
+
+def test_projectors_are_three_layers_of_the_models_width(tmp_path):
+    assert check_projector(repa_projector(), 48, tmp_path) == (48, 48, 48, 7)
+    assert check_projector(repa_projector((48, 20, 30, 768)), 48, tmp_path) == (48, 20, 30, 768)
+    for broken, message in (
+        (repa_projector((48, 7)), r"lacks 2\.bias"),
+        (repa_projector((48, 48, 48, 48, 7)), r"has besides 6\.bias"),
+        (repa_projector() | {"2.weight": torch.zeros(48, 9)}, r"2\.weight is \(48, 9\), .* wanted an input of 48"),
+        (repa_projector() | {"2.weight": torch.zeros(48)}, r"2\.weight is \(48,\)"),
+        (repa_projector() | {"4.bias": torch.zeros(8)}, r"4\.bias \(8,\)"),
+        (repa_projector((32, 48, 48, 7)), r"0\.weight is \(48, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_projector(broken, 48, tmp_path)

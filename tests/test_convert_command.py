@@ -1,0 +1,292 @@
+"""The convert command: released checkpoint to model folder and back, bit for bit, and every way it can go wrong."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import ddt_fast.convert as convert
+import golden_data as golden
+from ddt_fast import load_model
+from ddt_fast.command import run_command
+from ddt_fast.config import DataConfig, SamplingConfig
+from ddt_fast.model.lightning import read_lightning, write_lightning
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, read_weight_sets, save_model
+from ddt_fast.presets import PRESETS
+
+NAME = "tiny_h48_d24"
+CONFIG = golden.model_config(NAME)
+DATA, SAMPLING = DataConfig("latents", 64, "some/vae"), SamplingConfig(num_steps=7, guidance_interval=(0.2, 0.9))
+EMA = golden.weights(NAME)
+RAW = {name: tensor + 1 for name, tensor in EMA.items()}
+PROJECTOR = {
+    name: tensor.detach()
+    for name, tensor in torch.nn.Sequential(
+        *(torch.nn.Linear(48, 48), torch.nn.SiLU(), torch.nn.Linear(48, 48), torch.nn.SiLU(), torch.nn.Linear(48, 7))
+    ).named_parameters()
+}
+
+
+def same(actual, expected) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with released.ckpt and, as a training run leaves it, recipe.yaml."""
+    write_lightning(tmp_path / "released.ckpt", EMA, RAW, PROJECTOR)
+    recipe = {"model": asdict(CONFIG), "data": asdict(DATA), "training": {"max_steps": 5}}
+    recipe["sampling"] = asdict(SAMPLING) | {"guidance_interval": [0.2, 0.9]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def run(place, *arguments: str) -> None:
+    convert.main([argument.format(place) for argument in arguments])
+
+
+TO_FOLDER = ("{0}/released.ckpt", "{0}/model", "--config", "{0}/recipe.yaml")
+
+
+def test_a_released_checkpoint_becomes_a_folder_of_its_average(place, capsys):
+    run(place, *TO_FOLDER)
+    folder = place / "model"
+    assert {path.name for path in folder.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME, "repa_projector.safetensors"}
+    assert same(load_model(folder).state_dict(), EMA)
+    assert same(load_file(folder / "repa_projector.safetensors"), PROJECTOR)
+    experiment = read_experiment(folder)
+    assert (experiment.model, experiment.data, experiment.sampling) == (CONFIG, DATA, SAMPLING)
+    said = capsys.readouterr().out
+    count = sum(tensor.numel() for tensor in EMA.values())
+    for kind in ("EMA", "raw"):
+        assert f"{kind} weights, {len(EMA)} tensors, {count:,} parameters, float32" in said
+    assert "REPA projector, 6 tensors" in said
+    assert "ignored: epoch, global_step, pytorch-lightning_version, optimizer_states, lr_schedulers\n" in said
+    assert "guessed" not in said
+    with pytest.raises(ValueError, match="holds no raw weights; take its ema weights"):
+        load_model(folder, weights="raw")
+
+
+def test_weights_can_be_the_raw_ones_or_both(place):
+    run(place, *TO_FOLDER, "--weights", "raw")
+    assert same(load_model(place / "model").state_dict(), RAW)
+    run(place, *TO_FOLDER, "--weights", "both")
+    assert same(load_model(place / "model").state_dict(), EMA)
+    assert same(load_model(place / "model", weights="raw").state_dict(), RAW)
+    assert same(load_model(place / "released.ckpt", weights="raw", config=CONFIG).state_dict(), RAW)
+
+
+def test_there_and_back_again_is_exact(place):
+    run(place, *TO_FOLDER, "--weights", "both")
+    run(place, "{0}/model", "{0}/back.ckpt")
+    back = read_lightning(place / "back.ckpt")
+    assert same(back.ema, EMA)
+    assert same(back.raw, RAW)
+    assert same(back.projector, PROJECTOR)
+    for source in ("model", "released.ckpt"):
+        sets = read_weight_sets(place / source, CONFIG)
+        assert same(sets.ema, EMA)
+        assert same(sets.raw, RAW)
+        assert same(sets.projector, PROJECTOR)
+
+
+def test_what_training_starts_from_must_fit_its_model(place):
+    for config in (replace(CONFIG, num_blocks=CONFIG.num_blocks + 1), replace(CONFIG, hidden_size=24)):
+        with pytest.raises(ValueError, match=r"released\.ckpt and its configuration disagree"):
+            read_weight_sets(place / "released.ckpt", config)
+    write_lightning(place / "raw.ckpt", EMA, {name: tensor[:1] for name, tensor in RAW.items()})
+    with pytest.raises(ValueError, match=r"raw\.ckpt and its configuration disagree: \d+ tensors of another shape"):
+        read_weight_sets(place / "raw.ckpt", CONFIG)
+    odd_projector(place)
+    with pytest.raises(ValueError, match=r"the REPA projector in .* does not fit: 4\.weight is \(7, 9\)"):
+        read_weight_sets(place / "released.ckpt", CONFIG)
+
+
+def test_an_export_without_raw_weights_says_so(place, capsys):
+    save_model(golden.model(NAME), place / "model", DATA, SAMPLING)
+    run(place, "{0}/model", "{0}/back.ckpt")
+    assert "no raw weights known: denoiser.* are the same as ema_denoiser.*" in capsys.readouterr().out
+    back = read_lightning(place / "back.ckpt")
+    assert same(back.raw, EMA)
+    assert same(back.ema, EMA)
+    run(place, "{0}/model/" + WEIGHTS_NAME, "{0}/bare.ckpt")
+    assert same(read_lightning(place / "bare.ckpt").ema, EMA)
+
+
+def test_dtypes_are_kept(place):
+    narrow = {name: tensor.to(torch.bfloat16) for name, tensor in EMA.items()}
+    write_lightning(place / "released.ckpt", narrow)
+    run(place, *TO_FOLDER)
+    assert same(load_file(place / "model" / WEIGHTS_NAME), narrow)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(place / "model" / WEIGHTS_NAME).values())
+
+
+def test_shapes_of_a_preset_need_no_settings(tmp_path, capsys):
+    model = DDT(PRESETS["digits"].model)
+    write_lightning(tmp_path / "digits.ckpt", model.state_dict())
+    run(tmp_path, "{0}/digits.ckpt", "{0}/model")
+    assert "settings: guessed from the shapes, preset digits (image size 8, 3 of 4 blocks" in capsys.readouterr().out
+    assert read_experiment(tmp_path / "model").sampling == PRESETS["digits"].sampling
+    run(tmp_path, "{0}/digits.ckpt", "{0}/model", "--preset", "digits")
+    assert "guessed" not in capsys.readouterr().out
+    run(tmp_path, "{0}/digits.ckpt", "{0}/again", "--config", "{0}/model/config.json")
+    assert (tmp_path / "again" / CONFIG_NAME).read_text() == (tmp_path / "model" / CONFIG_NAME).read_text()
+
+
+def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
+    shapes = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
+    shapes["y_embedder.embedding_table.weight"] = [101, 1152]
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    options = {"preset": None, "config": None}
+    guessed = convert._settings(tmp_path / "xl.ckpt", weights, SimpleNamespace(**options))
+    said = capsys.readouterr().out
+    assert "guessed from the shapes, preset xl2_256" in said
+    assert "if this is xl2_512, whose shapes are the same, add --preset xl2_512" in said
+    assert "settings: 100 classes, by the shapes" in said
+    assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
+    named = convert._settings(tmp_path / "xl.ckpt", weights, SimpleNamespace(**options | {"preset": "xl2_512"}))
+    assert named.data.image_size == 512
+
+
+def other_architecture(place):
+    write_lightning(place / "released.ckpt", DDT(replace(CONFIG, hidden_size=32)).state_dict())
+
+
+def fewer_names(place):
+    fewer = {name: tensor for name, tensor in EMA.items() if "norm1" not in name}
+    write_lightning(place / "released.ckpt", fewer | {"pos_embed": torch.zeros(1)})
+
+
+def raw_of_another_model(place):
+    write_lightning(place / "released.ckpt", EMA, DDT(replace(CONFIG, num_blocks=6)).state_dict())
+
+
+def no_average(place):
+    torch.save({"state_dict": {f"denoiser.{n}": t for n, t in EMA.items()}}, place / "released.ckpt")
+
+
+def odd_projector(place):
+    write_lightning(place / "released.ckpt", EMA, projector=PROJECTOR | {"4.weight": torch.zeros(7, 9)})
+
+
+def half_a_projector(place):
+    write_lightning(place / "released.ckpt", EMA, projector={"0.weight": torch.zeros(48, 48)})
+
+
+def truncated(place):
+    content = (place / "released.ckpt").read_bytes()
+    (place / "released.ckpt").write_bytes(content[: len(content) // 3])
+
+
+def no_checkpoint(place):
+    (place / "released.ckpt").write_text("hello")
+
+
+def foreign_files(place):
+    (place / "model").mkdir()
+    (place / "model" / "thesis.tex").write_text("precious")
+
+
+def a_folder(place):
+    save_model(golden.model(NAME), place / "model", DATA, SAMPLING)
+
+
+def nothing(place):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (other_architecture, TO_FOLDER, "tensors of another shape (such as blocks.0"),
+        (other_architecture, TO_FOLDER[:2], "blocks of width 32, head dimension 16, which no preset has"),
+        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensors unexpected (such as pos"),
+        (raw_of_another_model, (*TO_FOLDER, "--weights", "both"), "12 tensors unexpected (such as blocks.5"),
+        (no_average, TO_FOLDER, "holds no ema weights; take its raw weights"),
+        (odd_projector, TO_FOLDER, "the REPA projector in {0}/released.ckpt does not fit: 4.weight is (7, 9)"),
+        (half_a_projector, TO_FOLDER, "lacks 0.bias"),
+        (truncated, TO_FOLDER, "corrupt"),
+        (no_checkpoint, TO_FOLDER, "corrupt"),
+        (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
+        (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT"),
+        (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "lies inside the model folder"),
+        (a_folder, ("{0}/model", "{0}/released.ckpt"), "released.ckpt exists; remove it or name another"),
+        (a_folder, ("{0}/model", "{0}/other"), "SOURCE or OUT must be one"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "raw"), "--weights and --skip are for a SOURCE that is"),
+        (
+            a_folder,
+            ("{0}/model", "{0}/x.ckpt", "--preset", "digits"),
+            "--preset is for checkpoints without config.json",
+        ),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "--config is for checkpoints without"),
+        (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both SOURCE and OUT"),
+        (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; a model folder is written"),
+        (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is no folder"),
+        (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
+        (nothing, ("{0}/released.ckpt", ""), "OUT has an empty name"),
+        (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
+        (nothing, (*TO_FOLDER, "--preset", "digits"), "--preset and --config are both given"),
+        (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),
+        (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 has not"),
+        (nothing, (*TO_FOLDER[:2], "--config", "{0}/nowhere.yaml"), "nowhere.yaml does not exist"),
+        (nothing, (*TO_FOLDER[:2], "--config", "{0}/released.ckpt"), "is not a valid configuration"),
+        (nothing, (*TO_FOLDER, "--weights", "best"), "--weights"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(place, capsys, prepare, arguments, message):
+    prepare(place)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: run(place, *arguments))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert message.format(place) in lines[0]
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [TO_FOLDER, ("{0}/source", "{0}/out.ckpt")])
+def test_a_full_disk_leaves_nothing_half_written(place, arguments):
+    save_model(golden.model(NAME), place / "source", DATA, SAMPLING)
+    before = sorted(place.rglob("*"))
+    result = subprocess.run(
+        [sys.executable, "-m", "ddt_fast.convert", *(argument.format(place) for argument in arguments)],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        # Files may not grow past that: a write fails half-way, as on a full disk.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "could not be written" in result.stderr
+    assert os.strerror(errno.EFBIG) in result.stderr
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_failing_disk_keeps_the_older_folder(place, monkeypatch):
+    run(place, *TO_FOLDER)
+    before = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ddt_fast.model.weights.save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        run(place, *TO_FOLDER, "--weights", "raw")
+    assert {path.name: path.read_bytes() for path in (place / "model").iterdir()} == before
+    shutil.rmtree(place / "model")
+    assert {path.name for path in place.iterdir()} == {"released.ckpt", "recipe.yaml"}
