@@ -1,4 +1,4 @@
-"""Plot the curves of training runs, one or several in a picture: loss, REPA loss, gradient norm, learning rate, img/s."""
+"""Plot the curves of training runs, several in one picture: loss, REPA loss, gradient norm, learning rate, img/s."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def _draw(axes: Axes, metric: str, steps: Curve, values: Curve, colour: str, nam
         smoothed = np.exp(_smoothed(np.log(values)))
     else:
         smoothed = _smoothed(values)
-    # A line through one point, or between two gaps, would not be seen.
-    style = {"color": colour, "marker": "." if len(steps) < _FEW else None}
     if len(steps) >= _FEW and metric not in _EXACT:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, smoothed, linewidth=1.6, label=name, **style)
+    # A line through one point, or between two gaps, would not be seen.
+    marker = "." if len(steps) < _FEW else None
+    axes.plot(steps, smoothed, color=colour, marker=marker, linewidth=1.6, label=name)
 
 
 def _smoothed(values: Curve) -> Curve:
@@ -145,7 +145,7 @@ def _dress(axes: Axes, metric: str, curves: list[Curve]) -> None:
     tails = np.concatenate([values[len(values) // 20 :] for values in curves])
     tails = tails[np.isfinite(tails)]
     if len(tails) >= _FEW:
-        low, high = np.percentile(tails, (0.2, 99.5))
+        low, high = np.percentile(tails, (1, 99), method="nearest")
         margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
         axes.set_ylim(low - margin, high + margin)
 

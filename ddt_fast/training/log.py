@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
@@ -39,7 +39,7 @@ class NullLog:
     def close(self, failed: bool = False) -> None:
         """Finish all files and uploads; failed marks the run as such where that can be told."""
 
-    def __enter__(self) -> NullLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -223,7 +223,7 @@ def _wandb_run(
     online = own.mode not in ("offline", "dryrun")
     id_file = folder / "wandb_run.txt"
     resumed = first_step > 0 and id_file.is_file()
-    run_id = id_file.read_text().strip() if resumed else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if resumed else None
 
     def init(mode: str | None) -> Any:
         return wandb.init(
@@ -257,9 +257,10 @@ def _wandb_run(
                 f"Weights & Biases does not answer as it should ({reason}); set WANDB_MODE=offline to go on without it"
             ) from error
         warn(f"W&B does not answer as it should ({reason}); logging offline, upload later by `wandb sync`")
+        wandb.teardown()  # or the id would count as in use
         run = init(mode="offline")
     except wandb.errors.Error as error:
         raise ValueError(f"Weights & Biases: {' '.join(str(error).split())}") from error
     with atomic_file(id_file) as file:
-        file.write_text(run_id + "\n")
+        file.write_text(run.id + "\n")
     return _WandB(wandb, run)

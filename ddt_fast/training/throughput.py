@@ -16,7 +16,7 @@ from ddt_fast.model.flops import model_flops
 _DINOV2_WIDTH = 768
 
 _PEAK_TFLOPS = {
-    r"A100-(SXM4|PCIE|PG509)-\d+GB|A100 80GB PCIe": 312.0,
+    r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": 312.0,
     r"H100 80GB HBM3": 989.4,
     r"H100 PCIe": 756.0,
     r"H100 NVL|H200 NVL": 835.5,
