@@ -29,8 +29,8 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "transformers>=4.57,<6"],
-        "repa": ["transformers>=4.57,<6"],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "transformers>=5,<6"],
+        "repa": ["transformers>=5,<6"],
         "gpu": ["flash-attn>=2.8", "xformers>=0.0.35"],
         "demo": ["gradio>=5"],
         "logging": ["tensorboard>=2.19", "wandb>=0.31"],

@@ -45,7 +45,9 @@ def build_parser() -> CommandParser:
     parser.add_argument("--compute-dtype", type=str, default="float32", help="of the encoders: float32 or bfloat16")
     parser.add_argument("--flips", action="store_true", help="also encode the mirrored images")
     parser.add_argument(
-        "--shard-size", type=int, help="images per shard, kept in memory; default: 8192, with --repa-encoder 2048"
+        "--shard-size",
+        type=int,
+        help="images per shard, of which some three copies are held in memory; default: 8192, with --repa-encoder 2048",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per call of an encoder")
     parser.add_argument("--num-workers", type=int, help="processes that decode images; default: the CPUs' share")

@@ -18,6 +18,7 @@ from ddt_fast.autoencoder import Decoder, Encoder
 from ddt_fast.command import run_command
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.training.repa import DinoV2
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,43 @@ def test_from_images_to_batches(images, autoencoder, tmp_path, capsys):
     assert Decoder(str(autoencoder), torch.device("cpu"))(latents[:2]).shape == (2, 3, 32, 32)
 
 
-def test_two_processes_write_what_one_does(images, autoencoder, tmp_path):
-    cache_latents.main(arguments(images, autoencoder, tmp_path / "one"))
-    command = [sys.executable, "-m", "ddt_fast.cache_latents", *arguments(images, autoencoder, tmp_path / "two")]
+@pytest.fixture(scope="module")
+def dinov2(tmp_path_factory):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dinov2") / "dinov2"
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70}
+    transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_cached_features_are_those_of_the_images(images, autoencoder, dinov2, tmp_path, capsys):
+    cache_latents.main(arguments(images, autoencoder, tmp_path, "--flips", "--repa-encoder", str(dinov2)))
+    encoder = DinoV2(str(dinov2))
+    dataset = LatentDataset(tmp_path, features=True, verify=True)
+    assert dataset.settings is not None
+    assert (dataset.settings.repa_encoder, dataset.settings.repa_encoder_sha256) == (str(dinov2), encoder.sha256())
+    assert dataset.feature_shape == (4, 24)
+    with LatentLoader(dataset, 16, images=images) as loader:
+        for _ in range(4):
+            batch = next(loader)
+            torch.testing.assert_close(batch.features.float(), encoder(batch.images), rtol=1e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="was begun with other settings: repa_encoder"):
+        cache_latents.main(arguments(images, autoencoder, tmp_path, "--flips"))
+
+
+def test_shards_with_features_are_smaller_by_default(images, autoencoder, dinov2, tmp_path):
+    common = ["--images", str(images), "--autoencoder", str(autoencoder), "--image-size", "32", "--num-workers", "0"]
+    cache_latents.main([*common, "--output", str(tmp_path / "plain")])
+    cache_latents.main([*common, "--output", str(tmp_path / "repa"), "--repa-encoder", str(dinov2)])
+    sizes = [LatentDataset(tmp_path / name).settings.shard_size for name in ("plain", "repa")]
+    assert sizes == [8192, 2048]
+
+
+def test_two_processes_write_what_one_does(images, autoencoder, dinov2, tmp_path):
+    repa = ["--repa-encoder", str(dinov2)]
+    cache_latents.main(arguments(images, autoencoder, tmp_path / "one", *repa))
+    command = [sys.executable, "-m", "ddt_fast.cache_latents", *arguments(images, autoencoder, tmp_path / "two", *repa)]
     environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
     processes = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -101,6 +136,7 @@ def test_two_processes_write_what_one_does(images, autoencoder, tmp_path):
         (["--batch-size", "0"], "batch size is 0"),
         (["--images", "nowhere"], "image folder nowhere does not exist"),
         (["--autoencoder", "."], "autoencoder . could not be loaded"),
+        (["--repa-encoder", "."], "DINOv2 . could not be loaded"),
     ],
 )
 def test_mistakes_are_one_line(images, autoencoder, tmp_path, monkeypatch, capsys, more, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -208,10 +209,12 @@ def _encode(
 
 
 def _stored(values: Tensor, what: str, settings: CacheSettings) -> Tensor:
-    """Values as a shard holds them; ValueError when they are too large for that."""
+    """Values as a shard holds them; ValueError when they are not finite, or too large for that."""
     stored = values.to("cpu", storage_dtype(settings.dtype)).contiguous()
     if not stored.isfinite().all():
         largest = values.abs().max().item()
+        if not math.isfinite(largest):
+            raise ValueError(f"the {what} are not finite; encode in float32, or check the encoder's weights")
         raise ValueError(f"{what} up to {largest:.3g} do not fit {settings.dtype}; take bfloat16")
     return stored
 

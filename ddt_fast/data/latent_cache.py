@@ -83,15 +83,12 @@ class CacheSettings:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CacheSettings:
-        """The settings in a manifest; TypeError where some are missing."""
+        """The settings in a manifest; KeyError, TypeError or ValueError where some are missing or wrong."""
         known = {entry.name for entry in fields(cls) if entry.init}
-        return cls(
-            **{
-                name: tuple(value) if isinstance(value, list) else value
-                for name, value in content.items()
-                if name in known
-            }
-        )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
+        }
+        return cls(**{**values, "scaling_factor": float(values["scaling_factor"])})
 
     @property
     def num_shards(self) -> int:

@@ -179,7 +179,7 @@ class LatentDataset:
         try:
             described = [(folder / record["file"], record["bytes"], record["sha256"]) for record in manifest["shards"]]
             settings = CacheSettings.from_json(manifest["settings"])
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from error
         self._shards = []
         for file, size, checksum in described:

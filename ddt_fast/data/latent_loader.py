@@ -41,6 +41,15 @@ class LatentBatch(NamedTuple):
     features: Tensor | None
     images: Tensor | None
 
+    def pin_memory(self) -> LatentBatch:
+        """The same in page-locked memory."""
+        return LatentBatch(
+            self.latents.pin_memory(),
+            self.labels.pin_memory(),
+            None if self.features is None else self.features.pin_memory(),
+            None if self.images is None else self.images.pin_memory(),
+        )
+
 
 class LatentLoader:
     """An endless iterator of `LatentBatch`, batch_size / world_size samples each.
@@ -196,9 +205,7 @@ class LatentLoader:
             features=None if self.dataset.feature_shape is None else self.dataset.features(indices, flips),
             images=None if self._images is None else self._images.read(indices, flips),
         )
-        if not self.pin_memory:
-            return batch
-        return LatentBatch(*(None if tensor is None else tensor.pin_memory() for tensor in batch))
+        return batch.pin_memory() if self.pin_memory else batch
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -66,13 +66,34 @@ def test_a_run_with_another_repa_encoder_is_refused(images, cache):
         encode(images, cache)
 
 
-def test_features_that_are_too_large_are_refused(images, tmp_path):
+def test_caches_from_before_there_were_features_stay_usable(images, tmp_path):
+    encode(images, tmp_path)
+    for name in ("settings.json", "manifest.json"):
+        content = json.loads((tmp_path / name).read_text())
+        settings = content.get("settings", content)
+        for key in ("repa_encoder", "repa_encoder_sha256", "feature_shape"):
+            del settings[key]
+        (tmp_path / name).write_text(json.dumps(content))
+    assert LatentDataset(tmp_path).settings.repa_encoder is None
+    encoder = MeanPoolEncoder()
+    encode(images, tmp_path, encoder)
+    assert encoder.encoded == 0
+
+
+def test_features_that_are_too_large_or_no_numbers_are_refused(images, tmp_path):
     class Loud(PatchMeanFeatures):
         def __call__(self, images):
             return super().__call__(images) * 1e6
 
     with pytest.raises(ValueError, match=r"features up to .* do not fit float16; take bfloat16"):
         encode(images, tmp_path / "a", repa_encoder=Loud())
+
+    class Broken(PatchMeanFeatures):
+        def __call__(self, images):
+            return super().__call__(images) * float("nan")
+
+    with pytest.raises(ValueError, match="the features are not finite"):
+        encode(images, tmp_path / "c", repa_encoder=Broken())
     assert encode(images, tmp_path / "b", dtype="bfloat16", repa_encoder=Loud())["count"] == 25
 
 
