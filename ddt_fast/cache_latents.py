@@ -59,7 +59,7 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, encode, report."""
     options = build_parser().parse_args(arguments)
-    rank, world_size, local_rank, local_size = _ranks()
+    rank, world_size, local_size = _ranks()
     workers = options.num_workers
     if workers is None:
         workers = max(1, len(os.sched_getaffinity(0)) // local_size)
@@ -77,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         count = len(folder.ignored)
         print(f"warning: {count} files are no images by name, such as {folder.ignored[0]}", file=sys.stderr)
     device = choose_device(options.device)
-    if device == torch.device("cuda"):
-        device = choose_device(f"cuda:{local_rank}")
     _make_deterministic(device)
     encoder = Encoder(options.autoencoder, device, DTYPES[options.compute_dtype])
     repa_encoder = None
@@ -115,18 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _report(manifest, output)
 
 
-def _ranks() -> tuple[int, int, int, int]:
+def _ranks() -> tuple[int, int, int]:
     """Rank and number of processes, over all and on this machine, as torchrun says; ValueError where it is nonsense."""
     values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
         text = os.environ.get(name, default)
         if not text.isdecimal():
             raise ValueError(f"environment variable {name} is {text!r}; allowed: a whole number")
         values.append(int(text))
-    rank, world_size, local_rank, local_size = values
+    rank, world_size, local_size = values
     if rank >= world_size:
         raise ValueError(f"environment variable RANK is {rank}; allowed: below WORLD_SIZE ({world_size})")
-    return rank, world_size, local_rank, max(1, local_size)
+    return rank, world_size, max(1, local_size)
 
 
 def _make_deterministic(device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
@@ -58,9 +59,12 @@ def run_command(command: Callable[[], Any]) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU. ValueError where it is not usable."""
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is the GPU of
+    this process's own. ValueError where it is not usable."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

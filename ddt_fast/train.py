@@ -31,6 +31,9 @@ def build_parser(preset: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--preset", default=preset, help=f"where settings start from: {', '.join(PRESETS)}")
     parser.add_argument("--output-dir", type=str, help=f"default: runs/{preset}")
     parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there")
+    parser.add_argument(
+        "--resume", type=str, help="auto: continue the run there from its latest checkpoint, if any; or a checkpoint"
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_class_arguments(Experiment, fail_untyped=True)
     for field in fields(experiment):
@@ -52,10 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     device = choose_device(options.device)
     output_dir = output_folder(f"runs/{preset}" if options.output_dir is None else options.output_dir)
-    if (output_dir / "recipe.yaml").exists() and not options.overwrite:
-        raise ValueError(f"{output_dir} holds an earlier run; choose another --output-dir or add --overwrite")
-    result = train(experiment, output_dir, device)
-    print(f"model: {result.folder}\nsamples: {output_dir / 'samples.png'}")
+    if options.overwrite and options.resume is not None:
+        raise ValueError("--overwrite and --resume exclude each other; give one")
+    if (output_dir / "recipe.yaml").exists() and not options.overwrite and options.resume is None:
+        raise ValueError(f"{output_dir} holds an earlier run; add --resume auto or --overwrite, or name another folder")
+    result = train(experiment, output_dir, device, options.resume)
+    if result.model is None:
+        if result.step < experiment.training.max_steps:
+            print(f"stopped after step {result.step} of {experiment.training.max_steps}; --resume auto continues")
+        return
+    print(f"model: {output_dir / 'model'}")
+    if experiment.training.sample_every:
+        print(f"samples: {output_dir / 'samples.png'}")
     for kind, score in result.scores.items():
         print(f"{kind}: {score}")
 

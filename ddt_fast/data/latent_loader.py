@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
+from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -59,7 +60,7 @@ class LatentLoader:
     equal parts of a global batch, and the parts together are the same batch whatever R is.
 
     Args:
-        dataset: the latents, and features if it was opened with them.
+        dataset: the latents, and features if it was opened with them; or the digits, whose pixels stand for latents.
         batch_size: samples per step over all ranks, a multiple of world_size.
         seed: of order, flips and noise.
         rank, world_size: which part of each batch is this process's.
@@ -77,7 +78,7 @@ class LatentLoader:
 
     def __init__(
         self,
-        dataset: LatentDataset,
+        dataset: LatentDataset | DigitsDataset,
         batch_size: int,
         *,
         seed: int = 0,
@@ -111,7 +112,11 @@ class LatentLoader:
         self.rank, self.world_size = rank, world_size
         self.flips = dataset.has_flips if flips is None else flips
         self.pin_memory = pin_memory
-        self._images = None if images is None else CachedImages(images, dataset)
+        self._images = None
+        if images is not None:
+            if not isinstance(dataset, LatentDataset):
+                raise ValueError("images go with cached latents; the digits have none beside themselves")
+            self._images = CachedImages(images, dataset)
         self._prefetch = prefetch
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="latents")
         self._orders: dict[int, NDArray[np.int64]] = {}
@@ -130,6 +135,11 @@ class LatentLoader:
         self._pending.popleft()
         self._position += self.batch_size
         return batch
+
+    @property
+    def feature_shape(self) -> tuple[int, int] | None:
+        """(N', F) of the features in a batch; None where there are none."""
+        return self.dataset.feature_shape if isinstance(self.dataset, LatentDataset) else None
 
     @property
     def epoch(self) -> int:
@@ -202,7 +212,9 @@ class LatentLoader:
         batch = LatentBatch(
             latents=self.dataset.draw(indices, flips, seeds),
             labels=self.dataset.labels[torch.from_numpy(indices)],
-            features=None if self.dataset.feature_shape is None else self.dataset.features(indices, flips),
+            features=self.dataset.features(indices, flips)
+            if isinstance(self.dataset, LatentDataset) and self.feature_shape
+            else None,
             images=None if self._images is None else self._images.read(indices, flips),
         )
         return batch.pin_memory() if self.pin_memory else batch

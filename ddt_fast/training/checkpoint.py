@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved while training goes on, whole or not at all, continued by any number of processes.
 
-    checkpoints/step_0010000/state/          weights, average, optimiser: torch.distributed.checkpoint, sharded
-    checkpoints/step_0010000/trainer.json    step, position in the data, settings
-    checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
+checkpoints/step_0010000/state/          weights, average, optimiser: torch.distributed.checkpoint, sharded
+checkpoints/step_0010000/trainer.json    step, position in the data, settings
+checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class Checkpoints:
         self._first = dist.get_rank() == 0
         # What is said in the background must not be mixed up with what training says at the same time.
         self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[None] | None = None
 
     def save(
@@ -64,7 +63,7 @@ class Checkpoints:
         Raises:
             OSError: with wait, no space left, or the like.
         """
-        self.wait()
+        self.close()
         name = f"step_{state.step:07d}"
         temporary = self._folder / f".{name}"
         if self._first:
@@ -92,18 +91,16 @@ class Checkpoints:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-        self._saving = self._thread.submit(finish)
+        # A thread for each checkpoint: OpenMP counts those that only wait, and slows down training on a CPU.
+        thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving = thread.submit(finish)
+        thread.shutdown(wait=False)
         if wait:
             self._finish(warn=False)
 
-    def wait(self) -> None:
+    def close(self) -> None:
         """Return when nothing is being saved any more."""
         self._finish(warn=True)
-
-    def close(self) -> None:
-        """Finish, and end the background thread."""
-        self.wait()
-        self._thread.shutdown()
 
     def _finish(self, warn: bool) -> None:
         saving, self._saving = self._saving, None

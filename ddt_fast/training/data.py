@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +25,7 @@ def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
         raise ValueError(
             f"batch_size is {training.batch_size}; allowed: multiples of {shares}, processes times accumulation_steps"
         )
-    dataset: Any
+    dataset: LatentDataset | DigitsDataset
     if data.dataset == "digits":
         dataset = DigitsDataset()
     elif data.folder is None:

@@ -25,7 +25,7 @@ from ddt_fast.training.trained import TrainedDDT
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun started, or this one alone; a group that exists already is taken and left as it is."""
+    """The processes that torchrun started, or this one alone; a group that exists already is left as it is."""
     if dist.is_initialized():
         yield
         return

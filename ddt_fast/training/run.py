@@ -130,7 +130,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             numbers = read_numbers(checkpoint)
             run_folder.check_continuable(checkpoint, numbers["settings"], experiment)
         preview = Preview(experiment, device) if first else None
-        objective = Objective(experiment, device, loader.dataset.feature_shape)
+        objective = Objective(experiment, device, loader.feature_shape)
         torch.manual_seed(settings.seed)
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
@@ -151,7 +151,8 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
             loader.load_state_dict(numbers["data"])
             replica.publish()
-        flops = training_flops(experiment.model, experiment.data.sample_size, experiment.data.sample_size, masters.projector is not None)
+        size = experiment.data.sample_size
+        flops = training_flops(experiment.model, size, size, masters.projector is not None)
         yield Run(
             experiment,
             folder,

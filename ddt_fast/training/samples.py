@@ -1,4 +1,4 @@
-"""Looking at a model while it is trained: labelled grids of samples, and scores where there is something to score with."""
+"""Looking at a model while it is trained: labelled grids of samples, and scores of digits."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from ddt_fast.training.trained import TrainedDDT
 
 @dataclass
 class TrainingState:
-    """What training changes: weights, their average, the optimiser's moments. Randomness is none of it: every step draws
-    from a generator seeded by its number.
+    """What training changes: weights, their average, the optimiser's moments. Randomness is none of it: every step
+    draws from a generator that its number seeds.
 
     Attributes:
         masters: the trained weights, float32.

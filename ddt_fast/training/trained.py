@@ -33,7 +33,7 @@ class TrainedDDT(nn.Module):
         self.dtype = torch.float32
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x (B, channels, height, width), t (B,) float32, y (B,) int64 → velocity as x, projected features (B, N, F)."""
+        """x (B, channels, height, width), t (B,) float32, y (B,) int64 → velocity as x, projected features or None."""
         block = None if self.projector is None else self.block
         velocity, _, features = self.denoiser.forward_with_features(x.to(self.dtype), t, y, block)
         return velocity, None if self.projector is None else self.projector(features)

@@ -1,7 +1,10 @@
 """Reading caches: what is drawn, in which order, and that it does not depend on ranks, threads or restarts."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -246,3 +249,20 @@ def test_the_speed_command_reports_img_s(cache, capsys):
     printed = capsys.readouterr().out
     assert "70 latents of 4x2x2, 5 classes, scaled by 0.5" in printed
     assert "img/s" in printed
+
+
+def test_digits_come_without_threads_that_would_slow_the_training_down():
+    script = (
+        "import os, torch\n"
+        "from ddt_fast.data.digits import DigitsDataset\n"
+        "from ddt_fast.data.latent_loader import LatentLoader\n"
+        "dataset = DigitsDataset()\n"
+        "torch.randn(1000, 1000) @ torch.randn(1000, 1000)\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "with LatentLoader(dataset, 256, num_threads=1) as loader:\n"
+        "    [next(loader) for _ in range(3)]\n"
+        "    print(len(os.listdir('/proc/self/task')) - before)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.stdout.strip() == "1", result.stderr
