@@ -22,7 +22,8 @@ from ddt_fast.generation.job import Job, check_output, generate, save_images
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
-from ddt_fast.model.quantization import cpu_has_int8, quantization_error, quantize_int8
+from ddt_fast.model.cpu import cpu_has_int8
+from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import has_config, load_model
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function

@@ -1,25 +1,28 @@
-"""8-bit inference on a CPU (W8A8), and what a CPU has units for.
+"""8-bit inference on a CPU (W8A8).
 
-A Linear's weights become int8, one scale an output channel; what it is applied to becomes int8 at every call, one scale
-a token. Both are symmetric, the largest magnitude is 127. Products are summed exactly, in int32, and scaled once:
+A Linear's weights become int8, one scale an output channel; what it is applied to becomes 8 bits at every call, one
+scale a token. Both are symmetric, the largest magnitude is 127. Products are summed exactly, in int32, and scaled:
 
-    y[m, n] = scale_x[m] * scale_w[n] * sum_k x8[m, k] w8[k, n] + bias[n]
+    y[m, n] = scale_x[m] * scale_w[n] * sum_k x8[m, k] w8[n, k] + bias[n]
 
 The Linears of the blocks and the modulations are quantised; patch, time and label embedders, the final Linear, norms
-and attention stay in the model's dtype. float32 between the GEMMs is the faster choice where the model is compiled.
+and attention are not. What attention and SwiGLU read is bfloat16 where the CPU has units for it, all else keeps the
+model's dtype.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddt_fast.model.fused import FusedBlock, FusedDDT, FusedSwiGLU
+from ddt_fast.model.attention import attention
+from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, pack_int8, packed_int8_gemm
+from ddt_fast.model.fused import FusedAttention, FusedBlock, FusedDDT, FusedSwiGLU
+from ddt_kernels import reference as plain
 
 _ZERO_ROW = 1e-30
 """Stands for the largest magnitude of a row of zeros, whose scale would be 0 / 127."""
@@ -51,8 +54,7 @@ def quantize_int8(model: FusedDDT) -> FusedDDT:
     for layer in (model.encoder_modulation, model.decoder_modulation):
         quantized[id(layer)] = Int8Linear(layer.weight, layer.bias)
     for block in cast(list[FusedBlock], model.blocks):
-        for layer in (block.attn.qkv, block.attn.proj):
-            quantized[id(layer)] = Int8Linear(layer.weight, layer.bias)
+        quantized[id(block.attn)] = Int8Attention(block.attn)
         quantized[id(block.mlp)] = Int8SwiGLU(block.mlp)
     result = copy.deepcopy(model, cast(dict[int, Any], quantized)).eval().requires_grad_(False)
     result.register_state_dict_pre_hook(_refuse_state_dict)
@@ -74,42 +76,58 @@ class Int8Linear(nn.Module):
     Args:
         weight: (N, K).
         bias: (N,) or None.
+        dtype: of the result; None for the weight's.
     """
 
-    weight: Tensor
+    packed: Tensor | None
+    weight: Tensor | None
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        self.dtype = dtype or weight.dtype
         rows, scale = quantize_rows(weight.detach())
+        self.register_buffer("packed", pack_int8(rows))
         # (K, N) in rows: the layout that torch._int_mm is fastest with.
-        self.register_buffer("weight", rows.t().clone(memory_format=torch.contiguous_format))
+        plain_weight = None if self.packed is not None else rows.t().clone(memory_format=torch.contiguous_format)
+        self.register_buffer("weight", plain_weight)
         self.register_buffer("scale", scale.flatten())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) → (..., N), x's dtype."""
+    def forward(self, x: Tensor, features: int = 1) -> Tensor:
+        """x (..., K), or with K its last `features` dimensions together → (..., N)."""
         _check_cpu(x)
-        rows, row_scale = quantize_rows(x.flatten(0, -2))
-        if 1 in rows.shape:
-            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: other than this one,
-            # results are wrong without a word.
-            rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
-        sums = torch._int_mm(rows, self.weight)
+        lead = x.shape[: x.ndim - features]
+        rows, row_scale = quantize_rows(x.flatten(0, -1 - features), features, signed=self.packed is None)
+        sums = self._sums(rows.flatten(1))
+        row_scale = row_scale.flatten(1)
         if torch.compiler.is_compiling():
-            y = self._scaled(sums, row_scale).to(x.dtype)
+            y = self._scaled(sums, row_scale)
         else:
-            y = x.new_empty(sums.shape)
+            y = x.new_empty(sums.shape, dtype=self.dtype)
             step = max(1, _CHUNK // sums.shape[1])
             parts = zip(sums.split(step), row_scale.split(step), y.split(step), strict=True)
             for part, part_scale, target in parts:
                 target.copy_(self._scaled(part, part_scale))
-        return y.unflatten(0, x.shape[:-1])
+        return y.unflatten(0, lead)
+
+    def _sums(self, rows: Tensor) -> Tensor:
+        """(M, K) → (M, N): with packed weights times `scale` and in `dtype`, else in int32."""
+        if self.packed is not None:
+            return packed_int8_gemm(rows, self.packed, self.scale, self.dtype)
+        assert self.weight is not None
+        if 1 in rows.shape:
+            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: other than this one,
+            # results are wrong without a word.
+            rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
+        return torch._int_mm(rows, self.weight)
 
     def _scaled(self, sums: Tensor, row_scale: Tensor) -> Tensor:
         y = sums.float() * row_scale
-        return y * self.scale if self.bias is None else torch.addcmul(self.bias, y, self.scale)
+        if self.packed is None:
+            y = y * self.scale
+        return (y if self.bias is None else y + self.bias).to(self.dtype)
 
 
 class Int8SwiGLU(nn.Module):
@@ -117,44 +135,71 @@ class Int8SwiGLU(nn.Module):
 
     def __init__(self, mlp: FusedSwiGLU) -> None:
         super().__init__()
-        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None)
+        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None, _between(mlp.w1.weight))
         self.w2 = Int8Linear(mlp.w2.weight, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
+        gate, up = self.w13(x).float().chunk(2, dim=-1)
         return self.w2(F.silu(gate) * up)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, K) → int8 (M, K) and scales (M, 1) float32, such that int8 * scale is x to within half a scale."""
+class Int8Attention(nn.Module):
+    """FusedAttention in int8.
+
+    Queries and keys come out of their GEMM with the first of every rotary pair before all of the second: their products
+    are the same in any order, and halves are read in whole vectors, pairs are not.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+
+    def __init__(self, attn: FusedAttention) -> None:
+        super().__init__()
+        self.num_heads, self.backend = attn.num_heads, attn.backend
+        q, k, v = attn.qkv.weight.detach().unflatten(0, (3, self.num_heads, -1))
+        rows = torch.stack([_pairs_apart(q, 1), _pairs_apart(k, 1), v]).flatten(0, 2)
+        self.qkv = Int8Linear(rows, None, _between(rows))
+        self.proj = Int8Linear(attn.proj.weight, attn.proj.bias)
+        self.register_buffer("q_weight", _pairs_apart(attn.q_norm.weight.detach(), 0))
+        self.register_buffer("k_weight", _pairs_apart(attn.k_norm.weight.detach(), 0))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = _norm_rope(q, self.q_weight, cos, sin), _norm_rope(k, self.k_weight, cos, sin)
+        return self.proj(attention(q, k, v, self.backend), features=2)
+
+
+def _pairs_apart(x: Tensor, dim: int) -> Tensor:
+    return torch.cat([x.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)], dim)
+
+
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ddt_kernels.reference.norm_rope` where the pairs of x (B, N, H, D) and weight (D,) are apart."""
+    first, second = plain.rms_norm(x, weight).float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
+def _between(weight: Tensor) -> torch.dtype:
+    return torch.bfloat16 if cpu_has_bf16() else weight.dtype
+
+
+def quantize_rows(x: Tensor, features: int = 1, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """8-bit numbers and their scales.
+
+    Args:
+        x: (M, ...), a row's numbers in the last `features` dimensions.
+        features: 1 or more.
+        signed: int8, -127 to 127; else uint8, 1 to 255, ZERO_POINT for 0.
+
+    Returns:
+        numbers, shaped as x, and scales float32, one a row, such that (numbers - zero point) * scale is x to within
+        half a scale.
+    """
     wide = x.float()
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(_ZERO_ROW)
-    return (wide * (127 / largest)).round().to(torch.int8), largest / 127
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 units (AVX512-BF16, AMX, or Arm's BF16): bf16 GEMMs are then about twice as fast as
-    fp32; elsewhere they are slower."""
-    capabilities = _cpu_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def cpu_has_int8() -> bool:
-    """Whether this CPU has int8 units (VNNI, AMX, or Arm's I8MM), without which `quantize_int8` gains nothing."""
-    capabilities = _cpu_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
-
-
-def _cpu_capabilities() -> Mapping[str, Any]:
-    if hasattr(torch.cpu, "get_capabilities"):
-        return torch.cpu.get_capabilities()
-    amx = torch.cpu._is_amx_tile_supported()
-    return {
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "avx512_vnni": torch.cpu._is_vnni_supported(),
-        "amx_bf16": amx,
-        "amx_int8": amx,
-    }
+    largest = wide.abs().amax(tuple(range(-features, 0)), keepdim=True).clamp_min(_ZERO_ROW)
+    numbers = (wide * (127 / largest)).round()
+    return numbers.to(torch.int8) if signed else (numbers + ZERO_POINT).to(torch.uint8), largest / 127
 
 
 def _check_cpu(x: Tensor) -> None:
