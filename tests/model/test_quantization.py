@@ -162,6 +162,15 @@ def test_every_large_linear_is_quantised():
     assert widths == [3 * 48, 48, 2 * model.config.mlp_hidden_size, 48]
 
 
+@pytest.mark.parametrize("size", [128, 170, 341])
+def test_spreading_keeps_products_and_shortens_tails(size):
+    x, y = random(64, size).double() ** 3, random(64, size, seed=1).double()
+    spread = quantization._spread(x)
+    torch.testing.assert_close(spread @ quantization._spread(y).T, x @ y.T)
+    if size == 128:
+        assert spread.abs().amax(1).mean() < 0.7 * x.abs().amax(1).mean()
+
+
 def test_a_run_is_sampled_in_int8():
     model, io = fused(), golden.tensors("tiny_h48_d24")
     config = SamplingConfig(
