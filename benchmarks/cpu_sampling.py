@@ -36,6 +36,7 @@ from ddt_fast.command import run_command
 from ddt_fast.config import PRESETS, DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.packed import pack_bf16
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
@@ -77,7 +78,7 @@ def variants(reference: DDT) -> dict[str, Model]:
     """Every way to run the model, the reference first."""
     fused = FusedDDT.from_reference(reference)
     eager = {"fp32": fused, "int8": quantize_int8(fused)}
-    eager["bf16"] = FusedDDT.from_reference(reference).to(torch.bfloat16)
+    eager["bf16"] = pack_bf16(FusedDDT.from_reference(reference).to(torch.bfloat16))
     models: dict[str, Model] = {REFERENCE: reference}
     for name in ("fp32", "bf16", "int8"):
         models[f"{name} eager"] = eager[name]

@@ -1,8 +1,9 @@
-"""What a CPU has units for, and its int8 GEMM on weights packed once.
+"""What a CPU has units for, and its GEMMs on weights packed once, in bf16 and int8.
 
-torch._int_mm packs its weights at every call and returns int32, which another pass turns into what follows can read.
-oneDNN's GEMM on packed weights takes uint8 activations, as the units do, and returns scaled sums; at the sizes of XL/2
-it is about a tenth faster. It is an operator of its own because Inductor takes oneDNN's with constant weights alone.
+F.linear and torch._int_mm pack their weights at every call, and the latter returns int32, which another pass turns into
+what follows can read. oneDNN's int8 GEMM on packed weights takes uint8 activations, as the units do, and returns scaled
+sums. At the sizes of XL/2 packed weights gain a twentieth in bf16, a tenth in int8. The GEMMs are operators of their
+own because Inductor takes oneDNN's with constant weights alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def cpu_has_int8() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
 
 
-def pack_int8(weight: Tensor) -> Tensor | None:
+def pack_int8_weight(weight: Tensor) -> Tensor | None:
     """int8 weight (N, K) packed for `packed_int8_gemm`; None where there is no such GEMM, as torch._int_mm always is.
 
     It wants x86's int8 units: without them oneDNN adds pairs of uint8 products in 16 bits, which saturate.
@@ -50,7 +51,7 @@ def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtyp
 
     Args:
         x: (M, K) uint8, contiguous.
-        weight: (N, K), from `pack_int8`.
+        weight: (N, K), from `pack_int8_weight`.
         scale: (N,) float32.
         dtype: of the result, float32 or bfloat16.
 
@@ -61,17 +62,44 @@ def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtyp
     return result
 
 
-def _gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         x, 1.0, ZERO_POINT, weight, scale, _ZERO, None, 1.0, 0, dtype, "none", [], ""
     )
     return result
 
 
+def pack_bf16_weight(weight: Tensor) -> Tensor | None:
+    """bfloat16 weight (N, K) packed for `packed_bf16_linear`; None where there is no such GEMM, or no gain from it."""
+    packs = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if not (packs and cpu_has_bf16() and weight.dtype == torch.bfloat16):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+def packed_bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in bfloat16: x (M, K), weight (N, K) from `pack_bf16_weight`, bias (N,) or None → (M, N)."""
+    result: Tensor = torch.ops.ddt_fast.packed_bf16_linear(x, weight, bias)
+    return result
+
+
+def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return result
+
+
 _library = torch.library.Library("ddt_fast", "DEF")
 _library.define("packed_int8_gemm(Tensor x, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+_library.define("packed_bf16_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 for _key in ("CPU", "MkldnnCPU"):  # a packed tensor's key is the latter
-    _library.impl("packed_int8_gemm", _gemm, _key)
+    _library.impl("packed_int8_gemm", _int8_gemm, _key)
+    _library.impl("packed_bf16_linear", _bf16_linear, _key)
+
+
+@torch.library.register_fake("ddt_fast::packed_bf16_linear", lib=_library)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @torch.library.register_fake("ddt_fast::packed_int8_gemm", lib=_library)

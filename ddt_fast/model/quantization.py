@@ -12,18 +12,15 @@ model's dtype.
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddt_fast.model.attention import attention
-from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, pack_int8, packed_int8_gemm
-from ddt_fast.model.fused import FusedAttention, FusedBlock, FusedDDT, FusedSwiGLU
-from ddt_kernels import reference as plain
+from ddt_fast.model.cpu import ZERO_POINT, pack_int8_weight, packed_int8_gemm
+from ddt_fast.model.fused import FusedDDT, FusedSwiGLU
+from ddt_fast.model.packed import inner_dtype, on_linears
 
 _ZERO_ROW = 1e-30
 """Stands for the largest magnitude of a row of zeros, whose scale would be 0 / 127."""
@@ -50,17 +47,7 @@ def quantize_int8(model: FusedDDT) -> FusedDDT:
     if isinstance(model.encoder_modulation, Int8Linear):
         raise ValueError("the model is quantised already")
     _check_cpu(model.encoder_modulation.weight)
-    # What deepcopy finds in its memo counts as copied: the layers to replace are, by their quantised selves.
-    quantized: dict[int, nn.Module] = {}
-    for layer in (model.encoder_modulation, model.decoder_modulation):
-        quantized[id(layer)] = Int8Linear(layer.weight, layer.bias)
-    for block in cast(list[FusedBlock], model.blocks):
-        quantized[id(block.attn)] = Int8Attention(block.attn)
-        quantized[id(block.mlp)] = Int8SwiGLU(block.mlp)
-    result = copy.deepcopy(model, cast(dict[int, Any], quantized)).eval().requires_grad_(False)
-    result.register_state_dict_pre_hook(_refuse_state_dict)
-    result.register_load_state_dict_pre_hook(_refuse_state_dict)
-    return result
+    return on_linears(model, Int8Linear, Int8SwiGLU)
 
 
 @torch.no_grad()
@@ -89,7 +76,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.dtype = dtype or weight.dtype
         rows, scale = quantize_rows(weight.detach())
-        self.register_buffer("packed", pack_int8(rows))
+        self.register_buffer("packed", pack_int8_weight(rows))
         # (K, N) in rows: the layout that torch._int_mm is fastest with.
         plain_weight = None if self.packed is not None else rows.t().clone(memory_format=torch.contiguous_format)
         self.register_buffer("weight", plain_weight)
@@ -140,7 +127,7 @@ class Int8SwiGLU(nn.Module):
 
     def __init__(self, mlp: FusedSwiGLU) -> None:
         super().__init__()
-        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None, _between(mlp.w1.weight))
+        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None, inner_dtype(mlp.w1.weight))
         self.w2 = Int8Linear(_spread(mlp.w2.weight.detach().float()), None, mlp.w2.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,47 +143,6 @@ def _spread(x: Tensor) -> Tensor:
     for bit in (1, 2, 4)[: count.bit_length() - 1]:
         parts = tuple(parts[i ^ bit] - part if i & bit else part + parts[i ^ bit] for i, part in enumerate(parts))
     return torch.cat(parts, dim=-1) * count**-0.5
-
-
-class Int8Attention(nn.Module):
-    """FusedAttention in int8.
-
-    Queries and keys come out of their GEMM with the first of every rotary pair before all of the second: their products
-    are the same in any order, and halves are read in whole vectors, pairs are not.
-    """
-
-    q_weight: Tensor
-    k_weight: Tensor
-
-    def __init__(self, attn: FusedAttention) -> None:
-        super().__init__()
-        self.num_heads, self.backend = attn.num_heads, attn.backend
-        q, k, v = attn.qkv.weight.detach().unflatten(0, (3, self.num_heads, -1))
-        rows = torch.stack([_pairs_apart(q, 1), _pairs_apart(k, 1), v]).flatten(0, 2)
-        self.qkv = Int8Linear(rows, None, _between(rows))
-        self.proj = Int8Linear(attn.proj.weight, attn.proj.bias)
-        self.register_buffer("q_weight", _pairs_apart(attn.q_norm.weight.detach(), 0))
-        self.register_buffer("k_weight", _pairs_apart(attn.k_norm.weight.detach(), 0))
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = _norm_rope(q, self.q_weight, cos, sin), _norm_rope(k, self.k_weight, cos, sin)
-        return self.proj(attention(q, k, v, self.backend), features=2)
-
-
-def _pairs_apart(x: Tensor, dim: int) -> Tensor:
-    return torch.cat([x.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)], dim)
-
-
-def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`ddt_kernels.reference.norm_rope` where the pairs of x (B, N, H, D) and weight (D,) are apart."""
-    first, second = plain.rms_norm(x, weight).float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
-
-
-def _between(weight: Tensor) -> torch.dtype:
-    return torch.bfloat16 if cpu_has_bf16() else weight.dtype
 
 
 def quantize_rows(x: Tensor, features: int = 1, signed: bool = True) -> tuple[Tensor, Tensor]:
@@ -220,7 +166,3 @@ def quantize_rows(x: Tensor, features: int = 1, signed: bool = True) -> tuple[Te
 def _check_cpu(x: Tensor) -> None:
     if x.device.type != "cpu":
         raise ValueError(f"int8 is for models on a CPU, this one is on {x.device}; allowed there: float32, bfloat16")
-
-
-def _refuse_state_dict(*_: Any) -> NoReturn:
-    raise ValueError("a quantised model is neither saved nor loaded; save and load the one it was made from")

@@ -10,10 +10,10 @@ from torch._dynamo.utils import counters
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import quantization
-from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, cpu_has_int8, pack_int8
+from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, cpu_has_int8, pack_int8_weight
 from ddt_fast.model.fused import FusedDDT
+from ddt_fast.model.packed import CPUAttention
 from ddt_fast.model.quantization import (
-    Int8Attention,
     Int8Linear,
     quantization_error,
     quantize_int8,
@@ -35,8 +35,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def gemm(request, monkeypatch):
     """Either GEMM that may be behind a layer."""
     if request.param == "plain":
-        monkeypatch.setattr(quantization, "pack_int8", lambda weight: None)
-    elif pack_int8(torch.ones(4, 4, dtype=torch.int8)) is None:
+        monkeypatch.setattr(quantization, "pack_int8_weight", lambda weight: None)
+    elif pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
         pytest.skip("this CPU has no packed int8 GEMM")
 
 
@@ -128,7 +128,7 @@ def test_attention_with_its_pairs_apart_is_the_same_attention(name):
     x = random(2, 16, model.config.hidden_size)
     rotary = model.rotary(torch.zeros(1, 1, 4 * model.config.patch_size, 4 * model.config.patch_size))
     with torch.no_grad():
-        assert relative_error(Int8Attention(attn)(x, *rotary), attn(x, *rotary)) < 0.03
+        assert relative_error(CPUAttention(attn, Int8Linear)(x, *rotary), attn(x, *rotary)) < 0.03
 
 
 @pytest.mark.parametrize("name", golden.MODELS)
