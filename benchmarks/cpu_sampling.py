@@ -242,6 +242,7 @@ def measure_sampling(
         own["start"] = timings[engine, setting, "short start"]
         predicted = composed(short[engine, setting].counts, own)
         sampler = short[engine, setting].sampler
+        sampler(noise, labels)  # compiles what the kinds of steps, timed one by one, did not
         started = time.perf_counter()
         result = sampler(noise, labels)
         seconds = time.perf_counter() - started

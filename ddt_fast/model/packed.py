@@ -34,7 +34,7 @@ def pack_bf16(model: FusedDDT) -> FusedDDT:
 
 
 def on_linears(model: FusedDDT, linear: MakeLinear, swiglu: Callable[[FusedSwiGLU], nn.Module]) -> FusedDDT:
-    """A copy of `model` for inference, its blocks' Linears and its modulations made by `linear`, its MLPs by `swiglu`."""
+    """A copy of `model` for inference, modulations and Linears of attention made by `linear`, MLPs by `swiglu`."""
     # What deepcopy finds in its memo counts as copied: the layers to replace are, by what replaces them.
     made: dict[int, nn.Module] = {}
     for layer in (model.encoder_modulation, model.decoder_modulation):
@@ -130,6 +130,4 @@ def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _refuse_state_dict(*_: Any) -> NoReturn:
-    raise ValueError(
-        "a model for a CPU's inference is neither saved nor loaded; save and load the one it was made from"
-    )
+    raise ValueError("a model with packed weights is neither saved nor loaded; save and load the one it was made from")
