@@ -13,7 +13,7 @@ import jsonargparse
 import torch
 from tqdm import tqdm
 
-from ddt_fast.model.quantization import cpu_has_bf16
+from ddt_fast.model.cpu import cpu_has_bf16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

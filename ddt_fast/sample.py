@@ -22,7 +22,9 @@ from ddt_fast.generation.job import Job, check_output, generate, save_images
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
-from ddt_fast.model.quantization import cpu_has_int8, quantization_error, quantize_int8
+from ddt_fast.model.cpu import cpu_has_int8
+from ddt_fast.model.packed import pack_bf16
+from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import has_config, load_model
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function
@@ -121,7 +123,7 @@ def _engine_model(reference: DDT, options: Any) -> tuple[DDT | FusedDDT, str]:
     backend = resolve_backend(options.attention, parameter.device, parameter.dtype, config.head_dim)
     model = FusedDDT.from_reference(reference, options.attention)
     if options.quantize is None:
-        return model, f"{dtype}, attention {backend}"
+        return pack_bf16(model), f"{dtype}, attention {backend}"
     quantized = quantize_int8(model)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)

@@ -9,11 +9,12 @@ from torch._dynamo.utils import counters
 
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
+from ddt_fast.model import quantization
+from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, cpu_has_int8, pack_int8_weight
 from ddt_fast.model.fused import FusedDDT
+from ddt_fast.model.packed import CPUAttention
 from ddt_fast.model.quantization import (
     Int8Linear,
-    cpu_has_bf16,
-    cpu_has_int8,
     quantization_error,
     quantize_int8,
     quantize_rows,
@@ -30,11 +31,20 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def in_float64(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+@pytest.fixture(params=["packed", "plain"])
+def gemm(request, monkeypatch):
+    """Either GEMM that may be behind a layer."""
+    if request.param == "plain":
+        monkeypatch.setattr(quantization, "pack_int8_weight", lambda weight: None)
+    elif pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
+        pytest.skip("this CPU has no packed int8 GEMM")
+
+
+def in_float64(weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """The formula of the module, from the same int8 numbers, without any rounding after them."""
-    rows, scale = quantize_rows(x.flatten(0, -2))
-    y = (rows.double() * scale.double()) @ (layer.weight.double() * layer.scale.double())
-    return (y if layer.bias is None else y + layer.bias.double()).unflatten(0, x.shape[:-1])
+    (rows, scale), (columns, column_scale) = quantize_rows(x.flatten(0, -2)), quantize_rows(weight)
+    y = (rows.double() * scale.double()) @ (columns.double() * column_scale.double()).T
+    return (y if bias is None else y + bias.double()).unflatten(0, x.shape[:-1])
 
 
 def test_rows_are_rounded_to_the_nearest_of_255_numbers():
@@ -45,35 +55,80 @@ def test_rows_are_rounded_to_the_nearest_of_255_numbers():
     assert ((rows * scale - x).abs() <= scale * 0.5001).all()
 
 
-def test_rows_of_zeros_stay_zero_and_nan_stays_visible():
+def test_unsigned_rows_are_the_signed_ones_moved_and_may_have_more_dimensions():
+    x = random(33, 5, 34)
+    rows, scale = quantize_rows(x, features=2, signed=False)
+    expected, expected_scale = quantize_rows(x.flatten(1))
+    assert rows.dtype == torch.uint8
+    assert torch.equal(rows.flatten(1).int() - ZERO_POINT, expected.int())
+    assert torch.equal(scale.flatten(1), expected_scale)
+
+
+def test_rows_of_zeros_stay_zero_and_nan_stays_visible(gemm):
     x = torch.zeros(3, 8)
     x[1, 2] = float("nan")
     rows, scale = quantize_rows(x)
     assert torch.equal((rows * scale)[[0, 2]], torch.zeros(2, 8))
-    assert Int8Linear(random(5, 8), None)(x)[1].isnan().all()
+    y = Int8Linear(random(5, 8), None)(x)
+    assert y[1].isnan().all()
+    assert torch.equal(y[[0, 2]], torch.zeros(2, 5))
 
 
 # Rows of one GEMV, of few and of many samples; widths that no vector length divides.
 @pytest.mark.parametrize("shape", [(1, 1, 64), (2, 1, 170), (3, 5, 341), (1, 17, 7), (2, 40, 1)])
 @pytest.mark.parametrize("width", [1, 16, 129])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_linear_is_the_exact_sum_of_its_int8_products(shape, width, has_bias):
-    x = random(*shape)
-    layer = Int8Linear(random(width, shape[-1], seed=1), random(width, seed=2) if has_bias else None)
-    y = layer(x)
+def test_a_linear_is_the_exact_sum_of_its_int8_products(gemm, shape, width, has_bias):
+    x, weight, bias = random(*shape), random(width, shape[-1], seed=1), random(width, seed=2) if has_bias else None
+    y = Int8Linear(weight, bias)(x)
     assert y.dtype == torch.float32
-    assert relative_error(y, in_float64(layer, x)) < 1e-6
+    assert relative_error(y, in_float64(weight, bias, x)) < 1e-6
 
 
-def test_a_linear_is_scaled_in_chunks_alike():
-    x, layer = random(2, 300, 8), Int8Linear(random(1000, 8, seed=1), random(1000, seed=2))
-    assert relative_error(layer(x), in_float64(layer, x)) < 1e-6
+def test_one_packed_weight_serves_every_number_of_rows(gemm):
+    weight = random(96, 130, seed=1)
+    layer = Int8Linear(weight, None)
+    for rows in (1, 3, 64, 1, 500):
+        x = random(rows, 130, seed=rows)
+        assert relative_error(layer(x), in_float64(weight, None, x)) < 1e-6
 
 
-def test_bf16_between_is_rounded_once():
-    x, layer = random(2, 9, 64).bfloat16(), Int8Linear(random(48, 64, seed=1).bfloat16(), None)
-    y = layer(x)
-    assert torch.equal(y, in_float64(layer, x).bfloat16())
+def test_products_of_the_largest_numbers_do_not_saturate(gemm):
+    x, weight = torch.ones(4, 3072), torch.ones(16, 3072)
+    for signs in (1, -1):
+        expected = torch.full((4, 16), 3072.0 * signs)
+        torch.testing.assert_close(Int8Linear(weight, None)(x * signs), expected, rtol=1e-6, atol=0)
+
+
+def test_heads_are_taken_as_one_row(gemm):
+    x, layer = random(2, 9, 4, 16), Int8Linear(random(24, 64, seed=1), random(24, seed=2))
+    assert torch.equal(layer(x, features=2), layer(x.flatten(2)))
+
+
+def test_a_linear_is_scaled_in_chunks_alike(gemm):
+    x, weight, bias = random(2, 300, 8), random(1000, 8, seed=1), random(1000, seed=2)
+    assert relative_error(Int8Linear(weight, bias)(x), in_float64(weight, bias, x)) < 1e-6
+
+
+@pytest.mark.parametrize("given", [None, torch.float32])
+def test_the_result_is_of_the_weights_dtype_or_the_one_asked_for(gemm, given):
+    x, weight = random(2, 9, 64).bfloat16(), random(48, 64, seed=1).bfloat16()
+    y = Int8Linear(weight, None, given)(x)
+    assert y.dtype == (given or torch.bfloat16)
+    assert relative_error(y, in_float64(weight, None, x)) < (1e-6 if given else 2**-8)
+
+
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_attention_with_its_pairs_apart_is_the_same_attention(name):
+    # 8 bits are then all that differs, and they differ alike: rows keep their numbers and tokens their scales.
+    model = fused(name)
+    attn = model.blocks[0].attn
+    for norm in (attn.q_norm, attn.k_norm):
+        norm.weight.data.copy_(1 + 0.3 * random(norm.weight.shape[0]))
+    x = random(2, 16, model.config.hidden_size)
+    rotary = model.rotary(torch.zeros(1, 1, 4 * model.config.patch_size, 4 * model.config.patch_size))
+    with torch.no_grad():
+        assert relative_error(CPUAttention(attn, Int8Linear)(x, *rotary), attn(x, *rotary)) < 0.03
 
 
 @pytest.mark.parametrize("name", golden.MODELS)
@@ -102,7 +157,18 @@ def test_every_large_linear_is_quantised():
         "t_embedder.mlp.2",
         "final_layer.linear",
     ]
-    assert model.blocks[0].mlp.w13.weight.shape == (48, 2 * model.config.mlp_hidden_size)
+    block = model.blocks[0]
+    widths = [len(layer.scale) for layer in (block.attn.qkv, block.attn.proj, block.mlp.w13, block.mlp.w2)]
+    assert widths == [3 * 48, 48, 2 * model.config.mlp_hidden_size, 48]
+
+
+@pytest.mark.parametrize("size", [128, 170, 341])
+def test_spreading_keeps_products_and_shortens_tails(size):
+    x, y = random(64, size).double() ** 3, random(64, size, seed=1).double()
+    spread = quantization._spread(x)
+    torch.testing.assert_close(spread @ quantization._spread(y).T, x @ y.T)
+    if size == 128:
+        assert spread.abs().amax(1).mean() < 0.7 * x.abs().amax(1).mean()
 
 
 def test_a_run_is_sampled_in_int8():
@@ -115,13 +181,14 @@ def test_a_run_is_sampled_in_int8():
     assert 0 < relative_error(result, expected) < 0.01
 
 
-def test_strides_of_single_rows_and_columns_do_not_matter():
+def test_strides_of_single_rows_and_columns_do_not_matter(gemm):
     x, layer = random(1, 64), Int8Linear(random(48, 64, seed=1), None)
     strided = x.as_strided((1, 64), (1, 1))
     assert torch.equal(layer(strided), layer(x))
     # What a compiler may choose for the int8 rows, which torch._int_mm takes at its word.
-    column, narrow = random(40, 1), Int8Linear(random(16, 1, seed=1), None)
-    assert relative_error(narrow(column.as_strided((40, 1), (1, 7))), in_float64(narrow, column)) < 1e-6
+    column, weight = random(40, 1), random(16, 1, seed=1)
+    y = Int8Linear(weight, None)(column.as_strided((40, 1), (1, 7)))
+    assert relative_error(y, in_float64(weight, None, column)) < 1e-6
 
 
 @pytest.mark.parametrize("quantized", [False, True])
