@@ -7,6 +7,7 @@ written before any takes its place, generation.json takes its place last, and th
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -30,7 +31,6 @@ from ddt_fast.generation.shards import (
     ShardFolder,
     fingerprint,
     read_json,
-    write_json,
     writing,
 )
 
@@ -91,7 +91,7 @@ def finish(
                 **about,
                 "settings": shards.settings,
             }
-            write_json(record_file, record)
+            _write_record(record_file, record)
         return record
 
 
@@ -104,8 +104,13 @@ def renew_pictures(output_dir: Path, job: Job, record: dict[str, Any], num_png: 
     ):
         _draw(open_images(output_dir / SAMPLES), job, folder, grid, num_png, columns)
         record = {**record, "num_png": num_png}
-        write_json(record_file, record)
+        _write_record(record_file, record)
     return record
+
+
+def _write_record(file: Path, record: dict[str, Any]) -> None:
+    with file.open("w") as stream:
+        stream.write(json.dumps(record, indent=1) + "\n")
 
 
 @contextmanager

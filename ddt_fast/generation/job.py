@@ -6,6 +6,7 @@ seed and its label, a shard on nothing but its number, and what is finished is n
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -76,6 +77,7 @@ class Generation:
         overwrite: bool,
     ) -> None:
         check_output(output_dir)
+        settings = json.loads(json.dumps(settings))  # what a file holds of them: lists, where tuples were
         self.output_dir, self.job, self.settings, self.ranks = output_dir, job, settings, ranks
         if overwrite:
             (output_dir / RECORD).unlink(missing_ok=True)
