@@ -194,8 +194,9 @@ def _run(
         "batch_size": sampler.batch_size,
         "torch": torch.__version__,
     }
-    found = {name: value for name, value in generation.found_made_with().items() if name in made_with}
-    changed = differences(found, made_with) if found else []
+    found = generation.found_made_with()
+    rounding = ("engine", "model", "device", "threads", "batch_size", "torch")
+    changed = differences(*({name: made[name] for name in rounding} for made in (found, made_with))) if found else []
     if changed:
         print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree but for rounding")
     with tqdm(
