@@ -6,18 +6,28 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
+from ddt_fast.autoencoder import Decoder
 from ddt_fast.command import run_command
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.generation import finish, shards
 from ddt_fast.generation.npz import open_images
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import read_experiment, save_model
 from ddt_fast.sampling.engine import Sampler
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+from golden_data import relative_error
 
 sample_command = importlib.import_module("ddt_fast.sample")
 
@@ -384,6 +394,46 @@ def test_published_ways_to_name_a_job(tmp_path):
 
     assert labels_and_seeds("--seeds-per-class", "2", "--classes", "3", "8") == [(3, 0), (8, 1), (3, 2), (8, 3)]
     assert labels_and_seeds("--class-seeds", "9", "4", "--classes", "3", "8") == [(3, 9), (8, 9), (3, 4), (8, 4)]
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> str:
+    """A small AutoencoderKL with random weights, 8 pixels a latent as the published one."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_latents_are_decoded_and_shards_of_another_decoder_refused(tmp_path, autoencoder, capsys):
+    model, vae = tmp_path / "model", tmp_path / "vae"
+    shutil.copytree(autoencoder, vae)
+    digits = read_experiment(EMBEDDED_CHECKPOINT).model
+    save_model(DDT(replace(digits, in_channels=4)), model, DataConfig("latents", 64, str(vae)), SamplingConfig())
+    arguments = ["--checkpoint", str(model), "--num-steps", "2", "--dtype", "float32"]
+    sample(tmp_path / "a", *arguments, *JOB[:2])
+    begin(tmp_path / "b", 2, *arguments)
+    assert sample(tmp_path / "b", *arguments, *JOB) == (tmp_path / "a" / "samples.npz").read_bytes()
+    begin(tmp_path / "c", 2, *arguments)
+    other = safetensors.torch.load_file(vae / "diffusion_pytorch_model.safetensors")
+    other["decoder.conv_out.bias"] += 0.1
+    safetensors.torch.save_file(other, vae / "diffusion_pytorch_model.safetensors")
+    assert "(autoencoder_sha256 " in error_line(capsys, tmp_path / "c", *arguments, *JOB)
+
+
+def test_the_number_of_latents_decoded_at_a_time_changes_no_image(autoencoder):
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    single, several = (Decoder(autoencoder, torch.device("cpu"), batch_size=size)(latents) for size in (1, 3))
+    assert single.shape == (5, 3, 64, 64)
+    assert relative_error(several, single) < 1e-5
 
 
 @pytest.mark.parametrize(

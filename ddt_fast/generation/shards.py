@@ -161,7 +161,7 @@ def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
     for path in sorted(output_dir.glob("shards-*")):
         if path == shards.path or not re.fullmatch("shards-[0-9a-f]{12}", path.name) or not path.is_dir():
             continue
-        if any(re.fullmatch(_SHARD, entry.name) for entry in path.iterdir()):
+        if _count_shards(path):
             found.append(path)
         else:
             remove_job(path)
@@ -170,10 +170,16 @@ def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
 
 def describe_other(path: Path, settings: dict[str, Any]) -> str:
     """How many shards a folder of another job holds, and in what its settings differ from these."""
-    count = sum(re.fullmatch(_SHARD, entry.name) is not None for entry in path.iterdir())
     theirs = read_json(path / _JOB).get("settings", {}) if (path / _JOB).exists() else {}
     changed = "; ".join(differences(theirs, settings)) if theirs else f"its {_JOB} is missing"
-    return f"{path} holds {count} finished shards of a job with other settings ({changed})"
+    return f"{path} holds {_count_shards(path)} finished shards of a job with other settings ({changed})"
+
+
+def _count_shards(path: Path) -> int:
+    try:
+        return sum(re.fullmatch(_SHARD, entry.name) is not None for entry in path.iterdir())
+    except FileNotFoundError:  # another process has removed it
+        return 0
 
 
 def remove_job(path: Path) -> None:

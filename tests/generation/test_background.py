@@ -120,6 +120,7 @@ def test_a_gpu_converts_beside_the_sampling_what_a_cpu_converts():
     device = torch.device("cuda")
     samples = torch.randn(7, 1, 8, 8, device=device)
     convert = PixelConverter(device, Colours(), 3)
+    convert(samples, np.arange(7))  # page-locked memory is had from the system once, which waits for all streams
     later = torch.cuda.Event()
     ready = convert.mark()
     torch.cuda._sleep(2_000_000_000)  # the sampling of the next batch
