@@ -194,9 +194,10 @@ def _run(
         "batch_size": sampler.batch_size,
         "torch": torch.__version__,
     }
-    found = generation.found_made_with()
-    rounding = ("engine", "model", "device", "threads", "batch_size", "torch")
-    changed = differences(*({name: made[name] for name in rounding} for made in (found, made_with))) if found else []
+    changed = []
+    if found := generation.found_made_with():
+        rounding = ("engine", "model", "device", "threads", "batch_size", "torch")
+        changed = differences({name: found[name] for name in rounding}, {name: made_with[name] for name in rounding})
     if changed:
         print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree but for rounding")
     with tqdm(

@@ -224,7 +224,7 @@ class Generation:
         """
         if self.record is None:
             self.record = finish(self.output_dir, self.shards, self.job, about, num_png, columns)
-        elif self.record["num_png"] != num_png:
+        elif self.ranks.rank == 0 and self.record["num_png"] != num_png:
             self.record = renew_pictures(self.output_dir, self.job, self.record, num_png, columns)
         if self.record is not None and not keep_shards:
             remove_job(self.shards.path)
