@@ -37,19 +37,24 @@ class Decoder:
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
         device, dtype: where and in what to decode.
+        batch_size: latents decoded at a time; more keep a GPU busier and take more memory.
 
     Raises:
         ValueError: the autoencoder is neither local nor to be had from the Hub.
     """
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int = 1
+    ) -> None:
         self.vae = _load(name, device, dtype)
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32, one image at a time: memory does not grow with N."""
+        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; what decoding takes besides them does not grow with N."""
         scaling, dtype, device = self.vae.config.scaling_factor, self.vae.dtype, self.vae.device
-        images = [self.vae.decode(z[None].to(device, dtype) / scaling).sample.float() for z in latents]
+        parts = latents.split(self.batch_size)
+        images = [self.vae.decode(z.to(device, dtype) / scaling).sample.float() for z in parts]
         return torch.cat(images)
 
 

@@ -167,7 +167,7 @@ def test_fewer_images_in_the_same_folder_leave_no_old_ones(tmp_path):
     sample(tmp_path, "--num-images", "4", "--num-steps", "2")
     sample(tmp_path, "--num-images", "2", "--num-steps", "2")
     assert len(list((tmp_path / "images").iterdir())) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "images", "samples.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generation.json", "grid.png", "images", "samples.npz"]
 
 
 def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path, capsys):

@@ -14,10 +14,22 @@ _CAPTION_HEIGHT = 16
 _GAP = 2
 
 
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
-    """(N, 1 or 3, H, W) in [-1, 1] → (N, H, W, 3) uint8: clip((x + 1) * 127.5 + 0.5, 0, 255), grey repeated."""
+def quantize_pixels(images: Tensor) -> Tensor:
+    """(N, 1 or 3, H, W) in [-1, 1] → (N, H, W, 3) uint8 on the same device: clip((x + 1) * 127.5 + 0.5, 0, 255), grey
+    repeated."""
     pixels = ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """As `quantize_pixels`, as a NumPy array."""
+    return quantize_pixels(images).cpu().numpy()
+
+
+def grid_columns(num_classes: int) -> int:
+    """Up to 10 columns, such that images that go round the classes stand one class a column; 10 where classes are
+    more."""
+    return 10 if num_classes > 10 else 10 - 10 % num_classes
 
 
 def labelled_grid(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 10) -> Image.Image:

@@ -6,10 +6,11 @@ from PIL import Image
 from ddt_fast.config import SamplingConfig
 from ddt_fast.files import atomic_file, atomic_folder, check_replaceable, output_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
-from ddt_fast.generation.job import Job, generate
-from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.generation.job import Generation
+from ddt_fast.generation.seeds import Job, assign_labels
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
+from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler
 
 
@@ -92,10 +93,12 @@ def test_unwritable_folders_are_found_before_any_work(tmp_path):
     assert output_folder(str(tmp_path / "new" / "folder")).is_dir()
 
 
-def test_samples_that_are_not_finite_are_refused():
+def test_samples_that_are_not_finite_are_refused(tmp_path):
     model = DDT(PRESETS["digits"].model)
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(float("nan"))
-    job, sampler = Job(torch.tensor([1, 2]), [5, 6]), Sampler(model, SamplingConfig(num_steps=2), 2, 8, 8)
+    job = Job.of_draws(torch.tensor([1, 2]), [5, 6], shuffle=False)
+    generation = Generation(tmp_path, job, {}, ranks=Ranks(), shard_size=None, default_shard_size=2, overwrite=False)
     with pytest.raises(ValueError, match="the sample of seed 5 is not finite"):
-        next(generate(sampler, job))
+        generation.run(Sampler(model, SamplingConfig(num_steps=2), 2, 8, 8))
+    assert generation.shards.missing() == [0]

@@ -1,0 +1,167 @@
+"""What happens to samples while the next ones are drawn: decoding, conversion, writing, in one background thread."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddt_fast.generation.images import quantize_pixels
+from ddt_fast.generation.seeds import IntArray
+from ddt_fast.generation.shards import Images, ShardFolder
+
+Decode = Callable[[Tensor], Tensor]
+OnImages = Callable[[IntArray, Images], object]
+
+
+class Background:
+    """Runs tasks in order in one thread, at most `depth` of them waiting.
+
+    The first error of a task is raised by `submit`, at the latest on leaving the context; tasks after it do not run.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self._depth = depth
+        self._pool = ThreadPoolExecutor(1, "images")
+        self._pending: deque[Future[None]] = deque()
+        self._broken = False
+
+    def __enter__(self) -> Background:
+        return self
+
+    def submit(self, task: Callable[..., object], *arguments: Any) -> None:
+        """Run task(*arguments) after those before it; waits while there are too many."""
+        while len(self._pending) >= self._depth:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._run, task, *arguments))
+
+    def _run(self, task: Callable[..., object], *arguments: Any) -> None:
+        if self._broken:
+            return
+        try:
+            task(*arguments)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        self._broken = self._broken or kind is not None
+        self._pool.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for future in self._pending:
+                future.result()
+
+
+class PixelConverter:
+    """Samples on a device → uint8 images on the host; on a GPU on a stream of its own, beside the sampling.
+
+    Args:
+        device: where the samples are.
+        decode: latents → pixels in [-1, 1]; None for a pixel-space model.
+        batch_size: samples decoded at a time: pixels of more never exist as floats.
+    """
+
+    def __init__(self, device: torch.device, decode: Decode | None, batch_size: int) -> None:
+        self._decode, self._batch_size = decode, batch_size
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def mark(self) -> torch.cuda.Event | None:
+        """What to wait for until the samples just asked for are there."""
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._stream.device))
+        return event
+
+    def __call__(self, samples: Tensor, seeds: IntArray) -> Images:
+        """(n, H, W, 3) uint8 images of finished samples (n, C, h, w); ValueError for one that is not finite."""
+        if self._stream is None:
+            return self._convert(samples, seeds)
+        with torch.cuda.stream(self._stream):
+            samples.record_stream(self._stream)
+            return self._convert(samples, seeds)
+
+    def _convert(self, samples: Tensor, seeds: IntArray) -> Images:
+        parts, finite = [], []
+        for part in samples.split(self._batch_size):
+            images = part if self._decode is None else self._decode(part)
+            finite.append(images.isfinite().flatten(1).all(1))
+            pixels = quantize_pixels(images)
+            if self._stream is not None:
+                # Only a copy to page-locked memory leaves the host, and thereby the other stream, alone.
+                host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                pixels = host.copy_(pixels, non_blocking=True)
+            parts.append(pixels)
+        if self._stream is not None:
+            self._stream.synchronize()
+        broken = (~torch.cat(finite).cpu()).nonzero()
+        if len(broken):
+            seed = seeds[int(broken[0])]
+            raise ValueError(f"the sample of seed {seed} is not finite; check the weights and the settings")
+        return torch.cat(parts).numpy()
+
+
+@dataclass
+class Timings:
+    """Seconds of this process.
+
+    Attributes:
+        sampling: from the first batch to the last image, with whatever the background thread could not hide.
+        decoding, writing, hook: of the background thread, beside it.
+    """
+
+    sampling: float = 0.0
+    decoding: float = 0.0
+    writing: float = 0.0
+    hook: float = 0.0
+
+
+@dataclass
+class ShardWriter:
+    """Takes samples batch by batch, in the order of their positions, and writes a shard whenever one is complete.
+
+    Args:
+        folder: of the shards.
+        converter: samples → images.
+        made_with: what goes on record with each shard.
+        on_images: called with positions (n,) and images (n, H, W, 3) of every batch; or None.
+        timings: where to add up the seconds.
+    """
+
+    folder: ShardFolder
+    converter: PixelConverter
+    made_with: dict[str, Any]
+    on_images: OnImages | None
+    timings: Timings
+    _images: list[Images] = field(default_factory=list)
+    _shard_began: float = field(default_factory=time.perf_counter)
+
+    def take(
+        self, shard: int, positions: slice, samples: Tensor, seeds: IntArray, ready: torch.cuda.Event | None
+    ) -> None:
+        """The samples of these positions, which lie in this shard."""
+        if ready is not None:
+            ready.synchronize()
+        began = time.perf_counter()
+        images = self.converter(samples, seeds)
+        decoded = time.perf_counter()
+        self.timings.decoding += decoded - began
+        if self.on_images is not None:
+            self.on_images(np.arange(positions.start, positions.stop), images)
+        hooked = time.perf_counter()
+        self.timings.hook += hooked - decoded
+        self._images.append(images)
+        if positions.stop == self.folder.positions(shard).stop:
+            seconds = hooked - self._shard_began
+            content = self._images[0] if len(self._images) == 1 else np.concatenate(self._images)
+            self.folder.write(shard, content, {**self.made_with, "seconds": seconds})
+            self._images, self._shard_began = [], hooked
+            self.timings.writing += time.perf_counter() - hooked

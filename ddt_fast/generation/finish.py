@@ -1,0 +1,180 @@
+"""The end of a job: from shards to samples.npz, pictures and generation.json.
+
+The last process to finish its shards does it; should it be killed, whoever starts the job again does. All outputs are
+written before any takes its place, generation.json takes its place last, and the shards go after that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ddt_fast.files import atomic_file, atomic_folder
+from ddt_fast.generation.images import labelled_grid
+from ddt_fast.generation.npz import open_images, write_npz
+from ddt_fast.generation.seeds import Job
+from ddt_fast.generation.shards import (
+    DamagedShardError,
+    Images,
+    ShardFolder,
+    fingerprint,
+    read_json,
+    writing,
+)
+
+SAMPLES, RECORD = "samples.npz", "generation.json"
+IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
+GRID_IMAGES = 100
+_TEMPORARY = r"\.samples\.\d+\.npz|\.grid\.\d+\.png|\.generation\.\d+\.json|\.images\.[a-z0-9_]{8}(\.old)?"
+
+
+def finished_record(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """generation.json of a finished job of these settings, its samples in place; else None."""
+    if not (output_dir / RECORD).is_file():
+        return None
+    record = read_json(output_dir / RECORD)
+    samples = output_dir / SAMPLES
+    whole = samples.is_file() and samples.stat().st_size == record.get("bytes")
+    return record if whole and record.get("fingerprint") == fingerprint(settings) else None
+
+
+def finish(
+    output_dir: Path, shards: ShardFolder, job: Job, about: dict[str, Any], num_png: int, columns: int
+) -> dict[str, Any] | None:
+    """Write all outputs and return the record; None where shards are missing or another process is at it.
+
+    Raises:
+        DamagedShardError: a shard does not hold what was written; it is removed.
+        OSError: no space left, or another failure of the file system.
+    """
+    if not shards.path.exists() or shards.missing():
+        return finished_record(output_dir, shards.settings)
+    record = None
+    with _only_process(shards.path) as alone:
+        if not alone or (record := finished_record(output_dir, shards.settings)) is not None:
+            return record
+        _remove_temporaries(output_dir)
+        began = time.perf_counter()
+        makers: list[dict[str, Any]] = []
+        shape = (len(job), *shards.read(0)[0].shape[1:])
+        with (
+            writing(output_dir / SAMPLES),
+            atomic_file(output_dir / RECORD) as record_file,
+            _pictures(output_dir) as (folder, grid),
+            atomic_file(output_dir / SAMPLES) as samples,
+        ):
+            write_npz(samples, shape, _stream(shards, makers), labels=job.labels, seeds=job.seeds)
+            with samples.open("rb") as stream:
+                os.fsync(stream.fileno())
+            _draw(open_images(samples), job, folder, grid, num_png, columns)
+            record = {
+                "fingerprint": fingerprint(shards.settings),
+                "num_images": len(job),
+                "num_png": num_png,
+                "bytes": samples.stat().st_size,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                "process_seconds": sum(maker["seconds"] for maker in makers),
+                "merge_seconds": time.perf_counter() - began,
+                "made_with": [{**maker, "img_per_second": _speed(maker)} for maker in makers],
+                **about,
+                "settings": shards.settings,
+            }
+            _write_record(record_file, record)
+        return record
+
+
+def renew_pictures(output_dir: Path, job: Job, record: dict[str, Any], num_png: int, columns: int) -> dict[str, Any]:
+    """Write grid.png and another number of PNGs from samples.npz, and return the record that says so."""
+    with (
+        writing(output_dir / "images"),
+        atomic_file(output_dir / RECORD) as record_file,
+        _pictures(output_dir) as (folder, grid),
+    ):
+        _draw(open_images(output_dir / SAMPLES), job, folder, grid, num_png, columns)
+        record = {**record, "num_png": num_png}
+        _write_record(record_file, record)
+    return record
+
+
+def _write_record(file: Path, record: dict[str, Any]) -> None:
+    with file.open("w") as stream:
+        stream.write(json.dumps(record, indent=1) + "\n")
+
+
+@contextmanager
+def _pictures(output_dir: Path) -> Iterator[tuple[Path, Path]]:
+    with atomic_folder(output_dir / "images", IMAGE_NAMES) as folder, atomic_file(output_dir / "grid.png") as grid:
+        yield folder, grid
+
+
+def _draw(images: Images, job: Job, folder: Path, grid: Path, num_png: int, columns: int) -> None:
+    def save(position: int) -> None:
+        name = f"{position:05d}_class_{job.labels[position]}_seed_{job.seeds[position]}.png"
+        Image.fromarray(images[position]).save(folder / name)
+
+    with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter's lock
+        list(pool.map(save, job.first_draws(num_png).tolist()))
+    shown = job.first_draws(GRID_IMAGES)
+    labelled_grid(images[shown], [str(label) for label in job.labels[shown]], columns).save(grid)
+
+
+def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:
+    """All images, shard by shard; `makers` gets what they were made with, and how many in what time."""
+    for shard in range(shards.num_shards):
+        try:
+            images, made_with = shards.read(shard)
+        except DamagedShardError:
+            shards.discard(shard)
+            raise
+        seconds = made_with.pop("seconds", 0.0)
+        maker = next((maker for maker in makers if maker.items() >= made_with.items()), None)
+        if maker is None:
+            maker = {**made_with, "images": 0, "seconds": 0.0}
+            makers.append(maker)
+        maker["images"] += len(images)
+        maker["seconds"] += seconds
+        yield images
+
+
+def _speed(maker: dict[str, Any]) -> float | None:
+    """Images per second of all processes together."""
+    return maker["images"] / maker["seconds"] * maker.get("processes", 1) if maker["seconds"] else None
+
+
+@contextmanager
+def _only_process(folder: Path) -> Iterator[bool]:
+    """Whether this process holds the folder's lock, which the operating system takes from processes that die."""
+    try:
+        file = (folder / "merge.lock").open("w")
+    except FileNotFoundError:  # the other process has finished, and removed the shards
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            # No locks on this file system: two that finish at once write the same files, each in one move.
+            pass
+        yield True
+
+
+def _remove_temporaries(output_dir: Path) -> None:
+    """Remove what processes that were killed while they merged have left."""
+    for entry in list(output_dir.iterdir()):
+        if re.fullmatch(_TEMPORARY, entry.name):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

@@ -1,0 +1,69 @@
+"""samples.npz, as the ADM suite reads it: written image by image, so that memory stays flat, and read in place.
+
+Members are stored, not compressed (images of this kind hardly shrink), and carry a fixed date: the same images make the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.uint8]
+_LOCAL_HEADER = struct.Struct("<26x2H")  # what precedes the two lengths in a zip's local header is not needed
+
+
+def write_npz(path: Path, shape: tuple[int, int, int, int], images: Iterable[Images], **arrays: NDArray) -> None:
+    """Write arr_0, of the given shape and uint8, from consecutive parts, and other arrays by name.
+
+    Raises:
+        ValueError: parts that do not make up the shape.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        count = 0
+        # The size is not known when a member begins: without zip64 it could not pass 4 GiB.
+        with archive.open(_member("arr_0"), "w", force_zip64=True) as stream:
+            # Version 1.0, because ADM's reader takes nothing newer.
+            np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+            for part in images:
+                if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
+                    raise ValueError(f"images are {part.shape[1:]} {part.dtype}; wanted {shape[1:]} uint8")
+                count += len(part)
+                stream.write(np.ascontiguousarray(part).data)
+        if count != shape[0]:
+            raise ValueError(f"{count} images; wanted {shape[0]}")
+        for name, array in arrays.items():
+            with archive.open(_member(name), "w") as stream:
+                np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+
+
+def open_images(path: Path) -> Images:
+    """arr_0 of an npz as an array that is read from disk as it is used.
+
+    Raises:
+        ValueError: no npz, no uncompressed arr_0 in it, or a truncated one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo("arr_0.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{path} is compressed; wanted arr_0 as it is in memory")
+        with path.open("rb") as stream:
+            stream.seek(member.header_offset)
+            name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+            stream.seek(name_length + extra_length, 1)
+            if np.lib.format.read_magic(stream) != (1, 0):
+                raise ValueError(f"{path} holds arr_0 in another version of the npy format; wanted 1.0")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            return np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=shape)
+    except (zipfile.BadZipFile, KeyError, struct.error) as error:
+        raise ValueError(f"{path} is no npz file with an arr_0: {error}") from error

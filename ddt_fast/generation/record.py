@@ -1,0 +1,62 @@
+"""What goes on record with generated images: what they depend on, and what they were made on and by."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("ddt-fast", "torch", "triton", "numpy", "diffusers", "safetensors")
+
+
+def weights_sha256(module: torch.nn.Module) -> str:
+    """Checksum of a module's weights by name, in the dtype they are used in, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and commit, as plain JSON values."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "hardware": {"device": device_name(device), "cpu_cores": os.cpu_count(), "platform": platform.platform()},
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if (status := _git("status", "--porcelain")) is None else bool(status),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the folder this file is in; None where it is no checkout of ddt-fast."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()

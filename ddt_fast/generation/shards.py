@@ -1,0 +1,232 @@
+"""Samples on their way to samples.npz: shards that are whole or not there.
+
+A job's shards lie in OUTPUT/shards-FINGERPRINT, the fingerprint being that of its settings, as
+    job.json                        the settings and the shard size; written first
+    shard-K-of-M.safetensors        images (n, H, W, 3) uint8 of positions K * shard_size and on; their SHA-256, and
+                                    what they were made with, are in its metadata
+
+A shard is written under another name and renamed: what bears its name is finished. Which process makes which is settled
+by number alone (K % world_size), so that processes need not know of each other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ddt_fast.files import atomic_file
+
+Images = NDArray[np.uint8]
+_JOB = "job.json"
+_SHARD = r"shard-\d+-of-\d+\.safetensors"
+_OWNED = rf"{_JOB}|merge\.lock|{_SHARD}|\.job\.\d+\.json|\.shard-\d+-of-\d+\.\d+\.safetensors"
+
+
+class DamagedShardError(OSError):
+    """A shard that does not hold what was written; the message begins with its path."""
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """A name for settings (plain JSON values): equal ones have the same."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings in which two dictionaries differ: "sampling.num_steps 25, now 50"."""
+    found = []
+    for name in {**theirs, **ours}:
+        a, b = theirs.get(name), ours.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} {_short(a)}, now {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class ShardFolder:
+    """The shards of one job.
+
+    Args:
+        output_dir: of the job.
+        settings: everything its images depend on, as plain JSON values.
+        num_images: of the job.
+        shard_size: images per shard; None: as the shards there are, else `default`.
+        default: shard size of a new job.
+
+    Attributes:
+        path: of the folder.
+        shard_size: images per shard.
+
+    Raises:
+        ValueError: a shard size other than that of the shards there are.
+    """
+
+    def __init__(
+        self, output_dir: Path, settings: dict[str, Any], num_images: int, shard_size: int | None, default: int
+    ) -> None:
+        self.settings, self.num_images = settings, num_images
+        self.path = output_dir / f"shards-{fingerprint(settings)}"
+        recorded = read_json(self.path / _JOB).get("shard_size") if (self.path / _JOB).exists() else None
+        if recorded is not None and shard_size not in (None, recorded):
+            raise ValueError(
+                f"{self.path} was begun with {recorded} images a shard, now {shard_size}; leave the shard size out"
+            )
+        self.shard_size: int = recorded or shard_size or default
+        self._width = max(5, len(str(self.num_shards)))
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_images // self.shard_size)
+
+    def positions(self, shard: int) -> range:
+        """The samples of a shard, as places in the file of samples."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+    def file(self, shard: int) -> Path:
+        """Where a shard is, or will be."""
+        return self.path / f"shard-{shard:0{self._width}d}-of-{self.num_shards:0{self._width}d}.safetensors"
+
+    def begin(self) -> None:
+        """Put the settings on record."""
+        with writing(self.path / _JOB):
+            content = {"settings": self.settings, "num_images": self.num_images, "shard_size": self.shard_size}
+            write_json(self.path / _JOB, content)
+
+    def missing(self) -> list[int]:
+        """The shards that are not there, of any process."""
+        return [shard for shard in range(self.num_shards) if not self.file(shard).exists()]
+
+    def write(self, shard: int, images: Images, made_with: dict[str, Any]) -> None:
+        """Write a shard; it is finished when this returns.
+
+        Args:
+            shard: its number.
+            images: (n, H, W, 3) uint8.
+            made_with: plain JSON values that `read` returns.
+
+        Raises:
+            OSError: no space left, or another failure of the file system; finished shards are untouched.
+        """
+        target = self.file(shard)
+        for stale in self.path.glob(f".{target.stem}.*"):
+            stale.unlink(missing_ok=True)
+        metadata = {"sha256": hashlib.sha256(images.data).hexdigest(), "made_with": json.dumps(made_with)}
+        content = save({"images": images}, metadata)
+        with writing(target), atomic_file(target) as temporary, temporary.open("wb") as stream:
+            stream.write(content)
+            _sync(stream)
+
+    def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
+        """Images (n, H, W, 3) of a finished shard, and what it was made with.
+
+        Raises:
+            DamagedShardError: it does not hold what was written.
+        """
+        file, count = self.file(shard), len(self.positions(shard))
+        try:
+            with safe_open(file, framework="np") as opened:
+                metadata, images = opened.metadata() or {}, opened.get_tensor("images")
+        except SafetensorError as error:
+            raise DamagedShardError(f"{file} is damaged: {error}") from error
+        if hashlib.sha256(images.data).hexdigest() != metadata.get("sha256"):
+            raise DamagedShardError(f"{file} is damaged: its images do not have the checksum on record")
+        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+            raise DamagedShardError(f"{file} holds {images.shape} {images.dtype}; wanted {count} uint8 images")
+        return images, json.loads(metadata["made_with"])
+
+    def discard(self, shard: int) -> None:
+        """Remove a shard, if it is there."""
+        self.file(shard).unlink(missing_ok=True)
+
+
+def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
+    """The folders with finished shards of jobs with other settings; those without any are removed."""
+    found = []
+    for path in sorted(output_dir.glob("shards-*")):
+        if path == shards.path or not re.fullmatch("shards-[0-9a-f]{12}", path.name) or not path.is_dir():
+            continue
+        if _count_shards(path):
+            found.append(path)
+        else:
+            remove_job(path)
+    return found
+
+
+def describe_other(path: Path, settings: dict[str, Any]) -> str:
+    """How many shards a folder of another job holds, and in what its settings differ from these."""
+    theirs = read_json(path / _JOB).get("settings", {}) if (path / _JOB).exists() else {}
+    changed = "; ".join(differences(theirs, settings)) if theirs else f"its {_JOB} is missing"
+    return f"{path} holds {_count_shards(path)} finished shards of a job with other settings ({changed})"
+
+
+def _count_shards(path: Path) -> int:
+    try:
+        return sum(re.fullmatch(_SHARD, entry.name) is not None for entry in path.iterdir())
+    except FileNotFoundError:  # another process has removed it
+        return 0
+
+
+def remove_job(path: Path) -> None:
+    """Remove a folder of shards; what ddt-fast did not write stays."""
+    try:
+        for entry in path.iterdir():
+            if re.fullmatch(_OWNED, entry.name):
+                entry.unlink(missing_ok=True)
+        path.rmdir()
+    except OSError:
+        return  # something of the user's is in it, or another process is removing it
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as a JSON file, atomically."""
+    try:
+        with atomic_file(path) as temporary, temporary.open("w") as stream:
+            stream.write(json.dumps(content, indent=1) + "\n")
+            _sync(stream)
+    except FileNotFoundError:
+        # A process on another machine, of the same id, has written the same and renamed the temporary file.
+        if not path.exists():
+            raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSErrors within name the path, and say that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "finished shards are kept, the same command goes on from them"
+        raise OSError(f"{path} could not be written: {reason}; {hint}") from error
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

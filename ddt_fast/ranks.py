@@ -1,0 +1,40 @@
+"""Which of the processes that share a job this one is, as torchrun tells it through the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, and among those of its machine.
+
+    Attributes:
+        rank, world_size: over all machines.
+        local_rank, local_size: on this machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def who(self) -> str:
+        """Begins a line of output: "rank 1 of 4: ", or nothing where there is one process."""
+        return f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
+
+
+def process_ranks() -> Ranks:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment; ValueError where they are nonsense."""
+    values = []
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        text = os.environ.get(name, default)
+        if not text.isdecimal():
+            raise ValueError(f"environment variable {name} is {text!r}; allowed: a whole number")
+        values.append(int(text))
+    rank, world_size, local_rank, local_size = values
+    if rank >= world_size:
+        raise ValueError(f"environment variable RANK is {rank}; allowed: below WORLD_SIZE ({world_size})")
+    return Ranks(rank, world_size, local_rank, max(1, local_size))

@@ -1,0 +1,131 @@
+"""What happens beside the sampling: decoding, conversion, errors of the background thread."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ddt_fast.generation.background import Background, PixelConverter
+from ddt_fast.generation.images import to_uint8
+from ddt_fast.generation.job import Generation
+from ddt_fast.generation.npz import open_images
+from ddt_fast.generation.seeds import Job, assign_labels
+from ddt_fast.model.weights import load_model, read_experiment
+from ddt_fast.ranks import Ranks
+from ddt_fast.sampling import Sampler
+from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+
+
+class Colours:
+    """Stands for a VAE's decoder: three channels, twice the side; remembers who called it with how many."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        self.calls.append((threading.current_thread().name, len(latents)))
+        return torch.cat([latents, -latents, latents / 2], 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def generation(folder, job, **more) -> Generation:
+    return Generation(folder, job, {}, ranks=Ranks(), shard_size=8, default_shard_size=8, overwrite=False, **more)
+
+
+def test_images_are_the_decoded_samples_of_their_seeds(tmp_path):
+    model, config = load_model(EMBEDDED_CHECKPOINT), read_experiment(EMBEDDED_CHECKPOINT).sampling
+    job = Job.of_draws(assign_labels(20, 10), range(20), shuffle=True)
+    sampler, decode, steps = Sampler(model, config, 5, 8, 8), Colours(), []
+    running = generation(tmp_path, job)
+    running.run(sampler, decode, decode_batch_size=2, progress=steps.append)
+    running.finish({}, num_png=0, columns=10)
+    noise, _ = seeded_noise(job.seeds.tolist(), (1, 8, 8))
+    direct = torch.cat([sampler(noise[i : i + 5], torch.from_numpy(job.labels[i : i + 5])) for i in range(0, 20, 5)])
+    images = open_images(tmp_path / "samples.npz")
+    assert images.shape == (20, 16, 16, 3)
+    np.testing.assert_array_equal(images, to_uint8(Colours()(direct)))
+    assert [count for _, count in decode.calls] == [2, 2, 1, 2, 1] * 2 + [2, 2]
+    assert {name.split("_")[0] for name, _ in decode.calls} == {"images"}
+    assert steps == sorted(steps)
+    assert steps[-1] == 20
+    assert not list((tmp_path / "images").iterdir())
+
+
+def test_the_first_error_ends_it_and_later_tasks_do_not_run():
+    ran = []
+
+    def failing() -> None:
+        raise OSError("disk full")
+
+    def use() -> None:
+        with Background(2) as background:
+            background.submit(ran.append, 1)
+            background.submit(failing)
+            for i in range(5):
+                background.submit(ran.append, 2 + i)
+
+    with pytest.raises(OSError, match="disk full"):
+        use()
+    assert ran == [1]
+
+
+def test_the_last_error_is_not_lost_and_an_error_outside_stops_the_tasks():
+    ran = []
+
+    def failing() -> None:
+        time.sleep(0.05)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), Background(2) as background:
+        background.submit(failing)
+
+    def use() -> None:
+        with Background(2) as background:
+            background.submit(time.sleep, 0.05)
+            background.submit(ran.append, 1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert ran == []
+
+
+def test_no_more_than_asked_for_are_waiting():
+    running, most = [0], [0]
+
+    def task() -> None:
+        time.sleep(0.01)
+        running[0] -= 1
+
+    with Background(2) as background:
+        for _ in range(8):
+            background.submit(task)
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+    assert most[0] <= 3
+
+
+def test_a_sample_that_is_not_finite_is_named_wherever_it_is():
+    samples = torch.zeros(5, 1, 2, 2)
+    samples[3, 0, 1, 1] = float("inf")
+    convert = PixelConverter(torch.device("cpu"), None, 2)
+    with pytest.raises(ValueError, match="the sample of seed 13 is not finite"):
+        convert(samples, np.arange(10, 15))
+
+
+@pytest.mark.gpu
+def test_a_gpu_converts_beside_the_sampling_what_a_cpu_converts():
+    device = torch.device("cuda")
+    samples = torch.randn(7, 1, 8, 8, device=device)
+    convert = PixelConverter(device, Colours(), 3)
+    convert(samples, np.arange(7))  # page-locked memory is had from the system once, which waits for all streams
+    later = torch.cuda.Event()
+    ready = convert.mark()
+    torch.cuda._sleep(2_000_000_000)  # the sampling of the next batch
+    later.record()
+    ready.synchronize()
+    images = convert(samples, np.arange(7))
+    assert not later.query(), "the conversion waited for the other stream"
+    np.testing.assert_array_equal(images, to_uint8(Colours()(samples.cpu())))
