@@ -73,7 +73,10 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch.distributed.checkpoint.*")
             tensors, target = state.tensors(), temporary / "state"
-            written = cast(Future[Any], dcp.async_save(tensors, checkpoint_id=target, process_group=self._group))
+            # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
+            alone = dist.get_world_size() == 1
+            saving = dcp.async_save(tensors, checkpoint_id=target, process_group=self._group, no_dist=alone)
+            written = cast(Future[Any], saving)
         content = json.dumps({"version": VERSION, **numbers}, indent=2) + "\n"
 
         def finish() -> None:
