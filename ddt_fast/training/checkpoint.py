@@ -27,6 +27,8 @@ from ddt_fast.training.state import TrainingState
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
 VERSION = 1
+# It comes from a background thread, so that no filter around the call could catch it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 
 class Checkpoints:
@@ -70,13 +72,11 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch.distributed.checkpoint.*")
-            tensors, target = state.tensors(), temporary / "state"
-            # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
-            alone = dist.get_world_size() == 1
-            saving = dcp.async_save(tensors, checkpoint_id=target, process_group=self._group, no_dist=alone)
-            written = cast(Future[Any], saving)
+        # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
+        alone = dist.get_world_size() == 1
+        target = temporary / "state"
+        saving = dcp.async_save(state.tensors(), checkpoint_id=target, process_group=self._group, no_dist=alone)
+        written = cast(Future[Any], saving)
         content = json.dumps({"version": VERSION, **numbers}, indent=2) + "\n"
 
         def finish() -> None:
@@ -162,9 +162,7 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
         ValueError: files that are missing or damaged, or of another model.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="torch.distributed.checkpoint.*")
-            dcp.load(state.tensors(), checkpoint_id=checkpoint / "state")
+        dcp.load(state.tensors(), checkpoint_id=checkpoint / "state", no_dist=dist.get_world_size() == 1)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
 

@@ -109,6 +109,10 @@ def _average_in_float32(_: Any, bucket: dist.GradBucket) -> torch.futures.Future
     return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
 
 
+# DDP wants the types themselves, which `from __future__ import annotations` turns into strings.
+_average_in_float32.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+
+
 class StopSignal:
     """Whether any process has been told to stop (SIGTERM), known to all after the same step.
 

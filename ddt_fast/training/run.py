@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from ddt_fast.config import Experiment
@@ -79,7 +80,8 @@ class Run:
                 "data": self.loader.state_dict(),
                 "settings": run_folder.settings_of(self.experiment),
             }
-            self._checkpoints.save(self.state, numbers, partial(self._save_model, self.state.averaged_model()), wait)
+            save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())
+            self._checkpoints.save(self.state, numbers, save_model, wait)
 
     def draw(self) -> None:
         """Log a grid of samples of the averaged model."""
@@ -91,11 +93,11 @@ class Run:
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
         """Write what a finished run leaves; the averaged model and its scores, in the first process."""
         seconds = self._seconds
-        model = self.state.averaged_model()
+        model, projector = self.state.averaged_model(), self.state.projector()
         scores: dict[str, DigitsScore] = {}
         settings = self.experiment.training
         if self._preview is not None and model is not None:
-            self._save_model(model, self.folder / "model")
+            self._save_model(model, projector, self.folder / "model")
             plot_curves(self.folder / "log.jsonl", self.folder / "curves.png")
             if settings.sample_every:
                 with atomic_file(self.folder / "samples.png") as file:
@@ -105,10 +107,11 @@ class Run:
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
         return model, scores
 
-    def _save_model(self, model: DDT, folder: Path) -> None:
+    def _save_model(self, model: DDT | None, projector: dict[str, Tensor] | None, folder: Path) -> None:
+        assert model is not None
         # Where the data lay here means nothing to who gets the model.
         data = replace(self.experiment.data, folder=None, images=None, scaling_factor=None, channel_stats=None)
-        save_model(model, folder, data, self.experiment.sampling)
+        save_model(model, folder, data, self.experiment.sampling, projector=projector)
 
     @property
     def _seconds(self) -> float:

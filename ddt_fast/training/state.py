@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ddt_fast.model.fused import FusedDDT
@@ -48,6 +49,13 @@ class TrainingState:
             "optimizer": {name: dict(self.optimizer.state[parameter]) for name, parameter in named.items()},
         }
 
+    def projector(self) -> dict[str, Tensor] | None:
+        """REPA's projector, whole, on the CPU; None without REPA. All processes must call it together."""
+        if self.masters.projector is None:
+            return None
+        weights = self.masters.projector.state_dict()
+        return {name: _whole(tensor).detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
     def averaged_model(self) -> DDT | None:
         """The reference model with the averaged weights, whole, on the CPU, in the first process; None in the others.
 
@@ -61,7 +69,7 @@ class TrainingState:
         if first:
             model.to_empty(device="cpu")
         for average, parameter in zip(self.ema.weights.values(), model.parameters(), strict=True):
-            whole = average.full_tensor() if isinstance(average, DTensor) else average
+            whole = _whole(average)
             if first:
                 with torch.no_grad():
                     parameter.copy_(whole)
@@ -70,3 +78,7 @@ class TrainingState:
         if model is not reference:
             reference.load_state_dict(model.state_dict(), assign=True)
         return reference.eval().requires_grad_(False)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddt_fast.config import DDTConfig
-from ddt_fast.presets import PRESETS
 from ddt_fast.model.reference import DDT
+from ddt_fast.presets import PRESETS
 from ddt_fast.training import throughput
 from ddt_fast.training.throughput import Throughput, peak_flops, training_flops
 
