@@ -1,7 +1,7 @@
 """The Inception network of FID: TensorFlow's graph of 2015-12-05, whose features every published FID is made of.
 
-It is not torchvision's Inception v3: 1008 classes; average pools leave out the padding; the last block pools by maximum;
-images are resized as TensorFlow 1 did it. Parameter names are those of the published weights file (see
+It is not torchvision's Inception v3: 1008 classes; average pools leave out the padding; the last block pools by
+maximum; images are resized as TensorFlow 1 did it. Parameter names are those of the published weights file (see
 `inception_weights`).
 """
 
@@ -42,10 +42,8 @@ class _Conv(NamedTuple):
     stride: int = 1
 
 
-class _Fork(NamedTuple):
+class _Fork(tuple[_Conv, ...]):
     """Convolutions of the same input, side by side."""
-
-    convs: tuple[_Conv, ...]
 
 
 # What a branch of a block is made of: convolutions, a fork at the end, or a pool ("average", "maximum", or "halve").
@@ -76,35 +74,37 @@ class _Block(nn.Module):
     def __init__(self, in_channels: int, branches: dict[str, list[_Step]]) -> None:
         super().__init__()
         self.out_channels = 0
-        self.branches: list[list[tuple[str, ...]]] = []  # per step: names of convolutions, or a pool's
-        self.pools = frozenset(step for steps in branches.values() for step in steps if isinstance(step, str))
+        # Per branch and step: the names of convolutions side by side, or a pool.
+        self.branches: list[list[tuple[str, ...] | str]] = []
         for branch, steps in branches.items():
-            channels, names, several = in_channels, [], len([step for step in steps if not isinstance(step, str)]) > 1
-            index = 0
+            channels = in_channels
+            plan: list[tuple[str, ...] | str] = []
+            num_convs = sum(not isinstance(step, str) for step in steps)
             for step in steps:
                 if isinstance(step, str):
-                    names.append((step,))
+                    plan.append(step)
                     continue
-                index += 1
-                name = f"{branch}_{index}" if several else branch
-                convs = step.convs if isinstance(step, _Fork) else (step,)
-                tails = "ab" if isinstance(step, _Fork) else [""]
-                for tail, conv in zip(tails, convs, strict=True):
-                    self.add_module(name + tail, _ConvNormReLU(channels, conv, padded=conv.stride == 1))
-                names.append(tuple(name + tail for tail in tails))
-                channels = sum(conv.channels for conv in convs)
-            self.branches.append(names)
+                index = 1 + sum(not isinstance(done, str) for done in plan)
+                name = f"{branch}_{index}" if num_convs > 1 else branch
+                parts = (
+                    {name + "ab"[i]: conv for i, conv in enumerate(step)} if isinstance(step, _Fork) else {name: step}
+                )
+                for part, conv in parts.items():
+                    self.add_module(part, _ConvNormReLU(channels, conv, padded=conv.stride == 1))
+                plan.append(tuple(parts))
+                channels = sum(conv.channels for conv in parts.values())
+            self.branches.append(plan)
             self.out_channels += channels
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
         for steps in self.branches:
             y = x
-            for names in steps:
-                if names[0] in self.pools:
-                    y = _pool(names[0], y)
+            for step in steps:
+                if isinstance(step, str):
+                    y = _pool(step, y)
                 else:
-                    parts = [self.get_submodule(name)(y) for name in names]
+                    parts = [self.get_submodule(name)(y) for name in step]
                     y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             outputs.append(y)
         return torch.cat(outputs, 1)
@@ -222,8 +222,8 @@ class Inception(nn.Module):
 
 
 def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
-    """(B, C, H, W) floating point → (B, C, size, size), as TensorFlow 1 resizes: bilinear, output pixel i at i * H / size
-    (no half-pixel centres), no antialiasing, interpolated along rows first."""
+    """(B, C, H, W) floating point → (B, C, size, size), as TensorFlow 1 resizes: bilinear, output pixel i at
+    i * H / size (no half-pixel centres), no antialiasing, interpolated along rows first."""
     for dim in (3, 2):
         length = images.shape[dim]
         # The graph computes positions in float32, and so in which pixel one falls.

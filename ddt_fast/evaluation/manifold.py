@@ -2,8 +2,8 @@
 and how much of the real images in that of the samples.
 
 Distances come from float32 products, a block at a time, which is fast and loses digits to cancellation. Wherever those
-digits could decide, the distance is computed again, in float64 and from differences: the result is that of a brute force
-in float64, whatever the blocks.
+digits could decide, the distance is computed again, in float64 and from differences: the result is that of a brute
+force in float64, whatever the blocks.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Manifold:
 
 
 def _inside(first: _Manifold, second: _Manifold) -> tuple[Tensor, Tensor]:
-    """Which members of the first lie in a ball of the second, (N,) bool, and which of the second in one of the first."""
+    """Which members of the first lie in a ball of the second, (N,) bool, and the other way round, (M,) bool."""
     # Squared distance to the deepest ball's centre less its squared radius: negative is inside.
     margin1, margin2 = torch.full_like(first.norms, torch.inf), torch.full_like(second.norms, torch.inf)
     for i in range(0, len(margin1), _BLOCK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,21 @@ class RunningStatistics:
         self.count = total
 
 
-def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count: int) -> None:
-    """Write an npz with ADM's names: mu, sigma (FID) and, where there are any, mu_s, sigma_s (sFID); and num_images."""
-    arrays = {"mu": pool.mu, "sigma": pool.sigma}
+def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count: int | None) -> None:
+    """Write an npz with ADM's names: mu, sigma (FID), mu_s, sigma_s (sFID, where there is one); and num_images, if
+    known."""
+    arrays: dict[str, NDArray[Any]] = {"mu": pool.mu, "sigma": pool.sigma}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    if count is not None:
+        arrays["num_images"] = np.array(count)
+    write_npz(path, arrays)
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays to an npz, whole or not at all."""
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
-        np.savez(stream, num_images=np.int64(count), **arrays)
+        np.savez(stream, allow_pickle=False, **arrays)
 
 
 def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
