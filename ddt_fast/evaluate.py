@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"--batch-size is {options.batch_size}; allowed: 1 or more")
     output = _output_file("--output", options.output, ".json")
     picture = output.with_suffix(".png")
+    if picture.is_dir():
+        raise ValueError(f"{picture} is a folder; a file of that name is to be written")
     statistics = None
     if options.save_statistics is not None:
         statistics = _output_file("--save-statistics", options.save_statistics, ".npz")
@@ -213,6 +215,9 @@ def _table(report: dict[str, Any]) -> str:
             )
         elif name in report["not_computed"]:
             lines.append(f"{title:<18}not computed: {report['not_computed'][name]}")
+    if (features := report["features"]) is not None:
+        published = ", published weights" if features.get("published_weights") else ""
+        lines.append(f"{'features':<18}{features['name']}{published}, on {features['device']}")
     rate = report["images_per_second"]
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
     lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))

@@ -86,9 +86,8 @@ class _Block(nn.Module):
                     continue
                 index = 1 + sum(not isinstance(done, str) for done in plan)
                 name = f"{branch}_{index}" if num_convs > 1 else branch
-                parts = (
-                    {name + "ab"[i]: conv for i, conv in enumerate(step)} if isinstance(step, _Fork) else {name: step}
-                )
+                names = [name + "a", name + "b"] if isinstance(step, _Fork) else [name]
+                parts = dict(zip(names, step if isinstance(step, _Fork) else [step], strict=True))
                 for part, conv in parts.items():
                     self.add_module(part, _ConvNormReLU(channels, conv, padded=conv.stride == 1))
                 plan.append(tuple(parts))

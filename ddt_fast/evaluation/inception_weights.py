@@ -58,7 +58,8 @@ def load_inception(
         raise ValueError(f"Inception weights {file} {'are no file' if file.exists() else 'do not exist'}")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    network = Inception()
+    with torch.device("meta"):  # without the time that random weights take
+        network = Inception()
     _load(network, _read(file), file)
     network = network.fold().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network, InceptionWeights(file, sha256)
@@ -109,4 +110,6 @@ def _load(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
                 problem = f"have values in {name} that are not finite"
     if problem:
         raise ValueError(f"Inception weights {file} {problem}; wanted {WEIGHTS_FILE}")
-    network.load_state_dict(given, strict=False)
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name not in own}
+    network.load_state_dict({name: value.float() for name, value in given.items()} | counts, assign=True)
+    network.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, device_name
@@ -55,7 +56,8 @@ def evaluate(
         make_extractor: called once, when images have to be read; default: the Inception network on the CPU, its weights
             from the usual place.
         batch_size: images at a time.
-        on_batch: called with "samples" or "reference", each batch of images, and the number of all images.
+        on_batch: called with "samples" or "reference", each batch of images (first an empty one, before any is read),
+            and the number of all images.
 
     Returns:
         A dict ready for JSON: `metrics` (name to value), `not_computed` (name to reason), `samples`, `reference`,
@@ -148,6 +150,8 @@ def gather(
     started = time.perf_counter()
     extractor = make_extractor()
     accumulator = FeatureAccumulator(extractor, batch_size, keep)
+    if on_batch is not None:
+        on_batch(role, np.empty((0, *images.size, 3), np.uint8), images.count)
     for batch in _read_ahead(images, batch_size):
         accumulator.add(batch)
         if on_batch is not None:
