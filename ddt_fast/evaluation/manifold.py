@@ -97,11 +97,35 @@ class _Manifold:
                     take(columns, block.T.contiguous(), i)
                 take(rows, block, j)
         self.radii = distances[:, k - 1].clone()
+        # Where all candidates are as near as rounding can tell, a nearer member may be none of them.
+        self._doubtful = distances[:, -1] - self.radii <= 2 * self.rounding(self.norms)
+        if candidates == count - 1:
+            self._doubtful[:] = False
+        self._exact_radii = torch.full((count,), torch.nan, dtype=torch.float64, device=features.device)
+
+    def rounding(self, norms: Tensor) -> Tensor:
+        """By how much a float32 distance between points of these squared norms and members may be off: many standard
+        deviations of the rounding errors of two products of D terms."""
+        unit = 16 * torch.finfo(torch.float32).eps * self.features.shape[1] ** 0.5
+        return unit * (norms + self.norms.max())
 
     def exact_radii(self, members: Tensor) -> Tensor:
         """(len(members),) float64."""
-        nearest = self.features[self.nearest[members]]
-        return _exact_distances(nearest, self.features[members, None]).kthvalue(self.k, dim=1).values
+        unknown = members[self._exact_radii[members].isnan()].unique()
+        for part in unknown.split(self.pairs_at_once):
+            nearest = self.features[self.nearest[part]]
+            distances = _exact_distances(nearest, self.features[part, None])
+            self._exact_radii[part] = distances.kthvalue(self.k, dim=1).values
+        for member in unknown[self._doubtful[unknown]].tolist():
+            parts = self.features.split(max(1, _EXACT_NUMBERS // self.features.shape[1]))
+            distances = torch.cat([_exact_distances(part, self.features[member]) for part in parts])
+            self._exact_radii[member] = distances.kthvalue(self.k + 1).values  # the nearest is the member itself
+        return self._exact_radii[members]
+
+    @property
+    def pairs_at_once(self) -> int:
+        """How many members' candidates are compared exactly at a time."""
+        return max(1, _EXACT_NUMBERS // self.features[0].numel() // self.nearest.shape[1])
 
 
 def _inside(first: _Manifold, second: _Manifold) -> tuple[Tensor, Tensor]:
@@ -120,13 +144,11 @@ def _inside(first: _Manifold, second: _Manifold) -> tuple[Tensor, Tensor]:
 def _settle(points: _Manifold, balls: _Manifold, margin: Tensor) -> Tensor:
     """(N,) bool: which points are inside a ball, given margins that rounding may have moved."""
     inside = margin <= 0
-    # Many standard deviations of the rounding errors of two products of D terms, distance and radius.
-    doubt = 16 * torch.finfo(torch.float32).eps * points.features.shape[1] ** 0.5 * (points.norms + balls.norms.max())
-    pairs_at_once = max(1, _EXACT_NUMBERS // (balls.nearest.shape[1] * points.features.shape[1]))
+    doubt = balls.rounding(points.norms)
     for rows in (margin.abs() <= doubt).nonzero().flatten().split(_BLOCK // 16):
         inside[rows] = False
         gaps = _distances(points, rows, balls, slice(None)) - balls.radii
-        for pairs in (gaps <= doubt[rows, None]).nonzero().split(pairs_at_once):
+        for pairs in (gaps <= doubt[rows, None]).nonzero().split(balls.pairs_at_once):
             point, ball = rows[pairs[:, 0]], pairs[:, 1]
             distances = _exact_distances(points.features[point], balls.features[ball])
             inside[point[distances <= balls.exact_radii(ball)]] = True

@@ -5,38 +5,53 @@ since torchvision's wheels do not load beside a CPU build of torch.
 """
 
 import importlib
+import importlib.util
 import sys
 import types
 
 import pytest
 
-_STAND_INS = ("torchvision", *(f"torchvision.{name}" for name in ("datasets", "models", "transforms")))
+_STAND_INS = (
+    "torchvision",
+    "torchvision.datasets",
+    "torchvision.models",
+    "torchvision.transforms",
+    "torchvision.transforms.functional",
+)
+
+
+class _Anything(type):
+    """A class whose attributes are classes: base classes and annotations can be made of it."""
+
+    def __getattr__(cls, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
 
 
 class _StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
             raise AttributeError(name)
-        return object
+        return _Anything(name, (), {})
 
 
-def independent(monkeypatch: pytest.MonkeyPatch, name: str) -> types.ModuleType:
-    """Import the module `name` of a package that may be missing; what it imported is forgotten after the test."""
+def independent(name: str) -> types.ModuleType:
+    """Import the module `name` of a package that may be missing, and forget that it was imported: what has seen a
+    stand-in must not be found by others."""
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}: python -m pip install --no-deps {package.replace('_', '-')}")
-    if importlib.util.find_spec("torchvision") is None:
-        for stand_in in (*_STAND_INS, "torchvision.transforms.functional"):
-            module = _StandIn(stand_in)
-            monkeypatch.setitem(sys.modules, stand_in, module)
-            parent, _, child = stand_in.rpartition(".")
-            if parent:
-                setattr(sys.modules[parent], child, module)
-    for loaded in [other for other in sys.modules if other.partition(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, loaded)
-    found = importlib.import_module(name)
-    for loaded in [other for other in sys.modules if other.partition(".")[0] == package]:
-        # setitem and undo: a module that saw the stand-in must not outlive it.
-        module = sys.modules.pop(loaded)
-        monkeypatch.setitem(sys.modules, loaded, module)
-    return found
+    foreign = [package]
+    try:
+        if importlib.util.find_spec("torchvision") is None:
+            foreign.append("torchvision")
+            for stand_in in _STAND_INS:
+                sys.modules[stand_in] = _StandIn(stand_in)
+                parent, _, child = stand_in.rpartition(".")
+                if parent:
+                    setattr(sys.modules[parent], child, sys.modules[stand_in])
+        return importlib.import_module(name)
+    finally:
+        for module in [module for module in sys.modules if module.partition(".")[0] in foreign]:
+            del sys.modules[module]

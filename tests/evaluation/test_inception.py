@@ -35,8 +35,8 @@ def images_of(size: tuple[int, int], count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", [(256, 256), (24, 40), (320, 299)])
-def test_every_tensor_is_that_of_torch_fidelity(monkeypatch, weights_file, network, size):
-    module = independent(monkeypatch, "torch_fidelity.feature_extractor_inceptionv3")
+def test_every_tensor_is_that_of_torch_fidelity(weights_file, network, size):
+    module = independent("torch_fidelity.feature_extractor_inceptionv3")
     names = ["64", "192", "768", "2048", "logits_unbiased", "logits"]
     theirs = module.FeatureExtractorInceptionV3("test", names, feature_extractor_weights_path=str(weights_file))
     ours, expected = {}, {}
@@ -64,8 +64,8 @@ def test_every_tensor_is_that_of_torch_fidelity(monkeypatch, weights_file, netwo
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 64), (299, 299), (500, 256)])
-def test_resize_is_that_of_torch_fidelity(monkeypatch, size):
-    module = independent(monkeypatch, "torch_fidelity.interpolate_compat_tensorflow")
+def test_resize_is_that_of_torch_fidelity(size):
+    module = independent("torch_fidelity.interpolate_compat_tensorflow")
     images = images_of(size).float()
     theirs = module.interpolate_bilinear_2d_like_tensorflow1x(images, (299, 299), align_corners=False)
     assert torch.equal(resize(images), theirs)
