@@ -40,7 +40,7 @@ from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 _PICTURE_IMAGES = 100
-_DIGITS_BATCH = 100
+_NUM_DIGITS, _DIGITS_BATCH = 1000, 100
 _ROWS = {
     "fid": "FID",
     "sfid": "sFID",
@@ -175,15 +175,16 @@ def _score_digits(
     experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
     model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
     real, _ = digits()
-    labels = assign_labels(len(real), experiment.model.num_classes)
+    labels = assign_labels(_NUM_DIGITS, experiment.model.num_classes)
     drawn = []
-    with tqdm(total=len(real), desc="sampling", unit="img", dynamic_ncols=True) as bar:
-        for start in range(0, len(real), _DIGITS_BATCH):
-            seeds = range(start, min(start + _DIGITS_BATCH, len(real)))
-            noise, generators = seeded_noise(seeds, real.shape[1:])
-            part = labels[seeds.start : seeds.stop]
-            drawn.append(sample(model, noise.to(device), part.to(device), experiment.sampling, generators=generators))
-            bar.update(len(seeds))
+    with tqdm(total=_NUM_DIGITS, desc="sampling", unit="img", dynamic_ncols=True) as bar:
+        for start in range(0, _NUM_DIGITS, _DIGITS_BATCH):
+            part = slice(start, start + _DIGITS_BATCH)
+            noise, generators = seeded_noise(range(_NUM_DIGITS)[part], real.shape[1:])
+            drawn.append(
+                sample(model, noise.to(device), labels[part].to(device), experiment.sampling, generators=generators)
+            )
+            bar.update(len(drawn[-1]))
     samples = torch.cat(drawn).cpu()
     extractor = PixelExtractor(device)
     sets = []
@@ -195,7 +196,7 @@ def _score_digits(
     digits_score = score_digits(samples, labels)
     print(digits_score)
     report["digits"] = asdict(digits_score)
-    places = np.linspace(0, len(real) - 1, _PICTURE_IMAGES).round().astype(int).tolist()
+    places = np.linspace(0, _NUM_DIGITS - 1, _PICTURE_IMAGES).round().astype(int).tolist()
     return report, dict(zip(places, to_uint8(samples[places]), strict=True))
 
 

@@ -227,7 +227,7 @@ def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str
                 return f"{role}: {found.source} holds no {names}, and no images"
             if found.count < 2:
                 return f"{role}: {found.count} image; 2 or more are needed"
-            return f"{role}: {found.source} has no such features"
+            return "these features have none for sFID"
     return None
 
 

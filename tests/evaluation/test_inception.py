@@ -152,7 +152,9 @@ def test_offline_says_which_file_goes_where(monkeypatch, tmp_path):
         raise inception_weights.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth are not in .*no network.*put the file"):
+    with pytest.raises(
+        ValueError, match=r"pt_inception-2015-12-05-6726825d\.pth are not in .*no network.*put the file"
+    ):
         load_inception()
 
 

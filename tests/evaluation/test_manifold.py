@@ -78,9 +78,7 @@ def test_known_sets():
 def test_other_packages_agree(seed):
     samples, reference = clouds(seed)
     ours = precision_recall(samples, reference)
-    theirs = independent("torch_fidelity.metric_prc").prc_features_to_metric(
-        samples, reference, verbose=False
-    )
+    theirs = independent("torch_fidelity.metric_prc").prc_features_to_metric(samples, reference, verbose=False)
     assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
     prdc = independent("prdc").compute_prdc(reference.numpy(), samples.numpy(), nearest_k=3)
     assert ours == pytest.approx((prdc["precision"], prdc["recall"]))

@@ -1,5 +1,7 @@
 """From images to scores: the accumulator, what can be computed of what, and agreement with torch-fidelity end to end."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -38,11 +40,11 @@ def write(path, images, **arrays):
 
 
 def test_same_weights_and_images_give_the_scores_of_torch_fidelity(weights_file):
+    module = independent("torch_fidelity.feature_extractor_inceptionv3")
     samples, reference = smooth_images(16, 0), smooth_images(14, 1)
     report = evaluate(
         accumulated(samples, InceptionExtractor(weights_file)), accumulated(reference, InceptionExtractor(weights_file))
     )
-    module = independent("torch_fidelity.feature_extractor_inceptionv3")
     network = module.FeatureExtractorInceptionV3(
         "test", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights_file)
     )
@@ -87,7 +89,7 @@ def test_scores_do_not_depend_on_batches_or_order_of_arrival():
         accumulator.add(images[part], indices=part.tolist())
     found = accumulator.finish("images")
     np.testing.assert_allclose(found.features, pixels(images), atol=1e-6)
-    assert evaluate(found, reference)["metrics"] == pytest.approx(expected, rel=1e-9)
+    assert evaluate(found, reference)["metrics"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_ranks_merge_in_memory_and_through_files(tmp_path):
@@ -198,7 +200,7 @@ def test_what_cannot_be_computed_is_said(tmp_path):
     samples = accumulated(smooth_images(30, 0, size=8))
     missing = evaluate(samples, accumulated(smooth_images(3, 1, size=8)))["not_computed"]
     assert missing == {
-        "sfid": "samples: images has no such features",
+        "sfid": "these features have none for sFID",
         "inception_score": "these features have no class probabilities",
         "precision": "reference: 3 images; 4 or more are needed",
         "recall": "reference: 3 images; 4 or more are needed",
@@ -208,7 +210,7 @@ def test_what_cannot_be_computed_is_said(tmp_path):
     with pytest.raises(ValueError, match="fid cannot be computed: samples: 1 image; 2 or more are needed; "):
         evaluate(accumulated(smooth_images(1, 0, size=8)), samples)
     with pytest.raises(ValueError, match="samples have 64 features, the reference 16"):
-        evaluate(samples, accumulated(smooth_images(30, 0, size=4)), ["fid"])
+        evaluate(samples, replace(accumulated(smooth_images(30, 0, size=4)), size=None), ["fid"])
     with pytest.raises(ValueError, match="metric 'is' does not exist; allowed: fid, sfid, inception_score"):
         evaluate(samples, samples, ["is"])
     with pytest.raises(ValueError, match="no metrics are asked for"):
