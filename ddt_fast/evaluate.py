@@ -211,9 +211,8 @@ def _table(report: dict[str, Any]) -> str:
     for name, title in _ROWS.items():
         if name in values:
             spread = f" ± {values[name + '_std']:.4g}" if name + "_std" in values else ""
-            lines.append(
-                f"{title:<18}{values[name]:.4f}{spread}" if name != "kid" else f"{title:<18}{values[name]:.6f}{spread}"
-            )
+            decimals = 6 if name == "kid" else 4
+            lines.append(f"{title:<18}{values[name]:.{decimals}f}{spread}")
         elif name in report["not_computed"]:
             lines.append(f"{title:<18}not computed: {report['not_computed'][name]}")
     if (features := report["features"]) is not None:

@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from inception_cases import random_weights, smooth_images
 from PIL import Image
 
 from ddt_fast import evaluate as command
 from ddt_fast.command import run_command
 from ddt_fast.evaluation import METRICS
+from inception_cases import random_weights, smooth_images
 
 
 def run(tmp_path, *arguments: str) -> dict:

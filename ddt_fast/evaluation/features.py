@@ -181,8 +181,8 @@ class FeatureAccumulator:
         self._indices += places
 
     def merge(self, other: FeatureAccumulator) -> None:
-        """Add what another one holds; ValueError for features of another network or images of
-        another size."""
+        """Add what another one holds; ValueError for features of another network or images of another
+        size."""
         if other._kind != self._kind:
             raise ValueError(f"features of {other._kind} cannot be merged with those of {self._kind}")
         if other.size is not None:
@@ -194,10 +194,16 @@ class FeatureAccumulator:
         self._indices += other._indices
 
     def finish(self, source: str) -> FeatureSet:
-        """What was gathered, features in the order of the indices; ValueError when an index came twice."""
+        """What was gathered, features in the order of the indices.
+
+        Raises:
+            ValueError: an index came twice, or one that was merged in did not keep its features.
+        """
         places = np.sort(np.array(self._indices, dtype=np.int64))
         if (repeated := places[1:][np.diff(places) == 0]).size:
             raise ValueError(f"image {repeated[0]} was added twice")
+        if self.keep_features is True and len(self._feature_indices) < len(self):
+            raise ValueError(f"{len(self) - len(self._feature_indices)} of {len(self)} images are without features")
         features = None
         if self._features:
             features = torch.cat(self._features)[torch.tensor(self._feature_indices).argsort()]
@@ -252,7 +258,7 @@ class FeatureAccumulator:
 
     @property
     def _kind(self) -> str:
-        return str(self.extractor.description.get("sha256", self.extractor.name))
+        return kind_of_features(self.extractor.description)
 
     def _keep(self, pool: Tensor, places: list[int]) -> None:
         kept = self.keep_features
@@ -266,6 +272,11 @@ class FeatureAccumulator:
             (height, width), (given_height, given_width) = self.size or size, size
             raise ValueError(f"images of {given_width}x{given_height} pixels after images of {width}x{height}")
         self.size = size
+
+
+def kind_of_features(description: dict[str, Any]) -> str:
+    """What two extractors must have in common for their features to be compared."""
+    return str(description.get("sha256", description["name"]))
 
 
 def device_name(device: torch.device) -> str:

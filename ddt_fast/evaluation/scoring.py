@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, device_name
+from ddt_fast.evaluation.features import (
+    Extractor,
+    FeatureAccumulator,
+    FeatureSet,
+    InceptionExtractor,
+    device_name,
+    kind_of_features,
+)
 from ddt_fast.evaluation.metrics import (
     fixed_permutation,
     frechet_distance,
@@ -184,8 +191,9 @@ def score(
         reasons["sfid"] = _without_gaussian(samples, reference, "spatial")
         reasons["precision"] = reasons["recall"] = _without_features(samples, reference, NUM_NEIGHBOURS + 1)
         reasons["kid"] = _without_features(samples, reference, 2)
-        if samples.extractor and reference.extractor and samples.extractor != reference.extractor:
-            raise ValueError("samples and reference have features of different networks")
+        kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
+        if len({*kinds}) > 1:
+            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; wanted the same")
     missing = {name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None}
     wanted = [name for name in METRICS if name in metrics and name not in missing]
     if not wanted:

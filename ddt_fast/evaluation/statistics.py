@@ -55,13 +55,16 @@ class RunningStatistics:
         if not rows.isfinite().all():
             raise ValueError("features that are not finite cannot be scored")
         mean = rows.mean(0)
-        centred = rows - mean
-        self._combine(len(rows), mean, centred.T @ centred)
+        shift = self._shift_mean(len(rows), mean)
+        # One pass over the scatter matrix, which is far larger than the rows.
+        updates = torch.cat([rows - mean, shift[None]])
+        self.scatter.addmm_(updates.T, updates)
 
     def merge(self, other: RunningStatistics) -> None:
         """Add all rows of `other`; ValueError for another D."""
         if other.count:
-            self._combine(other.count, other.mean, other.scatter)
+            shift = self._shift_mean(other.count, other.mean)
+            self.scatter.add_(other.scatter.to(shift.device)).addr_(shift, shift)
 
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance; ValueError for fewer than two rows."""
@@ -69,18 +72,19 @@ class RunningStatistics:
             raise ValueError(f"a covariance of {self.count} rows does not exist; wanted 2 or more")
         return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
-    def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+    def _shift_mean(self, count: int, mean: Tensor) -> Tensor:
+        """Take `count` rows of that mean into the mean; (D,) whose outer product the shift adds to the scatter."""
         if not self.count:
-            self.count, self.mean, self.scatter = count, mean.clone(), scatter.clone()
-            return
+            self.mean = torch.zeros_like(mean)
+            self.scatter = mean.new_zeros(len(mean), len(mean))
         if mean.shape != self.mean.shape:
             raise ValueError(f"features have {len(mean)} numbers, those before {len(self.mean)}")
-        mean, scatter = mean.to(self.mean.device), scatter.to(self.mean.device)
         total = self.count + count
-        delta = mean - self.mean
-        self.scatter.add_(scatter).addr_(delta, delta, alpha=self.count * count / total)
+        delta = mean.to(self.mean.device) - self.mean
+        shift = delta * (self.count * count / total) ** 0.5
         self.mean = self.mean + delta * (count / total)
         self.count = total
+        return shift
 
 
 def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count: int | None) -> None:

@@ -1,7 +1,7 @@
 """Independent implementations of the metrics, where they are installed; tests that need one skip visibly without it.
 
-They import torchvision, though what is used of them does not need it; a stand-in is put in its place where it is missing,
-since torchvision's wheels do not load beside a CPU build of torch.
+They import torchvision, though what is used of them does not need it; a stand-in is put in its place where it is
+missing, since torchvision's wheels do not load beside a CPU build of torch.
 """
 
 import importlib

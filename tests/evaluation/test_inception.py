@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from golden_data import relative_error
-from inception_cases import random_weights, smooth_images
 from independent_metrics import independent
 from torch import nn
 
@@ -12,6 +10,8 @@ from ddt_fast.evaluation import inception_weights
 from ddt_fast.evaluation.features import InceptionExtractor
 from ddt_fast.evaluation.inception import Inception, full_float32, resize
 from ddt_fast.evaluation.inception_weights import load_inception
+from golden_data import relative_error
+from inception_cases import random_weights, smooth_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no published score")
 

@@ -1,11 +1,10 @@
-"""From images to scores: the accumulator, what can be computed of what, and agreement with torch-fidelity end to end."""
+"""From images to scores: the accumulator, what can be computed of what, and torch-fidelity's scores end to end."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from inception_cases import random_weights, smooth_images
 from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
@@ -13,6 +12,7 @@ from ddt_fast.evaluation import FeatureAccumulator, InceptionExtractor, PixelExt
 from ddt_fast.evaluation.metrics import gaussian_statistics
 from ddt_fast.evaluation.statistics import save_statistics
 from ddt_fast.generation.images import to_uint8
+from inception_cases import random_weights, smooth_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*no published score", "ignore:FID of")
 
@@ -113,6 +113,11 @@ def test_ranks_merge_in_memory_and_through_files(tmp_path):
         assert found.size == (8, 8)
         assert torch.equal(found.features, expected.features)
         np.testing.assert_allclose(found.pool.sigma, expected.pool.sigma, rtol=1e-11, atol=1e-14)
+    without = FeatureAccumulator(PixelExtractor(), keep_features=False)
+    without.add(smooth_images(2, 0, size=8), [60, 61])
+    loaded.merge(without)
+    with pytest.raises(ValueError, match="2 of 62 images are without features"):
+        loaded.finish("images")
     ranks[0].merge(ranks[1])
     with pytest.raises(ValueError, match="image 1 was added twice"):
         ranks[0].finish("images")
@@ -211,6 +216,9 @@ def test_what_cannot_be_computed_is_said(tmp_path):
         evaluate(accumulated(smooth_images(1, 0, size=8)), samples)
     with pytest.raises(ValueError, match="samples have 64 features, the reference 16"):
         evaluate(samples, replace(accumulated(smooth_images(30, 0, size=4)), size=None), ["fid"])
+    other = replace(samples, extractor={"name": "inception", "sha256": "abc"})
+    with pytest.raises(ValueError, match="samples have features of abc, the reference of pixels"):
+        evaluate(other, samples)
     with pytest.raises(ValueError, match="metric 'is' does not exist; allowed: fid, sfid, inception_score"):
         evaluate(samples, samples, ["is"])
     with pytest.raises(ValueError, match="no metrics are asked for"):

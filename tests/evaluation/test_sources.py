@@ -4,10 +4,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from inception_cases import smooth_images
 from PIL import Image
 
 from ddt_fast.evaluation.sources import open_source
+from inception_cases import smooth_images
 
 
 def write_folder(folder, images, pattern="{:04d}.png"):
