@@ -1,11 +1,28 @@
-"""Metrics of generative models, on features."""
+"""Metrics of generative models, on features. Improved precision and recall have their own file, `manifold`."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.evaluation.inception import full_float32
+from ddt_fast.evaluation.manifold import precision_recall
+
+__all__ = [
+    "fixed_permutation",
+    "frechet_distance",
+    "gaussian_statistics",
+    "inception_score",
+    "kernel_inception_distance",
+    "precision_recall",
+]
 
 Array = NDArray[np.floating]
+
+# torch-fidelity's seed: what is drawn here is what it draws.
+SEED = 2020
 
 
 def gaussian_statistics(features: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -27,14 +44,111 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
         sigma1, sigma2: (D, D) covariances, symmetric.
 
     Raises:
-        ValueError: shapes that do not agree.
+        ValueError: shapes that do not agree, or numbers that are not finite.
     """
     dims = mu1.shape[0] if mu1.ndim == 1 else -1
     if mu2.shape != (dims,) or sigma1.shape != (dims, dims) or sigma2.shape != (dims, dims):
         shapes = f"{mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}"
         raise ValueError(f"statistics have shapes {shapes}; wanted (D,), (D, D), (D,), (D, D)")
+    if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("statistics hold numbers that are not finite")
     values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     eigenvalues = np.linalg.eigvalsh(root @ sigma2.astype(np.float64) @ root)
-    trace = np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()
-    return float(np.square(mu1.astype(np.float64) - mu2).sum() + trace)
+    trace = np.trace(sigma1, dtype=np.float64) + np.trace(sigma2, dtype=np.float64)
+    distance = np.square(mu1.astype(np.float64) - mu2).sum() + trace - 2 * np.sqrt(eigenvalues.clip(min=0)).sum()
+    return float(distance)
+
+
+def fixed_permutation(count: int) -> NDArray[np.int64]:
+    """The permutation of `count` images before they are split: the same everywhere and always."""
+    # NumPy promises this generator's numbers for good, those of the newer ones it does not.
+    return np.random.RandomState(SEED).permutation(count)
+
+
+def inception_score(probabilities: Array, splits: int = 10, permute: bool = True) -> tuple[float, float]:
+    """Inception Score (arXiv 1606.03498): exp of the mean KL divergence of an image's classes from those of its split.
+
+    50,000 images in 10 splits are ADM's splits of 5,000. A split must hold all classes, so images are shuffled by
+    `fixed_permutation` before: a file sorted by class would score far too low.
+
+    Args:
+        probabilities: (N, classes), rows that sum to 1.
+        splits: contiguous parts of almost equal size.
+        permute: False leaves the order as it is, as ADM's evaluator does.
+
+    Returns:
+        Mean and standard deviation over the splits.
+
+    Raises:
+        ValueError: fewer images than splits, or rows that are no probabilities.
+    """
+    if probabilities.ndim != 2 or not np.issubdtype(probabilities.dtype, np.floating):
+        raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; wanted floats (N, classes)")
+    count = len(probabilities)
+    if not 1 <= splits <= count:
+        raise ValueError(f"{count} images cannot be split into {splits} parts; allowed: 1 to {count} splits")
+    # Written so that NaN fails it.
+    if not (probabilities.min() >= 0 and np.abs(probabilities.sum(1, dtype=np.float64) - 1).max() < 1e-3):
+        raise ValueError("rows of probabilities must be finite, not negative, and sum to 1")
+    order = fixed_permutation(count) if permute else np.arange(count)
+    scores = []
+    for i in range(splits):
+        part = probabilities[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
+        entropy = np.sum(part * np.log(part, out=np.zeros_like(part), where=part > 0), axis=1)
+        mean = part.mean(0)
+        # Mean over images of sum p log(p / mean); classes that nobody has add nothing.
+        scores.append(np.exp(entropy.mean() - np.sum(mean * np.log(mean, out=np.zeros_like(mean), where=mean > 0))))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_inception_distance(
+    samples: Array | Tensor, reference: Array | Tensor, num_subsets: int = 100, subset_size: int = 1000
+) -> tuple[float, float]:
+    """Kernel Inception Distance (arXiv 1801.01401): unbiased MMD^2 under the kernel (x.y / D + 1)^3.
+
+    Mean over random subsets, drawn as torch-fidelity draws them, of as many samples as reference images. Tensors are
+    computed on where they are.
+
+    Args:
+        samples: (N, D) features.
+        reference: (M, D) features.
+        num_subsets: pairs of subsets.
+        subset_size: rows of each.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: fewer rows than subset_size, a size below 2, different D, or numbers that are not finite.
+    """
+    first, second = torch.as_tensor(samples), torch.as_tensor(reference)
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise ValueError(f"features have shapes {tuple(first.shape)}, {tuple(second.shape)}; wanted (N, D), (M, D)")
+    fewest = min(len(first), len(second))
+    if not 2 <= subset_size <= fewest:
+        raise ValueError(f"subset_size is {subset_size}; allowed: 2 to {fewest}, the smaller set's size")
+    if num_subsets < 1:
+        raise ValueError(f"num_subsets is {num_subsets}; allowed: 1 or more")
+    if not (first.isfinite().all() and second.isfinite().all()):
+        raise ValueError("features hold numbers that are not finite")
+    second = second.to(first)
+    generator = np.random.RandomState(SEED)
+    distances = []
+    with full_float32():
+        for _ in range(num_subsets):
+            x = first[torch.from_numpy(generator.choice(len(first), subset_size, replace=False))]
+            y = second[torch.from_numpy(generator.choice(len(second), subset_size, replace=False))]
+            within = _off_diagonal_mean(_cubic_kernel(x, x)) + _off_diagonal_mean(_cubic_kernel(y, y))
+            distances.append((within - 2 * _cubic_kernel(x, y).mean()).item())
+    return float(np.mean(distances)), float(np.std(distances))
+
+
+def _cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    base = (x @ y.T).double() / x.shape[1] + 1
+    return base * base * base
+
+
+def _off_diagonal_mean(kernel: Tensor) -> Tensor:
+    size = len(kernel)
+    return (kernel.sum() - kernel.trace()) / (size * (size - 1))

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.special
 import torch
+from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
-from ddt_fast.evaluation import frechet_distance
+from ddt_fast.evaluation import frechet_distance, inception_score, kernel_inception_distance
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.evaluation.metrics import gaussian_statistics
 
@@ -51,6 +53,128 @@ def test_statistics_are_the_unbiased_ones_in_float64():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="statistics have shapes"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
+
+
+@pytest.mark.parametrize("dims", [8, 300])
+def test_rotated_gaussians_have_a_closed_form(dims):
+    rng = np.random.default_rng(dims)
+    rotation = np.linalg.qr(rng.standard_normal((dims, dims)))[0]
+    a, b = rng.uniform(0, 3, (2, dims))
+    a[: dims // 4] = 0  # singular
+    mu1, mu2 = rng.standard_normal((2, dims))
+    expected = np.square(mu1 - mu2).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    distance = frechet_distance(mu1, rotation * a @ rotation.T, mu2, rotation * b @ rotation.T)
+    assert distance == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_must_be_finite():
+    with pytest.raises(ValueError, match="not finite"):
+        frechet_distance(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1))
+
+
+@pytest.mark.parametrize("name", ["pytorch_fid.fid_score.calculate_frechet_distance", "cleanfid.fid.frechet_distance"])
+def test_frechet_distance_is_that_of_other_packages(name):
+    module, _, function = name.rpartition(".")
+    theirs = getattr(independent(module), function)
+    rng = np.random.default_rng(0)
+    features = [rng.standard_normal((200, 24)) @ rng.standard_normal((24, 24)) for _ in range(2)]
+    (mu1, sigma1), (mu2, sigma2) = map(gaussian_statistics, features)
+    assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(theirs(mu1, sigma1, mu2, sigma2), rel=1e-6)
+
+
+def class_probabilities(per_class: int, num_classes: int = 50, sharpness: float = 9.0):
+    """Confident predictions, class after class, each a little different, and their logits."""
+    logits = np.random.default_rng(0).standard_normal((num_classes * per_class, num_classes))
+    logits[np.arange(len(logits)), np.repeat(np.arange(num_classes), per_class)] += sharpness
+    return scipy.special.softmax(logits, axis=1), logits
+
+
+def test_inception_score_of_known_predictions():
+    # All alike: 1. One class each, evenly: as many as there are classes.
+    assert inception_score(np.full((40, 8), 1 / 8)) == pytest.approx((1, 0))
+    assert inception_score(np.eye(8)[np.arange(800) % 8], splits=1) == pytest.approx((8, 0))
+
+
+def test_inception_score_does_not_depend_on_order_only_when_shuffled():
+    in_order, _ = class_probabilities(per_class=200)
+    shuffled = in_order[np.random.default_rng(1).permutation(len(in_order))]
+    expected, deviation = inception_score(shuffled)
+    assert expected > 30
+    assert deviation > 0
+    assert inception_score(in_order)[0] == pytest.approx(expected, rel=0.005)
+    assert inception_score(in_order[::-1])[0] == pytest.approx(expected, rel=0.005)
+    # Ten splits of five classes each: what ADM's evaluator makes of a sorted file.
+    assert inception_score(in_order, permute=False)[0] < 6
+    assert inception_score(shuffled, permute=False)[0] == pytest.approx(expected, rel=0.005)
+
+
+def test_inception_score_is_adms_without_the_permutation():
+    probabilities, _ = class_probabilities(per_class=11)
+    shuffled = probabilities[np.random.default_rng(1).permutation(len(probabilities))]
+    scores = []
+    for part in np.split(shuffled, 10):
+        divergence = part * (np.log(part) - np.log(part.mean(0, keepdims=True)))
+        scores.append(np.exp(divergence.sum(1).mean()))
+    assert inception_score(shuffled, permute=False) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-12)
+
+
+def test_inception_score_and_kid_are_those_of_torch_fidelity():
+    probabilities, logits = class_probabilities(per_class=21)
+    theirs = independent("torch_fidelity.metric_isc").isc_features_to_metric(torch.from_numpy(logits))
+    assert inception_score(probabilities) == pytest.approx(
+        (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9
+    )
+    kid = independent("torch_fidelity.metric_kid").kid_features_to_metric
+    rng = np.random.default_rng(0)
+    samples, reference = rng.standard_normal((150, 32)) + 0.5, rng.standard_normal((120, 32))
+    theirs = kid(
+        torch.from_numpy(samples), torch.from_numpy(reference), kid_subsets=7, kid_subset_size=60, verbose=False
+    )
+    expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
+    assert kernel_inception_distance(samples, reference, 7, 60) == pytest.approx(expected, rel=1e-9)
+    float32 = kernel_inception_distance(samples.astype(np.float32), reference.astype(np.float32), 7, 60)
+    assert float32 == pytest.approx(expected, rel=1e-4)
+
+
+def test_kid_is_unbiased():
+    rng = np.random.default_rng(0)
+    same = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)), 50, 200)
+    other = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)) + 1, 50, 200)
+    assert abs(same[0]) < 3 * same[1] / 50**0.5
+    assert other[0] > 10 * same[1]
+
+
+def test_kid_against_its_definition():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 5, 3))
+
+    def kernel(a, b):
+        return (a @ b / 3 + 1) ** 3
+
+    pairs = [(i, j) for i in range(5) for j in range(5)]
+    within = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs if i != j) / 20
+    expected = within - 2 * np.mean([kernel(x[i], y[j]) for i, j in pairs])
+    # Subsets of all rows: the order in which they are drawn changes nothing.
+    assert kernel_inception_distance(x, y, 1, 5) == pytest.approx((expected, 0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: inception_score(np.full((5, 4), 0.25)), "5 images cannot be split into 10 parts"),
+        (lambda: inception_score(np.full((50, 4), 0.3)), "sum to 1"),
+        (lambda: inception_score(np.full((50, 4), np.nan)), "finite"),
+        (lambda: inception_score(np.ones((50, 1), dtype=int)), "wanted floats"),
+        (lambda: inception_score(np.ones(50)), r"wanted floats \(N, classes\)"),
+        (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 3))), "features have shapes"),
+        (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((7, 2))), "subset_size is 1000; allowed: 2 to 7"),
+        (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 3), "num_subsets is 0"),
+        (lambda: kernel_inception_distance(np.full((9, 2), np.inf), np.zeros((9, 2)), 1, 3), "not finite"),
+    ],
+)
+def test_metrics_refuse_what_they_cannot_score(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_digits_score_tells_real_noisy_wrong_and_copied_apart():

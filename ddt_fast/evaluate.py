@@ -1,0 +1,232 @@
+"""Score samples against a reference: FID, sFID, Inception Score, precision and recall, KID. Without arguments: digits
+drawn from the checkpoint in the package, against real ones."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ddt_fast.command import CommandParser, choose_device, run_command
+from ddt_fast.data.digits import digits
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.evaluation.features import (
+    Extractor,
+    FeatureAccumulator,
+    FeatureSet,
+    InceptionExtractor,
+    PixelExtractor,
+)
+from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
+from ddt_fast.evaluation.scoring import METRICS, check_metrics, evaluate, gather
+from ddt_fast.evaluation.sources import Images, open_source
+from ddt_fast.evaluation.statistics import save_statistics
+from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.generation.images import labelled_grid, to_uint8
+from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model import FusedDDT
+from ddt_fast.model.weights import experiment_of, load_model
+from ddt_fast.sampling import sample
+from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+
+_PICTURE_IMAGES = 100
+_NUM_DIGITS, _DIGITS_BATCH = 1000, 100
+_ROWS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+}
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The options of the command."""
+    parser = CommandParser(prog="python -m ddt_fast.evaluate", description=__doc__)
+    add = parser.add_argument
+    add("--samples", type=str, help="an npz (arr_0, or mu and sigma), or a folder of images")
+    add("--reference", type=str, help="the same, for example one of ADM's reference batches")
+    add("--metrics", choices=METRICS, nargs="+", default=list(METRICS), help="default: all that can be computed")
+    add("--features", choices=["inception", "pixels"], default="inception", help="pixels: for images of up to 64x64")
+    add("--inception-weights", type=str, help=f"{WEIGHTS_FILE}; default: from torch's cache, else downloaded")
+    add("--batch-size", type=int, default=64, help="images at a time")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--output", type=str, default="metrics.json", help="what was found; a picture of the samples goes beside it")
+    add("--save-statistics", type=str, help="npz for the samples' mu, sigma, mu_s, sigma_s, to be a reference later")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, read, score, report, write."""
+    options = build_parser().parse_args(arguments)
+    check_metrics(options.metrics)
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; allowed: 1 or more")
+    output = _output_file("--output", options.output, ".json")
+    picture = output.with_suffix(".png")
+    if picture.is_dir():
+        raise ValueError(f"{picture} is a folder; a file of that name is to be written")
+    statistics = None
+    if options.save_statistics is not None:
+        statistics = _output_file("--save-statistics", options.save_statistics, ".npz")
+    device = choose_device(options.device)
+    if options.samples is None:
+        if options.reference is not None or statistics is not None:
+            raise ValueError("--reference and --save-statistics are for --samples, which is not given")
+        report, shown = _score_digits(device, options.batch_size, options.metrics)
+    elif statistics is not None and options.reference is None:
+        _make_statistics(options, device, statistics)
+        return
+    else:
+        report, shown = _score_files(options, device, statistics)
+    print(_table(report))
+    with atomic_file(output) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    if shown:
+        with atomic_file(picture) as temporary:
+            _grid(shown).save(temporary)
+    print(f"wrote {output}" + (f" and {picture.name}" if shown else ""))
+
+
+def _output_file(option: str, name: str, suffix: str) -> Path:
+    path = Path(name)
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"{option} is {name!r}; wanted the name of a {suffix} file")
+    output_folder(str(path.parent))
+    return path
+
+
+class _Watch:
+    """Shows how far reading is, and keeps images for the picture, evenly spread."""
+
+    def __init__(self) -> None:
+        self.shown: dict[int, Images] = {}
+        self._bar: tqdm[Any] | None = None
+        self._seen = 0
+
+    def __call__(self, role: str, batch: Images, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=role, unit="img", dynamic_ncols=True)
+        if role == "samples":
+            for place in np.linspace(0, total - 1, min(total, _PICTURE_IMAGES)).round().astype(int).tolist():
+                if self._seen <= place < self._seen + len(batch):
+                    self.shown[place] = batch[place - self._seen].copy()
+        self._seen += len(batch)
+        self._bar.update(len(batch))
+        if self._seen == total:
+            self._bar.close()
+            self._bar, self._seen = None, 0
+
+
+def _score_files(
+    options: Any, device: torch.device, statistics: Path | None
+) -> tuple[dict[str, Any], dict[int, Images]]:
+    """The report, and images for the picture."""
+    if options.reference is not None:
+        open_source(options.reference)  # a mistake in it should not wait for the samples
+    watch = _Watch()
+    make_extractor = _extractor_maker(options, device)
+    metrics = [*options.metrics, *(["fid", "sfid"] if statistics is not None else [])]
+    samples = gather(options.samples, "samples", metrics, make_extractor, options.batch_size, watch)
+    if statistics is not None:
+        _save_statistics(statistics, samples)
+    report = evaluate(samples, options.reference, options.metrics, make_extractor, options.batch_size, watch)
+    return report, watch.shown
+
+
+def _make_statistics(options: Any, device: torch.device, statistics: Path) -> None:
+    """Statistics alone, of samples that will be a reference."""
+    make_extractor = _extractor_maker(options, device)
+    _save_statistics(
+        statistics, gather(options.samples, "samples", ["fid", "sfid"], make_extractor, options.batch_size, _Watch())
+    )
+
+
+def _extractor_maker(options: Any, device: torch.device) -> Callable[[], Extractor]:
+    if options.features == "pixels":
+        if options.inception_weights is not None:
+            raise ValueError("--inception-weights is for --features inception")
+        return lambda: PixelExtractor(device)
+    return functools.cache(lambda: InceptionExtractor(options.inception_weights, device))
+
+
+def _save_statistics(path: Path, samples: FeatureSet) -> None:
+    if samples.pool is None:
+        raise ValueError(f"{samples.source} is a single image; statistics need 2 or more")
+    save_statistics(path, samples.pool, samples.spatial, samples.statistics_count)
+    print(f"wrote {path}, statistics of {samples.source}")
+
+
+def _score_digits(
+    device: torch.device, batch_size: int, metrics: Sequence[str]
+) -> tuple[dict[str, Any], dict[int, Images]]:
+    """Digits from the embedded checkpoint against all real ones, in pixels."""
+    experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
+    model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
+    real, _ = digits()
+    labels = assign_labels(_NUM_DIGITS, experiment.model.num_classes)
+    drawn = []
+    with tqdm(total=_NUM_DIGITS, desc="sampling", unit="img", dynamic_ncols=True) as bar:
+        for start in range(0, _NUM_DIGITS, _DIGITS_BATCH):
+            part = slice(start, start + _DIGITS_BATCH)
+            noise, generators = seeded_noise(range(_NUM_DIGITS)[part], real.shape[1:])
+            drawn.append(
+                sample(model, noise.to(device), labels[part].to(device), experiment.sampling, generators=generators)
+            )
+            bar.update(len(drawn[-1]))
+    samples = torch.cat(drawn).cpu()
+    extractor = PixelExtractor(device)
+    sets = []
+    for name, images in (("digits of the embedded checkpoint", samples), ("scikit-learn's digits", real)):
+        accumulator = FeatureAccumulator(extractor, batch_size)
+        accumulator.add(to_uint8(images))
+        sets.append(accumulator.finish(name))
+    report = evaluate(sets[0], sets[1], metrics)
+    digits_score = score_digits(samples, labels)
+    print(digits_score)
+    report["digits"] = asdict(digits_score)
+    places = np.linspace(0, _NUM_DIGITS - 1, _PICTURE_IMAGES).round().astype(int).tolist()
+    return report, dict(zip(places, to_uint8(samples[places]), strict=True))
+
+
+def _table(report: dict[str, Any]) -> str:
+    values, lines = report["metrics"], []
+    for role in ("samples", "reference"):
+        if (found := report.get(role)) is not None:
+            count = found["num_images"]
+            size = f" of {found['width']}x{found['height']}" if found["width"] else ""
+            images = f"{count:,} images{size}" if count else "statistics"
+            lines.append(f"{role:<18}{found['source']}: {images}")
+    for name, title in _ROWS.items():
+        if name in values:
+            spread = f" ± {values[name + '_std']:.4g}" if name + "_std" in values else ""
+            decimals = 6 if name == "kid" else 4
+            lines.append(f"{title:<18}{values[name]:.{decimals}f}{spread}")
+        elif name in report["not_computed"]:
+            lines.append(f"{title:<18}not computed: {report['not_computed'][name]}")
+    if (features := report["features"]) is not None:
+        published = ", published weights" if features.get("published_weights") else ""
+        lines.append(f"{'features':<18}{features['name']}{published}, on {features['device']}")
+    rate = report["images_per_second"]
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
+    lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))
+    return "\n".join(lines)
+
+
+def _grid(shown: dict[int, Images]) -> Image.Image:
+    return labelled_grid(np.stack(list(shown.values())), [str(place) for place in shown])
+
+
+if __name__ == "__main__":
+    run_command(main)

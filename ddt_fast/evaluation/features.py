@@ -1,0 +1,289 @@
+"""From images to the features that metrics are made of: extractors, and an accumulator that images stream into."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+import zipfile
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.evaluation.inception import full_float32
+from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
+from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics, write_npz
+
+_MAX_PIXEL_DIM = 4096
+
+
+class Extractor(Protocol):
+    """Features of images.
+
+    Attributes:
+        name: what they are, in a word.
+        device: where they are computed.
+        description: where they come from, ready for JSON.
+    """
+
+    name: str
+    device: torch.device
+    description: dict[str, Any]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, 3, H, W) uint8 → FID's features (B, D), and sFID's (B, S) or None."""
+
+    def probabilities(self, pool: Tensor) -> Tensor | None:
+        """Class probabilities (B, classes) of FID's features, for the Inception Score; None where there are none."""
+
+
+class InceptionExtractor:
+    """pool_3 (2048) and mixed_6/conv (2023) of the Inception network, in float32.
+
+    Args:
+        weights: the network's file; None: from torch's cache of downloads, else downloaded (see `load_inception`).
+        device: where it runs.
+    """
+
+    name = "inception"
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.network, self.weights = load_inception(weights, self.device)
+        if not self.weights.published:
+            warnings.warn(
+                f"{self.weights.path} is not {WEIGHTS_FILE}: no published score was computed with it", stacklevel=2
+            )
+        self.description: dict[str, Any] = {
+            "name": self.name,
+            "weights": str(self.weights.path),
+            "sha256": self.weights.sha256,
+            "published_weights": self.weights.published,
+            "device": device_name(self.device),
+        }
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with full_float32():
+            return self.network(images.to(self.device))
+
+    @torch.no_grad()
+    def probabilities(self, pool: Tensor) -> Tensor:
+        """(B, 1008) float32."""
+        with full_float32():
+            return torch.cat([self.network.probabilities(part.to(self.device)) for part in pool.split(4096)])
+
+
+class PixelExtractor:
+    """Grey pixels in [-1, 1], for images so small that they are their own features. The mean over the channels."""
+
+    name = "pixels"
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.description: dict[str, Any] = {"name": self.name, "device": device_name(self.device)}
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, None]:
+        if (dims := images.shape[2] * images.shape[3]) > _MAX_PIXEL_DIM:
+            raise ValueError(f"pixel features of {dims} pixels are too many; allowed: up to {_MAX_PIXEL_DIM}")
+        return images.to(self.device).float().mean(1).flatten(1) / 127.5 - 1, None
+
+    def probabilities(self, pool: Tensor) -> None:
+        """Pixels know no classes."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """What is known of a set of images.
+
+    Attributes:
+        source: where it comes from, in words.
+        count: number of images; None where a statistics file does not say it.
+        size: their height and width; None without images.
+        pool: FID's Gaussian.
+        spatial: sFID's Gaussian.
+        features: (N, D) float32 features of FID, in the order of the images; of some of them only, perhaps.
+        probabilities: (N, classes) float32.
+        statistics_count: number of images behind `pool`; None where it is not known.
+        extractor: description of what computed the features; None where they were read from a file of statistics.
+        seconds: that it took to read the images and compute the features.
+    """
+
+    source: str
+    count: int | None = None
+    size: tuple[int, int] | None = None
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+    features: Tensor | None = None
+    probabilities: Tensor | None = None
+    statistics_count: int | None = None
+    extractor: dict[str, Any] | None = None
+    seconds: float | None = None
+
+
+class FeatureAccumulator:
+    """Takes images batch by batch and keeps what metrics need of them: statistics, and features (8 KiB per image).
+
+    Those of several ranks, filled with different images, merge into one; the result does not depend on who had which
+    image, nor on batches, beyond rounding.
+
+    Args:
+        extractor: what turns images into features.
+        batch_size: images run through it at a time.
+        keep_features: of all images, of none (FID and sFID need none, and what they need does not grow), or of those
+            with these indices.
+    """
+
+    def __init__(
+        self, extractor: Extractor, batch_size: int = 64, keep_features: bool | Collection[int] = True
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
+        self.extractor, self.batch_size, self.keep_features = extractor, batch_size, keep_features
+        self.size: tuple[int, int] | None = None
+        self._pool, self._spatial = RunningStatistics(), RunningStatistics()
+        self._features: list[Tensor] = []
+        self._feature_indices: list[int] = []
+        self._indices: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def add(self, images: NDArray[np.uint8] | Tensor, indices: Sequence[int] | None = None) -> None:
+        """Add images (B, H, W, 3) uint8, all of one size.
+
+        Args:
+            images: any number of them.
+            indices: their places among all images; None: after those before.
+
+        Raises:
+            ValueError: another shape, dtype or size, or features that are not finite.
+        """
+        batch = images if isinstance(images, Tensor) else torch.tensor(images)
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape[1:]:
+            raise ValueError(f"images are {batch.dtype} {tuple(batch.shape)}; wanted uint8 (B, H, W, 3)")
+        if indices is not None and len(indices) != len(batch):
+            raise ValueError(f"{len(indices)} indices for {len(batch)} images")
+        self._take_size((batch.shape[1], batch.shape[2]))
+        places = list(range(len(self), len(self) + len(batch)) if indices is None else map(int, indices))
+        for start in range(0, len(batch), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            pool, spatial = self.extractor(batch[part].permute(0, 3, 1, 2))
+            self._pool.add(pool)
+            if spatial is not None:
+                self._spatial.add(spatial)
+            self._keep(pool, places[part])
+        self._indices += places
+
+    def merge(self, other: FeatureAccumulator) -> None:
+        """Add what another one holds; ValueError for features of another network or images of another
+        size."""
+        if other._kind != self._kind:
+            raise ValueError(f"features of {other._kind} cannot be merged with those of {self._kind}")
+        if other.size is not None:
+            self._take_size(other.size)
+        self._pool.merge(other._pool)
+        self._spatial.merge(other._spatial)
+        self._features += other._features
+        self._feature_indices += other._feature_indices
+        self._indices += other._indices
+
+    def finish(self, source: str) -> FeatureSet:
+        """What was gathered, features in the order of the indices.
+
+        Raises:
+            ValueError: an index came twice, or one that was merged in did not keep its features.
+        """
+        places = np.sort(np.array(self._indices, dtype=np.int64))
+        if (repeated := places[1:][np.diff(places) == 0]).size:
+            raise ValueError(f"image {repeated[0]} was added twice")
+        if self.keep_features is True and len(self._feature_indices) < len(self):
+            raise ValueError(f"{len(self) - len(self._feature_indices)} of {len(self)} images are without features")
+        features = None
+        if self._features:
+            features = torch.cat(self._features)[torch.tensor(self._feature_indices).argsort()]
+        return FeatureSet(
+            source=source,
+            count=len(self),
+            size=self.size,
+            pool=self._pool.gaussian() if self._pool.count > 1 else None,
+            spatial=self._spatial.gaussian() if self._spatial.count > 1 else None,
+            features=features,
+            statistics_count=len(self),
+            extractor=self.extractor.description,
+            probabilities=None if features is None else self.extractor.probabilities(features),
+        )
+
+    def save(self, path: Path) -> None:
+        """Write what was gathered to an npz, for `load` in another process."""
+        arrays = {
+            "kind": np.array(self._kind),
+            "size": np.array(self.size or (0, 0)),
+            "indices": np.array(self._indices, dtype=np.int64),
+            "feature_indices": np.array(self._feature_indices, dtype=np.int64),
+            "features": (torch.cat(self._features) if self._features else torch.zeros(0, 0)).cpu().numpy(),
+        }
+        for name, statistics in (("pool", self._pool), ("spatial", self._spatial)):
+            arrays[f"{name}_mean"] = statistics.mean.cpu().numpy()
+            arrays[f"{name}_scatter"] = statistics.scatter.cpu().numpy()
+        write_npz(path, arrays)
+
+    def load(self, path: Path) -> None:
+        """Add what `save` wrote; ValueError when the file is damaged, or its features are of another network."""
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            kind, size = str(arrays["kind"]), arrays["size"].tolist()
+            device = self.extractor.device
+            part = FeatureAccumulator(self.extractor, self.batch_size, self.keep_features)
+            part._indices = arrays["indices"].tolist()
+            part._feature_indices = arrays["feature_indices"].tolist()
+            if part._feature_indices:
+                part._features = [torch.from_numpy(arrays["features"]).to(device)]
+            for name, statistics in (("pool", part._pool), ("spatial", part._spatial)):
+                statistics.mean = torch.from_numpy(arrays[f"{name}_mean"]).to(device)
+                statistics.scatter = torch.from_numpy(arrays[f"{name}_scatter"]).to(device)
+                statistics.count = len(part) if len(statistics.mean) else 0
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        if kind != self._kind:
+            raise ValueError(f"{path} holds features of {kind}; wanted {self._kind}")
+        part.size = (size[0], size[1]) if part._indices else None
+        self.merge(part)
+
+    @property
+    def _kind(self) -> str:
+        return kind_of_features(self.extractor.description)
+
+    def _keep(self, pool: Tensor, places: list[int]) -> None:
+        kept = self.keep_features
+        rows = [row for row, place in enumerate(places) if kept is True or (kept is not False and place in kept)]
+        if rows:
+            self._features.append(pool if len(rows) == len(pool) else pool[rows])
+            self._feature_indices += [places[row] for row in rows]
+
+    def _take_size(self, size: tuple[int, int]) -> None:
+        if self.size not in (None, size):
+            (height, width), (given_height, given_width) = self.size or size, size
+            raise ValueError(f"images of {given_width}x{given_height} pixels after images of {width}x{height}")
+        self.size = size
+
+
+def kind_of_features(description: dict[str, Any]) -> str:
+    """What two extractors must have in common for their features to be compared."""
+    return str(description.get("sha256", description["name"]))
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called by its maker."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,115 @@
+"""The published weights of the Inception network: found in the usual caches, downloaded, or named by the user."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+from ddt_fast.evaluation.inception import Inception
+
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+# torch-fidelity publishes the same bytes under its own name.
+_CACHED_NAMES = (WEIGHTS_FILE, "weights-inception-2015-12-05-6726825d.pth")
+_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
+_SHA256_START = "6726825d"
+
+
+@dataclass(frozen=True)
+class InceptionWeights:
+    """Where the weights of a network came from.
+
+    Attributes:
+        path: the file.
+        sha256: of the file, in hex.
+    """
+
+    path: Path
+    sha256: str
+
+    @property
+    def published(self) -> bool:
+        """Whether these are the weights that published scores were computed with."""
+        return self.sha256.startswith(_SHA256_START)
+
+
+def load_inception(
+    path: str | Path | None = None, device: torch.device | str = "cpu"
+) -> tuple[Inception, InceptionWeights]:
+    """The network with the weights of `path`, folded for speed, on `device`.
+
+    Args:
+        path: a state dict in the names of `pt_inception-2015-12-05-6726825d.pth`; None: that file, from torch's cache
+            of downloads, else downloaded into it.
+        device: where the network goes.
+
+    Raises:
+        ValueError: the file is missing, cannot be downloaded, or holds something else.
+    """
+    file = _find_weights() if path is None else Path(path)
+    if not file.is_file():
+        raise ValueError(f"Inception weights {file} {'are no file' if file.exists() else 'do not exist'}")
+    with file.open("rb") as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    with torch.device("meta"):  # without the time that random weights take
+        network = Inception()
+    _load(network, _read(file), file)
+    network = network.fold().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network, InceptionWeights(file, sha256)
+
+
+def _find_weights() -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in _CACHED_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    target = folder / WEIGHTS_FILE
+    print(f"downloading {_URL} to {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(_URL, os.fspath(target), hash_prefix=_SHA256_START)
+    except (URLError, OSError, RuntimeError) as error:
+        raise ValueError(
+            f"the Inception weights {WEIGHTS_FILE} are not in {folder} and cannot be downloaded ({error}); "
+            f"put the file there, or name it with --inception-weights"
+        ) from error
+    return target
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"Inception weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"Inception weights {file} hold no state dict; wanted {WEIGHTS_FILE}")
+    return content
+
+
+def _load(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
+    # Counts of training batches are no part of the function; older files lack them.
+    own = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
+    given = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    problem = None
+    if missing := sorted(own.keys() - given.keys()):
+        problem = f"lack {missing[0]} ({len(missing)} of {len(own)} tensors are missing)"
+    elif extra := sorted(given.keys() - own.keys()):
+        problem = f"hold {extra[0]}, which the network has not"
+    else:
+        for name, value in own.items():
+            if given[name].shape != value.shape:
+                problem = f"have {name} {tuple(given[name].shape)}; wanted {tuple(value.shape)}"
+            elif not given[name].isfinite().all():
+                problem = f"have values in {name} that are not finite"
+    if problem:
+        raise ValueError(f"Inception weights {file} {problem}; wanted {WEIGHTS_FILE}")
+    counts = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name not in own}
+    network.load_state_dict({name: value.float() for name, value in given.items()} | counts, assign=True)
+    network.eval().requires_grad_(False)

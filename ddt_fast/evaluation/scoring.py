@@ -1,0 +1,314 @@
+"""Scores of samples against a reference: which metrics what is there allows, and their values."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddt_fast.evaluation.features import (
+    Extractor,
+    FeatureAccumulator,
+    FeatureSet,
+    InceptionExtractor,
+    device_name,
+    kind_of_features,
+)
+from ddt_fast.evaluation.metrics import (
+    fixed_permutation,
+    frechet_distance,
+    inception_score,
+    kernel_inception_distance,
+    precision_recall,
+)
+from ddt_fast.evaluation.sources import Images, ImageSource, open_source
+from ddt_fast.evaluation.statistics import Gaussian
+
+METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+NUM_SPLITS = 10
+NUM_NEIGHBOURS = 3
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+# As many as ADM's reference batches hold: published precision and recall depend on it.
+REFERENCE_FEATURES = 10_000
+# Below it the covariance of 2048 features is singular.
+FEWEST_FOR_FID = 2048
+
+BatchHook = Callable[[str, Images, int], None]
+
+
+def evaluate(
+    samples: str | Path | FeatureSet,
+    reference: str | Path | FeatureSet | None = None,
+    metrics: Sequence[str] = METRICS,
+    make_extractor: Callable[[], Extractor] = InceptionExtractor,
+    batch_size: int = 64,
+    on_batch: BatchHook | None = None,
+) -> dict[str, Any]:
+    """Score samples against a reference.
+
+    Args:
+        samples: a file or folder (see `open_source`), or features from a `FeatureAccumulator`.
+        reference: the same; None leaves out the metrics that need one.
+        metrics: of `METRICS`.
+        make_extractor: called once, when images have to be read; default: the Inception network on the CPU, its weights
+            from the usual place.
+        batch_size: images at a time.
+        on_batch: called with "samples" or "reference", each batch of images (first an empty one, before any is read),
+            and the number of all images.
+
+    Returns:
+        A dict ready for JSON: `metrics` (name to value), `not_computed` (name to reason), `samples`, `reference`,
+        `features`, `settings`, `seconds`, `images_per_second`, `environment`.
+
+    Raises:
+        ValueError: wrong input, or nothing can be computed.
+    """
+    check_metrics(metrics)
+    make = functools.cache(make_extractor)
+    sets: dict[str, FeatureSet] = {}
+    for role, given in (("samples", samples), ("reference", reference)):
+        if isinstance(given, FeatureSet):
+            sets[role] = given
+        elif given is not None:
+            sets[role] = gather(given, role, metrics, make, batch_size, on_batch)
+    started = time.perf_counter()
+    values, not_computed = score(sets["samples"], sets.get("reference"), metrics)
+    seconds = {role: found.seconds for role, found in sets.items() if found.seconds is not None}
+    timed = [found for found in sets.values() if found.seconds and found.count]
+    return {
+        "metrics": values,
+        "not_computed": not_computed,
+        **{role: _describe(found) for role, found in sets.items()},
+        "features": next((found.extractor for found in sets.values() if found.extractor), None),
+        "settings": {
+            "inception_score_splits": NUM_SPLITS,
+            "precision_recall_neighbours": NUM_NEIGHBOURS,
+            "kid_subsets": KID_SUBSETS,
+            "kid_subset_size": min(KID_SUBSET_SIZE, *(_num_features(found) for found in sets.values())),
+        },
+        "seconds": {**seconds, "metrics": time.perf_counter() - started},
+        "images_per_second": (
+            sum(found.count or 0 for found in timed) / sum(found.seconds or 0 for found in timed) if timed else None
+        ),
+        "environment": _environment(),
+    }
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """ValueError for a name that is none of `METRICS`, or for no name at all."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        named = f"metric {unknown[0]!r} does not exist" if unknown else "no metrics are asked for"
+        raise ValueError(f"{named}; allowed: {', '.join(METRICS)}")
+
+
+def gather(
+    path: str | Path,
+    role: str = "samples",
+    metrics: Sequence[str] = METRICS,
+    make_extractor: Callable[[], Extractor] = InceptionExtractor,
+    batch_size: int = 64,
+    on_batch: BatchHook | None = None,
+) -> FeatureSet:
+    """What the metrics need of a file or folder.
+
+    Where a file holds statistics, FID and sFID use them instead of its images, as ADM's evaluator does: in its
+    reference batches they are of the whole data set, and the images are 10,000 of it. Of a reference with more images,
+    10,000 chosen by a fixed permutation are used for precision, recall and KID.
+
+    Args:
+        path: see `open_source`.
+        role: "samples" or "reference".
+        metrics, make_extractor, batch_size, on_batch: as in `evaluate`.
+
+    Raises:
+        ValueError: no such file, wrong content, or a damaged file.
+    """
+    source = open_source(path)
+    found = FeatureSet(str(path), pool=source.pool, spatial=source.spatial, statistics_count=source.statistics_count)
+    if source.images is None:
+        return found
+    images = source.images
+    of_features = {"precision", "recall", "kid"} | ({"inception_score"} if role == "samples" else set())
+    want_features = bool(of_features.intersection(metrics))
+    want_statistics = ("fid" in metrics and source.pool is None) or ("sfid" in metrics and source.spatial is None)
+    found = replace(found, count=images.count, size=images.size)
+    if not (want_features or want_statistics):
+        return found
+    if role == "samples" and "inception_score" in metrics and images.sorted_by_class:
+        warnings.warn(
+            f"{path} is sorted by class; it is shuffled here before the Inception Score splits it, but ADM's evaluator "
+            f"does not do so and would find far less",
+            stacklevel=2,
+        )
+    keep: bool | frozenset[int] = want_features
+    if role == "reference" and want_features and images.count > REFERENCE_FEATURES:
+        keep = frozenset(fixed_permutation(images.count)[:REFERENCE_FEATURES].tolist())
+    started = time.perf_counter()
+    extractor = make_extractor()
+    accumulator = FeatureAccumulator(extractor, batch_size, keep)
+    if on_batch is not None:
+        on_batch(role, np.empty((0, *images.size, 3), np.uint8), images.count)
+    for batch in _read_ahead(images, batch_size):
+        accumulator.add(batch)
+        if on_batch is not None:
+            on_batch(role, batch, images.count)
+    own = accumulator.finish(str(path))
+    if source.pool is not None:
+        # A file that has a Gaussian for FID alone does not say of how many images; its images may be some of them.
+        if source.spatial is None and own.spatial is not None and "sfid" in metrics:
+            warnings.warn(f"{path} holds no mu_s, sigma_s: sFID uses its {images.count} images", stacklevel=2)
+        own = replace(own, pool=source.pool, statistics_count=source.statistics_count)
+    if source.spatial is not None:
+        own = replace(own, spatial=source.spatial)
+    return replace(own, seconds=time.perf_counter() - started)
+
+
+def score(
+    samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
+) -> tuple[dict[str, float], dict[str, str]]:
+    """The metrics that can be computed, by name (with `inception_score_std`, `kid_std`), and why the others cannot.
+
+    Raises:
+        ValueError: features of different D, or not one of the metrics can be computed.
+    """
+    check_metrics(metrics)
+    values: dict[str, float] = {}
+    reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
+    reasons["inception_score"] = _without_classes(samples)
+    if reference is not None:
+        reasons["fid"] = _without_gaussian(samples, reference, "pool")
+        reasons["sfid"] = _without_gaussian(samples, reference, "spatial")
+        reasons["precision"] = reasons["recall"] = _without_features(samples, reference, NUM_NEIGHBOURS + 1)
+        reasons["kid"] = _without_features(samples, reference, 2)
+        kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
+        if len({*kinds}) > 1:
+            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; wanted the same")
+    missing = {name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None}
+    wanted = [name for name in METRICS if name in metrics and name not in missing]
+    if not wanted:
+        raise ValueError("; ".join(f"{name} cannot be computed: {reason}" for name, reason in missing.items()))
+    if reference is not None:
+        _warn_of_doubts(samples, reference, "fid" in wanted)
+        if "fid" in wanted:
+            values["fid"] = _gaussian_distance(samples.pool, reference.pool)
+        if "sfid" in wanted:
+            values["sfid"] = _gaussian_distance(samples.spatial, reference.spatial)
+    if "inception_score" in wanted and samples.probabilities is not None:
+        mean, deviation = inception_score(samples.probabilities.cpu().numpy(), NUM_SPLITS)
+        values |= {"inception_score": mean, "inception_score_std": deviation}
+    if reference is not None and samples.features is not None and reference.features is not None:
+        if "precision" in wanted or "recall" in wanted:
+            precision, recall = precision_recall(samples.features, reference.features, NUM_NEIGHBOURS)
+            values |= {"precision": precision} if "precision" in wanted else {}
+            values |= {"recall": recall} if "recall" in wanted else {}
+        if "kid" in wanted:
+            size = min(KID_SUBSET_SIZE, len(samples.features), len(reference.features))
+            mean, deviation = kernel_inception_distance(samples.features, reference.features, KID_SUBSETS, size)
+            values |= {"kid": mean, "kid_std": deviation}
+    return values, missing
+
+
+def _gaussian_distance(first: Gaussian | None, second: Gaussian | None) -> float:
+    assert first is not None
+    assert second is not None
+    if len(first.mu) != len(second.mu):
+        raise ValueError(f"samples have {len(first.mu)} features, the reference {len(second.mu)}; wanted as many")
+    return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
+
+
+def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str) -> str | None:
+    names = "mu, sigma" if attribute == "pool" else "mu_s, sigma_s"
+    for role, found in (("samples", samples), ("reference", reference)):
+        if getattr(found, attribute) is None:
+            if found.count is None:
+                return f"{role}: {found.source} holds no {names}, and no images"
+            if found.count < 2:
+                return f"{role}: {found.count} image; 2 or more are needed"
+            return "these features have none for sFID"
+    return None
+
+
+def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -> str | None:
+    for role, found in (("samples", samples), ("reference", reference)):
+        if found.features is None:
+            return f"{role}: {found.source} holds statistics alone, no images"
+        if len(found.features) < fewest:
+            return f"{role}: {len(found.features)} images; {fewest} or more are needed"
+    return None
+
+
+def _without_classes(samples: FeatureSet) -> str | None:
+    if samples.features is None:
+        return f"samples: {samples.source} holds statistics alone, no images"
+    if samples.probabilities is None:
+        return "these features have no class probabilities"
+    if len(samples.probabilities) < NUM_SPLITS:
+        return f"samples: {len(samples.probabilities)} images; {NUM_SPLITS} or more are needed"
+    return None
+
+
+def _warn_of_doubts(samples: FeatureSet, reference: FeatureSet, fid: bool) -> None:
+    if samples.size and reference.size and samples.size != reference.size:
+        (height, width), (other_height, other_width) = samples.size, reference.size
+        warnings.warn(f"samples have {width}x{height} pixels, the reference {other_width}x{other_height}", stacklevel=4)
+    for role, found in (("samples", samples), ("reference", reference)):
+        count, pool = found.statistics_count, found.pool
+        if fid and count is not None and pool is not None and count < FEWEST_FOR_FID <= len(pool.mu):
+            warnings.warn(
+                f"FID of {count} images ({role}) is far too high: its bias falls with their number, and published "
+                f"values are of 50,000 samples",
+                stacklevel=4,
+            )
+
+
+def _num_features(found: FeatureSet) -> int:
+    return 0 if found.features is None else len(found.features)
+
+
+def _read_ahead(images: ImageSource, batch_size: int) -> Iterator[Images]:
+    """The batches, the next being read while one is in use."""
+    batches = images.batches(batch_size)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+def _describe(found: FeatureSet) -> dict[str, Any]:
+    return {
+        "source": found.source,
+        "num_images": found.count,
+        "num_features": _num_features(found),
+        "statistics_of": found.statistics_count,
+        "height": found.size[0] if found.size else None,
+        "width": found.size[1] if found.size else None,
+    }
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        **{name: _version(name) for name in ("ddt-fast", "torch", "numpy", "pillow")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": device_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

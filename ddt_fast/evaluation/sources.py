@@ -1,0 +1,190 @@
+"""What can be scored: an npz of images or statistics, or a folder of images, read a batch at a time."""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ddt_fast.data.image_folder import EXTENSIONS
+from ddt_fast.evaluation.statistics import Gaussian, load_statistics
+
+Images = NDArray[np.uint8]
+
+_CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images of one size, in a file or a folder.
+
+    Attributes:
+        path: the npz, or the folder.
+        count: how many.
+        size: height and width.
+        labels: (count,) classes, where they are known.
+        files: of a folder, in order; None for an npz.
+    """
+
+    path: Path
+    count: int
+    size: tuple[int, int]
+    labels: NDArray[np.int64] | None
+    files: tuple[Path, ...] | None
+
+    def batches(self, batch_size: int) -> Iterator[Images]:
+        """All images in order, (up to batch_size, H, W, 3) uint8: one batch is held at a time.
+
+        Raises:
+            ValueError: damaged or truncated data, or images of several sizes.
+        """
+        return self._from_npz(batch_size) if self.files is None else self._from_folder(self.files, batch_size)
+
+    @property
+    def sorted_by_class(self) -> bool:
+        """Whether classes come one after the other, and there are several."""
+        labels = self.labels
+        return labels is not None and len(labels) > 1 and bool((np.diff(labels) >= 0).all()) and labels[0] != labels[-1]
+
+    def _from_npz(self, batch_size: int) -> Iterator[Images]:
+        shape = (*self.size, 3)
+        image_bytes = self.size[0] * self.size[1] * 3
+        try:
+            # Read as a stream even where the array could be mapped: pages of a map count as memory of the process, and
+            # the archive's checksum would go unread.
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
+                _read_header(stream)
+                for start in range(0, self.count, batch_size):
+                    wanted = min(batch_size, self.count - start)
+                    data = stream.read(wanted * image_bytes)
+                    if len(data) < wanted * image_bytes:
+                        raise ValueError(f"{self.path}: arr_0 ends at image {start + len(data) // image_bytes}")
+                    yield np.frombuffer(data, dtype=np.uint8).reshape(wanted, *shape)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+
+    def _from_folder(self, files: tuple[Path, ...], batch_size: int) -> Iterator[Images]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, self.count, batch_size):
+                part = files[start : start + batch_size]
+                images = list(pool.map(_read_image, part))
+                for file, image in zip(part, images, strict=True):
+                    if image.shape[:2] != self.size:
+                        height, width = self.size
+                        raise ValueError(
+                            f"{file} has {image.shape[1]}x{image.shape[0]} pixels, {files[0].name} {width}x{height}; "
+                            f"images must be of one size"
+                        )
+                yield np.stack(images)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found at a path: images, statistics, or both.
+
+    Attributes:
+        path: the npz, or the folder.
+        images: None for a file that holds statistics alone.
+        pool, spatial: statistics that the file holds for FID and sFID, None where it does not.
+        statistics_count: how many images those are of, where the file says it.
+    """
+
+    path: Path
+    images: ImageSource | None
+    pool: Gaussian | None = None
+    spatial: Gaussian | None = None
+    statistics_count: int | None = None
+
+
+def open_source(path: str | Path) -> Source:
+    """Look at a path; images are not read yet.
+
+    Args:
+        path: an npz with arr_0, (N, H, W, 3) uint8 (and, if known, their classes: labels, or arr_1 as in ADM), with mu
+            and sigma (mu_s, sigma_s), or with all of them, as ADM's reference batches; or a folder of images, its
+            sub-folders included.
+
+    Raises:
+        ValueError: it is none of these, or is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return Source(path, _open_folder(path))
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; wanted an npz or a folder of images")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is no npz (or a truncated one); wanted an npz or a folder of images")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            images = _open_npz(path, archive, names) if "arr_0" in names else None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    pool, spatial, count = load_statistics(path)
+    if images is None and pool is None:
+        held = ", ".join(sorted(names)) or "nothing"
+        raise ValueError(f"{path} holds {held}; wanted arr_0 (images), or mu and sigma (statistics)")
+    return Source(path, images, pool, spatial, count)
+
+
+def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSource:
+    with archive.open("arr_0.npy") as stream:
+        shape, fortran_order, dtype = _read_header(stream)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise ValueError(f"{path}: arr_0 is {dtype} {shape}; wanted uint8 (N, H, W, 3)")
+    if fortran_order:
+        raise ValueError(f"{path}: arr_0 is in Fortran order; wanted C order")
+    labels = _labels(path, archive, shape[0], "labels") if "labels" in names else None
+    if labels is None and "arr_1" in names:
+        labels = _labels(path, archive, shape[0], "arr_1")
+    return ImageSource(path, shape[0], (shape[1], shape[2]), labels, None)
+
+
+def _labels(path: Path, archive: zipfile.ZipFile, count: int, name: str) -> NDArray[np.int64]:
+    with archive.open(f"{name}.npy") as stream:
+        labels = np.lib.format.read_array(stream, allow_pickle=False)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{path}: {name} (labels) is {labels.dtype} {labels.shape}; wanted integers ({count},)")
+    return labels.astype(np.int64)
+
+
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(stream)
+    return np.lib.format.read_array_header_2_0(stream)
+
+
+def _open_folder(path: Path) -> ImageSource:
+    files: list[Path] = []
+    for folder, inner, names in os.walk(path, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in EXTENSIONS and name[0] != "."]
+    if not files:
+        raise ValueError(f"folder {path} holds no images; allowed: {', '.join(sorted(EXTENSIONS))}")
+    files.sort()
+    matches = [_CLASS_IN_NAME.search(file.name) for file in files]
+    labels = np.array([int(match[1]) for match in matches if match], dtype=np.int64)
+    height, width = _read_image(files[0]).shape[:2]
+    known = len(labels) == len(files)
+    return ImageSource(path, len(files), (height, width), labels if known else None, tuple(files))
+
+
+def _read_image(file: Path) -> Images:
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise ValueError(f"{file} cannot be read: {error}") from error

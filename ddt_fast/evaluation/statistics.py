@@ -1,0 +1,140 @@
+"""Mean and covariance of features: streaming in float64, mergeable, and kept in files with the names ADM gave them."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.files import atomic_file
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of features.
+
+    Attributes:
+        mu: (D,) float64.
+        sigma: (D, D) float64, unbiased.
+    """
+
+    mu: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+
+
+class RunningStatistics:
+    """Mean and covariance of rows that come batch by batch, in float64, on the device of the rows.
+
+    Batches are combined as Chan, Golub and LeVeque (1979) do it, so no sum of squares loses its digits, and two of
+    these, of different rows, merge into one.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(0, dtype=torch.float64)
+        self.scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of the outer products of centred rows
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (B, D), of any floating dtype.
+
+        Raises:
+            ValueError: another shape than before, or numbers that are not finite.
+        """
+        if rows.ndim != 2:
+            raise ValueError(f"features have shape {tuple(rows.shape)}; wanted (B, D)")
+        if not len(rows):
+            return
+        rows = rows.double()
+        if not rows.isfinite().all():
+            raise ValueError("features that are not finite cannot be scored")
+        mean = rows.mean(0)
+        shift = self._shift_mean(len(rows), mean)
+        # One pass over the scatter matrix, which is far larger than the rows.
+        updates = torch.cat([rows - mean, shift[None]])
+        self.scatter.addmm_(updates.T, updates)
+
+    def merge(self, other: RunningStatistics) -> None:
+        """Add all rows of `other`; ValueError for another D."""
+        if other.count:
+            shift = self._shift_mean(other.count, other.mean)
+            self.scatter.add_(other.scatter.to(shift.device)).addr_(shift, shift)
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance; ValueError for fewer than two rows."""
+        if self.count < 2:
+            raise ValueError(f"a covariance of {self.count} rows does not exist; wanted 2 or more")
+        return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
+
+    def _shift_mean(self, count: int, mean: Tensor) -> Tensor:
+        """Take `count` rows of that mean into the mean; (D,) whose outer product the shift adds to the scatter."""
+        if not self.count:
+            self.mean = torch.zeros_like(mean)
+            self.scatter = mean.new_zeros(len(mean), len(mean))
+        if mean.shape != self.mean.shape:
+            raise ValueError(f"features have {len(mean)} numbers, those before {len(self.mean)}")
+        total = self.count + count
+        delta = mean.to(self.mean.device) - self.mean
+        shift = delta * (self.count * count / total) ** 0.5
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+        return shift
+
+
+def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count: int | None) -> None:
+    """Write an npz with ADM's names: mu, sigma (FID), mu_s, sigma_s (sFID, where there is one); and num_images, if
+    known."""
+    arrays: dict[str, NDArray[Any]] = {"mu": pool.mu, "sigma": pool.sigma}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    if count is not None:
+        arrays["num_images"] = np.array(count)
+    write_npz(path, arrays)
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays to an npz, whole or not at all."""
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
+
+
+def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
+    """What an npz holds of FID's Gaussian, of sFID's, and the number of images they are of.
+
+    Raises:
+        ValueError: half a Gaussian, or arrays that are none.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = set(archive.files)
+            found = {name: archive[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "num_images") if name in names}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    count = found.get("num_images")
+    if count is not None and (count.shape or not np.issubdtype(count.dtype, np.integer)):
+        raise ValueError(f"{path}: num_images is {count.dtype} {count.shape}; wanted a whole number")
+    pool, spatial = _gaussian(path, found, "mu", "sigma"), _gaussian(path, found, "mu_s", "sigma_s")
+    return pool, spatial, None if count is None else int(count)
+
+
+def _gaussian(path: Path, found: dict[str, NDArray[Any]], mu_name: str, sigma_name: str) -> Gaussian | None:
+    mu, sigma = found.get(mu_name), found.get(sigma_name)
+    if mu is None and sigma is None:
+        return None
+    if mu is None or sigma is None:
+        missing, there = (mu_name, sigma_name) if mu is None else (sigma_name, mu_name)
+        raise ValueError(f"{path} holds {there} but no {missing}; wanted both")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: {mu_name} has shape {mu.shape}, {sigma_name} {sigma.shape}; wanted (D,) and (D, D)")
+    for name, array in ((mu_name, mu), (sigma_name, sigma)):
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{path}: {name} is {array.dtype}; wanted floating point")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    return Gaussian(mu.astype(np.float64), sigma.astype(np.float64))

@@ -1,0 +1,134 @@
+"""What can be scored: npz files, statistics and folders, read in batches; and what is wrong with others."""
+
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddt_fast.evaluation.sources import open_source
+from inception_cases import smooth_images
+
+
+def write_folder(folder, images, pattern="{:04d}.png"):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / pattern.format(i))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_npz_is_read_in_batches(tmp_path, save, batch_size):
+    images = smooth_images(10, 0, size=6)
+    save(tmp_path / "samples.npz", arr_0=images, labels=np.arange(10))
+    source = open_source(tmp_path / "samples.npz")
+    assert (source.images.count, source.images.size, source.pool) == (10, (6, 6), None)
+    batches = list(source.images.batches(batch_size))
+    assert max(map(len, batches)) == min(batch_size, 10)
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+    np.testing.assert_array_equal(np.concatenate(list(source.images.batches(3))), images)  # again, from the start
+
+
+def test_folder_is_read_in_order_of_names(tmp_path):
+    images = smooth_images(7, 0, size=6)
+    write_folder(tmp_path / "set" / "b", images[4:])
+    write_folder(tmp_path / "set" / "a", images[:4])
+    Image.fromarray(images[0][..., 0]).save(tmp_path / "set" / "c.png")  # grey becomes RGB
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    (tmp_path / "set" / ".hidden.png").write_text("no image")
+    source = open_source(tmp_path / "set").images
+    assert source.count == 8
+    read = np.concatenate(list(source.batches(3)))
+    np.testing.assert_array_equal(read[:7], images)
+    np.testing.assert_array_equal(read[7], images[0][..., :1].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_sorted"),
+    [([0, 0, 1, 1, 2], True), ([0, 1, 0, 1, 2], False), ([1, 1, 1, 1, 1], False), (None, False)],
+)
+def test_labels_say_whether_a_file_is_sorted(tmp_path, labels, is_sorted):
+    images = smooth_images(5, 0, size=4)
+    for name in ("labels", "arr_1"):
+        extra = {} if labels is None else {name: np.array(labels)}
+        np.savez(tmp_path / "samples.npz", arr_0=images, **extra)
+        assert open_source(tmp_path / "samples.npz").images.sorted_by_class == is_sorted
+    if labels is not None:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image).save(folder / f"{i:05d}_class_{label}_seed_{i}.png")
+        assert open_source(folder).images.sorted_by_class == is_sorted
+
+
+def test_reference_batches_hold_images_and_statistics(tmp_path):
+    arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.ones(3), "sigma_s": np.eye(3)}
+    np.savez(tmp_path / "reference.npz", arr_0=smooth_images(3, 0, size=4), **arrays)
+    source = open_source(tmp_path / "reference.npz")
+    assert source.images.count == 3
+    assert source.spatial.mu.tolist() == [1, 1, 1]
+    np.savez(tmp_path / "statistics.npz", **arrays)
+    assert open_source(tmp_path / "statistics.npz").images is None
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); wanted uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.asfortranarray(np.zeros((2, 4, 5, 3), np.uint8))}, "Fortran"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)}, r"labels \(labels\) is int64 \(3,\)"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; wanted arr_0"),
+        ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; wanted"),
+        ({"sigma": np.eye(2)}, "holds sigma but no mu"),
+    ],
+)
+def test_other_contents_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / "wrong.npz")
+
+
+def test_no_npz_and_no_images(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; wanted an npz or a folder of images"):
+        open_source(tmp_path / "missing.npz")
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(ValueError, match="is no npz"):
+        open_source(tmp_path / "text.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        open_source(tmp_path / "empty")
+
+
+def test_damage_is_found(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, arr_0=smooth_images(20, 0, size=16))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no npz \\(or a truncated one\\)"):
+        open_source(path)
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(open_source(path).images.batches(4))
+
+
+def test_an_array_shorter_than_its_header_says(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.save(tmp_path / "arr_0.npy", smooth_images(20, 0, size=16))
+    data = (tmp_path / "arr_0.npy").read_bytes()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("arr_0.npy", data[: -5 * 16 * 16 * 3])
+    with pytest.raises(ValueError, match="arr_0 ends at image 15"):
+        list(open_source(path).images.batches(4))
+
+
+def test_damaged_and_mixed_folders(tmp_path):
+    write_folder(tmp_path / "mixed", smooth_images(5, 0, size=6))
+    Image.new("RGB", (7, 6)).save(tmp_path / "mixed" / "0003.png")
+    with pytest.raises(ValueError, match=r"0003.png has 7x6 pixels, 0000.png 6x6; images must be of one size"):
+        list(open_source(tmp_path / "mixed").images.batches(2))
+    (tmp_path / "mixed" / "0003.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"0003.png cannot be read"):
+        list(open_source(tmp_path / "mixed").images.batches(2))
