@@ -70,7 +70,6 @@ class Checkpoints:
         temporary = self._folder / f".{name}"
         if self._first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
         dist.barrier()
         # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
         alone = dist.get_world_size() == 1

@@ -47,7 +47,7 @@ class TrainedDDT(nn.Module):
 
     def shardable_parts(self) -> list[nn.Module]:
         """The modules that FSDP gathers one after the other, inner ones first; each is used only by calling it."""
-        blocks = cast(list[nn.Module], list(self.denoiser.blocks))
+        blocks = list(cast(nn.ModuleList, self.denoiser.blocks))
         parts: list[nn.Module] = []
         if isinstance(self.denoiser, DDT):
             for block in blocks:

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_runs import digits, final_state, finish, latents, start
+from torch.distributed.checkpoint import FileSystemWriter
 
-from ddt_fast.training import checkpoint as checkpoint_module
 from ddt_fast.training.checkpoint import list_checkpoints
 from ddt_fast.training.loop import train
 
@@ -72,7 +72,7 @@ def test_sigterm_saves_and_exits_cleanly_and_auto_goes_on(tmp_path):
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
-    experiment = digits(60, checkpoint_every=3, log_every=2)
+    experiment = digits(60, checkpoint_every=4, log_every=2)
     run, moments, kills = tmp_path / "run", random.Random(int(os.environ.get("KILL_SEED", "0"))), 0
     wanted = int(os.environ.get("KILL_TRIALS", "3"))
     while kills < wanted:
@@ -123,15 +123,15 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path, damage, message):
 
 
 def test_no_space_is_a_warning_on_the_way_and_an_error_at_the_end(tmp_path, monkeypatch, capfd):
-    original, calls = checkpoint_module.dcp.async_save, []
+    original, calls = FileSystemWriter.write_data, []
 
-    def failing(*arguments, **options):
+    def failing(*arguments):
         calls.append(1)
         if len(calls) in (2, 4):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return original(*arguments, **options)
+        return original(*arguments)
 
-    monkeypatch.setattr(checkpoint_module.dcp, "async_save", failing)
+    monkeypatch.setattr(FileSystemWriter, "write_data", failing)
     with pytest.raises(OSError, match=r"the checkpoint could not be saved: .*No space left on device"):
         train(digits(20), tmp_path, CPU)
     assert "No space left on device; training goes on, earlier checkpoints are kept" in capfd.readouterr().err
