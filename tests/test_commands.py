@@ -200,7 +200,8 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     train_command.main([*arguments, "--overwrite"])
     capsys.readouterr()
     wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
-    assert "cannot be trained on yet" in error_line(capsys, train_command.main, wrong)
+    assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
+    assert "exclude each other" in error_line(capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"])
     assert (tmp_path / "model").is_dir()
 
 
@@ -242,7 +243,14 @@ def error_line(capsys, main, arguments) -> str:
         (["--model.num_heads", "5"], "num_heads is 5; allowed: a divisor of hidden_size (64)"),
         (["--model.hidden_size", "36"], "multiple of 4"),
         (["--model.num_encoder_blocks", "5"], "num_encoder_blocks is 5; allowed: 1 to 3"),
-        (["--preset", "xl2_256"], "dataset 'latents' cannot be trained on yet; allowed: digits"),
+        (["--preset", "xl2_256"], "data.folder is null; name the folder of cached latents"),
+        (["--preset", "xl2_256", "--data.folder", "nowhere"], "latent cache nowhere does not exist"),
+        (["--training.repa_weight", "0.5"], "repa_weight is 0.5; allowed: 0 for the digits"),
+        (["--training.accumulation_steps", "3"], "accumulation_steps is 3; allowed: a divisor of batch_size (128)"),
+        (["--training.engine", "slow"], "engine"),
+        (["--training.max_grad_norm", "0"], "max_grad_norm is 0"),
+        (["--training.init", "nowhere.ckpt"], "checkpoint nowhere.ckpt does not exist"),
+        (["--resume", "nowhere"], "nowhere is no checkpoint of a run"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--output-dir", "{folder}/broken.yaml/x"], "cannot be written"),
     ],

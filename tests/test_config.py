@@ -98,21 +98,29 @@ def test_model_and_data_must_agree():
 
 
 def test_presets_have_the_paper_s_values():
-    shapes = {
-        "b2_256": (768, 12, 12, 8),
-        "l2_256": (1024, 16, 24, 20),
-        "xl2_256": (1152, 16, 28, 22),
-        "xl2_512": (1152, 16, 28, 22),
+    b2, l2, xl2 = (768, 12, 12, 8), (1024, 16, 24, 20), (1152, 16, 28, 22)
+    named = {
+        "b2_256": (b2, 400_000, 0.5),
+        "b2_256_without_repa": (b2, 400_000, 0),
+        "l2_256": (l2, 400_000, 0.5),
+        "l2_256_without_repa": (l2, 400_000, 0),
+        "xl2_256": (xl2, 400_000, 0.5),
+        "xl2_256_without_repa": (xl2, 400_000, 0),
+        "xl2_256_256_epochs": (xl2, 1_280_000, 0.5),
+        "xl2_256_400_epochs": (xl2, 2_000_000, 0.5),
+        "xl2_512": (xl2, 100_000, 0.5),
     }
-    assert set(PRESETS) == {"digits", *shapes}
-    for name, shape in shapes.items():
+    assert set(PRESETS) == {"digits", *named}
+    for name, (shape, steps, repa_weight) in named.items():
         preset = PRESETS[name]
         model = preset.model
         assert (model.hidden_size, model.num_heads, model.num_blocks, model.num_encoder_blocks) == shape
         assert (model.in_channels, model.patch_size, model.num_classes) == (4, 2, 1000)
         assert preset.training == TrainingConfig(
-            max_steps=400_000,
+            max_steps=steps,
             batch_size=256,
+            repa_weight=repa_weight,
+            repa_block=8,
             learning_rate=1e-4,
             adam_betas=(0.9, 0.95),
             weight_decay=0.0,
