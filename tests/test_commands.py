@@ -211,7 +211,9 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     capsys.readouterr()
     wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
     assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
-    assert "exclude each other" in error_line(capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"])
+    assert "exclude each other" in error_line(
+        capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"]
+    )
     assert (tmp_path / "model").is_dir()
 
 
