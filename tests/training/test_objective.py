@@ -56,4 +56,5 @@ def test_the_parts_of_a_batch_are_the_batch():
     whole = draw(dropout=0.3)
     parts = [draw(dropout=0.3, part=(rank, 4)) for rank in range(4)]
     for tensor, shares in zip(whole, zip(*parts, strict=True), strict=True):
-        assert torch.equal(tensor, torch.cat(shares))
+        # Equal but for the last bit: a vectorised sigmoid rounds the rest of an array in its own way.
+        assert torch.allclose(tensor, torch.cat(shares), rtol=1e-6, atol=1e-6)
