@@ -23,6 +23,7 @@ from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_cache import MANIFEST, check_owned
 from ddt_fast.files import output_folder
+from ddt_fast.ranks import process_ranks
 from ddt_fast.training.repa import DinoV2
 
 
@@ -59,10 +60,10 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, encode, report."""
     options = build_parser().parse_args(arguments)
-    rank, world_size, local_size = _ranks()
+    ranks = process_ranks()
     workers = options.num_workers
     if workers is None:
-        workers = max(1, len(os.sched_getaffinity(0)) // local_size)
+        workers = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
     if workers < 0:
         raise ValueError(f"--num-workers is {workers}; allowed: 0 or more")
     if options.compute_dtype not in ("float32", "bfloat16"):
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = list_images(images)
     output = output_folder(options.output)
     check_owned(output)
-    if folder.ignored and rank == 0:
+    if folder.ignored and ranks.rank == 0:
         count = len(folder.ignored)
         print(f"warning: {count} files are no images by name, such as {folder.ignored[0]}", file=sys.stderr)
     device = choose_device(options.device)
@@ -102,29 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         encoder,
         settings,
         repa_encoder=repa_encoder,
-        rank=rank,
-        world_size=world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         num_workers=workers,
         verify=options.verify,
     )
     if manifest is None:
-        print(f"rank {rank} of {world_size} has finished its shards; the last one writes {output / MANIFEST}")
+        print(f"{ranks.who}finished its shards; the last process to finish writes {output / MANIFEST}")
     else:
         _report(manifest, output)
-
-
-def _ranks() -> tuple[int, int, int]:
-    """Rank and number of processes, over all and on this machine, as torchrun says; ValueError where it is nonsense."""
-    values = []
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_WORLD_SIZE", "1")):
-        text = os.environ.get(name, default)
-        if not text.isdecimal():
-            raise ValueError(f"environment variable {name} is {text!r}; allowed: a whole number")
-        values.append(int(text))
-    rank, world_size, local_size = values
-    if rank >= world_size:
-        raise ValueError(f"environment variable RANK is {rank}; allowed: below WORLD_SIZE ({world_size})")
-    return rank, world_size, max(1, local_size)
 
 
 def _make_deterministic(device: torch.device) -> None:

@@ -3,9 +3,7 @@ drawn from the checkpoint in the package, against real ones."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +18,12 @@ from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.evaluation.features import (
-    Extractor,
     FeatureAccumulator,
     FeatureSet,
-    InceptionExtractor,
     PixelExtractor,
 )
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
+from ddt_fast.evaluation.report import PICTURE_IMAGES, Watch, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, check_metrics, evaluate, gather
 from ddt_fast.evaluation.sources import Images, open_source
 from ddt_fast.evaluation.statistics import save_statistics
@@ -39,16 +36,7 @@ from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
-_PICTURE_IMAGES = 100
 _NUM_DIGITS, _DIGITS_BATCH = 1000, 100
-_ROWS = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "inception_score": "Inception Score",
-    "precision": "precision",
-    "recall": "recall",
-    "kid": "KID",
-}
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -90,9 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     else:
         report, shown = _score_files(options, device, statistics)
-    print(_table(report))
-    with atomic_file(output) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")
+    print(report_table(report))
+    write_report(output, report)
     if shown:
         with atomic_file(picture) as temporary:
             _grid(shown).save(temporary)
@@ -107,36 +94,14 @@ def _output_file(option: str, name: str, suffix: str) -> Path:
     return path
 
 
-class _Watch:
-    """Shows how far reading is, and keeps images for the picture, evenly spread."""
-
-    def __init__(self) -> None:
-        self.shown: dict[int, Images] = {}
-        self._bar: tqdm[Any] | None = None
-        self._seen = 0
-
-    def __call__(self, role: str, batch: Images, total: int) -> None:
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=role, unit="img", dynamic_ncols=True)
-        if role == "samples":
-            for place in np.linspace(0, total - 1, min(total, _PICTURE_IMAGES)).round().astype(int).tolist():
-                if self._seen <= place < self._seen + len(batch):
-                    self.shown[place] = batch[place - self._seen].copy()
-        self._seen += len(batch)
-        self._bar.update(len(batch))
-        if self._seen == total:
-            self._bar.close()
-            self._bar, self._seen = None, 0
-
-
 def _score_files(
     options: Any, device: torch.device, statistics: Path | None
 ) -> tuple[dict[str, Any], dict[int, Images]]:
     """The report, and images for the picture."""
     if options.reference is not None:
         open_source(options.reference)  # a mistake in it should not wait for the samples
-    watch = _Watch()
-    make_extractor = _extractor_maker(options, device)
+    watch = Watch()
+    make_extractor = extractor_maker(options.features, options.inception_weights, device)
     metrics = [*options.metrics, *(["fid", "sfid"] if statistics is not None else [])]
     samples = gather(options.samples, "samples", metrics, make_extractor, options.batch_size, watch)
     if statistics is not None:
@@ -147,18 +112,10 @@ def _score_files(
 
 def _make_statistics(options: Any, device: torch.device, statistics: Path) -> None:
     """Statistics alone, of samples that will be a reference."""
-    make_extractor = _extractor_maker(options, device)
+    make_extractor = extractor_maker(options.features, options.inception_weights, device)
     _save_statistics(
-        statistics, gather(options.samples, "samples", ["fid", "sfid"], make_extractor, options.batch_size, _Watch())
+        statistics, gather(options.samples, "samples", ["fid", "sfid"], make_extractor, options.batch_size, Watch())
     )
-
-
-def _extractor_maker(options: Any, device: torch.device) -> Callable[[], Extractor]:
-    if options.features == "pixels":
-        if options.inception_weights is not None:
-            raise ValueError("--inception-weights is for --features inception")
-        return lambda: PixelExtractor(device)
-    return functools.cache(lambda: InceptionExtractor(options.inception_weights, device))
 
 
 def _save_statistics(path: Path, samples: FeatureSet) -> None:
@@ -196,32 +153,8 @@ def _score_digits(
     digits_score = score_digits(samples, labels)
     print(digits_score)
     report["digits"] = asdict(digits_score)
-    places = np.linspace(0, _NUM_DIGITS - 1, _PICTURE_IMAGES).round().astype(int).tolist()
+    places = np.linspace(0, _NUM_DIGITS - 1, PICTURE_IMAGES).round().astype(int).tolist()
     return report, dict(zip(places, to_uint8(samples[places]), strict=True))
-
-
-def _table(report: dict[str, Any]) -> str:
-    values, lines = report["metrics"], []
-    for role in ("samples", "reference"):
-        if (found := report.get(role)) is not None:
-            count = found["num_images"]
-            size = f" of {found['width']}x{found['height']}" if found["width"] else ""
-            images = f"{count:,} images{size}" if count else "statistics"
-            lines.append(f"{role:<18}{found['source']}: {images}")
-    for name, title in _ROWS.items():
-        if name in values:
-            spread = f" ± {values[name + '_std']:.4g}" if name + "_std" in values else ""
-            decimals = 6 if name == "kid" else 4
-            lines.append(f"{title:<18}{values[name]:.{decimals}f}{spread}")
-        elif name in report["not_computed"]:
-            lines.append(f"{title:<18}not computed: {report['not_computed'][name]}")
-    if (features := report["features"]) is not None:
-        published = ", published weights" if features.get("published_weights") else ""
-        lines.append(f"{'features':<18}{features['name']}{published}, on {features['device']}")
-    rate = report["images_per_second"]
-    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
-    lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))
-    return "\n".join(lines)
 
 
 def _grid(shown: dict[int, Images]) -> Image.Image:

@@ -24,8 +24,9 @@ from ddt_fast.generation.finish import GRID_IMAGES
 from ddt_fast.generation.images import grid_columns
 from ddt_fast.generation.job import Generation, check_output
 from ddt_fast.generation.record import device_name, environment, weights_sha256
-from ddt_fast.generation.seeds import Job, assign_labels
-from ddt_fast.generation.shards import differences
+from ddt_fast.generation.scored import add_scoring_options, chosen_scoring
+from ddt_fast.generation.seeds import IntArray, Job, assign_labels
+from ddt_fast.generation.shards import Images, differences
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
 from ddt_fast.model.cpu import cpu_has_int8
@@ -78,6 +79,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--shard-size", type=int, help=f"images per shard; default: about {SHARD_IMAGES}, whole batches")
     add("--keep-shards", action="store_true", help="do not remove the shards when samples.npz is written")
     add("--overwrite", action="store_true", help="drop what an earlier job left in the output folder, begin anew")
+    add_scoring_options(parser)
     return parser
 
 
@@ -92,9 +94,8 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     options = build_parser().parse_args(arguments)
     ranks = process_ranks()
     device = choose_device(options.device)
-    if device == torch.device("cuda"):
-        device = choose_device(f"cuda:{ranks.local_rank}")
     if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # a job that goes on shall decode as it would have
     checkpoint, experiment = chosen_checkpoint(options)
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
     output_dir = output_folder(options.output_dir)
     check_output(output_dir)
+    scoring = chosen_scoring(options, output_dir, len(job), experiment.data.image_size, device, ranks)
     reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
     model, description = _engine_model(reference, options, ranks)
     size = experiment.data.sample_size
@@ -153,9 +155,15 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
         print(f"{ranks.who}{generation.found}")
     if on_images is not None:
         generation.feed_found(on_images)
+    hooks = [] if on_images is None else [on_images]
+    if scoring is not None:
+        scoring.begin(generation)
+        hooks.append(scoring.take)
     if generation.todo:
         sampler = Sampler(model, sampling, batch_size, size, size, memory_budget=budget, compile_model=options.compile)
-        _run(generation, sampler, decode, description, on_images)
+        _run(generation, sampler, decode, description, hooks)
+    if scoring is not None:
+        scoring.save()
     earlier = generation.record
     record = generation.finish(
         {
@@ -174,10 +182,12 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
         print(f"{ranks.who}finished its shards; the last process to finish writes {output_dir / 'samples.npz'}")
     elif record is not earlier:
         print(f"{ranks.who}wrote images/, grid.png, samples.npz and generation.json to {output_dir}")
+    if scoring is not None:
+        scoring.finish(generation)
 
 
 def _run(
-    generation: Generation, sampler: Sampler, decode: Decoder | None, description: str, on_images: OnImages | None
+    generation: Generation, sampler: Sampler, decode: Decoder | None, description: str, hooks: list[OnImages]
 ) -> None:
     """Draw what is to be drawn, with a progress bar, and say how fast it was."""
     ranks, device = generation.ranks, sampler.device
@@ -202,6 +212,11 @@ def _run(
         changed = differences({name: found[name] for name in rounding}, {name: made_with[name] for name in rounding})
     if changed:
         print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree but for rounding")
+
+    def on_images(positions: IntArray, images: Images) -> None:
+        for hook in hooks:
+            hook(positions, images)
+
     with tqdm(
         total=generation.num_images,
         desc=f"{ranks.who}{sampler.engine}, {description}",
@@ -221,14 +236,14 @@ def _run(
             decode,
             decode_batch_size=1 if decode is None else decode.batch_size,
             made_with=made_with,
-            on_images=on_images,
+            on_images=on_images if hooks else None,
             progress=show,
         )
     seconds = generation.timings
     print(f"{ranks.who}{generation.num_images / seconds.sampling:.1f} img/s on {device}, {description}")
     print(
         f"{ranks.who}{seconds.sampling:.1f} s, in the background of which decoding {seconds.decoding:.1f} s, "
-        f"writing {seconds.writing:.1f} s"
+        f"writing {seconds.writing:.1f} s" + (f", features {seconds.hook:.1f} s" if hooks else "")
     )
 
 

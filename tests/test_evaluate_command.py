@@ -140,7 +140,7 @@ def test_metrics_can_be_chosen(tmp_path, files):
         (["--output", "metrics"], "--output is 'metrics'; wanted the name of a .json file"),
         (["--output", "{folder}/picture.json"], "picture.png is a folder; a file of that name is to be written"),
         (["--save-statistics", "statistics"], "--save-statistics is 'statistics'; wanted the name of a .npz file"),
-        (["--inception-weights", "weights.pth"], "--inception-weights is for --features inception"),
+        (["--inception-weights", "weights.pth"], "--inception-weights is for inception features, not for pixels"),
         (["--features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not exist"),
     ],
 )

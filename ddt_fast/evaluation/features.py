@@ -154,6 +154,11 @@ class FeatureAccumulator:
     def __len__(self) -> int:
         return len(self._indices)
 
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """(n,) places of the images taken so far, in the order they came in."""
+        return np.array(self._indices, dtype=np.int64)
+
     def add(self, images: NDArray[np.uint8] | Tensor, indices: Sequence[int] | None = None) -> None:
         """Add images (B, H, W, 3) uint8, all of one size.
 
@@ -199,7 +204,7 @@ class FeatureAccumulator:
         Raises:
             ValueError: an index came twice, or one that was merged in did not keep its features.
         """
-        places = np.sort(np.array(self._indices, dtype=np.int64))
+        places = np.sort(self.indices)
         if (repeated := places[1:][np.diff(places) == 0]).size:
             raise ValueError(f"image {repeated[0]} was added twice")
         if self.keep_features is True and len(self._feature_indices) < len(self):
@@ -224,7 +229,7 @@ class FeatureAccumulator:
         arrays = {
             "kind": np.array(self._kind),
             "size": np.array(self.size or (0, 0)),
-            "indices": np.array(self._indices, dtype=np.int64),
+            "indices": self.indices,
             "feature_indices": np.array(self._feature_indices, dtype=np.int64),
             "features": (torch.cat(self._features) if self._features else torch.zeros(0, 0)).cpu().numpy(),
         }

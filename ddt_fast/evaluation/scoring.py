@@ -182,22 +182,8 @@ def score(
     Raises:
         ValueError: features of different D, or not one of the metrics can be computed.
     """
-    check_metrics(metrics)
+    wanted, missing = computable(samples, reference, metrics)
     values: dict[str, float] = {}
-    reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
-    reasons["inception_score"] = _without_classes(samples)
-    if reference is not None:
-        reasons["fid"] = _without_gaussian(samples, reference, "pool")
-        reasons["sfid"] = _without_gaussian(samples, reference, "spatial")
-        reasons["precision"] = reasons["recall"] = _without_features(samples, reference, NUM_NEIGHBOURS + 1)
-        reasons["kid"] = _without_features(samples, reference, 2)
-        kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
-        if len({*kinds}) > 1:
-            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; wanted the same")
-    missing = {name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None}
-    wanted = [name for name in METRICS if name in metrics and name not in missing]
-    if not wanted:
-        raise ValueError("; ".join(f"{name} cannot be computed: {reason}" for name, reason in missing.items()))
     if reference is not None:
         _warn_of_doubts(samples, reference, "fid" in wanted)
         if "fid" in wanted:
@@ -219,11 +205,47 @@ def score(
     return values, missing
 
 
+def computable(
+    samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
+) -> tuple[list[str], dict[str, str]]:
+    """The metrics that what is there allows, and why the others cannot be computed. Numbers are not looked at.
+
+    Raises:
+        ValueError: features of different D or kind, or not one of the metrics can be computed.
+    """
+    check_metrics(metrics)
+    reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
+    reasons["inception_score"] = _without_classes(samples)
+    if reference is not None:
+        reasons["fid"] = _without_gaussian(samples, reference, "pool")
+        reasons["sfid"] = _without_gaussian(samples, reference, "spatial")
+        reasons["precision"] = reasons["recall"] = _without_features(samples, reference, NUM_NEIGHBOURS + 1)
+        reasons["kid"] = _without_features(samples, reference, 2)
+        kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
+        if len({*kinds}) > 1:
+            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; wanted the same")
+    missing = {name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None}
+    wanted = [name for name in METRICS if name in metrics and name not in missing]
+    if not wanted:
+        raise ValueError("; ".join(f"{name} cannot be computed: {reason}" for name, reason in missing.items()))
+    if reference is not None:
+        for name in wanted:
+            own, other = _num_dimensions(samples, name), _num_dimensions(reference, name)
+            if None not in (own, other) and own != other:
+                raise ValueError(f"samples have {own} features, the reference {other}; wanted as many")
+    return wanted, missing
+
+
+def _num_dimensions(found: FeatureSet, metric: str) -> int | None:
+    if metric in ("fid", "sfid"):
+        gaussian = found.pool if metric == "fid" else found.spatial
+        return None if gaussian is None else len(gaussian.mu)
+    return None if found.features is None else found.features.shape[1]
+
+
 def _gaussian_distance(first: Gaussian | None, second: Gaussian | None) -> float:
     assert first is not None
     assert second is not None
-    if len(first.mu) != len(second.mu):
-        raise ValueError(f"samples have {len(first.mu)} features, the reference {len(second.mu)}; wanted as many")
     return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
 
 

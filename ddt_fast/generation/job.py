@@ -59,6 +59,7 @@ class Generation:
     Attributes:
         record: that of the finished job, else None.
         todo: the shards this process has yet to make.
+        wrote: whether it was this process that wrote samples.npz.
 
     Raises:
         ValueError: the folder holds shards of other settings, finished samples of other settings that took long, or
@@ -85,6 +86,7 @@ class Generation:
                 remove_job(output_dir / f"shards-{fingerprint(settings)}")
         self.shards = ShardFolder(output_dir, settings, len(job), shard_size, default_shard_size)
         self.timings = Timings()
+        self.wrote = False
         self.record = None if overwrite else finished_record(output_dir, settings)
         own = range(ranks.rank, self.shards.num_shards, ranks.world_size)
         if self.record is not None:
@@ -223,7 +225,9 @@ class Generation:
             OSError: no space left, or another failure of the file system. The shards are kept.
         """
         if self.record is None:
+            about = {**about, "written_by_rank": self.ranks.rank}
             self.record = finish(self.output_dir, self.shards, self.job, about, num_png, columns)
+            self.wrote = self.record is not None and self.record["written_by_rank"] == self.ranks.rank
         elif self.ranks.rank == 0 and self.record["num_png"] != num_png:
             self.record = renew_pictures(self.output_dir, self.job, self.record, num_png, columns)
         if self.record is not None and not keep_shards:

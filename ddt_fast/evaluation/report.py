@@ -1,0 +1,90 @@
+"""What the commands that score show and write: progress, the table, metrics.json; and the choice of features."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ddt_fast.evaluation.features import Extractor, InceptionExtractor, PixelExtractor
+from ddt_fast.evaluation.sources import Images
+from ddt_fast.files import atomic_file
+
+Features = Literal["inception", "pixels"]
+PICTURE_IMAGES = 100
+_ROWS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "kid": "KID",
+}
+
+
+def extractor_maker(features: Features, weights: str | None, device: torch.device) -> Callable[[], Extractor]:
+    """What makes the extractor that the options name, once; ValueError for weights of a network that is not used."""
+    if features == "pixels":
+        if weights is not None:
+            raise ValueError("--inception-weights is for inception features, not for pixels")
+        return lambda: PixelExtractor(device)
+    return functools.cache(lambda: InceptionExtractor(weights, device))
+
+
+class Watch:
+    """Shows how far reading is, and keeps images for the picture, evenly spread."""
+
+    def __init__(self) -> None:
+        self.shown: dict[int, Images] = {}
+        self._bar: tqdm[Any] | None = None
+        self._seen = 0
+
+    def __call__(self, role: str, batch: Images, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=role, unit="img", dynamic_ncols=True)
+        if role == "samples":
+            for place in np.linspace(0, total - 1, min(total, PICTURE_IMAGES)).round().astype(int).tolist():
+                if self._seen <= place < self._seen + len(batch):
+                    self.shown[place] = batch[place - self._seen].copy()
+        self._seen += len(batch)
+        self._bar.update(len(batch))
+        if self._seen == total:
+            self._bar.close()
+            self._bar, self._seen = None, 0
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """A report of `evaluate` in lines to print."""
+    values, lines = report["metrics"], []
+    for role in ("samples", "reference"):
+        if (found := report.get(role)) is not None:
+            count = found["num_images"]
+            size = f" of {found['width']}x{found['height']}" if found["width"] else ""
+            images = f"{count:,} images{size}" if count else "statistics"
+            lines.append(f"{role:<18}{found['source']}: {images}")
+    for name, title in _ROWS.items():
+        if name in values:
+            spread = f" ± {values[name + '_std']:.4g}" if name + "_std" in values else ""
+            decimals = 6 if name == "kid" else 4
+            lines.append(f"{title:<18}{values[name]:.{decimals}f}{spread}")
+        elif name in report["not_computed"]:
+            lines.append(f"{title:<18}not computed: {report['not_computed'][name]}")
+    if (features := report["features"]) is not None:
+        published = ", published weights" if features.get("published_weights") else ""
+        lines.append(f"{'features':<18}{features['name']}{published}, on {features['device']}")
+    rate = report["images_per_second"]
+    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
+    lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))
+    return "\n".join(lines)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a report of `evaluate` as JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n")
