@@ -178,7 +178,6 @@ class LatentDataset:
     def fingerprint(self) -> str:
         """Checksum that tells these latents from others: of what they were made from and how, or of one of them where
         the shards do not say; of labels and scale. The same cache in another folder, or made again, has the same."""
-        first = self._views[0].mean
         made: list[Any] = [self.shape, self.has_flips, self._scale.tolist()]
         made.append(None if self._shift is None else self._shift.tolist())
         if self.settings is None:

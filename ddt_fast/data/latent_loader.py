@@ -149,7 +149,7 @@ class LatentLoader:
     def state_dict(self) -> dict[str, int | str]:
         """Where the next batch begins, with what it must agree on; the same on every rank."""
         epoch, position = divmod(self._position, len(self.dataset))
-        data = {"num_samples": len(self.dataset), "dataset": self.dataset.fingerprint}
+        data: dict[str, int | str] = {"num_samples": len(self.dataset), "dataset": self.dataset.fingerprint}
         return {"epoch": epoch, "position": position, "seed": self.seed, **data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
