@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_EXAMPLE = "stabilityai/sd-vae-ft-ema"
+
 
 def weights_sha256(model: nn.Module) -> str:
     """Checksum of a model's weights by name, in the dtype they are in."""
@@ -28,7 +30,10 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"autoencoder {name} could not be loaded: {reason}") from error
+        raise ValueError(
+            f"autoencoder {name} could not be loaded: {reason}; wanted a local folder of an AutoencoderKL or a hub id "
+            f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it where there is a network)"
+        ) from error
 
 
 class Decoder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -41,6 +42,12 @@ def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
         if dataset.num_classes > model.num_classes:
             classes = f"{data.folder} holds {dataset.num_classes} classes"
             raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: as many or more")
+        if dataset.num_classes < model.num_classes and dist.get_rank() == 0:
+            warnings.warn(
+                f"{data.folder} holds {dataset.num_classes} classes, num_classes is {model.num_classes}: the others "
+                "are never trained, but are sampled unless classes are chosen",
+                stacklevel=2,
+            )
     return LatentLoader(
         dataset,
         training.batch_size,

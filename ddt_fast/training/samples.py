@@ -37,7 +37,10 @@ class Preview:
         self._device = device
         self._decode: Callable[[Tensor], Tensor] | None = None
         if experiment.data.autoencoder is not None and experiment.training.sample_every:
-            self._decode = Decoder(experiment.data.autoencoder, device)
+            try:
+                self._decode = Decoder(experiment.data.autoencoder, device)
+            except ValueError as error:
+                raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
 
     def grid(self, model: DDT) -> Image.Image:
         """A labelled grid of class-balanced samples."""
