@@ -17,6 +17,7 @@ from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.features import FeatureAccumulator
 from ddt_fast.generation import scored, shards
 from ddt_fast.generation.images import to_uint8
+from ddt_fast.generation.job import Generation
 from ddt_fast.sampling.engine import Sampler
 from inception_cases import random_weights, smooth_images
 
@@ -74,6 +75,19 @@ def as_rank(monkeypatch, folder: Path, rank: int, *arguments: str) -> None:
         patch.setenv("RANK", str(rank))
         patch.setenv("WORLD_SIZE", "2")
         sample_command.main([*arguments, "--output-dir", str(folder)])
+
+
+def drawn(monkeypatch) -> list[int]:
+    """A list that gets the size of every batch that is drawn from now on."""
+    sizes: list[int] = []
+    call = Sampler.__call__
+
+    def counted(self, noise, *rest, **more):
+        sizes.append(len(noise))
+        return call(self, noise, *rest, **more)
+
+    monkeypatch.setattr(Sampler, "__call__", counted)
+    return sizes
 
 
 def looked_at(monkeypatch) -> list[int]:
@@ -213,6 +227,36 @@ def test_a_stopped_job_that_goes_on_has_the_same_scores(tmp_path, reference, exp
     assert not (tmp_path / "metrics.json").exists()
     sample_command.main(arguments)
     check(tmp_path, expected)
+
+
+@pytest.mark.parametrize("moment", ["_is_whole", "_found_images"])
+def test_a_process_goes_on_though_another_finishes_the_job_and_removes_the_shards(
+    tmp_path, reference, expected, monkeypatch, moment
+):
+    """All shards are there; rank 1 merges them while rank 0 looks through its own, the last of which is 6."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for rank in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(Generation, "finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                as_rank(monkeypatch, tmp_path, rank, *scoring(reference))
+    function = getattr(Generation, moment)
+
+    def overtaken(self, shard):
+        if self.ranks.rank == 0 and shard == 6:
+            monkeypatch.setattr(Generation, moment, function)
+            as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
+            check(tmp_path, expected)
+        return function(self, shard)
+
+    sizes = drawn(monkeypatch)
+    monkeypatch.setattr(Generation, moment, overtaken)
+    as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+    check(tmp_path, expected)
+    assert sizes == []
 
 
 @pytest.mark.parametrize(("metrics", "kept"), [(["fid"], False), (["fid", "sfid"], False), (["fid", "kid"], True)])
