@@ -14,6 +14,7 @@ from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder
 from ddt_fast.presets import PRESETS
+from ddt_fast.ranks import process_ranks
 from ddt_fast.training.loop import train
 
 
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ValueError(f"{output_dir} holds an earlier run; add --resume auto or --overwrite, or name another folder")
     result = train(experiment, output_dir, device, options.resume)
     if result.model is None:
-        if result.step < experiment.training.max_steps:
+        if result.step < experiment.training.max_steps and process_ranks().rank == 0:
             print(f"stopped after step {result.step} of {experiment.training.max_steps}; --resume auto continues")
         return
     print(f"model: {output_dir / 'model'}")

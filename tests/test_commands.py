@@ -163,6 +163,16 @@ def test_the_best_refreshes_are_found_once_and_kept_beside_the_checkpoint(tmp_pa
     np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.parametrize("options", [[], ["--quantize", "int8"], ["--fast"]], ids=str)
+def test_compiled_samples_are_the_eager_ones(tmp_path, capsys, options):
+    arguments = ["--num-images", "4", "--num-steps", "6", *options]
+    eager = sample(tmp_path / "eager", *arguments)["arr_0"].astype(int)
+    compiled = sample(tmp_path / "compiled", *arguments, "--compile")["arr_0"].astype(int)
+    assert "compiled" in capsys.readouterr().out
+    allowed = 8 if options == ["--quantize", "int8"] else 1  # a rounding of activations may fall the other way
+    assert abs(eager - compiled).max() <= allowed
+
+
 def test_fewer_images_in_the_same_folder_leave_no_old_ones(tmp_path):
     sample(tmp_path, "--num-images", "4", "--num-steps", "2")
     sample(tmp_path, "--num-images", "2", "--num-steps", "2")
@@ -201,7 +211,9 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     capsys.readouterr()
     wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
     assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
-    assert "exclude each other" in error_line(capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"])
+    assert "exclude each other" in error_line(
+        capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"]
+    )
     assert (tmp_path / "model").is_dir()
 
 

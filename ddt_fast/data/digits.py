@@ -22,6 +22,7 @@ class DigitsDataset:
     """The digits as `LatentLoader` reads data: in place of latents, pixels."""
 
     has_flips = False
+    fingerprint = "digits"
 
     def __init__(self) -> None:
         images, self.labels = digits()

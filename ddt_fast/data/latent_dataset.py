@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,6 +173,21 @@ class LatentDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Checksum that tells these latents from others: of what they were made from and how, or of one of them where
+        the shards do not say; of labels and scale. The same cache in another folder, or made again, has the same."""
+        made: list[Any] = [self.shape, self.has_flips, self._scale.tolist()]
+        made.append(None if self._shift is None else self._shift.tolist())
+        if self.settings is None:
+            latent = self._shards[0].tensors[self._views[0].mean][0].float().contiguous()
+            made.append(hashlib.sha256(latent.numpy().tobytes()).hexdigest())
+        else:
+            made += [self.settings.images_sha256, self.settings.autoencoder_sha256, self.settings.dtype]
+        digest = hashlib.sha256(json.dumps(made).encode())
+        digest.update(self.labels.numpy().tobytes())
+        return digest.hexdigest()
 
     def _open_cache(self, folder: Path, verify: bool) -> CacheSettings:
         path = folder / MANIFEST

@@ -146,10 +146,11 @@ class LatentLoader:
         """The epoch that the next batch begins in."""
         return self._position // len(self.dataset)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """Where the next batch begins, with what it must agree on; the same on every rank."""
         epoch, position = divmod(self._position, len(self.dataset))
-        return {"epoch": epoch, "position": position, "seed": self.seed, "num_samples": len(self.dataset)}
+        data: dict[str, int | str] = {"num_samples": len(self.dataset), "dataset": self.dataset.fingerprint}
+        return {"epoch": epoch, "position": position, "seed": self.seed, **data}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken: the next batch is the one that would have come next.
@@ -157,7 +158,7 @@ class LatentLoader:
         Batch size and ranks may differ; they only cut the same sequence elsewhere.
 
         Raises:
-            ValueError: the state is of another seed or number of samples, or no state at all.
+            ValueError: the state is of another seed, of other data, or no state at all.
         """
         names = ("epoch", "position", "seed", "num_samples")
         if any(not isinstance(state.get(name), int) for name in names):
@@ -165,6 +166,11 @@ class LatentLoader:
         for name, ours in (("seed", self.seed), ("num_samples", len(self.dataset))):
             if state[name] != ours:
                 raise ValueError(f"the data position was saved with {name} {state[name]}, now it is {ours}")
+        if state.get("dataset") != self.dataset.fingerprint:
+            raise ValueError(
+                "the data position was saved with other data, of as many samples: from other images or another "
+                "autoencoder, or scaled differently; take the same"
+            )
         if state["epoch"] < 0 or not 0 <= state["position"] < len(self.dataset):
             raise ValueError(f"the data position is {state!r}, outside the data")
         self._drop_pending()

@@ -163,7 +163,10 @@ class Sampler:
             self.buffers.prepare_conditions(i)
             if self.buffers.noise is not None:
                 assert generators is not None
-                self.buffers.noise[:count].copy_(normal(noise.shape[1:], generators))
+                drawn = normal(noise.shape[1:], generators)
+                # From page-locked memory the copy waits in the device's queue, and the host does not.
+                drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+                self.buffers.noise[:count].copy_(drawn, non_blocking=True)
             self._execute(kind)
             if progress is not None:
                 progress(i + 1, self.buffers.x[:count])

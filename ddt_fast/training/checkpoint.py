@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,12 +41,15 @@ class Checkpoints:
     Args:
         folder: the run's folder.
         keep: how many are kept, the latest; 0 keeps all.
+        continued: the checkpoint that the run continues from, if any.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, continued: Path | None = None) -> None:
         self._folder = folder / "checkpoints"
         self._keep = keep
         self._first = dist.get_rank() == 0
+        # The latest one that is whole; it is never written again, and so never missing for a moment.
+        self._latest = None if continued is None else continued.resolve()
         # What is said in the background must not be mixed up with what training says at the same time.
         self._group = dist.new_group(backend="gloo")
         self._saving: Future[None] | None = None
@@ -53,7 +57,7 @@ class Checkpoints:
     def save(
         self, state: TrainingState, numbers: dict[str, Any], save_model: Callable[[Path], None], wait: bool = False
     ) -> None:
-        """Save a checkpoint of the state's step, after the one before is finished.
+        """Save a checkpoint of the state's step, unless there is one, after the one before is finished.
 
         Args:
             state: what to save.
@@ -68,9 +72,13 @@ class Checkpoints:
         self.close()
         name = f"step_{state.step:07d}"
         temporary = self._folder / f".{name}"
+        present = torch.tensor(self._latest == (self._folder / name).resolve())
         if self._first:
             shutil.rmtree(temporary, ignore_errors=True)
-        dist.barrier()
+        # Only the first process knows, where another's part was written and the rest was not.
+        dist.broadcast(present, 0, group=self._group)
+        if present:
+            return
         # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
         alone = dist.get_world_size() == 1
         target = temporary / "state"
@@ -85,8 +93,8 @@ class Checkpoints:
                     return
                 save_model(temporary / "model")
                 (temporary / "trainer.json").write_text(content)
-                _remove(self._folder / name)
                 temporary.rename(self._folder / name)
+                self._latest = (self._folder / name).resolve()
                 self._prune()
             except BaseException:
                 if self._first:

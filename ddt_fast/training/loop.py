@@ -72,9 +72,11 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
             if state.step % settings.log_every == 0 or last:
                 run.report(window.metrics(state.step) | run.throughput.read())
             if state.step % settings.checkpoint_every == 0 and not last:
+                window.check(state.step)
                 run.save()
             if settings.sample_every and state.step % settings.sample_every == 0 and not last:
                 run.draw()
+        window.check(state.step)
         run.save(wait=True)
         if state.step < settings.max_steps:
             return TrainingResult(state.step, None, {})
@@ -112,14 +114,24 @@ class Window:
         """Means over all processes, and start anew.
 
         Raises:
-            ValueError: a loss that is not finite.
+            ValueError: as `check` does.
         """
-        sums = self._sums / (self._steps * dist.get_world_size())
-        dist.all_reduce(sums)
-        loss, repa, norm = sums.tolist()
+        loss, repa, norm = self.check(step)
         self._sums.zero_()
         self._steps = 0
-        if not math.isfinite(loss + repa):
-            raise ValueError(f"the loss is {loss + repa} by step {step}; take a lower learning_rate")
         metrics = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate(self._settings, step)}
         return metrics | ({"repa_loss": repa} if self._settings.repa_weight else {})
+
+    def check(self, step: int) -> list[float]:
+        """Means so far, over all processes: losses of flow matching and REPA, gradient norm.
+
+        Raises:
+            ValueError: one that is not finite, so that weights which are lost take no good checkpoint's place.
+        """
+        sums = self._sums / (max(1, self._steps) * dist.get_world_size())
+        dist.all_reduce(sums)
+        loss, repa, norm = sums.tolist()
+        for name, value in (("loss", loss + repa), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise ValueError(f"the {name} is {value} by step {step}; take a lower learning_rate")
+        return [loss, repa, norm]

@@ -29,12 +29,16 @@ def process_group(device: torch.device) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    # Checkpoints are written from the CPU while the GPUs go on: both need a way to talk.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend, own = "gloo", None
+    if device.type == "cuda":
+        # Checkpoints are written from the CPU while the GPUs go on: both need a way to talk.
+        backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", device.index or 0)
+        # FSDP puts its shards on the current GPU, which is the first one in every process until it is told otherwise.
+        torch.cuda.set_device(own)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, device_id=own)
     else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), device_id=own)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training import run_folder
-from ddt_fast.training.checkpoint import Checkpoints, load_state, read_numbers
+from ddt_fast.training.checkpoint import Checkpoints, load_state
 from ddt_fast.training.curves import plot_curves
 from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
@@ -127,11 +127,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
         stack.enter_context(process_group(device))
         first = dist.get_rank() == 0
         loader = stack.enter_context(closing(open_loader(experiment, device)))
-        checkpoint = run_folder.find_checkpoint(folder, resume)
-        numbers: dict[str, Any] = {}
-        if checkpoint is not None:
-            numbers = read_numbers(checkpoint)
-            run_folder.check_continuable(checkpoint, numbers["settings"], experiment)
+        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment)
         preview = Preview(experiment, device) if first else None
         objective = Objective(experiment, device, loader.feature_shape)
         torch.manual_seed(settings.seed)
@@ -166,7 +162,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             state,
             stop=stack.enter_context(StopSignal().listening()),
             throughput=Throughput(flops, device, getattr(torch, settings.dtype), dist.get_world_size()),
-            _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints))),
+            _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints, checkpoint))),
             _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
             _preview=preview,
             _progress=stack.enter_context(

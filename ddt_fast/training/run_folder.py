@@ -19,7 +19,7 @@ from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file, check_replaceable
 from ddt_fast.model.weights import OWNED_NAMES as MODEL_NAMES
 from ddt_fast.training import checkpoint
-from ddt_fast.training.checkpoint import list_checkpoints
+from ddt_fast.training.checkpoint import list_checkpoints, read_numbers
 
 _FILES = ("recipe.yaml", "log.jsonl", "samples.png", "curves.png", "training.json", "wandb_run.txt")
 _MAY_CHANGE = {
@@ -39,12 +39,15 @@ def settings_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_continuable(checkpoint: Path, saved: dict[str, dict[str, Any]], experiment: Experiment) -> None:
+def check_continuable(checkpoint: Path, numbers: dict[str, Any], experiment: Experiment) -> None:
     """ValueError that names the settings, if the run of a checkpoint would not be the same run under these ones.
 
     How samples are drawn, how often things are written, the number of processes and how they share the work may change.
     """
-    ours = settings_of(experiment)
+    limit = experiment.training.max_steps
+    if numbers["step"] > limit:
+        raise ValueError(f"max_steps is {limit}, but {checkpoint} is past it; allowed: {numbers['step']} or more")
+    ours, saved = settings_of(experiment), numbers["settings"]
     changed = [
         f"{part}.{name} was {saved.get(part, {}).get(name)!r}, now {value!r}"
         for part in ("model", "data", "training")
@@ -82,11 +85,49 @@ def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from: none, "auto" for the latest of the folder if it has one, or the one named."""
-    if resume != "auto":
-        return None if resume is None else Path(resume)
+    """The checkpoint to continue from: none, "auto" for the latest of the folder if it has one, or the one named.
+
+    Raises:
+        ValueError: the folder holds other checkpoints, later than the one named or of another run. Those of two
+            histories in one folder could not be told apart.
+    """
+    if resume is None:
+        return None
     found = list_checkpoints(folder / "checkpoints")
-    return found[-1] if found else None
+    if resume == "auto":
+        return found[-1] if found else None
+    named = Path(resume)
+    if found and found[-1].resolve() != named.resolve():
+        raise ValueError(
+            f"{folder} holds a run that has come to {found[-1].name}; --resume auto continues it there; to continue "
+            f"from {named}, name another folder, or remove the checkpoints after it"
+        )
+    return named
+
+
+def open_checkpoint(folder: Path, resume: str | None, experiment: Experiment) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to continue from and its trainer.json; None and nothing for a fresh start.
+
+    Called by all processes together. The first one looks, for all: a shared file system may show others what was there
+    some seconds ago.
+
+    Raises:
+        ValueError: a checkpoint that this experiment cannot continue.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            checkpoint, numbers = find_checkpoint(folder, resume), {}
+            if checkpoint is not None:
+                numbers = read_numbers(checkpoint)
+                check_continuable(checkpoint, numbers, experiment)
+            answer = [(checkpoint, numbers)]
+        except (ValueError, OSError) as error:
+            answer = [error]
+    dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def write_provenance(

@@ -55,5 +55,6 @@ class TrainedDDT(nn.Module):
                 parts += [cast(nn.Module, getattr(block, name)) for name in ("attn", "mlp", "adaLN_modulation")]
         else:
             denoiser = cast(FusedDDT, self.denoiser)
-            parts = [*blocks, denoiser.encoder_modulation, denoiser.decoder_modulation]
+            # Not decoder_modulation, which a function that may be compiled calls: hooks of FSDP cannot be.
+            parts = [*blocks, denoiser.encoder_modulation]
         return parts if self.projector is None else [*parts, self.projector]
