@@ -25,6 +25,7 @@ from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import Job
 from ddt_fast.generation.shards import (
     DamagedShardError,
+    Images,
     ShardFolder,
     describe_other,
     differences,
@@ -59,6 +60,7 @@ class Generation:
     Attributes:
         record: that of the finished job, else None.
         todo: the shards this process has yet to make.
+        was_finished: whether the job was so before it was begun here.
         wrote: whether it was this process that wrote samples.npz.
 
     Raises:
@@ -88,6 +90,7 @@ class Generation:
         self.timings = Timings()
         self.wrote = False
         self.record = None if overwrite else finished_record(output_dir, settings)
+        self.was_finished = self.record is not None
         own = range(ranks.rank, self.shards.num_shards, ranks.world_size)
         if self.record is not None:
             self.todo: list[int] = []
@@ -99,6 +102,9 @@ class Generation:
                 self.shards.discard(shard)
         self._found = [shard for shard in own if self._is_whole(shard)]
         self.todo = sorted(set(own) - set(self._found))
+        if not overwrite and (record := finished_record(output_dir, settings)) is not None:
+            # Another process has finished the job meanwhile, and removed shards that were looked for.
+            self.record, self.todo, self._found = record, [], list(own)
 
     def _make_way(self, overwrite: bool) -> None:
         for other in other_jobs(self.output_dir, self.shards):
@@ -155,11 +161,21 @@ class Generation:
     def feed_found(self, on_images: OnImages) -> None:
         """Call on_images(positions (n,), images (n, H, W, 3)) with what this process has not to make any more, so that
         together with `run` it sees each of this process's images once."""
-        finished = None if self.record is None else open_images(self.output_dir / SAMPLES)
         for shard in self._found:
-            positions = self.shards.positions(shard)
-            images = finished[positions.start : positions.stop] if finished is not None else self.shards.read(shard)[0]
-            on_images(np.arange(positions.start, positions.stop), images)
+            on_images(np.array(self.shards.positions(shard)), self._found_images(shard))
+
+    def _found_images(self, shard: int) -> Images:
+        if self.record is None:
+            try:
+                return self.shards.read(shard)[0]
+            except FileNotFoundError:
+                # Another process may have finished the job meanwhile, and removed the shards.
+                self.record = finished_record(self.output_dir, self.settings)
+                if self.record is None:
+                    raise
+        positions = self.shards.positions(shard)
+        # Opened anew, because pages of a map that stays open count as memory of this process.
+        return open_images(self.output_dir / SAMPLES)[positions.start : positions.stop]
 
     def run(
         self,

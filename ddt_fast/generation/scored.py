@@ -147,7 +147,7 @@ class Scoring:
             "features": kind_of_features(self._extractor.description),
             "features_kept": self._keep,
         }
-        self._was_finished = generation.record is not None
+        self._was_finished = generation.was_finished
         if not self._was_finished:
             own = self._file(self._ranks.rank)
             for stale in (own, *self._output_dir.glob(f".{own.stem}.*")):
