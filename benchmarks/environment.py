@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ddt_fast.provenance import package_version, source_commit
 
 CPU_FLAGS = (
     "avx2",
@@ -36,8 +36,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": _uncommitted(),
+        **source_commit(),
         "cpu": _cpu(),
         "gpus": _gpus(),
         "threads": torch.get_num_threads(),
@@ -45,7 +44,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "packages": {name: version for name in PACKAGES if (version := package_version(name)) is not None},
     }
 
 
@@ -76,25 +75,3 @@ def _gpus() -> list[dict[str, Any]]:
         {"name": d.name, "capability": f"{d.major}.{d.minor}", "memory_gib": round(d.total_memory / 2**30, 1)}
         for d in devices
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
-
-
-def _uncommitted() -> bool | None:
-    status = _git("status", "--porcelain")
-    return None if status is None else bool(status)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ddt_fast.provenance import weights_sha256
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Checksum of a model's weights by name, in the dtype they are in."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ddt_fast.model.cpu import cpu_has_bf16
+from ddt_fast.ranks import process_ranks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,8 +63,9 @@ def choose_device(name: str) -> torch.device:
     this process's own. ValueError where it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    ranks = process_ranks()
+    if name == "cuda" and ranks.world_size > 1:
+        name = f"cuda:{ranks.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -6,42 +6,16 @@ a configuration that exists is a valid one.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal
+
+from ddt_fast.checks import require, require_choice, require_int, require_name, require_number
 
 Solver = Literal["euler", "lms", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
 StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
-
-
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
-
-
-def _require_int(name: str, value: object, minimum: int) -> None:
-    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-    _require(valid, name, value, f"a whole number, {minimum} or more")
-
-
-def _require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
-    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    valid = valid and low <= value <= high  # type: ignore[operator]
-    valid = valid and not (open_low and value == low)
-    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
-    _require(valid, name, value, bounds)
-
-
-def _require_name(name: str, value: object, allowed: str) -> None:
-    _require(value is None or (isinstance(value, str) and value != ""), name, value, allowed)
-
-
-def _require_choice(name: str, value: object, choices: Any) -> None:
-    options = get_args(choices)
-    _require(value in options, name, value, ", ".join(str(option) for option in options))
 
 
 @dataclass(frozen=True)
@@ -69,20 +43,20 @@ class DDTConfig:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            _require_int(setting.name, getattr(self, setting.name), 1)
-        _require(
+            require_int(setting.name, getattr(self, setting.name), 1)
+        require(
             self.hidden_size % self.num_heads == 0,
             "num_heads",
             self.num_heads,
             f"a divisor of hidden_size ({self.hidden_size})",
         )
-        _require(
+        require(
             self.head_dim % 4 == 0,
             "hidden_size / num_heads",
             self.head_dim,
             "a head dimension that is a multiple of 4, for 2-D RoPE",
         )
-        _require(
+        require(
             self.num_encoder_blocks < self.num_blocks,
             "num_encoder_blocks",
             self.num_encoder_blocks,
@@ -107,7 +81,7 @@ class DDTConfig:
     def num_tokens(self, height: int, width: int) -> int:
         """Tokens N of a (height, width) image or latent; ValueError when patch_size does not divide it."""
         for name, size in (("height", height), ("width", width)):
-            _require(
+            require(
                 isinstance(size, int) and size > 0 and size % self.patch_size == 0,
                 name,
                 size,
@@ -161,10 +135,10 @@ class SamplingConfig:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        _require_int("num_steps", self.num_steps, 1)
-        _require_number("guidance_scale", self.guidance_scale, 0, float("inf"))
+        require_int("num_steps", self.num_steps, 1)
+        require_number("guidance_scale", self.guidance_scale, 0, float("inf"))
         interval = self.guidance_interval
-        _require(
+        require(
             isinstance(interval, (tuple, list))
             and len(interval) == 2
             and all(isinstance(bound, (int, float)) for bound in interval)
@@ -174,35 +148,35 @@ class SamplingConfig:
             "two numbers, 0 <= low < high <= 1",
         )
         object.__setattr__(self, "guidance_interval", tuple(interval))
-        _require_number("timeshift", self.timeshift, 0, float("inf"), open_low=True)
+        require_number("timeshift", self.timeshift, 0, float("inf"), open_low=True)
         if self.last_step is not None:
-            _require_number("last_step", self.last_step, 0, 1, open_low=True)
-        _require(
+            require_number("last_step", self.last_step, 0, 1, open_low=True)
+        require(
             self.last_step is None or self.num_steps == 1 or self.last_step < 1,
             "last_step",
             self.last_step,
             "below 1 when there is more than one step",
         )
-        _require_choice("solver", self.solver, Solver)
-        _require(type(self.order) is int and 1 <= self.order <= 4, "order", self.order, "1, 2, 3 or 4")
-        _require_choice("diffusion", self.diffusion, Diffusion)
-        _require_number("diffusion_scale", self.diffusion_scale, 0, float("inf"))
-        _require_int("refresh_every", self.refresh_every, 1)
+        require_choice("solver", self.solver, Solver)
+        require(type(self.order) is int and 1 <= self.order <= 4, "order", self.order, "1, 2, 3 or 4")
+        require_choice("diffusion", self.diffusion, Diffusion)
+        require_number("diffusion_scale", self.diffusion_scale, 0, float("inf"))
+        require_int("refresh_every", self.refresh_every, 1)
         if self.refresh_steps is not None:
             self._check_refresh_steps()
         budget = self.num_refreshes
         if self.refresh_steps == "dp":
             valid = type(budget) is int and 1 <= budget <= self.num_steps
-            _require(valid, "num_refreshes", budget, f"1 to num_steps ({self.num_steps}) with refresh_steps dp")
+            require(valid, "num_refreshes", budget, f"1 to num_steps ({self.num_steps}) with refresh_steps dp")
         else:
-            _require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
-        _require_choice("state_forecast", self.state_forecast, StateForecast)
-        _require_int("guidance_every", self.guidance_every, 1)
-        _require_choice("guidance_forecast", self.guidance_forecast, GuidanceForecast)
-        _require(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "true or false")
+            require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
+        require_choice("state_forecast", self.state_forecast, StateForecast)
+        require_int("guidance_every", self.guidance_every, 1)
+        require_choice("guidance_forecast", self.guidance_forecast, GuidanceForecast)
+        require(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "true or false")
 
     def _check_refresh_steps(self) -> None:
-        _require(
+        require(
             self.refresh_every == 1, "refresh_every", self.refresh_every, "1 (its default) when refresh_steps is given"
         )
         steps = self.refresh_steps
@@ -220,7 +194,7 @@ class SamplingConfig:
                 and all(a < b for a, b in pairwise(steps))
             )
         wanted = f'"dp", or ascending step numbers, the first 0, below {self.num_steps}'
-        _require(ascending, "refresh_steps", steps, wanted)
+        require(ascending, "refresh_steps", steps, wanted)
         object.__setattr__(self, "refresh_steps", steps)
 
 
@@ -249,20 +223,20 @@ class DataConfig:
     channel_stats: str | None = None
 
     def __post_init__(self) -> None:
-        _require_choice("dataset", self.dataset, Literal["digits", "latents"])
-        _require_int("image_size", self.image_size, 1)
-        _require_name("autoencoder", self.autoencoder, "a hub id or a folder, or null for pixels")
+        require_choice("dataset", self.dataset, Literal["digits", "latents"])
+        require_int("image_size", self.image_size, 1)
+        require_name("autoencoder", self.autoencoder, "a hub id or a folder, or null for pixels")
         for name in ("folder", "images", "channel_stats"):
-            _require_name(name, getattr(self, name), "a path, or null")
+            require_name(name, getattr(self, name), "a path, or null")
         if self.scaling_factor is not None:
-            _require_number("scaling_factor", self.scaling_factor, 0, float("inf"), open_low=True)
+            require_number("scaling_factor", self.scaling_factor, 0, float("inf"), open_low=True)
         if self.dataset == "digits":
-            _require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
+            require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
             for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
                 value = getattr(self, name)
-                _require(value is None, name, value, "null for the digits, which are pixels that come with the package")
+                require(value is None, name, value, "null for the digits, which are pixels that come with the package")
         if self.autoencoder is not None:
-            _require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
+            require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
 
     @property
     def sample_size(self) -> int:
@@ -338,27 +312,27 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "accumulation_steps", "repa_block", "checkpoint_every", "log_every"):
-            _require_int(name, getattr(self, name), 1)
-        _require_int("sample_images", self.sample_images, 1)
+            require_int(name, getattr(self, name), 1)
+        require_int("sample_images", self.sample_images, 1)
         for name in ("warmup_steps", "seed", "keep_checkpoints", "sample_every", "score_samples"):
-            _require_int(name, getattr(self, name), 0)
+            require_int(name, getattr(self, name), 0)
         for name in ("gradient_checkpointing", "compile", "tensorboard"):
-            _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         for name, allowed in (("init", "a checkpoint"), ("wandb", "the name of a project")):
-            _require_name(name, getattr(self, name), f"{allowed}, or null")
-        _require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
+            require_name(name, getattr(self, name), f"{allowed}, or null")
+        require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
         if self.max_grad_norm is not None:
-            _require_number("max_grad_norm", self.max_grad_norm, 0, float("inf"), open_low=True)
-        _require_number("repa_weight", self.repa_weight, 0, float("inf"))
-        _require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
-        _require(
+            require_number("max_grad_norm", self.max_grad_norm, 0, float("inf"), open_low=True)
+        require_number("repa_weight", self.repa_weight, 0, float("inf"))
+        require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
+        require(
             self.score_samples == 0 or self.score_samples >= 65,
             "score_samples",
             self.score_samples,
             "0, or 65 and more: fewer have no covariance of 64 pixels",
         )
         betas = self.adam_betas
-        _require(
+        require(
             isinstance(betas, (tuple, list))
             and len(betas) == 2
             and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas),
@@ -367,14 +341,14 @@ class TrainingConfig:
             "two numbers from 0, below 1",
         )
         object.__setattr__(self, "adam_betas", tuple(betas))
-        _require_number("weight_decay", self.weight_decay, 0, float("inf"))
-        _require_number("ema_decay", self.ema_decay, 0, 1)
-        _require_number("label_dropout", self.label_dropout, 0, 1)
-        _require_choice("engine", self.engine, Literal["fused", "reference"])
-        _require_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
-        _require_choice("parallel", self.parallel, Literal["ddp", "fsdp"])
+        require_number("weight_decay", self.weight_decay, 0, float("inf"))
+        require_number("ema_decay", self.ema_decay, 0, 1)
+        require_number("label_dropout", self.label_dropout, 0, 1)
+        require_choice("engine", self.engine, Literal["fused", "reference"])
+        require_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
+        require_choice("parallel", self.parallel, Literal["ddp", "fsdp"])
         parts = self.accumulation_steps
-        _require(
+        require(
             self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of batch_size ({self.batch_size})"
         )
 
@@ -391,14 +365,14 @@ class Experiment:
     def __post_init__(self) -> None:
         self.model.num_tokens(self.data.sample_size, self.data.sample_size)
         if self.data.dataset == "digits":
-            _require(self.model.in_channels == 1, "in_channels", self.model.in_channels, "1 for the digits")
-            _require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
+            require(self.model.in_channels == 1, "in_channels", self.model.in_channels, "1 for the digits")
+            require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
         elif self.data.autoencoder is None:
-            _require(self.model.in_channels in (1, 3), "in_channels", self.model.in_channels, "1 or 3 for pixels")
+            require(self.model.in_channels in (1, 3), "in_channels", self.model.in_channels, "1 or 3 for pixels")
         if self.training.repa_weight:
             encoder = self.model.num_encoder_blocks
-            _require(self.data.dataset == "latents", "repa_weight", self.training.repa_weight, "0 for the digits")
+            require(self.data.dataset == "latents", "repa_weight", self.training.repa_weight, "0 for the digits")
             block = self.training.repa_block
-            _require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")
+            require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")
         scored = self.training.score_samples
-        _require(scored == 0 or self.data.dataset == "digits", "score_samples", scored, "0: only digits can be scored")
+        require(scored == 0 or self.data.dataset == "digits", "score_samples", scored, "0: only digits can be scored")

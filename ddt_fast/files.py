@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -22,6 +24,47 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError when it holds none, OSError when it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as a JSON file, whole or not at all, and see it on the disk."""
+    try:
+        with atomic_file(path) as temporary, temporary.open("w") as stream:
+            stream.write(json.dumps(content, indent=1) + "\n")
+            sync(stream)
+    except FileNotFoundError:
+        # Another process has written the same content and renamed the temporary file, which bears this one's process id
+        # if it is on another machine.
+        if not path.exists():
+            raise
+
+
+def sync(stream: IO[Any]) -> None:
+    """Return when what was written to the stream is on the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSErrors within name the path, and say that the finished shards of a job or cache are kept."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        hint = "finished shards are kept, the same command goes on from them"
+        raise OSError(f"{path} could not be written: {reason}; {hint}") from error
 
 
 @contextmanager

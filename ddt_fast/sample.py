@@ -23,7 +23,6 @@ from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.finish import GRID_IMAGES
 from ddt_fast.generation.images import grid_columns
 from ddt_fast.generation.job import Generation, check_output
-from ddt_fast.generation.record import device_name, environment, weights_sha256
 from ddt_fast.generation.scored import add_scoring_options, chosen_scoring
 from ddt_fast.generation.seeds import IntArray, Job, assign_labels
 from ddt_fast.generation.shards import Images, differences
@@ -33,6 +32,7 @@ from ddt_fast.model.cpu import cpu_has_int8
 from ddt_fast.model.packed import pack_bf16
 from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import has_config, load_model
+from ddt_fast.provenance import device_name, environment, weights_sha256
 from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as sample_function

@@ -25,6 +25,7 @@ from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+from sample_jobs import small_autoencoder
 
 sample_command = importlib.import_module("ddt_fast.sample")
 train_command = importlib.import_module("ddt_fast.train")
@@ -348,18 +349,7 @@ def test_sample_answers_mistakes_in_one_line(tmp_path, capsys, arguments, messag
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> str:
-    """A small AutoencoderKL with random weights, 8 pixels a latent as the published one."""
-    from diffusers import AutoencoderKL
-
-    folder = tmp_path_factory.mktemp("vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(folder)
-    return str(folder)
+    return small_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 def latent_model(folder, autoencoder: str) -> str:

@@ -54,7 +54,7 @@ def test_files_are_scored_and_the_report_is_whole(tmp_path, files, capsys):
     assert (report["reference"]["height"], report["reference"]["width"]) == (8, 8)
     assert report["features"]["name"] == "pixels"
     assert set(report["seconds"]) == {"samples", "reference", "metrics"}
-    assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["versions"]["torch"] == torch.__version__
     assert report["settings"]["kid_subset_size"] == 30
     printed = capsys.readouterr().out
     assert f"FID               {report['metrics']['fid']:.4f}\n" in printed

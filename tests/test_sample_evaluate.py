@@ -1,6 +1,5 @@
 """`python -m ddt_fast.sample --evaluate`: the scores of `ddt_fast.evaluate`, whoever drew the images."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -20,17 +19,14 @@ from ddt_fast.generation.images import to_uint8
 from ddt_fast.generation.job import Generation
 from ddt_fast.sampling.engine import Sampler
 from inception_cases import random_weights, smooth_images
+from sample_jobs import JOB, drawn, sample_command, without_ranks
 
-sample_command = importlib.import_module("ddt_fast.sample")
-
-JOB = ["--num-images", "123", "--num-steps", "2", "--shard-size", "20", "--batch-size", "10"]
 OUTPUTS = ["generation.json", "grid.png", "images", "metrics.json", "samples.npz"]
 
 
 @pytest.fixture(autouse=True)
 def _no_ranks(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    without_ranks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -75,19 +71,6 @@ def as_rank(monkeypatch, folder: Path, rank: int, *arguments: str) -> None:
         patch.setenv("RANK", str(rank))
         patch.setenv("WORLD_SIZE", "2")
         sample_command.main([*arguments, "--output-dir", str(folder)])
-
-
-def drawn(monkeypatch) -> list[int]:
-    """A list that gets the size of every batch that is drawn from now on."""
-    sizes: list[int] = []
-    call = Sampler.__call__
-
-    def counted(self, noise, *rest, **more):
-        sizes.append(len(noise))
-        return call(self, noise, *rest, **more)
-
-    monkeypatch.setattr(Sampler, "__call__", counted)
-    return sizes
 
 
 def looked_at(monkeypatch) -> list[int]:

@@ -21,8 +21,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt_fast.files import atomic_file
+from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
 
 VERSION = 1
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
@@ -143,8 +142,8 @@ class CacheFolder:
         target = self.path / SETTINGS
         ours = _plain(self.settings)
         if not target.exists():
-            with _writing(target):
-                self._write_json(target, ours)
+            with writing(target):
+                write_json(target, ours)
         theirs = read_json(target)
         changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if changed:
@@ -195,22 +194,11 @@ class CacheFolder:
             "unreadable": [asdict(image) for image in unreadable],
         }
         target = self.path / f"{name}.safetensors"
-        with _writing(target), atomic_file(target) as file:
+        with writing(target), atomic_file(target) as file:
             with file.open("wb") as stream:
                 stream.write(content)
-                _sync(stream)
-            self._write_json(self.path / f"{name}.json", record)
-
-    def _write_json(self, path: Path, content: Any) -> None:
-        try:
-            with atomic_file(path) as file, file.open("w") as stream:
-                stream.write(json.dumps(content, indent=1) + "\n")
-                _sync(stream)
-        except FileNotFoundError:
-            # Another process has written the same content and removed the temporary file, which bears this one's
-            # process id if it is on another machine.
-            if not path.exists():
-                raise
+                sync(stream)
+            write_json(self.path / f"{name}.json", record)
 
     def remove_temporaries(self, shard: int | None = None) -> None:
         """Remove what stopped runs left half-written: of one shard, or everything."""
@@ -236,20 +224,10 @@ class CacheFolder:
             "shards": [{key: record[key] for key in ("file", "count", "bytes", "sha256")} for record in records],
             "unreadable": [image for record in records for image in record["unreadable"]],
         }
-        with _writing(self.path / MANIFEST):
-            self._write_json(self.path / MANIFEST, manifest)
+        with writing(self.path / MANIFEST):
+            write_json(self.path / MANIFEST, manifest)
         self.remove_temporaries()
         return manifest
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        hint = "finished shards are kept, the same command goes on from them"
-        raise OSError(f"{path} could not be written: {reason}; {hint}") from error
 
 
 def check_owned(path: Path) -> None:
@@ -260,17 +238,6 @@ def check_owned(path: Path) -> None:
         foreign = [name for name in names if not name.startswith(".")]
     if foreign:
         raise ValueError(f"output folder {path} holds {foreign[0]}, which is not of a cache begun there; name another")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it holds no object, OSError when it cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
-    return content
 
 
 def file_sha256(path: Path) -> str:
@@ -294,8 +261,3 @@ def _short(value: Any) -> str:
     if isinstance(value, list) and len(value) > 4:
         return f"{len(value)} names"
     return str(value) if len(str(value)) <= 80 else str(value)[:77] + "..."
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, file_sha256, read_json, storage_dtype
+from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, file_sha256, storage_dtype
+from ddt_fast.files import read_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 _PAGE = mmap.ALLOCATIONGRANULARITY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import warnings
 import zipfile
 from collections.abc import Collection, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics, write_npz
+from ddt_fast.provenance import device_name
 
 _MAX_PIXEL_DIM = 4096
 
@@ -282,13 +282,3 @@ class FeatureAccumulator:
 def kind_of_features(description: dict[str, Any]) -> str:
     """What two extractors must have in common for their features to be compared."""
     return str(description.get("sha256", description["name"]))
-
-
-def device_name(device: torch.device) -> str:
-    """What a device is called by its maker."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

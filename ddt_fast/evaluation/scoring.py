@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,6 @@ from ddt_fast.evaluation.features import (
     FeatureAccumulator,
     FeatureSet,
     InceptionExtractor,
-    device_name,
     kind_of_features,
 )
 from ddt_fast.evaluation.metrics import (
@@ -33,6 +30,7 @@ from ddt_fast.evaluation.metrics import (
 )
 from ddt_fast.evaluation.sources import Images, ImageSource, open_source
 from ddt_fast.evaluation.statistics import Gaussian
+from ddt_fast.provenance import environment
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 NUM_SPLITS = 10
@@ -100,7 +98,7 @@ def evaluate(
         "images_per_second": (
             sum(found.count or 0 for found in timed) / sum(found.seconds or 0 for found in timed) if timed else None
         ),
-        "environment": _environment(),
+        "environment": environment(torch.device("cpu")),
     }
 
 
@@ -317,20 +315,3 @@ def _describe(found: FeatureSet) -> dict[str, Any]:
         "height": found.size[0] if found.size else None,
         "width": found.size[1] if found.size else None,
     }
-
-
-def _environment() -> dict[str, Any]:
-    return {
-        **{name: _version(name) for name in ("ddt-fast", "torch", "numpy", "pillow")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": device_name(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddt_fast.files import atomic_file, atomic_folder
+from ddt_fast.files import atomic_file, atomic_folder, read_json, sync, writing
 from ddt_fast.generation.images import labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
 from ddt_fast.generation.seeds import Job
@@ -30,8 +29,6 @@ from ddt_fast.generation.shards import (
     Images,
     ShardFolder,
     fingerprint,
-    read_json,
-    writing,
 )
 
 SAMPLES, RECORD = "samples.npz", "generation.json"
@@ -77,7 +74,7 @@ def finish(
         ):
             write_npz(samples, shape, _stream(shards, makers), labels=job.labels, seeds=job.seeds)
             with samples.open("rb") as stream:
-                os.fsync(stream.fileno())
+                sync(stream)
             _draw(open_images(samples), job, folder, grid, num_png, columns)
             record = {
                 "fingerprint": fingerprint(shards.settings),

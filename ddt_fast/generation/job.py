@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddt_fast.files import check_replaceable
+from ddt_fast.files import check_replaceable, read_json
 from ddt_fast.generation.background import Background, Decode, OnImages, PixelConverter, ShardWriter, Timings
 from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
 from ddt_fast.generation.npz import open_images
@@ -31,7 +31,6 @@ from ddt_fast.generation.shards import (
     differences,
     fingerprint,
     other_jobs,
-    read_json,
     remove_job,
 )
 from ddt_fast.ranks import Ranks

@@ -25,11 +25,12 @@ from ddt_fast.evaluation.report import Features, Watch, extractor_maker, report_
 from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
 from ddt_fast.evaluation.sources import open_source
 from ddt_fast.evaluation.statistics import Gaussian
+from ddt_fast.files import read_json, writing
 from ddt_fast.generation.finish import SAMPLES
 from ddt_fast.generation.job import Generation
 from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import IntArray
-from ddt_fast.generation.shards import Images, fingerprint, read_json, writing
+from ddt_fast.generation.shards import Images, fingerprint
 from ddt_fast.ranks import Ranks
 
 REPORT = "metrics.json"

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ddt_fast.files import atomic_file
+from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
 
 Images = NDArray[np.uint8]
 _JOB = "job.json"
@@ -130,7 +127,7 @@ class ShardFolder:
         content = save({"images": images}, metadata)
         with writing(target), atomic_file(target) as temporary, temporary.open("wb") as stream:
             stream.write(content)
-            _sync(stream)
+            sync(stream)
 
     def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
         """Images (n, H, W, 3) of a finished shard, and what it was made with.
@@ -191,42 +188,3 @@ def remove_job(path: Path) -> None:
         path.rmdir()
     except OSError:
         return  # something of the user's is in it, or another process is removing it
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it holds none."""
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as a JSON file, atomically."""
-    try:
-        with atomic_file(path) as temporary, temporary.open("w") as stream:
-            stream.write(json.dumps(content, indent=1) + "\n")
-            _sync(stream)
-    except FileNotFoundError:
-        # A process on another machine, of the same id, has written the same and renamed the temporary file.
-        if not path.exists():
-            raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """OSErrors within name the path, and say that nothing is lost."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        hint = "finished shards are kept, the same command goes on from them"
-        raise OSError(f"{path} could not be written: {reason}; {hint}") from error
-
-
-def _sync(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddt_fast.autoencoder import weights_sha256
+from ddt_fast.provenance import weights_sha256
 
 DEFAULT_ENCODER = "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

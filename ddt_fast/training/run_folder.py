@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,10 +16,12 @@ from ddt_fast.config import Experiment
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file, check_replaceable
 from ddt_fast.model.weights import OWNED_NAMES as MODEL_NAMES
+from ddt_fast.provenance import environment
 from ddt_fast.training import checkpoint
 from ddt_fast.training.checkpoint import list_checkpoints, read_numbers
+from ddt_fast.training.log import LOG_NAMES
 
-_FILES = ("recipe.yaml", "log.jsonl", "samples.png", "curves.png", "training.json", "wandb_run.txt")
+_NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
     *("data.folder", "data.images", "training.max_steps", "training.accumulation_steps", "training.parallel"),
     *("training.gradient_checkpointing", "training.compile", "training.checkpoint_every", "training.keep_checkpoints"),
@@ -74,11 +74,12 @@ def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         stale = list((folder / "checkpoints").glob(".step_*"))
         if not keep:
-            stale += [folder / name for name in ("model", "checkpoints", "samples", "tensorboard")]
-            for name in _FILES:
-                (folder / name).unlink(missing_ok=True)
+            stale += [folder / name for name in _NAMES]
         for path in stale:
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         with atomic_file(folder / "recipe.yaml") as file:
             file.write_text(yaml.safe_dump(settings_of(experiment), sort_keys=False))
     dist.barrier()
@@ -138,25 +139,9 @@ def write_provenance(
         "steps": steps,
         "training_seconds": round(seconds, 1),
         "device": device.type,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processes": dist.get_world_size(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
+        **environment(device),
         "scores": {kind: asdict(score) for kind, score in scores.items()},
     }
     with atomic_file(folder / "training.json") as file:
         file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """The commit of this source tree; None when the package is installed rather than checked out."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

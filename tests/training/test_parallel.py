@@ -5,13 +5,16 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_runs import digits, final_state, finish, latents, start
 
 from ddt_fast import load_model
 from ddt_fast.training.loop import train
+from ddt_fast.training.parallel import _average_in_float32, process_group
 
 CPU = torch.device("cpu")
 
@@ -31,7 +34,28 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parall
         assert torch.allclose(tensor, two[name], atol=2e-5), name
 
 
-def test_bfloat16_gradients_are_averaged_in_float32(tmp_path):
+def test_bfloat16_gradients_are_added_up_in_float32(monkeypatch):
+    added = []
+    all_reduce = dist.all_reduce
+
+    def recording(tensor, **options):
+        added.append(tensor.clone())
+        tensor.add_(0.25)  # the other process's share
+        return all_reduce(tensor, **options)
+
+    gradients = torch.full((4,), 1.0, dtype=torch.bfloat16)
+    with process_group(CPU):
+        monkeypatch.setattr(dist, "all_reduce", recording)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+        bucket = SimpleNamespace(buffer=lambda: gradients)
+        result = _average_in_float32(None, bucket).wait()
+    assert added[0].dtype == torch.float32
+    assert added[0].tolist() == [0.5] * 4
+    assert result is gradients
+    assert result.tolist() == [0.75] * 4
+
+
+def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path):
     settings = {"log_every": 1, "dtype": "bfloat16"}
     train(digits(6, **settings), tmp_path / "one", CPU)
     finish(start(digits(6, **settings), tmp_path / "two", processes=2))

@@ -1,4 +1,4 @@
-"""What goes on record with generated images: what they depend on, and what they were made on and by."""
+"""What goes on record with outputs: the weights they depend on, and what they were made on and by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ddt-fast", "torch", "triton", "numpy", "diffusers", "safetensors")
+PACKAGES = ("ddt-fast", "torch", "triton", "numpy", "diffusers", "safetensors", "pillow")
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
@@ -36,18 +36,34 @@ def device_name(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit, as plain JSON values."""
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
-        "hardware": {"device": device_name(device), "cpu_cores": os.cpu_count(), "platform": platform.platform()},
-        "versions": versions,
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if (status := _git("status", "--porcelain")) is None else bool(status),
+        "hardware": {
+            "device": device_name(device),
+            "cpu_cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: version for name in PACKAGES if (version := package_version(name)) is not None},
+        },
+        **source_commit(),
     }
+
+
+def source_commit() -> dict[str, Any]:
+    """The commit of this source tree and whether it was changed since; None where the package is installed instead."""
+    status = _git("status", "--porcelain")
+    return {"commit": _git("rev-parse", "HEAD"), "uncommitted_changes": None if status is None else bool(status)}
+
+
+def package_version(name: str) -> str | None:
+    """Of an installed package; None where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*arguments: str) -> str | None:

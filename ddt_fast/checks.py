@@ -1,0 +1,38 @@
+"""How a setting is refused: its name, the value seen, and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+
+def require(condition: bool, name: str, value: object, allowed: str) -> None:
+    """ValueError that says what the setting is and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+def require_int(name: str, value: object, minimum: int) -> None:
+    """A whole number from the minimum on; True and False are none."""
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    require(valid, name, value, f"a whole number, {minimum} or more")
+
+
+def require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    """A finite number from low (or above it) to high."""
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    valid = valid and low <= value <= high  # type: ignore[operator]
+    valid = valid and not (open_low and value == low)
+    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
+    require(valid, name, value, bounds)
+
+
+def require_name(name: str, value: object, allowed: str) -> None:
+    """None, or a string that is not empty."""
+    require(value is None or (isinstance(value, str) and value != ""), name, value, allowed)
+
+
+def require_choice(name: str, value: object, choices: Any) -> None:
+    """One of a Literal's values."""
+    options = get_args(choices)
+    require(value in options, name, value, ", ".join(str(option) for option in options))
