@@ -180,9 +180,7 @@ def launch_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: 
     return grad_x, grad_gate_up.T @ x.reshape(-1, C)
 
 
-def launch_mlp_forward(
-    x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool, tf32: bool
-) -> tuple[Tensor, Tensor]:
+def launch_mlp_forward(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     """As `launch_forward`, for z = y · w2ᵀ (..., O) in the place of y."""
     y, gate_up = launch_forward(x, w1, w3, keep, tf32)
     return torch.nn.functional.linear(y, w2), gate_up

@@ -72,17 +72,13 @@ def swiglu_mlp_backward(
 
 
 @swiglu_mlp_backward.register_kernel("cpu")
-def _(
-    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_w1, grad_w3, grad_w2 = reference.swiglu_mlp_backward(grad_z, x, w1, w3, w2, gate_up)
     return grad_x.contiguous(), torch.cat([grad_w1, grad_w3]), grad_w2.contiguous()
 
 
 @swiglu_mlp_backward.register_fake
-def _(
-    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     width, channels = w1.shape
     return x.new_empty(x.shape), w1.new_empty((2 * width, channels)), w2.new_empty(w2.shape)
 
