@@ -21,7 +21,9 @@ from torch import Tensor
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.digits import DigitsDataset
+from ddt_fast.data.latent_cache import MANIFEST
 from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.verification import wrong_shards
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _U64 = np.uint64
@@ -261,8 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path(options.folder),
         scaling_factor=options.scaling_factor,
         features=options.features,
-        verify=options.verify,
     )
+    if options.verify:
+        if not dataset.checksums:
+            raise ValueError(f"{options.folder} has no {MANIFEST}, so there are no checksums to verify")
+        if wrong := wrong_shards(dataset, dataset.checksums):
+            raise ValueError("; ".join(wrong))
     images = None if options.images is None else Path(options.images)
     with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
         rate, busy = measure(loader, options.seconds)

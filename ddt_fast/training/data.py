@@ -12,13 +12,15 @@ from ddt_fast.config import Experiment
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.verification import verify_together
 
 
-def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
-    """This process's share of the experiment's batches.
+def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
+    """This process's share of the experiment's batches. All processes of the group call it together.
 
     Raises:
-        ValueError: no or unusable data, data that do not fit the model, or a batch that the processes cannot share.
+        ValueError: no or unusable data, shards of another checksum, data that do not fit the model, or a batch that the
+            processes cannot share.
     """
     data, model, training = experiment.data, experiment.model, experiment.training
     shares = dist.get_world_size() * training.accumulation_steps
@@ -48,6 +50,8 @@ def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
                 "are never trained, but are sampled unless classes are chosen",
                 stacklevel=2,
             )
+        if data.verify:
+            verify_together(dataset, group)
     return LatentLoader(
         dataset,
         training.batch_size,

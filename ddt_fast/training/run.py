@@ -31,7 +31,7 @@ from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.log import NullLog, TrainingLog
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, StopSignal, process_group
+from ddt_fast.training.parallel import Replica, StopSignal, patient_group, process_group
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
@@ -126,7 +126,8 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
         first = dist.get_rank() == 0
-        loader = stack.enter_context(closing(open_loader(experiment, device)))
+        patient = patient_group()
+        loader = stack.enter_context(closing(open_loader(experiment, device, patient)))
         checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment)
         preview = Preview(experiment, device) if first else None
         objective = Objective(experiment, device, loader.feature_shape)

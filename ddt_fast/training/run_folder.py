@@ -23,10 +23,10 @@ from ddt_fast.training.log import LOG_NAMES
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
-    *("data.folder", "data.images", "training.max_steps", "training.accumulation_steps", "training.parallel"),
-    *("training.gradient_checkpointing", "training.compile", "training.checkpoint_every", "training.keep_checkpoints"),
-    *("training.log_every", "training.sample_every", "training.sample_images", "training.score_samples"),
-    *("training.init", "training.tensorboard", "training.wandb"),
+    *("data.folder", "data.images", "data.verify", "training.max_steps", "training.accumulation_steps"),
+    *("training.parallel", "training.gradient_checkpointing", "training.compile", "training.checkpoint_every"),
+    *("training.keep_checkpoints", "training.log_every", "training.sample_every", "training.sample_images"),
+    *("training.score_samples", "training.init", "training.tensorboard", "training.wandb"),
 }
 
 
