@@ -6,7 +6,7 @@ a configuration that exists is a valid one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -240,6 +240,10 @@ class DataConfig:
                 require(value is None, name, value, "null for the digits, which are pixels that come with the package")
         if self.autoencoder is not None:
             require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
+
+    def without_places(self) -> DataConfig:
+        """What goes with a model: where the data lay that it was trained on means nothing to who gets it."""
+        return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
 
     @property
     def sample_size(self) -> int:

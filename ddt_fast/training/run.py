@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,7 @@ class Run:
 
     def _save_model(self, model: DDT | None, projector: dict[str, Tensor] | None, folder: Path) -> None:
         assert model is not None
-        # Where the data lay here means nothing to who gets the model.
-        data = replace(self.experiment.data, folder=None, images=None, scaling_factor=None, channel_stats=None)
+        data = self.experiment.data.without_places()
         save_model(model, folder, data, self.experiment.sampling, projector=projector)
 
     @property

@@ -150,5 +150,5 @@ def test_a_run_starts_from_weights_their_average_and_the_projector(tmp_path, lat
     for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     other = replace(experiment, model=replace(experiment.model, hidden_size=64))
-    with pytest.raises(ValueError, match="disagree"):
+    with pytest.raises(ValueError, match=r"disagree: hidden_size 32 in .*/model, 64 in the config"):
         train(other, tmp_path / "c", CPU)
