@@ -29,6 +29,7 @@ from ddt_fast.model.weights import (
 )
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.checkpoint import TRAINER, newest_checkpoint, read_checkpoint
+from ddt_fast.wording import counted
 
 
 def build_parser() -> CommandParser:
@@ -150,7 +151,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Expe
             + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
         )
     if model.num_classes != experiment.model.num_classes:
-        print(f"settings: {model.num_classes} classes, by the shapes")
+        print(f"settings: {counted(model.num_classes, 'class')}, by the shapes")
     return Experiment(model, experiment.data, sampling=experiment.sampling)
 
 
@@ -170,7 +171,7 @@ def _report(source: Path, sets: LightningWeights) -> None:
         if tensors:
             count = sum(tensor.numel() for tensor in tensors.values())
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
-            print(f"{source}: {name}, {len(tensors)} tensors, {count:,} parameters, {dtypes}")
+            print(f"{source}: {name}, {counted(len(tensors), 'tensor')}, {counted(count, 'parameter')}, {dtypes}")
     if sets.other:
         more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
         print(f"ignored: {', '.join(sets.other[:8])}{more}")

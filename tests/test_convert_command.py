@@ -222,7 +222,7 @@ def nothing(place):
     [
         (other_architecture, TO_FOLDER, "disagree: hidden_size 32 in {0}/released.ckpt, 48 in the config"),
         (other_architecture, TO_FOLDER[:2], "blocks of width 32, head dimension 16, which no preset has"),
-        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensors unexpected (such as pos"),
+        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensor unexpected (such as pos"),
         (
             raw_of_another_model,
             (*TO_FOLDER, "--weights", "both"),

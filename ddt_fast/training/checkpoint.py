@@ -213,7 +213,7 @@ def read_checkpoint(checkpoint: Path) -> LightningWeights:
         dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
         ema = released_weights(config, fused, state["ema"])
         raw = released_weights(config, fused, _below("denoiser.", state["weights"]))
-    except Exception as error:  # the unpickler may raise anything on damaged bytes
+    except (Exception, CheckpointException) as error:  # the unpickler may raise anything on damaged bytes
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
     return LightningWeights(ema, raw, _below("projector.", state["weights"]), [])
 

@@ -13,6 +13,7 @@ from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
 from ddt_fast.data.verification import verify_together
+from ddt_fast.wording import counted
 
 
 def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
@@ -41,13 +42,13 @@ def open_loader(experiment: Experiment, device: torch.device, group: dist.Proces
             channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
             features=training.repa_weight > 0 and data.images is None,
         )
+        classes = f"{data.folder} holds {counted(dataset.num_classes, 'class')}"
         if dataset.num_classes > model.num_classes:
-            classes = f"{data.folder} holds {dataset.num_classes} classes"
             raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: as many or more")
         if dataset.num_classes < model.num_classes and dist.get_rank() == 0:
             warnings.warn(
-                f"{data.folder} holds {dataset.num_classes} classes, num_classes is {model.num_classes}: the others "
-                "are never trained, but are sampled unless classes are chosen",
+                f"{classes}, num_classes is {model.num_classes}: the others are never trained, but are sampled unless "
+                "classes are chosen",
                 stacklevel=2,
             )
         if data.verify:

@@ -119,8 +119,9 @@ def corrupt(folder, tmp_path, case):
         save_file(weights, folder / WEIGHTS_NAME)
         return folder, "disagree: num_blocks 5 in .*/model, 6 in the config"
     if case == "other names":
-        save_file({**weights, "extra": weights.popitem()[1]}, folder / WEIGHTS_NAME)
-        return folder, r"disagree: 1 tensor missing \(such as .*1 tensor unexpected \(such as extra\)"
+        _, weight = weights.popitem()
+        save_file({**weights, "extra": weight}, folder / WEIGHTS_NAME)
+        return folder, r"disagree: 1 tensor missing \(such as .*; 1 tensor unexpected \(such as extra\)"
     if case == "malicious pickle":
         (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Malicious()))
         return tmp_path / "bad.ckpt", "corrupt or no checkpoint, nothing of it was run"
