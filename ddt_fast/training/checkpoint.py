@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ddt_fast.model.lightning import LightningWeights
 from ddt_fast.model.weights import read_settings
+from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
 
 _NAME = re.compile(r"step_(\d+)")
@@ -55,7 +56,7 @@ class Checkpoints:
         # The latest one that is whole; it is never written again, and so never missing for a moment.
         self._latest = None if continued is None else continued.resolve()
         # What is said in the background must not be mixed up with what training says at the same time.
-        self._group = dist.new_group(backend="gloo")
+        self._group = patient_group()
         self._saving: Future[None] | None = None
 
     def save(

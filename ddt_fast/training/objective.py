@@ -123,12 +123,13 @@ class Objective:
         parts = settings.accumulation_steps
         losses = torch.zeros(2, device=self._device)
         features = self._features(batch).chunk(parts) if self.feature_size is not None else [None] * parts
-        for x, t, labels, target, aligned in zip(*(tensor.chunk(parts) for tensor in points), features, strict=True):
-            velocity, projected = replica.compute(x, t, labels)
-            flow = flow_matching_loss(velocity, target)
-            repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
-            ((flow + settings.repa_weight * repa) / parts).backward()
-            replica.collect()
+        chunks = zip(*(tensor.chunk(parts) for tensor in points), features, strict=True)
+        for part, (x, t, labels, target, aligned) in enumerate(chunks, start=1):
+            with replica.part(last=part == parts):
+                velocity, projected = replica.compute(x, t, labels)
+                flow = flow_matching_loss(velocity, target)
+                repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
+                ((flow + settings.repa_weight * repa) / parts).backward()
             losses += torch.stack([flow, repa]).detach() / parts
         return losses
 

@@ -31,7 +31,7 @@ from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.log import NullLog, TrainingLog
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, StopSignal, patient_group, process_group
+from ddt_fast.training.parallel import Replica, StopSignal, patient_group, process_group, wait_for_all
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
@@ -56,6 +56,7 @@ class Run:
     _checkpoints: Checkpoints
     _log: NullLog
     _preview: Preview | None
+    _group: dist.ProcessGroup
     _progress: Any
     _seconds_before: float
     _started: float
@@ -89,6 +90,7 @@ class Run:
             model = self.state.averaged_model()
             if self._preview is not None and model is not None:
                 self._log.image(self.state.step, "samples", self._preview.grid(model))
+            wait_for_all(self._group)
 
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
         """Write what a finished run leaves; the averaged model and its scores, in the first process."""
@@ -105,6 +107,7 @@ class Run:
             if settings.score_samples:
                 scores = self._preview.score(model, settings.score_samples)
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
+        wait_for_all(self._group)
         return model, scores
 
     def _save_model(self, model: DDT | None, projector: dict[str, Tensor] | None, folder: Path) -> None:
@@ -125,14 +128,15 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
         first = dist.get_rank() == 0
-        patient = patient_group()
-        loader = stack.enter_context(closing(open_loader(experiment, device, patient)))
-        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment)
+        group = patient_group()
+        loader = stack.enter_context(closing(open_loader(experiment, device, group)))
+        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, group)
         preview = Preview(experiment, device) if first else None
         objective = Objective(experiment, device, loader.feature_shape)
         torch.manual_seed(settings.seed)
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
+        wait_for_all(group)  # what was fetched from the Hub came to some sooner than to others
         replica = Replica(masters, getattr(torch, settings.dtype), settings.parallel, settings.compile)
         optimizer = torch.optim.AdamW(
             masters.parameters(),
@@ -144,7 +148,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
         state = TrainingState(masters, EMA(masters.denoiser, settings.ema_decay), optimizer)
         if average is not None:
             state.ema.start_from(average)
-        run_folder.prepare(folder, experiment, keep=checkpoint is not None)
+        run_folder.prepare(folder, experiment, group, keep=checkpoint is not None)
         if checkpoint is not None:
             load_state(checkpoint, state)
             state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
@@ -152,7 +156,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             replica.publish()
         size = experiment.data.sample_size
         flops = training_flops(experiment.model, size, size, masters.projector is not None)
-        yield Run(
+        run = Run(
             experiment,
             folder,
             device,
@@ -165,12 +169,15 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints, checkpoint))),
             _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
             _preview=preview,
+            _group=group,
             _progress=stack.enter_context(
                 tqdm(total=settings.max_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not first)
             ),
             _seconds_before=numbers.get("seconds", 0.0),
             _started=time.perf_counter(),
         )
+        wait_for_all(group)
+        yield run
 
 
 def open_log(experiment: Experiment, folder: Path, first_step: int) -> TrainingLog:

@@ -20,6 +20,7 @@ from ddt_fast.provenance import environment
 from ddt_fast.training import checkpoint
 from ddt_fast.training.checkpoint import list_checkpoints, read_numbers
 from ddt_fast.training.log import LOG_NAMES
+from ddt_fast.training.parallel import wait_for_all
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
@@ -61,8 +62,8 @@ def check_continuable(checkpoint: Path, numbers: dict[str, Any], experiment: Exp
         )
 
 
-def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
-    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all processes together.
+def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
+    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all of the group together.
 
     Raises:
         ValueError: files of the same names that are not a run's.
@@ -82,7 +83,7 @@ def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
                 path.unlink(missing_ok=True)
         with atomic_file(folder / "recipe.yaml") as file:
             file.write_text(yaml.safe_dump(settings_of(experiment), sort_keys=False))
-    dist.barrier()
+    wait_for_all(group)
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -106,11 +107,13 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     return named
 
 
-def open_checkpoint(folder: Path, resume: str | None, experiment: Experiment) -> tuple[Path | None, dict[str, Any]]:
+def open_checkpoint(
+    folder: Path, resume: str | None, experiment: Experiment, group: dist.ProcessGroup
+) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to continue from and its trainer.json; None and nothing for a fresh start.
 
-    Called by all processes together. The first one looks, for all: a shared file system may show others what was there
-    some seconds ago.
+    Called by all processes of the group together. The first one looks, for all: a shared file system may show others
+    what was there some seconds ago.
 
     Raises:
         ValueError: a checkpoint that this experiment cannot continue.
@@ -125,7 +128,7 @@ def open_checkpoint(folder: Path, resume: str | None, experiment: Experiment) ->
             answer = [(checkpoint, numbers)]
         except (ValueError, OSError) as error:
             answer = [error]
-    dist.broadcast_object_list(answer)
+    dist.broadcast_object_list(answer, group=group)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]
