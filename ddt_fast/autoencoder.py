@@ -48,6 +48,10 @@ class Decoder:
         self.vae = _load(name, device, dtype)
         self.batch_size = batch_size
 
+    def sha256(self) -> str:
+        """Checksum of the weights by name, in the dtype they are used in."""
+        return weights_sha256(self.vae)
+
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; what decoding takes besides them does not grow with N."""

@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
+from ddt_fast.files import atomic_file, read_json, write_json, writing
 
 VERSION = 1
 SETTINGS, MANIFEST, VERIFIED = "settings.json", "manifest.json", "verified.json"
@@ -199,9 +199,7 @@ class CacheFolder:
         }
         target = self.path / f"{name}.safetensors"
         with writing(target), atomic_file(target) as file:
-            with file.open("wb") as stream:
-                stream.write(content)
-                sync(stream)
+            file.write_bytes(content)
             write_json(self.path / f"{name}.json", record)
 
     def remove_temporaries(self, shard: int | None = None) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
+from ddt_fast.files import atomic_file, read_json, write_json, writing
 from ddt_fast.wording import counted
 
 Images = NDArray[np.uint8]
@@ -126,9 +126,8 @@ class ShardFolder:
             stale.unlink(missing_ok=True)
         metadata = {"sha256": hashlib.sha256(images.data).hexdigest(), "made_with": json.dumps(made_with)}
         content = save({"images": images}, metadata)
-        with writing(target), atomic_file(target) as temporary, temporary.open("wb") as stream:
-            stream.write(content)
-            sync(stream)
+        with writing(target), atomic_file(target) as temporary:
+            temporary.write_bytes(content)
 
     def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
         """Images (n, H, W, 3) of a finished shard, and what it was made with.

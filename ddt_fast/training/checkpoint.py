@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+from ddt_fast.files import sync, sync_folder
 from ddt_fast.model.lightning import LightningWeights
 from ddt_fast.model.weights import read_settings
 from ddt_fast.training.parallel import patient_group
@@ -98,7 +99,10 @@ class Checkpoints:
                     return
                 save_model(temporary / "model")
                 (temporary / TRAINER).write_text(content)
+                sync_folder(temporary)
                 temporary.rename(self._folder / name)
+                for folder in (self._folder, self._folder.parent):
+                    sync(folder)
                 self._latest = (self._folder / name).resolve()
                 self._prune()
             except BaseException:

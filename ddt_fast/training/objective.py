@@ -98,6 +98,10 @@ class Objective:
         else:
             self.feature_size = None if feature_shape is None else feature_shape[1]
 
+    def encoder_sha256(self) -> str | None:
+        """Checksum of the weights of REPA's encoder; None where features are not computed here."""
+        return None if self._encoder is None else self._encoder.sha256()
+
     def backward(self, replica: Replica, batch: LatentBatch, step: int) -> Tensor:
         """Leave the gradients of one step in the replica's masters.
 

@@ -53,6 +53,7 @@ class Run:
     state: TrainingState
     stop: StopSignal
     throughput: Throughput
+    _frozen: dict[str, str | None]
     _checkpoints: Checkpoints
     _log: NullLog
     _preview: Preview | None
@@ -80,6 +81,7 @@ class Run:
                 "seconds": self._seconds,
                 "data": self.loader.state_dict(),
                 "settings": run_folder.settings_of(self.experiment),
+                "frozen_sha256": self._frozen,
             }
             save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())
             self._checkpoints.save(self.state, numbers, save_model, wait)
@@ -130,9 +132,15 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
         first = dist.get_rank() == 0
         group = patient_group()
         loader = stack.enter_context(closing(open_loader(experiment, device, group)))
-        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, group)
         preview = Preview(experiment, device) if first else None
         objective = Objective(experiment, device, loader.feature_shape)
+        frozen = {}
+        if preview is not None:
+            frozen = {
+                "data.autoencoder": preview.autoencoder_sha256(),
+                "training.repa_encoder": objective.encoder_sha256(),
+            }
+        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, frozen, group)
         torch.manual_seed(settings.seed)
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
@@ -166,6 +174,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             state,
             stop=stack.enter_context(StopSignal().listening()),
             throughput=Throughput(flops, device, getattr(torch, settings.dtype), dist.get_world_size()),
+            _frozen=frozen,
             _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints, checkpoint))),
             _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
             _preview=preview,

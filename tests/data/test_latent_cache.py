@@ -163,7 +163,7 @@ def test_a_full_disk_loses_nothing(images, unbroken, tmp_path, monkeypatch):
 
     def full(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) == 5:  # settings, a shard and its record, then the second shard's file and its record
+        if len(calls) == 7:  # settings, a record and its shard, each with the folder, then the second shard's record
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
