@@ -16,6 +16,7 @@ from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
+from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import (
     OWNED_NAMES,
     build_model,
@@ -84,11 +85,7 @@ def _import(source: Path, out: Path, options: Any) -> None:
     check_replaceable(out, OWNED_NAMES)
     sets = _read(source, options.skip)
     which = options.weights or "ema"
-    weights = sets.take("raw" if which == "raw" else "ema", source)
-    raw = sets.take("raw", source) if which == "both" else None
-    experiment = _settings(source, weights, options)
-    model = build_model(experiment.model, weights, source)
-    _check_rest(experiment, raw, sets.projector, source)
+    experiment, model, raw = _choose(source, sets, which, options)
     save_model(model, out, experiment.data.without_places(), experiment.sampling, raw, sets.projector)
     parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
@@ -98,15 +95,11 @@ def _export(source: Path, out: Path, options: Any) -> None:
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists; remove it or name another")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out} lies inside the model folder {source}; name another place")
+        raise ValueError(f"{out} lies inside {source}; name another place")
     sets = _read(source)
     which = options.weights or ("both" if sets.raw else "ema")
-    weights = sets.take("raw" if which == "raw" else "ema", source)
-    raw = sets.take("raw", source) if which == "both" else None
-    experiment = _settings(source, weights, options)
-    build_model(experiment.model, weights, source)
-    _check_rest(experiment, raw, sets.projector, source)
-    write_lightning(out, weights, raw, sets.projector)
+    _, model, raw = _choose(source, sets, which, options)
+    write_lightning(out, model.state_dict(), raw, sets.projector)
     why = "" if sets.raw else "no raw weights known: "
     note = "" if raw else f" ({why}denoiser.* are the same as ema_denoiser.*)"
     print(f"wrote {out} for the original code{note}")
@@ -122,6 +115,18 @@ def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
         sets = read_weight_sets(source)
     _report(source, sets)
     return sets
+
+
+def _choose(
+    source: Path, sets: LightningWeights, which: str, options: Any
+) -> tuple[Experiment, DDT, dict[str, Tensor] | None]:
+    """The settings, a model with the weights asked for (of both: the average), and of both the trained ones."""
+    weights = sets.take("raw" if which == "raw" else "ema", source)
+    raw = sets.take("raw", source) if which == "both" else None
+    experiment = _settings(source, weights, options)
+    model = build_model(experiment.model, weights, source)
+    _check_rest(experiment, raw, sets.projector, source)
+    return experiment, model, raw
 
 
 def _is_run(source: Path) -> bool:

@@ -235,7 +235,7 @@ def nothing(place):
         (no_checkpoint, TO_FOLDER, "corrupt"),
         (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
         (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT"),
-        (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "lies inside the model folder"),
+        (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "x.ckpt lies inside {0}/model; name another place"),
         (a_folder, ("{0}/model", "{0}/released.ckpt"), "released.ckpt exists; remove it or name another"),
         (a_folder, ("{0}/model", "{0}/other"), "SOURCE or OUT must be one"),
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "--skip is for a SOURCE that is a .ckpt"),

@@ -35,9 +35,8 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
     manifest = (dataset.folder / MANIFEST).stat()
     copies = _gather((manifest.st_ino, manifest.st_mtime_ns, _unverified(dataset)), group)
     sharing = [rank for rank, copy in enumerate(copies) if copy[:2] == copies[own][:2]]
-    todo: list[str] = copies[sharing[0]][
-        2
-    ]  # of one process, since a shared file system may show others an older record
+    # One of them decides, since a shared file system may show others an older record.
+    todo: list[str] = copies[sharing[0]][2]
     if not any(copy[2] for copy in copies):
         return
     started = time.perf_counter()
