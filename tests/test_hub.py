@@ -15,7 +15,7 @@ from ddt_fast import hub
 @pytest.fixture
 def cache(tmp_path):
     """A cache of the Hub that holds some/vae."""
-    snapshot = tmp_path / "cache" / "models--some--vae" / "snapshots" / "0123456789abcdef"
+    snapshot = tmp_path / "cache" / "models--some--vae" / "snapshots" / ("0123456789" * 4)
     AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8).save_pretrained(snapshot)
     refs = tmp_path / "cache" / "models--some--vae" / "refs"
     refs.mkdir()
