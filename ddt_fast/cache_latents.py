@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_owned(output)
     if folder.ignored and ranks.rank == 0:
         count = counted(len(folder.ignored), "file")
-        print(f"warning: by name no image: {count}, such as {folder.ignored[0]}", file=sys.stderr)
+        print(
+            f"warning: passed over as no images by their names: {count}, such as {folder.ignored[0]}", file=sys.stderr
+        )
     device = choose_device(options.device)
     _make_deterministic(device)
     encoder = Encoder(options.autoencoder, device, DTYPES[options.compute_dtype])

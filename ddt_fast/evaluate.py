@@ -109,9 +109,8 @@ def _score_files(
     samples = gather(sources[0], "samples", metrics, make_extractor, options.batch_size, watch)
     if statistics is not None:
         _save_statistics(statistics, samples)
-    report = evaluate(
-        samples, sources[1] if len(sources) > 1 else None, options.metrics, make_extractor, options.batch_size, watch
-    )
+    reference = sources[1] if len(sources) > 1 else None
+    report = evaluate(samples, reference, options.metrics, make_extractor, options.batch_size, watch)
     return report, watch.shown
 
 

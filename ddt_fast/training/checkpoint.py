@@ -205,11 +205,10 @@ def read_checkpoint(checkpoint: Path) -> LightningWeights:
     Raises:
         ValueError: no checkpoint, or one that is damaged.
     """
-    settings = read_numbers(checkpoint)["settings"]
-    config = read_settings(checkpoint / TRAINER).model
-    fused = settings["training"]["engine"] == "fused"
+    numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
     try:
+        fused = numbers["settings"]["training"]["engine"] == "fused"
         described = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
         for key, tensor in described.items():
             part, _, name = key.partition(".")
