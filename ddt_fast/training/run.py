@@ -85,6 +85,8 @@ class Run:
             }
             save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())
             self._checkpoints.save(self.state, numbers, save_model, wait)
+            if wait:
+                wait_for_all(self._group)
 
     def draw(self) -> None:
         """Log a grid of samples of the averaged model."""
