@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, write_json
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import CONFIG_NAME, read_settings
 
 CARD_NAME = "README.md"
 _TRAINING_NAME, _METRICS_NAME, _RECIPE_NAME = "training.json", "metrics.json", "recipe.yaml"
@@ -67,7 +70,7 @@ def read_provenance(folder: Path) -> Provenance:
     """
     places = [folder]
     if folder.name == "model" and (folder.parent / _RECIPE_NAME).is_file():
-        places.append(folder.parent)
+        places.insert(0, folder.parent)
     training, metrics, recipe = (_first(places, name) for name in (_TRAINING_NAME, _METRICS_NAME, _RECIPE_NAME))
     known = read_json(training) if training else {}
     if recipe and training and "recipe" not in known:
@@ -75,39 +78,34 @@ def read_provenance(folder: Path) -> Provenance:
     return Provenance(known, read_json(metrics) if metrics else {})
 
 
-def write_card(
-    folder: str | Path,
-    experiment: Experiment,
-    provenance: Provenance = UNKNOWN,
-    *,
-    pipeline: bool = False,
-    license: str | None = None,
-) -> Path:
-    """Write README.md, the model card, into a folder that `save_model` or a pipeline's save_pretrained wrote.
+def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
+    """Write README.md, the model card, into a model folder or a pipeline's; an older one is replaced.
+
+    It says what config.json, training.json and metrics.json in the folder say. For the model/ of a training run, what
+    the run's folder says as well; that is copied beside it, so that it goes where the model goes.
 
     Args:
-        folder: the folder.
-        experiment: the settings of the model, its data and how it is sampled.
-        provenance: of `read_provenance`.
-        pipeline: whether it is a pipeline's folder.
-        license: its identifier on the Hub, such as "mit"; None where it is not known.
+        folder: written by `save_model` or `DDTPipeline.save_pretrained`.
+        license: its identifier on the Hub, such as "mit"; None leaves it out.
 
     Returns:
         The file.
 
     Raises:
+        ValueError: no model there, or damaged files.
         OSError: it cannot be written.
     """
-    file = Path(folder) / CARD_NAME
-    with atomic_file(file) as temporary:
-        temporary.write_text(card_text(experiment, provenance, pipeline=pipeline, license=license))
-    return file
+    folder = Path(folder)
+    is_pipeline = (folder / "model_index.json").is_file()
+    experiment = read_settings((folder / "transformer" if is_pipeline else folder) / CONFIG_NAME)
+    provenance = read_provenance(folder)
+    provenance.save(folder)
+    with atomic_file(folder / CARD_NAME) as temporary:
+        temporary.write_text(_card(experiment, provenance, is_pipeline, license))
+    return folder / CARD_NAME
 
 
-def card_text(
-    experiment: Experiment, provenance: Provenance, *, pipeline: bool = False, license: str | None = None
-) -> str:
-    """The text of a model card, YAML front matter and Markdown; arguments as `write_card`."""
+def _card(experiment: Experiment, provenance: Provenance, is_pipeline: bool, license: str | None) -> str:
     model, data = experiment.model, experiment.data
     front = {
         **({} if license is None else {"license": license}),
@@ -115,7 +113,7 @@ def card_text(
         "pipeline_tag": "unconditional-image-generation",
         "tags": list(_TAGS),
     }
-    size = f"{data.image_size}×{data.image_size}"
+    size = f"{data.image_size}x{data.image_size}"
     sees = "pixels" if data.autoencoder is None else f"latents of {_named(data.autoencoder)}"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
@@ -123,12 +121,12 @@ def card_text(
         "A Decoupled Diffusion Transformer ([arXiv 2504.05741](https://arxiv.org/abs/2504.05741)) that draws "
         f"{size} images of {model.num_classes} classes, in {sees}.",
         "## How to use it",
-        f"```python\n{_USAGE}\n```" + ("" if pipeline else _USAGE_OF_MODEL),
+        f"```python\n{_USAGE}\n```" + ("" if is_pipeline else _USAGE_OF_MODEL),
         "## Model",
         _table({**asdict(model), "parameters": f"{_num_parameters(model):,}"}),
         "## Sampling",
         "How it samples unless told otherwise:",
-        _table({name: value for name, value in asdict(experiment.sampling).items() if value is not None}),
+        _table({name: value for name, value in asdict(experiment.sampling).items() if value not in (None, False)}),
     ]
     parts += _training(provenance.training) + _metrics(provenance)
     return "\n\n".join(parts) + "\n"
@@ -200,10 +198,6 @@ def _named(autoencoder: str) -> str:
 
 
 def _num_parameters(model: DDTConfig) -> int:
-    import torch
-
-    from ddt_fast.model.reference import DDT
-
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in DDT(model).parameters())
 

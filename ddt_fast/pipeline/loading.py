@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -16,12 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ddt_fast.autoencoder import load_vae
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
-from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_card
+from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
 from ddt_fast.model.lightning import WeightSet
 from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler
-from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
+from ddt_fast.pipeline.transformer import DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
 
 _FETCHED = [
@@ -80,7 +81,8 @@ class SavedPipeline(DiffusionPipeline):
         preset: str | Experiment | None = None,
         weights: WeightSet = "ema",
         vae: AutoencoderKL | str | Path | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
         id2label: dict[int, str] | None = None,
     ) -> Self:
         """A pipeline of a released Lightning .ckpt, of which nothing is executed, of a .safetensors or a model folder.
@@ -91,7 +93,7 @@ class SavedPipeline(DiffusionPipeline):
                 Experiment; None takes the first preset with the weights' shapes (256 px, for XL/2).
             weights: of a .ckpt, "ema", the averaged ones, or "raw".
             vae: the autoencoder, or where it is; None loads the one that the settings name, if any.
-            torch_dtype: of all weights.
+            torch_dtype, dtype: of all weights, by either of diffusers' names; None is float32.
             id2label: as `DDTPipeline`.
 
         Raises:
@@ -99,24 +101,25 @@ class SavedPipeline(DiffusionPipeline):
                 autoencoder that is not to be had.
         """
         source = resolve_checkpoint(pretrained_model_link_or_path)
-        experiment = preset if isinstance(preset, Experiment) else None
-        if experiment is None and (has_config(source) or preset is not None):
+        experiment = None
+        if isinstance(preset, Experiment):
+            experiment = preset
+        elif has_config(source) or preset is not None:
             experiment = experiment_of(source, preset)
         config = None if experiment is None or has_config(source) else experiment.model
-        model = load_model(source, "cpu", torch_dtype, config, weights)
+        dtype = dtype or torch_dtype or torch.float32
+        model = load_model(source, "cpu", dtype, config, weights)
         if experiment is None:
             experiment = _preset_like(model.config)
         data, sampling = experiment.data, experiment.sampling
         if vae is None and data.autoencoder is not None:
             vae = data.autoencoder
         if isinstance(vae, (str, Path)):
-            vae = load_vae(str(vae), torch.device("cpu"), torch_dtype)
-        pipe = cls(
-            transformer=DDTTransformer2DModel.from_reference(model, data, sampling),
-            vae=vae,
-            scheduler=DDTScheduler(**asdict(sampling)),
-            id2label=id2label,
-        )
+            vae = load_vae(str(vae), torch.device("cpu"), dtype)
+        transformer = DDTTransformer2DModel.from_reference(model, data, sampling)
+        scheduler = DDTScheduler(**asdict(sampling))
+        parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "id2label": id2label}
+        pipe = cls(**parts)
         if source.is_dir():
             pipe.provenance = read_provenance(source)
         return pipe
@@ -150,14 +153,12 @@ class SavedPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
-        sampling = self.scheduler.sampling_config
-        self.transformer.register_to_config(sampling=asdict(sampling))
-        experiment = Experiment(self.transformer.ddt_config, settings_of(self.transformer.config)[0], sampling=sampling)
+        self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
         folder = Path(save_directory)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
             super().save_pretrained(str(temporary), variant=variant, max_shard_size=max_shard_size)
             self.provenance.save(temporary)
-            write_card(temporary, experiment, self.provenance, pipeline=True, license=license)
+            write_model_card(temporary, license=license)
         if push_to_hub:
             self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
 
@@ -190,7 +191,7 @@ class SavedPipeline(DiffusionPipeline):
 
 
 def _fetch(name: str, options: dict[str, Any]) -> Path:
-    """The local copy of a Hub repository, of the files that are read alone; from the cache where there is no network."""
+    """The local copy of a Hub repository, of the files that are read; from the cache where there is no network."""
     missing = f"{name} is no local folder"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"{missing}, and no hub id such as user/model")

@@ -1,13 +1,14 @@
 """`DDTPipeline`: from class labels to images, by diffusers' conventions, on our engine."""
 
-from __future__ import annotations
+# Annotations are not deferred here, and __init__'s are of the older kind: diffusers 0.36 reads them as they are.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Optional, Self, get_args
 
 import torch
-from diffusers import AutoencoderKL, ImagePipelineOutput
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
@@ -50,9 +51,9 @@ class DDTPipeline(SavedPipeline):
     def __init__(
         self,
         transformer: DDTTransformer2DModel,
-        vae: AutoencoderKL | None,
+        vae: Optional[AutoencoderKL],  # noqa: UP045
         scheduler: DDTScheduler,
-        id2label: dict[int, str] | dict[str, str] | None = None,
+        id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
         if not isinstance(scheduler, DDTScheduler):
@@ -61,11 +62,11 @@ class DDTPipeline(SavedPipeline):
         config = transformer.ddt_config
         self.data, _ = settings_of(transformer.config)
         if vae is not None:
-            if vae.config.latent_channels != config.in_channels:
-                channels = f"{vae.config.latent_channels} channels, the transformer takes {config.in_channels}"
+            if vae.config["latent_channels"] != config.in_channels:
+                channels = f"{vae.config['latent_channels']} channels, the transformer takes {config.in_channels}"
                 raise ValueError(f"the vae's latents have {channels}; wanted as many")
-            if vae.config.shift_factor:
-                raise ValueError(f"the vae has shift_factor {vae.config.shift_factor}; allowed: none or 0")
+            if vae.config["shift_factor"]:
+                raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
         if id2label is None:
             id2label = default_id2label(self.data.dataset, config.num_classes)
         self.class_names = ClassNames(config.num_classes, {int(label): name for label, name in id2label.items()})
@@ -112,7 +113,7 @@ class DDTPipeline(SavedPipeline):
         """Run the sampling loop eagerly again."""
         self._cuda_graphs = False
 
-    def to(self, *args: Any, **kwargs: Any) -> DDTPipeline:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `DiffusionPipeline.to`: a device, a dtype, or both."""
         self._engine = self._sampler = None  # before others take their memory
         return super().to(*args, **kwargs)
@@ -270,7 +271,7 @@ class DDTPipeline(SavedPipeline):
         if self._engine is None or self._engine[0] != key:
             self._engine = self._sampler = None
             plain = self.transformer.is_plain and self.transformer.ddt_config.head_dim <= 128
-            reference = self.transformer.reference.eval()
+            reference = self.transformer.reference
             if not plain:
                 logger.warning("The transformer is adapted or quantised: it runs as it is, not fused.")
             # A copy, since sampling merges weights that have names of their own.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -24,7 +24,7 @@ class DDTSchedulerOutput(BaseOutput):
     prev_sample: Tensor
 
 
-class DDTScheduler(SchedulerMixin, ConfigMixin):
+class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """How samples are drawn, unless a call of the pipeline says otherwise; and one step after another for own loops:
 
         scheduler.set_timesteps(50)

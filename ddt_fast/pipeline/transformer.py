@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from ddt_fast.model.reference import DDT
 from ddt_fast.pipeline.folder import check_weights
 
 
-class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """`reference.DDT` with diffusers' loading, saving, sharding, adapters and quantisation; state_dict has the released
     names.
 
@@ -32,7 +33,7 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ValueError: a value that is not allowed.
     """
 
-    _no_split_modules = ["Block"]  # noqa: RUF012, an attribute of diffusers' classes
+    _no_split_modules = ["Block"]  # type: ignore[assignment]  # noqa: RUF012, diffusers' own attribute
 
     @register_to_config
     def __init__(
@@ -61,9 +62,7 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return transformer.train(model.training)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path | None, **kwargs: Any
-    ) -> DDTTransformer2DModel:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[Any] | None, **kwargs: Any) -> Any:
         """As diffusers' `ModelMixin.from_pretrained`, from safetensors alone: pickles are not opened.
 
         Args:
@@ -82,11 +81,11 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if folder.is_dir():
             check_weights(folder)
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, use_safetensors=True, output_loading_info=True, **kwargs
-            )
+            kwargs |= {"use_safetensors": True, "output_loading_info": True}
+            loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except TypeError as error:  # config.json lacks an argument of __init__
             raise ValueError(f"{folder}: config.json is not a valid configuration: {error}") from error
+        model, info = loaded
         # diffusers warns only, and leaves what is missing as memory happened to be.
         wrong = [f"{len(names)} {kind} (such as {sorted(names)[0]})" for kind, names in info.items() if names]
         if wrong:
@@ -106,7 +105,8 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         view.config = self.ddt_config
         for name, part in self.named_children():
             view.add_module(name, part)
-        return view.train(self.training)
+        view.training = self.training
+        return view
 
     @property
     def is_plain(self) -> bool:
