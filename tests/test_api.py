@@ -53,7 +53,8 @@ def test_the_functions_defaults_are_the_commands(name, module):
         assert len(shared) >= 4
     for parameter, default in shared.items():
         command = parser.get_defaults()[parameter]
-        assert default is inspect.Parameter.empty or command in (default, list(default or ())), parameter
+        default = list(default) if isinstance(default, tuple) else default
+        assert default is inspect.Parameter.empty or command == default, parameter
 
 
 def test_importing_the_package_imports_no_more_than_the_model_needs():
@@ -92,7 +93,7 @@ def test_a_notebooks_day(tmp_path, capsys):
     report = ddt_fast.score_samples(
         drawn / "samples.npz", drawn / "samples.npz", features="pixels", metrics=["fid"], output=drawn / "metrics.json"
     )
-    assert report["metrics"]["fid"] == pytest.approx(0, abs=1e-6)
+    assert report["metrics"]["fid"] == pytest.approx(0, abs=1e-4)
 
     released = ddt_fast.convert_checkpoint(run / "model", tmp_path / "released.ckpt")
     again = ddt_fast.convert_checkpoint(released, tmp_path / "again", preset="digits")
