@@ -153,6 +153,10 @@ class SavedPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        if not self.transformer.is_plain:
+            raise ValueError(
+                "the transformer is adapted or quantised; wanted one whose adapters are merged or unloaded"
+            )
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
         folder = Path(save_directory)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
