@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
+from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import (
@@ -31,6 +32,15 @@ from ddt_fast.model.weights import (
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.checkpoint import TRAINER, newest_checkpoint, read_checkpoint
 from ddt_fast.wording import counted
+
+WeightChoice = Literal["ema", "raw", "both"]
+
+
+class _Settings(NamedTuple):
+    """Where a SOURCE's settings are, if it does not say them: a preset, or a file."""
+
+    preset: str | None
+    config: Path | None
 
 
 def build_parser() -> CommandParser:
@@ -58,47 +68,82 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
-    options = build_parser().parse_args(arguments)
-    run = newest_checkpoint(Path(options.source))
-    source, out = run or resolve_checkpoint(options.source), Path(options.out)
-    if not options.out:
+    convert_checkpoint(**vars(build_parser().parse_args(arguments)))
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    weights: WeightChoice | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    skip: Sequence[str] = (),
+) -> Path:
+    """Convert a released Lightning .ckpt, or the latest checkpoint of a training run, into a model folder with a model
+    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a .ckpt is
+    executed. What is done is printed.
+
+    Args:
+        source: a .ckpt, a training run or one of its checkpoints; or, to export, a model or pipeline folder, a
+            .safetensors or a hub id.
+        out: the folder to write; or, to export, a file that ends in .ckpt.
+        weights: "ema", the average, "raw", the trained ones, or "both", each in its place. Default: a model folder gets
+            the average, a .ckpt what there is; of one kind alone it is written in both places.
+        preset: settings that go with the weights, one of `ddt_fast.presets.PRESETS`; default: by their shapes.
+        config: the same from a file, config.json of a model folder or recipe.yaml of a run.
+        skip: packages whose objects in a .ckpt are passed over, not made.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: no such source, a damaged one or one with more than tensors in it, settings that do not fit, or an
+            `out` that would have to replace something else.
+        OSError: files that cannot be read or written.
+    """
+    if not str(out):
         raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    run = newest_checkpoint(Path(source))
+    source, out = run or resolve_checkpoint(source), Path(out)
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
-    if options.preset is not None and options.config is not None:
+    if preset is not None and config is not None:
         raise ValueError("--preset and --config are both given; give one")
-    if source.suffix != ".ckpt" and options.skip:
+    if source.suffix != ".ckpt" and skip:
         raise ValueError("--skip is for a SOURCE that is a .ckpt")
-    if run is not None and (options.preset or options.config) is not None:
+    if run is not None and (preset or config) is not None:
         raise ValueError(f"--preset and --config are for a SOURCE without settings; {run} has its own")
+    settings = _Settings(preset, None if config is None else Path(config))
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":
-        _export(source, out, options)
+        _export(source, out, weights, settings)
     elif source.suffix == ".ckpt" or run is not None:
-        _import(source, out, options)
+        _import(source, out, weights or "ema", settings, skip)
     else:
         raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one, or SOURCE a training run")
+    return out
 
 
-def _import(source: Path, out: Path, options: Any) -> None:
+def _import(source: Path, out: Path, which: WeightChoice, settings: _Settings, skip: Sequence[str]) -> None:
     if out.suffix in (".ckpt", ".safetensors"):
         raise ValueError(f"OUT {out} is named like a file; a model folder is written")
     check_replaceable(out, OWNED_NAMES)
-    sets = _read(source, options.skip)
-    which = options.weights or "ema"
-    experiment, model, raw = _choose(source, sets, which, options)
+    sets = _read(source, skip)
+    experiment, model, raw = _choose(source, sets, which, settings)
     save_model(model, out, experiment.data.without_places(), experiment.sampling, raw, sets.projector)
+    write_model_card(out)
     parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
 
 
-def _export(source: Path, out: Path, options: Any) -> None:
+def _export(source: Path, out: Path, weights: WeightChoice | None, settings: _Settings) -> None:
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists; remove it or name another")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside {source}; name another place")
     sets = _read(source)
-    which = options.weights or ("both" if sets.raw else "ema")
-    _, model, raw = _choose(source, sets, which, options)
+    which = weights or ("both" if sets.raw else "ema")
+    _, model, raw = _choose(source, sets, which, settings)
     write_lightning(out, model.state_dict(), raw, sets.projector)
     why = "" if sets.raw else "no raw weights known: "
     note = "" if raw else f" ({why}denoiser.* are the same as ema_denoiser.*)"
@@ -118,12 +163,12 @@ def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
 
 
 def _choose(
-    source: Path, sets: LightningWeights, which: str, options: Any
+    source: Path, sets: LightningWeights, which: WeightChoice, settings: _Settings
 ) -> tuple[Experiment, DDT, dict[str, Tensor] | None]:
     """The settings, a model with the weights asked for (of both: the average), and of both the trained ones."""
     weights = sets.take("raw" if which == "raw" else "ema", source)
     raw = sets.take("raw", source) if which == "both" else None
-    experiment = _settings(source, weights, options)
+    experiment = _settings(source, weights, settings)
     model = build_model(experiment.model, weights, source)
     _check_rest(experiment, raw, sets.projector, source)
     return experiment, model, raw
@@ -133,19 +178,19 @@ def _is_run(source: Path) -> bool:
     return (source / TRAINER).is_file()
 
 
-def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Experiment:
+def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) -> Experiment:
     """The model's settings, from its folder, a file, the preset named, or the one that has its shapes; says which."""
     if _is_run(source):
         return read_settings(source / TRAINER)
     if has_config(source):
-        if options.config is not None:
+        if settings.config is not None:
             raise ValueError(f"--config is for checkpoints without config.json; {source} has one")
-        return experiment_of(source, options.preset)
-    if options.config is not None:
-        return read_settings(Path(options.config))
-    if options.preset is not None:
-        experiment = experiment_of(source, options.preset)
-        _, model = settle_config(weights, source, {options.preset: experiment})
+        return experiment_of(source, settings.preset)
+    if settings.config is not None:
+        return read_settings(settings.config)
+    if settings.preset is not None:
+        experiment = experiment_of(source, settings.preset)
+        _, model = settle_config(weights, source, {settings.preset: experiment})
     else:
         name, model = settle_config(weights, source)
         experiment = PRESETS[name]

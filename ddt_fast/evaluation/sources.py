@@ -163,7 +163,7 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
     return Source(path, images, pool, spatial, count)
 
 
-def open_sources(paths: Sequence[str | None], crop: int | None) -> list[Source]:
+def open_sources(paths: Sequence[str | Path | None], crop: int | None) -> list[Source]:
     """Those of the paths that are given, opened, their images of one size each.
 
     Raises:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -50,20 +51,37 @@ def add_scoring_options(parser: CommandParser) -> None:
 
 
 def chosen_scoring(
-    options: Any, output_dir: Path, count: int, size: int, device: torch.device, ranks: Ranks
+    reference: str | None,
+    metrics: Sequence[str] | None,
+    features: Features | None,
+    weights: str | None,
+    crop: int | None,
+    *,
+    output_dir: Path,
+    count: int,
+    size: int,
+    device: torch.device,
+    ranks: Ranks,
 ) -> Scoring | None:
-    """What the options ask for; None without --evaluate, ValueError for what `Scoring` refuses."""
-    if options.evaluate is None:
-        for name in ("center_crop", "metrics", "evaluate_features", "inception_weights"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for --evaluate, which is not given")
+    """The scoring that was asked for, None without a reference; arguments and ValueError as `open_sources` and
+    `Scoring`."""
+    if reference is None:
+        given = {
+            "--metrics": metrics,
+            "--evaluate-features": features,
+            "--inception-weights": weights,
+            "--center-crop": crop,
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is for --evaluate, which is not given")
         return None
     return Scoring(
         output_dir,
-        open_sources([options.evaluate], options.center_crop)[0],
-        options.metrics or list(METRICS),
-        options.evaluate_features or "inception",
-        options.inception_weights,
+        open_sources([reference], crop)[0],
+        list(metrics or METRICS),
+        features or "inception",
+        weights,
         count=count,
         size=size,
         device=device,

@@ -20,6 +20,7 @@ from ddt_fast.data.latent_loader import LatentLoader
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
 from ddt_fast.model.base import DDTBase
+from ddt_fast.model.card import write_model_card
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
@@ -111,6 +112,7 @@ class Run:
             if settings.score_samples:
                 scores = self._preview.score(model, settings.score_samples)
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
+            write_model_card(self.folder / "model")  # with the scores
         wait_for_all(self._group)
         return model, scores
 
@@ -118,6 +120,7 @@ class Run:
         assert model is not None
         data = self.experiment.data.without_places()
         save_model(model, folder, data, self.experiment.sampling, projector=projector)
+        write_model_card(folder)
 
     @property
     def _seconds(self) -> float:
