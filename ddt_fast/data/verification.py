@@ -20,7 +20,7 @@ from ddt_fast.ranks import process_ranks
 
 
 def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
-    """Compare the checksums of all shards that were not compared before as they are now. All processes of the group
+    """Compare the checksums of all shards that were not compared before, as they are. All processes of the group
     call it together and share the work; those that see another copy of the cache, on another machine, verify that one.
 
     A shard counts as compared while its size and its time of modification are those on record. Shards without checksums

@@ -133,7 +133,7 @@ def test_accumulators_refuse_what_does_not_fit(tmp_path, weights_file):
         accumulator.add(smooth_images(3, 0, size=4))
     with pytest.raises(ValueError, match="2 indices for 3 images"):
         accumulator.add(smooth_images(3, 0, size=8), [0, 1])
-    with pytest.raises(ValueError, match="5184 pixels are too many; allowed: up to 4096"):
+    with pytest.raises(ValueError, match="5,184 pixels are too many; allowed: up to 4096"):
         FeatureAccumulator(PixelExtractor()).add(np.zeros((1, 72, 72, 3), np.uint8))
     with pytest.raises(ValueError, match="batch_size is 0"):
         FeatureAccumulator(PixelExtractor(), batch_size=0)

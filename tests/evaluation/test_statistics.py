@@ -53,7 +53,7 @@ def test_wrong_rows_are_refused():
         statistics.add(torch.full((3, 4), torch.nan))
     with pytest.raises(ValueError, match=r"wanted \(B, D\)"):
         statistics.add(torch.zeros(4))
-    with pytest.raises(ValueError, match="covariance of 1 rows"):
+    with pytest.raises(ValueError, match="covariance of 1 row "):
         running([torch.zeros(1, 4)]).gaussian()
 
 
