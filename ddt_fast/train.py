@@ -87,10 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not isinstance(options.overwrite, bool):
         raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
-    output_dir = Path(f"runs/{preset}" if options.output_dir is None else options.output_dir)
-    result = train_model(
-        experiment, output_dir, device=options.device, resume=options.resume, overwrite=options.overwrite
-    )
+    name = f"runs/{preset}" if options.output_dir is None else options.output_dir
+    result = train_model(experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite)
+    output_dir = Path(name)
     if result.model is None:
         if result.step < experiment.training.max_steps and process_ranks().rank == 0:
             print(f"stopped after step {result.step} of {experiment.training.max_steps}; --resume auto continues")
