@@ -68,7 +68,7 @@ def package_version(name: str) -> str | None:
 
 def _git(*arguments: str) -> str | None:
     """What git says of the folder this file is in; None where it is no checkout of ddt-fast."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:
