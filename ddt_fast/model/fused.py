@@ -37,13 +37,13 @@ from ddt_kernels import (
     gated_residual_rms_norm_modulate,
     qk_norm_rope,
     rms_norm_modulate,
-    swiglu,
+    swiglu_mlp,
 )
 
 
 class FusedSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(x, self.w1.weight, self.w3.weight))
+        return swiglu_mlp(x, self.w1.weight, self.w3.weight, self.w2.weight)
 
 
 class FusedAttention(Attention):

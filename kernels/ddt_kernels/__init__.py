@@ -50,6 +50,7 @@ from ddt_kernels.norm_modulate import (
 )
 from ddt_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_cost
 from ddt_kernels.swiglu import swiglu, swiglu_cost
+from ddt_kernels.swiglu_mlp import swiglu_mlp, swiglu_mlp_cost
 
 __all__ = [
     "Cost",
@@ -72,4 +73,6 @@ __all__ = [
     "rms_norm_modulate_cost",
     "swiglu",
     "swiglu_cost",
+    "swiglu_mlp",
+    "swiglu_mlp_cost",
 ]

@@ -40,9 +40,10 @@ def costs() -> Iterator[tuple[str, str, Cost]]:
     yield "qk_norm_rope_", "in place", ops.qk_norm_rope_cost(*heads, dtype, in_place=True)
     yield "qk_norm_rope", "forward", ops.qk_norm_rope_cost(*heads, dtype)
     yield "qk_norm_rope", "backward", ops.qk_norm_rope_cost(*heads, dtype, backward=True)
-    yield "swiglu", "forward, inference", ops.swiglu_cost(*norm_shape, WIDTH, dtype)
-    yield "swiglu", "forward, training", ops.swiglu_cost(*norm_shape, WIDTH, dtype, training=True)
-    yield "swiglu", "backward", ops.swiglu_cost(*norm_shape, WIDTH, dtype, backward=True)
+    for name, mlp_cost in (("swiglu", ops.swiglu_cost), ("swiglu_mlp", ops.swiglu_mlp_cost)):
+        yield name, "forward, inference", mlp_cost(*norm_shape, WIDTH, dtype)
+        yield name, "forward, training", mlp_cost(*norm_shape, WIDTH, dtype, training=True)
+        yield name, "backward", mlp_cost(*norm_shape, WIDTH, dtype, backward=True)
     for batch, tokens in ((BATCH, TOKENS), (BATCH // 4, 4 * TOKENS)):
         for backward, direction in ((False, "forward"), (True, "backward")):
             cost = ops.attention_cost(batch, tokens, HEADS, HEAD_DIM, dtype, backward)

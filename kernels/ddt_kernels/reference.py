@@ -273,3 +273,17 @@ def swiglu_backward(
     grad_gate_up = torch.cat([grad_gate, grad * gate * sigmoid], -1).to(x.dtype)
     grad_w1, grad_w3 = (grad_gate_up.flatten(0, -2).mT @ x.flatten(0, -2)).chunk(2)
     return grad_gate_up @ torch.cat([w1, w3]), grad_w1, grad_w3
+
+
+def swiglu_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """(silu(x · w1ᵀ) · (x · w3ᵀ)) · w2ᵀ."""
+    return F.linear(swiglu(x, w1, w3), w2)
+
+
+def swiglu_mlp_backward(
+    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of swiglu_mlp in x, w1, w3 and w2, given gate_up as `swiglu_backward` is."""
+    gate, up = _wide(gate_up).chunk(2, -1)
+    y = (F.silu(gate) * up).to(x.dtype)
+    return *swiglu_backward(grad_z @ w2, x, w1, w3, gate_up), grad_z.flatten(0, -2).mT @ y.flatten(0, -2)

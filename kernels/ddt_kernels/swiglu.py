@@ -35,7 +35,7 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1.
     Source: arXiv 2002.05202; the MLP of DDT (arXiv 2504.05741).
     """
-    _check(x, w1, w3)
+    check_inputs("swiglu", x, w1, w3)
     if inlined(x):
         return reference.swiglu(x, w1, w3).contiguous()
     keep = torch.is_grad_enabled() and (x.requires_grad or w1.requires_grad or w3.requires_grad)
@@ -43,8 +43,8 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     return y
 
 
-def _check(x: Tensor, w1: Tensor, w3: Tensor) -> None:
-    op = "swiglu"
+def check_inputs(op: str, x: Tensor, w1: Tensor, w3: Tensor) -> None:
+    """ValueError, in the name of `op`, unless they are what `swiglu` takes."""
     for name, tensor in (("x", x), ("w1", w1), ("w3", w3)):
         check_tensor(op, name, tensor)
     if x.ndim < 2 or x.numel() == 0:
@@ -63,14 +63,15 @@ def _check(x: Tensor, w1: Tensor, w3: Tensor) -> None:
         check_unit_stride(op, name, weight)
 
 
-def _tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+def tf32_allowed(x: Tensor) -> bool:
+    """Whether GEMMs on x may round to TF32: it is fp32, and PyTorch's setting allows it."""
+    return x.dtype == torch.float32 and bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @torch.library.custom_op("ddt_kernels::swiglu", mutates_args=(), device_types="cuda")
 def swiglu_operator(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """(y, gate_up): (..., F), and (x · w1ᵀ | x · w3ᵀ) (..., 2F) if `keep`, else an empty tensor."""
-    return launch_forward(x, w1, w3, keep, x.dtype == torch.float32 and _tf32())
+    return launch_forward(x, w1, w3, keep, tf32_allowed(x))
 
 
 @swiglu_operator.register_kernel("cpu")

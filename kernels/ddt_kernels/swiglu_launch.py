@@ -1,4 +1,5 @@
-"""Launching swiglu's kernels: tile configurations, descriptors, outputs, the backward pass's two plain GEMMs."""
+"""Launching the kernels of swiglu and swiglu_mlp: tile configurations, descriptors, outputs, and the plain GEMMs around
+them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -179,8 +180,31 @@ def launch_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: 
     return grad_x, grad_gate_up.T @ x.reshape(-1, C)
 
 
-def launch_backward_activation(grad_y: Tensor, gate_up: Tensor) -> Tensor:
-    """(M, F) and (M, 2F), both contiguous, to the gradient of gate_up, by the backward kernel."""
+def launch_mlp_forward(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool, tf32: bool) -> tuple[Tensor, Tensor]:
+    """As `launch_forward`, for z = y · w2ᵀ (..., O) in the place of y."""
+    y, gate_up = launch_forward(x, w1, w3, keep, tf32)
+    return torch.nn.functional.linear(y, w2), gate_up
+
+
+def launch_mlp_backward(
+    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), and of w2."""
+    C, F = x.shape[-1], w1.shape[0]
+    grad_z = grad_z.reshape(-1, w2.shape[0])
+    y = grad_z @ w2  # the gradient of y, until the kernel puts y there
+    grad_gate_up = launch_backward_activation(y, gate_up.view(-1, 2 * F), y)
+    grad_w2 = grad_z.T @ y
+    del y
+    grad_x = (grad_gate_up @ torch.cat([w1, w3])).view(x.shape)
+    return grad_x, grad_gate_up.T @ x.reshape(-1, C), grad_w2
+
+
+def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
+    """(M, F) and (M, 2F), both contiguous, to the gradient of gate_up, by the backward kernel.
+
+    y: where to write silu(gate) · up, if anywhere: (M, F) contiguous, grad_y itself perhaps.
+    """
     M, F = grad_y.shape
     grad_gate_up = gate_up.new_empty(gate_up.shape)
     block_f = min(next_power_of_2(F), 512)
@@ -189,7 +213,7 @@ def launch_backward_activation(grad_y: Tensor, gate_up: Tensor) -> Tensor:
         swiglu_backward_kernel,
         (cdiv(M, block_m) * cdiv(F, block_f),),
         grad_y.device,
-        *(grad_y, gate_up, grad_gate_up, M),
+        *(grad_y, gate_up, grad_gate_up, y, M),
         F=F,
         BLOCK_M=block_m,
         BLOCK_F=block_f,
@@ -213,7 +237,8 @@ def aot_cases() -> list[AotCase]:
         _forward_case(16384, 1152, 3072, full, True),
         _forward_case(4096, 341, 909, full, True),
     ]
-    return cases + [_backward_case(*shape) for shape in ((3072, half), (341, half), (3072, full))]
+    widths = ((3072, half), (341, half), (3072, full))
+    return cases + [_backward_case(*width, with_y) for width in widths for with_y in (False, True)]
 
 
 def _forward_case(rows: int, channels: int, width: int, dtype: torch.dtype, keep: bool, tf32: bool = False) -> AotCase:
@@ -229,9 +254,9 @@ def _forward_case(rows: int, channels: int, width: int, dtype: torch.dtype, keep
     )
 
 
-def _backward_case(width: int, dtype: torch.dtype) -> AotCase:
+def _backward_case(width: int, dtype: torch.dtype, with_y: bool) -> AotCase:
     rows = 16384
     grad_y = torch.empty(rows, width, dtype=dtype, device="meta")
     gate_up = torch.empty(rows, 2 * width, dtype=dtype, device="meta")
-    label = f"F {width} {str(dtype).removeprefix('torch.')}"
-    return AotCase(label, lambda: launch_backward_activation(grad_y, gate_up))
+    label = f"F {width} {str(dtype).removeprefix('torch.')}{' with y' if with_y else ''}"
+    return AotCase(label, lambda: launch_backward_activation(grad_y, gate_up, grad_y if with_y else None))

@@ -1,4 +1,6 @@
-"""swiglu as its tests see it: inputs and the comparison with the reference."""
+"""swiglu and swiglu_mlp as their tests see them: inputs and the comparison with the reference."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,19 +35,31 @@ def make_inputs(
     return dict(zip(NAMES, map(place, (x, w1, w3)), strict=True))
 
 
+def make_mlp_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu", layout: str = "contiguous", out: int = 0
+) -> dict[str, Tensor]:
+    """`make_inputs`, and w2 (out or C, F), laid out as w1 is."""
+    inputs = make_inputs(shape, dtype, device, layout)
+    C, F = shape[2:]
+    w2 = torch.randn(out or C, F + 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / F**0.5
+    w2 = w2.to(dtype).to(device)[:, :F]
+    return inputs | {"w2": w2 if layout == "rows" else w2.contiguous()}
+
+
 def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     """A gradient of the output."""
-    x, w1 = inputs["x"], inputs["w1"]
-    grad = torch.randn(*x.shape[:-1], w1.shape[0], generator=torch.Generator().manual_seed(1))
+    x, last = inputs["x"], inputs.get("w2", inputs["w1"])
+    grad = torch.randn(*x.shape[:-1], last.shape[0], generator=torch.Generator().manual_seed(1))
     return grad.to(x.dtype).to(x.device)
 
 
 def check_against_reference(inputs: dict[str, Tensor], grad: Tensor, y: Tensor, gradients: dict[str, Tensor]) -> None:
-    """The tolerance rule, for the output and every gradient given."""
+    """The tolerance rule, for the output and every gradient given; swiglu_mlp's where there is a w2."""
     tensors = list(inputs.values())
-    (plain,), plain_gradients = with_gradients(reference.swiglu, tensors, [grad])
-    (oracle,), oracles = with_gradients(reference.swiglu, [t.double() for t in tensors], [grad.double()])
+    function: Callable[..., Tensor] = reference.swiglu_mlp if "w2" in inputs else reference.swiglu
+    (plain,), plain_gradients = with_gradients(function, tensors, [grad])
+    (oracle,), oracles = with_gradients(function, [t.double() for t in tensors], [grad.double()])
     assert_as_accurate("y", y, plain, oracle)
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(inputs):
         if name in gradients:
             assert_as_accurate(f"gradient of {name}", gradients[name], plain_gradients[index], oracles[index])

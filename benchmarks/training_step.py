@@ -1,0 +1,260 @@
+"""One training step: the reference in plain PyTorch, FusedDDT, fp32 and bf16, eager and compiled; time and memory.
+
+    python -m benchmarks.training_step --output benchmarks/results/training_step.json
+
+A step is what `ddt_fast.training.loop` does between two batches: noise and times, forward, backward, gradient norm,
+AdamW, EMA. On a CPU the model is B-shaped (12 blocks, C 384, 32x32 latents), on a GPU XL/2 with REPA on cached
+features.
+
+- Before anything is timed, each variant's gradients are compared with those of the reference in fp32.
+- Variants take turns; the baseline is the reference in plain eager fp32. "autocast" is PyTorch's, as a user of the
+  reference would have it; FusedDDT's bf16 is the training loop's own, a bf16 copy of fp32 master weights.
+- Memory is what PyTorch's allocator hands out beyond weights, moments and averages: kept, from the end of the forward
+  pass on, and the peak over forward and backward, gradients included. bf16 copies of weights count, in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cpu_sampling import random_model, relative_error
+from benchmarks.environment import environment
+from benchmarks.memory import measure_memory
+from benchmarks.timing import interleave, timed
+from ddt_fast.command import choose_device, run_command
+from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
+from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.files import write_json
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.presets import PRESETS
+from ddt_fast.training.ema import EMA
+from ddt_fast.training.loop import clip_gradients
+from ddt_fast.training.objective import Objective
+from ddt_fast.training.parallel import Replica, process_group
+from ddt_fast.training.repa import Projector
+from ddt_fast.training.state import TrainingState
+from ddt_fast.training.throughput import peak_flops, training_flops
+from ddt_fast.training.trained import TrainedDDT
+
+B_SHAPED = DDTConfig(4, 2, hidden_size=384, num_heads=6, num_blocks=12, num_encoder_blocks=8, num_classes=1000)
+REFERENCE = "reference, fp32"
+MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Of all gradients together, relative: beyond it a variant is wrong, not imprecise, and is not timed."""
+FEATURES = (256, 768)
+"""Tokens of DINOv2 ViT-B/14 for a 256 px image, and their size."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute a step's gradients."""
+
+    name: str
+    engine: str
+    dtype: torch.dtype = torch.float32
+    autocast: bool = False
+    compile: bool = False
+
+
+VARIANTS = (
+    Variant(REFERENCE, "reference"),
+    Variant("reference, fp32, compiled", "reference", compile=True),
+    Variant("reference, bf16 autocast", "reference", torch.bfloat16, autocast=True),
+    Variant("reference, bf16 autocast, compiled", "reference", torch.bfloat16, autocast=True, compile=True),
+    Variant("FusedDDT, fp32", "fused"),
+    Variant("FusedDDT, fp32, compiled", "fused", compile=True),
+    Variant("FusedDDT, bf16", "fused", torch.bfloat16),
+    Variant("FusedDDT, bf16, compiled", "fused", torch.bfloat16, compile=True),
+)
+
+
+class Step:
+    """A variant on the weights, moments and averages that all variants of its engine share."""
+
+    def __init__(self, variant: Variant, state: TrainingState, objective: Objective) -> None:
+        self.variant, self.state, self.objective = variant, state, objective
+        shared = state.masters
+        own = TrainedDDT(shared.denoiser, shared.projector, shared.block)
+        dtype = torch.float32 if variant.autocast else variant.dtype
+        self.replica = Replica(own, dtype, "ddp", variant.compile)
+        self.copies = 0
+        if self.replica.compute is not own:
+            self.copies = sum(p.numel() * p.element_size() for p in self.replica.compute.parameters())
+
+    def precision(self) -> AbstractContextManager[object]:
+        device = next(self.state.masters.parameters()).device.type
+        return torch.autocast(device, self.variant.dtype) if self.variant.autocast else nullcontext()
+
+    def forward(self, batch: LatentBatch) -> tuple[Tensor, Tensor | None]:
+        """Velocity and projected features, ready for a backward pass."""
+        with self.precision():
+            device = next(self.state.masters.parameters()).device
+            t = torch.full((len(batch.latents),), 0.5, device=device)
+            result: tuple[Tensor, Tensor | None] = self.replica.compute(
+                batch.latents.to(device), t, batch.labels.to(device)
+            )
+            return result
+
+    def backward(self, batch: LatentBatch) -> None:
+        """Leave the gradients in the shared weights."""
+        with self.precision():
+            self.objective.backward(self.replica, batch, step=1)
+
+    def __call__(self, batch: LatentBatch) -> None:
+        self.backward(batch)
+        clip_gradients(self.state.masters, None)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad()
+        self.replica.publish()
+        self.state.ema.update(self.state.masters.denoiser)
+
+    def gradients(self, batch: LatentBatch) -> Tensor:
+        """All of the denoiser's gradients as one vector, in the order of the released names; leaves none behind."""
+        self.backward(batch)
+        denoiser = self.state.masters.denoiser
+        with torch.device("meta"):
+            holder = type(denoiser)(denoiser.config)
+        names = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
+        for name, _ in list(holder.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            gradient = names[name]
+            assert gradient is not None
+            setattr(holder.get_submodule(module), leaf, torch.nn.Parameter(gradient))
+        released = holder.state_dict()
+        self.state.optimizer.zero_grad()
+        return torch.cat([released[name].flatten() for name in sorted(released)]).cpu()
+
+
+def experiment_of(config: DDTConfig, batch_size: int, repa: bool) -> Experiment:
+    """The settings that the objective reads."""
+    data = DataConfig(dataset="latents", image_size=256, autoencoder="none of it is read")
+    return Experiment(config, data, TrainingConfig(batch_size=batch_size, repa_weight=0.5 if repa else 0.0))
+
+
+def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], TrainingState]:
+    """What training changes, by engine: made at the first call, shared after."""
+    made: dict[str, TrainingState] = {}
+
+    def state(engine: str) -> TrainingState:
+        if engine not in made:
+            denoiser = FusedDDT.from_reference(reference) if engine == "fused" else reference
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                projector = Projector(reference.config.hidden_size, FEATURES[1]) if repa else None
+            masters = TrainedDDT(denoiser, projector).to(device).requires_grad_(True).train()
+            # A step changes next to nothing, so that all variants compute on the same weights.
+            optimizer = torch.optim.AdamW(masters.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
+            made[engine] = TrainingState(masters, EMA(masters.denoiser, 0.9999), optimizer)
+        return made[engine]
+
+    return state
+
+
+def random_batch(config: DDTConfig, size: int, batch_size: int, repa: bool) -> LatentBatch:
+    """Seeded latents, labels and features."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch_size, config.in_channels, size, size, generator=generator)
+    labels = torch.randint(config.num_classes, (batch_size,), generator=generator)
+    features = torch.randn(batch_size, *FEATURES, generator=generator).bfloat16() if repa else None
+    return LatentBatch(latents, labels, features, None)
+
+
+def measure(
+    config: DDTConfig, batch_size: int, calls: int, repa: bool, device: torch.device, variants: tuple[Variant, ...]
+) -> Iterator[dict[str, Any]]:
+    """A row for every variant, the baseline first.
+
+    Raises:
+        ValueError: a variant's gradients are wrong.
+    """
+    experiment = experiment_of(config, batch_size, repa)
+    size = experiment.data.sample_size
+    batch = random_batch(config, size, batch_size, repa)
+    objective = Objective(experiment, device, FEATURES if repa else None)
+    state = states(random_model(config), repa, device)
+    steps, errors, first = {}, {}, {}
+    expected: Tensor | None = None
+    for variant in variants:
+        step = Step(variant, state(variant.engine), objective)
+        first[variant.name] = timed(partial(step.backward, batch))
+        step.state.optimizer.zero_grad()
+        gradients = step.gradients(batch)
+        expected = gradients if expected is None else expected
+        errors[variant.name] = relative_error(gradients, expected)
+        if not errors[variant.name] <= MAX_ERROR[variant.dtype]:
+            raise ValueError(f"{variant.name}: gradients are off by {errors[variant.name]:.2g}; not timed")
+        steps[variant.name] = step
+    timings = interleave({name: partial(step, batch) for name, step in steps.items()}, calls)
+    flops = training_flops(config, size, size, repa) * batch_size
+    baseline: dict[str, Any] = {}
+    for variant in variants:
+        step, seconds = steps[variant.name], timings[variant.name]
+        forward, whole = (measure_memory(partial(part, batch), device) for part in (step.forward, step.backward))
+        step.state.optimizer.zero_grad()
+        peak = peak_flops(device, variant.dtype)
+        row: dict[str, Any] = {
+            "variant": variant.name,
+            "seconds": seconds.as_dict(),
+            "images_per_second": batch_size / seconds.median,
+            "tflops": flops / seconds.median / 1e12,
+            "mfu": None if peak is None else flops / seconds.median / peak,
+            "kept_bytes": forward.kept + step.copies,
+            "peak_bytes": whole.peak + step.copies,
+            "gradient_error": errors[variant.name],
+            "first_call_seconds": first[variant.name],
+        }
+        baseline = baseline or row
+        row["times_faster"] = baseline["seconds"]["median"] / seconds.median
+        for name in ("kept", "peak"):
+            row[f"{name}_of_reference"] = row[f"{name}_bytes"] / baseline[f"{name}_bytes"]
+        yield row
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.json"))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 128 on a GPU")
+    parser.add_argument("--calls", type=int, default=5, help="of every variant")
+    parser.add_argument("--only", nargs="+", help="variants to measure beside the baseline, such as 'FusedDDT, bf16'")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    gpu = device.type == "cuda"
+    batch_size = options.batch_size if options.batch_size is not None else 128 if gpu else 4
+    for name, value in (("batch-size", batch_size), ("calls", options.calls)):
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; allowed: 1 or more")
+    variants = {variant.name: variant for variant in VARIANTS}
+    if options.only:
+        unknown = sorted(set(options.only) - set(variants))
+        if unknown:
+            raise ValueError(f"variant {unknown[0]!r} does not exist; allowed: {', '.join(variants)}")
+        variants = {name: variants[name] for name in (REFERENCE, *(n for n in options.only if n != REFERENCE))}
+    torch._dynamo.config.recompile_limit = 128
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    config = PRESETS["xl2_256"].model if gpu else B_SHAPED
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "model": "XL/2, 256 px, REPA" if gpu else "B-shaped: 12 blocks, C 384, 32x32 latents, no REPA",
+        "batch_size": batch_size,
+        "rows": [],
+    }
+    with process_group(device):
+        for row in measure(config, batch_size, options.calls, gpu, device, tuple(variants.values())):
+            record["rows"].append(row)
+            words = "{variant:36} {times_faster:.2f}x, kept {kept_of_reference:.2f}, peak {peak_of_reference:.2f}"
+            print((words + ", gradients off by {gradient_error:.2g}").format(**row))
+    write_json(options.output, record)
+
+
+if __name__ == "__main__":
+    run_command(main)
