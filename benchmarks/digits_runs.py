@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ddt_fast import SamplingConfig, load_model
@@ -53,8 +52,3 @@ def xl2_flops(plan: SamplingPlan) -> int:
     """Per image, what the same plan takes at XL/2, 256 px."""
     preset = PRESETS["xl2_256"]
     return plan.flops(preset.model, preset.data.sample_size, preset.data.sample_size)
-
-
-def relative_error(samples: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth."""
-    return (torch.linalg.vector_norm(samples - truth) / torch.linalg.vector_norm(truth)).item()

@@ -18,7 +18,8 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.digits_runs import DigitsRuns, digits_model, relative_error, xl2_flops
+from benchmarks.cpu_sampling import relative_error
+from benchmarks.digits_runs import DigitsRuns, digits_model, xl2_flops
 from benchmarks.environment import environment
 from benchmarks.figures import figure
 from ddt_fast import SamplingConfig

@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.digits_runs import DigitsRuns, digits_model, relative_error, xl2_flops
+from benchmarks.cpu_sampling import relative_error
+from benchmarks.digits_runs import DigitsRuns, digits_model, xl2_flops
 from benchmarks.environment import environment
 from benchmarks.fronts import dominating, front, near_front, recommend
 from benchmarks.pareto_figure import plot
 from benchmarks.tables import table, write_record
 from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.config import SamplingConfig
+from ddt_fast.config import SamplingConfig, Solver, StateForecast
 from ddt_fast.files import output_folder
 from ddt_fast.model import FusedDDT
 from ddt_fast.presets import PRESETS
@@ -47,6 +48,10 @@ BASE = replace(PUBLISHED, last_step=None)
 """Even steps: the published last one is ten times as long as the others, for the solver's error alone a bad choice."""
 
 STEPS = (10, 15, 25, 35, 55, 105, 245)
+SOLVERS: tuple[tuple[Solver, int], ...] = (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4))
+"""And their orders, which Euler does not read."""
+
+FORECASTS: tuple[StateForecast, ...] = ("linear", "quadratic")
 PERIODS = (2, 3, 4, 6, 10, 16)
 """Of the encoder and of guidance."""
 
@@ -102,7 +107,7 @@ class Point:
 def grid(steps: Sequence[int]) -> Iterator[SamplingConfig]:
     """Every solver with everything evaluated, and with shortcuts."""
     for count in steps:
-        for solver, order in (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4)):
+        for solver, order in SOLVERS:
             config = replace(BASE, num_steps=count, solver=solver, order=order)
             yield config
             if count <= ALL_SOLVERS_UP_TO or solver == "euler" or order == 3:
@@ -115,21 +120,16 @@ def shortcuts(config: SamplingConfig) -> Iterator[SamplingConfig]:
     periods = [p for p in PERIODS if 5 <= config.num_steps / p <= 45]
     for i, period in enumerate(periods):
         # Held values are here for comparison: they lose to forecast ones at every period.
-        held = ["hold"] if i == 0 else []
-        for forecast in (*held, "linear", "quadratic"):
-            yield replace(config, refresh_every=period, state_forecast=forecast)
-        for forecast in (*held, "linear"):
-            yield replace(config, guidance_every=period, guidance_forecast=forecast)
+        if i == 0:
+            yield replace(config, refresh_every=period)
+            yield replace(config, guidance_every=period)
+        yield replace(config, guidance_every=period, guidance_forecast="linear")
         both = periods[i : i + 2] if config.num_steps <= ALL_SOLVERS_UP_TO else periods[i : i + 2][-1:]
-        for forecast in ("linear", "quadratic"):
+        for forecast in FORECASTS:
+            once = replace(config, refresh_every=period, state_forecast=forecast)
+            yield once
             for guidance in both:
-                yield replace(
-                    config,
-                    refresh_every=period,
-                    state_forecast=forecast,
-                    guidance_every=guidance,
-                    guidance_forecast="linear",
-                )
+                yield replace(once, guidance_every=guidance, guidance_forecast="linear")
 
 
 def named() -> Iterator[tuple[str, SamplingConfig]]:
@@ -163,7 +163,6 @@ class Measurement:
         steps: of the grid.
         screen_samples, samples: of the screening, and of what is run again (65 or more).
         truth_steps: of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two.
-        compiled: compile the model; pays from some hundred runs on.
 
     Attributes:
         points: of the grid and the named settings.
@@ -172,13 +171,9 @@ class Measurement:
         scores: Fréchet distance and accuracy of the truth, and of real digits.
     """
 
-    def __init__(
-        self, steps: Sequence[int], screen_samples: int, samples: int, truth_steps: int, compiled: bool
-    ) -> None:
+    def __init__(self, steps: Sequence[int], screen_samples: int, samples: int, truth_steps: int) -> None:
+        # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
         model = FusedDDT.from_reference(digits_model())
-        if compiled:
-            model = model.compiled()
-            torch._dynamo.config.fail_on_recompile_limit_hit = True
         self._screen, self._final = DigitsRuns(model, screen_samples), DigitsRuns(model, samples)
         fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
         half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
@@ -326,9 +321,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", default="benchmarks/results")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="numbers of steps of the grid")
     parser.add_argument("--screen-samples", type=int, default=32, help="samples that the grid is screened with")
-    parser.add_argument("--samples", type=int, default=449, help="samples of what is run again; 65 or more")
+    parser.add_argument("--samples", type=int, default=256, help="samples of what is run again; 65 or more")
     parser.add_argument("--truth-steps", type=int, default=505, help="steps of the fine run")
-    parser.add_argument("--eager", action="store_true", help="do not compile the model; quicker for a small grid")
     options = parser.parse_args(arguments)
     require_int("--screen-samples", options.screen_samples, 1)
     require_int("--samples", options.samples, 65)
@@ -337,9 +331,7 @@ def main(arguments: list[str] | None = None) -> None:
     require_int("--truth-steps", options.truth_steps, 2 * max(options.steps))
     folder = output_folder(options.output_dir)
     record: dict[str, Any] = {"environment": environment()}
-    measurement = Measurement(
-        options.steps, options.screen_samples, options.samples, options.truth_steps, not options.eager
-    )
+    measurement = Measurement(options.steps, options.screen_samples, options.samples, options.truth_steps)
     finalists = measurement.finalists
     number = {id(point): i for i, point in enumerate(measurement.points)}
     record |= {

@@ -82,8 +82,8 @@ class TrainingStep:
         return self.seconds[-1] * batch / self.batches[-1]
 
     def step_seconds(self, ranks: int, batch: int, bandwidth: float, overlapped: bool) -> float | None:
-        """Of `batch` images a rank. Not overlapped: the all-reduce follows the computation. Overlapped, at best: it runs
-        beside the backward pass, and only what is longer than that is waited for."""
+        """Of `batch` images a rank. Not overlapped: the all-reduce follows the computation. Overlapped, at best: it
+        runs beside the backward pass, and only what it takes longer is waited for."""
         compute = self.compute_seconds(batch)
         if compute is None:
             return None

@@ -17,14 +17,15 @@ import torch
 
 from benchmarks.cpu_sampling import random_model
 from benchmarks.scaling_counts import LATENT, XL2
-from benchmarks.timing import interleave, timed
+from benchmarks.timing import interleave
+from benchmarks.training_step import Step, Variant, experiment_of, random_batch, states
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
-from ddt_fast.sampling import Sampler
+from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.training.objective import flow_matching_batch, flow_matching_loss
+from ddt_fast.training.objective import Objective
 from ddt_fast.training.throughput import training_flops
 
 Run = Callable[[], object]
@@ -100,27 +101,35 @@ class Work:
 
 
 def sweeps(sizes: Sizes, device: torch.device) -> Iterator[tuple[str, list[Work]]]:
-    """(name, points, the base first) of each."""
-    config = sizes.model
-    fused = partial(_model, sizes.dtype, device)
-
-    def forward(model: DDTConfig, pixels: int, batch: int, at: str) -> Work:
-        side = pixels // LATENT
-        flops = batch * model_flops(model, side, side).total
-        return Work(at, flops, batch, lambda: partial(_forward, fused(model), *_inputs(model, side, batch, device)))
-
-    yield "image size", [forward(config, p, sizes.image_batch, f"{p} px") for p in sizes.image_sizes]
-    yield "batch", [forward(config, sizes.pixels, batch, str(batch)) for batch in sizes.batches]
-    deep = [
-        (replace(config, num_blocks=sum(blocks), num_encoder_blocks=blocks[0]), "{} + {}".format(*blocks))
-        for blocks in sizes.depths
-    ]
-    yield "depth", [forward(model, sizes.image_sizes[0], sizes.image_batch, at) for model, at in deep]
-    yield "refresh", [_sampling(sizes, fused, device, every) for every in (*sizes.refreshes, None)]
-    yield "training batch", [_training(sizes, fused, device, batch) for batch in sizes.training_batches]
+    """(name, points, the base first) of each. Training steps want a `process_group`."""
+    config, first = sizes.model, sizes.image_sizes[0]
+    yield "image size", [_forward(sizes, device, config, p, sizes.image_batch, f"{p} px") for p in sizes.image_sizes]
+    yield "batch", [_forward(sizes, device, config, sizes.pixels, batch, str(batch)) for batch in sizes.batches]
+    deep = {
+        f"{encoder} + {decoder}": replace(config, num_blocks=encoder + decoder, num_encoder_blocks=encoder)
+        for encoder, decoder in sizes.depths
+    }
+    yield "depth", [_forward(sizes, device, model, first, sizes.image_batch, at) for at, model in deep.items()]
+    yield "refresh", [_sampling(sizes, device, every) for every in (*sizes.refreshes, None)]
+    yield "training batch", [_training(sizes, device, batch) for batch in sizes.training_batches]
 
 
-def _model(dtype: torch.dtype, device: torch.device, config: DDTConfig) -> FusedDDT:
+def _forward(sizes: Sizes, device: torch.device, config: DDTConfig, pixels: int, batch: int, at: str) -> Work:
+    side = pixels // LATENT
+
+    def build() -> Run:
+        model, (x, t, y) = _fused(config, sizes.dtype, device), _inputs(config, side, batch, device)
+        return partial(_velocity, model, x.to(sizes.dtype), t, y)
+
+    return Work(at, batch * model_flops(config, side, side).total, batch, build)
+
+
+@torch.no_grad()
+def _velocity(model: FusedDDT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return model(x, t, y)[0]
+
+
+def _fused(config: DDTConfig, dtype: torch.dtype, device: torch.device) -> FusedDDT:
     return FusedDDT.from_reference(random_model(config)).to(device, dtype)
 
 
@@ -130,40 +139,92 @@ def _inputs(config: DDTConfig, side: int, batch: int, device: torch.device) -> t
     return noise.to(device), torch.full((batch,), 0.5, device=device), labels
 
 
-@torch.no_grad()
-def _forward(model: FusedDDT, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return model(x.to(next(model.parameters()).dtype), t, y)[0]
-
-
 def sampling_config(sizes: Sizes, every: int | None, device: torch.device) -> SamplingConfig:
     """The encoder at every K-th step, held; None: --fast."""
     config = SamplingConfig(num_steps=sizes.sampling_steps, last_step=None, cuda_graphs=device.type == "cuda")
     return fast_settings(config) if every is None else replace(config, refresh_every=every)
 
 
-def _sampling(
-    sizes: Sizes, fused: Callable[[DDTConfig], FusedDDT], device: torch.device, every: int | None
-) -> Work:
+def _sampling(sizes: Sizes, device: torch.device, every: int | None) -> Work:
     side, batch, config = sizes.pixels // LATENT, sizes.sampling_batch, sampling_config(sizes, every, device)
 
     def build() -> Run:
-        sampler = Sampler(fused(sizes.model), config, batch, side, side)
+        sampler = Sampler(_fused(sizes.model, sizes.dtype, device), config, batch, side, side)
         noise, _, labels = _inputs(sizes.model, side, batch, device)
-        run = partial(sampler, noise, labels)
-        setattr(run, "capture_seconds", sampler.capture_seconds)
-        return run
-
-    from ddt_fast.sampling import SamplingPlan
+        return partial(sampler, noise, labels)
 
     flops = batch * SamplingPlan.from_config(config).flops(sizes.model, side, side)
     return Work("--fast" if every is None else f"K {every}", flops, batch, build)
 
 
-def _training(sizes: Sizes, fused: Callable[[DDTConfig], FusedDDT], device: torch.device, batch: int) -> Work:
+def _training(sizes: Sizes, device: torch.device, batch: int) -> Work:
     side = sizes.pixels // LATENT
+    variant = Variant("", "fused", sizes.dtype)
 
     def build() -> Run:
-        model = fused(sizes.model).train().requires_grad_(True)
-        return partial(_training_step, model, _optimizer(model), *_inputs(sizes.model, side, batch, device))
+        state = states(random_model(sizes.model), False, device)("fused")
+        step = Step(variant, state, Objective(experiment_of(sizes.model, batch, False), device, None))
+        return partial(step, random_batch(sizes.model, side, batch, False))
 
     return Work(str(batch), batch * training_flops(sizes.model, side, side, projector=False), batch, build)
+
+
+def measure(points: list[Work], calls: int) -> list[dict[str, Any]]:
+    """A row for every point: seconds, and ratios to the base, the first; or why it is skipped.
+
+    Raises:
+        ValueError: the base itself does not fit the memory.
+    """
+    base = points[0]
+    run_base = _prepared(base)
+    if isinstance(run_base, str):
+        raise ValueError(f"the base case {base.at} {run_base}; take a device with more memory")
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        run = run_base if point is base else _prepared(point)
+        if isinstance(run, str):
+            rows.append({"at": point.at, "skipped": run})
+            continue
+        try:
+            timings = interleave({"base": run_base} if run is run_base else {"base": run_base, "point": run}, calls)
+        except torch.OutOfMemoryError as error:
+            rows.append({"at": point.at, "skipped": _out_of_memory(error)})
+            continue
+        seconds = timings["point" if "point" in timings else "base"]
+        measured, counted = seconds.median / timings["base"].median, point.flops / base.flops
+        rows.append(
+            {
+                "at": point.at,
+                "images": point.images,
+                "seconds": seconds.as_dict(),
+                "gflop": point.flops / 1e9,
+                "measured_ratio": measured,
+                "counted_ratio": counted,
+                "measured_over_counted": measured / counted,
+                "capture_seconds": getattr(getattr(run, "func", None), "capture_seconds", 0.0),
+            }
+        )
+        del run
+    return rows
+
+
+def _prepared(work: Work) -> Run | str:
+    """The function to be timed, after a first call; or why there is none: it takes more memory than there is."""
+    try:
+        run = work.build()
+        run()
+    except torch.OutOfMemoryError as error:
+        return _out_of_memory(error)
+    return run
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    torch.cuda.empty_cache()
+    return f"does not fit the memory: {str(error).split('.')[0]}"
+
+
+def start_seconds(calls: int) -> float:
+    """What a rank's interpreter and imports take: the median of several new processes."""
+    command = [sys.executable, "-c", "import ddt_fast.sample"]
+    run = partial(subprocess.run, command, check=True, capture_output=True)
+    return interleave({"start": run}, calls, warmup=1)["start"].median
