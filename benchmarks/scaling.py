@@ -141,7 +141,7 @@ def simulate(measured: dict[str, Any], sizes: Sizes, ceiling: float) -> list[dic
         f"measured here: {measured['device']}, {sizes.pixels} px, {sizes.sampling_steps} steps": here,
         "XL/2, 256 px, --fast, at its floor": floor,
     }
-    return [{"label": "simulated", "from": source, **_simulated(job, step)} for source, (job, step) in sources.items()]
+    return [{"label": "simulated", "from": source, **_simulated(*inputs)} for source, inputs in sources.items()]
 
 
 def _shard_size(batch: int) -> int:
