@@ -13,7 +13,8 @@ say nothing of it, so intervals are judged by the Fréchet distance and the clas
 - The grid is screened with a few samples: relative L2 error of the final samples.
 - Whatever is near the front there, and the settings that have a name, are run again with many samples: error, pixel
   Fréchet distance, class accuracy. Fronts and recommendations are of these. Errors of few samples and of many do not
-  compare: a few samples lie near a fork, go another way after a small push, and make up most of the error.
+  compare: one or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the
+  error, so that it says more of them than of the typical sample.
 
 A Fréchet distance below the truth's is no gain: such runs follow the guidance less, which draws digits away from the
 real ones' spread. Near the front it differs by little more than noise.

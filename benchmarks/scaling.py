@@ -14,7 +14,6 @@ writes scaling.json and scaling.png and prints tables, in three parts that are n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -275,7 +274,7 @@ def main(arguments: list[str] | None = None, sizes: Sizes | None = None) -> None
     require_number("--copy-terabytes", options.copy_terabytes, 0, float("inf"), open_low=True)
     if options.threads is not None:
         require_int("--threads", options.threads, 1)
-        torch.set_num_threads(min(options.threads, os.cpu_count() or 1))
+        torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     sizes = sizes or (GPU_SIZES if device.type == "cuda" else CPU_SIZES)
     folder = output_folder(options.output_dir)

@@ -55,7 +55,7 @@ def test_a_small_run_writes_what_it_measured(small):
     assert [p["name"] for p in points if "name" in p] == ["published", "fast"]
     # A run of everything at few steps is off; the truth is not far from a run of somewhat more steps.
     finalists = {i: p for i, p in enumerate(points) if "error" in p}
-    assert 5 < len(finalists) <= len(points)
+    assert 2 < len(finalists) < len(points)
     assert all(1e-4 < p["error"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in finalists.values())
     everything = next(p for p in points if p["settings"]["solver"] == "lms" and p["network_evaluations"] == 16)
     assert everything["tflop_xl2"] == pytest.approx(4.207, abs=1e-3)
