@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
@@ -17,8 +18,9 @@ def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL
 
     try:
+        options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": cache_only(name)}
         # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
-        vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False)
+        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, **options)
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -45,6 +47,10 @@ class Decoder:
     ) -> None:
         self.vae = _load(name, device, dtype)
         self.batch_size = batch_size
+
+    def sha256(self) -> str:
+        """Checksum of the weights by name, in the dtype they are used in."""
+        return weights_sha256(self.vae)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:

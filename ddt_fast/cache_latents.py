@@ -25,6 +25,7 @@ from ddt_fast.data.latent_cache import MANIFEST, check_owned
 from ddt_fast.files import output_folder
 from ddt_fast.ranks import process_ranks
 from ddt_fast.training.repa import DinoV2
+from ddt_fast.wording import counted
 
 
 def build_parser() -> CommandParser:
@@ -75,8 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = output_folder(options.output)
     check_owned(output)
     if folder.ignored and ranks.rank == 0:
-        count = len(folder.ignored)
-        print(f"warning: {count} files are no images by name, such as {folder.ignored[0]}", file=sys.stderr)
+        count = counted(len(folder.ignored), "file")
+        print(
+            f"warning: passed over as no images by their names: {count}, such as {folder.ignored[0]}", file=sys.stderr
+        )
     device = choose_device(options.device)
     _make_deterministic(device)
     encoder = Encoder(options.autoencoder, device, DTYPES[options.compute_dtype])
@@ -125,13 +128,14 @@ def _make_deterministic(device: torch.device) -> None:
 def _report(manifest: dict[str, Any], output: Path) -> None:
     unreadable = manifest["unreadable"]
     if unreadable:
-        print(f"{len(unreadable)} images could not be read and are left out:")
+        print(f"left out, since unreadable: {counted(len(unreadable), 'image')}")
         for image in unreadable:
             print(f"  {image['file']}: {image['reason']}")
-    classes = len(manifest["class_counts"])
+    latents, shards = counted(manifest["count"], "latent"), counted(len(manifest["shards"]), "shard")
+    classes = counted(len(manifest["class_counts"]), "class")
     empty = sum(count == 0 for count in manifest["class_counts"])
     note = f" ({empty} of them without a readable image)" if empty else ""
-    print(f"{manifest['count']} latents of {classes} classes{note} in {len(manifest['shards'])} shards: {output}")
+    print(f"{latents} of {classes}{note} in {shards}: {output}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ a configuration that exists is a valid one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -212,6 +212,7 @@ class DataConfig:
             in the cache.
         scaling_factor: of LightningDiT's shards, which do not say theirs.
         channel_stats: LightningDiT's latents_stats.pt, where its latents are to be normalised with it.
+        verify: compare the checksums of the cache's shards before training, once: see `ddt_fast.data.verification`.
     """
 
     dataset: Literal["digits", "latents"] = "digits"
@@ -221,6 +222,7 @@ class DataConfig:
     images: str | None = None
     scaling_factor: float | None = None
     channel_stats: str | None = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         require_choice("dataset", self.dataset, Literal["digits", "latents"])
@@ -230,6 +232,7 @@ class DataConfig:
             require_name(name, getattr(self, name), "a path, or null")
         if self.scaling_factor is not None:
             require_number("scaling_factor", self.scaling_factor, 0, float("inf"), open_low=True)
+        require(isinstance(self.verify, bool), "verify", self.verify, "true or false")
         if self.dataset == "digits":
             require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
             for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
@@ -237,6 +240,10 @@ class DataConfig:
                 require(value is None, name, value, "null for the digits, which are pixels that come with the package")
         if self.autoencoder is not None:
             require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
+
+    def without_places(self) -> DataConfig:
+        """What goes with a model: where the data lay that it was trained on means nothing to who gets it."""
+        return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
 
     @property
     def sample_size(self) -> int:

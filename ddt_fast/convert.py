@@ -1,4 +1,5 @@
-"""Convert a released Lightning checkpoint into a model folder, or back: `python -m ddt_fast.convert SOURCE OUT`.
+"""Convert a released Lightning checkpoint, or the latest of a training run, into a model folder, or models and runs
+into a file for the original code: `python -m ddt_fast.convert SOURCE OUT`.
 
 An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in a .ckpt is executed.
 """
@@ -15,6 +16,7 @@ from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
+from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import (
     OWNED_NAMES,
     build_model,
@@ -27,19 +29,26 @@ from ddt_fast.model.weights import (
     settle_config,
 )
 from ddt_fast.presets import PRESETS
+from ddt_fast.training.checkpoint import TRAINER, newest_checkpoint, read_checkpoint
+from ddt_fast.wording import counted
 
 
 def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(prog="python -m ddt_fast.convert", description=__doc__)
     add = parser.add_argument
-    add("source", type=str, help="a .ckpt; or, to export, a model folder, a .safetensors or a hub id")
+    add(
+        "source",
+        type=str,
+        help="a .ckpt, a training run (its latest checkpoint is taken) or one of its checkpoints; or, to export, a "
+        "model folder, a .safetensors or a hub id",
+    )
     add("out", type=str, help="the folder to write; or, to export, a file that ends in .ckpt")
     add(
         "--weights",
         choices=["ema", "raw", "both"],
-        help="which weights of a .ckpt become the model: the average (default) or the trained ones; both: the average, "
-        "and the trained ones beside it for continued training",
+        help="the average, the trained ones, or both, each in its place. Default: a model folder gets the average, "
+        "a .ckpt what there is; of one kind alone it is written in both places",
     )
     add("--preset", type=str, help=f"settings that go with the weights: {', '.join(PRESETS)}; default: by their shapes")
     add("--config", type=str, help="the same from a file: config.json of a model folder, or recipe.yaml of a run")
@@ -50,57 +59,84 @@ def build_parser() -> CommandParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
     options = build_parser().parse_args(arguments)
-    source, out = resolve_checkpoint(options.source), Path(options.out)
+    run = newest_checkpoint(Path(options.source))
+    source, out = run or resolve_checkpoint(options.source), Path(options.out)
     if not options.out:
         raise ValueError("OUT has an empty name; name a folder or a .ckpt")
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
     if options.preset is not None and options.config is not None:
         raise ValueError("--preset and --config are both given; give one")
-    if source.suffix == ".ckpt":
-        _import(source, out, options)
-    elif out.suffix == ".ckpt":
+    if source.suffix != ".ckpt" and options.skip:
+        raise ValueError("--skip is for a SOURCE that is a .ckpt")
+    if run is not None and (options.preset or options.config) is not None:
+        raise ValueError(f"--preset and --config are for a SOURCE without settings; {run} has its own")
+    if source.suffix != ".ckpt" and out.suffix == ".ckpt":
         _export(source, out, options)
+    elif source.suffix == ".ckpt" or run is not None:
+        _import(source, out, options)
     else:
-        raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one")
+        raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one, or SOURCE a training run")
 
 
 def _import(source: Path, out: Path, options: Any) -> None:
     if out.suffix in (".ckpt", ".safetensors"):
         raise ValueError(f"OUT {out} is named like a file; a model folder is written")
     check_replaceable(out, OWNED_NAMES)
-    sets = read_lightning(source, options.skip)
-    _report(source, sets)
+    sets = _read(source, options.skip)
     which = options.weights or "ema"
-    weights = sets.take("raw" if which == "raw" else "ema", source)
-    raw = sets.take("raw", source) if which == "both" else None
-    experiment = _settings(source, weights, options)
-    model = build_model(experiment.model, weights, source)
-    _check_rest(experiment, raw, sets.projector, source)
-    save_model(model, out, experiment.data, experiment.sampling, raw, sets.projector)
+    experiment, model, raw = _choose(source, sets, which, options)
+    save_model(model, out, experiment.data.without_places(), experiment.sampling, raw, sets.projector)
     parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
 
 
 def _export(source: Path, out: Path, options: Any) -> None:
-    if options.weights is not None or options.skip:
-        raise ValueError("--weights and --skip are for a SOURCE that is a .ckpt")
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists; remove it or name another")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out} lies inside the model folder {source}; name another place")
-    sets = read_weight_sets(source)
-    _report(source, sets)
-    experiment = _settings(source, sets.ema, options)
-    build_model(experiment.model, sets.ema, source)
-    _check_rest(experiment, sets.raw, sets.projector, source)
-    write_lightning(out, sets.ema, sets.raw, sets.projector)
-    note = "" if sets.raw else " (no raw weights known: denoiser.* are the same as ema_denoiser.*)"
+        raise ValueError(f"{out} lies inside {source}; name another place")
+    sets = _read(source)
+    which = options.weights or ("both" if sets.raw else "ema")
+    _, model, raw = _choose(source, sets, which, options)
+    write_lightning(out, model.state_dict(), raw, sets.projector)
+    why = "" if sets.raw else "no raw weights known: "
+    note = "" if raw else f" ({why}denoiser.* are the same as ema_denoiser.*)"
     print(f"wrote {out} for the original code{note}")
+
+
+def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
+    """All that SOURCE holds; says what that is, and what of it is ignored."""
+    if source.suffix == ".ckpt":
+        sets = read_lightning(source, skip)
+    elif _is_run(source):
+        sets = read_checkpoint(source)
+    else:
+        sets = read_weight_sets(source)
+    _report(source, sets)
+    return sets
+
+
+def _choose(
+    source: Path, sets: LightningWeights, which: str, options: Any
+) -> tuple[Experiment, DDT, dict[str, Tensor] | None]:
+    """The settings, a model with the weights asked for (of both: the average), and of both the trained ones."""
+    weights = sets.take("raw" if which == "raw" else "ema", source)
+    raw = sets.take("raw", source) if which == "both" else None
+    experiment = _settings(source, weights, options)
+    model = build_model(experiment.model, weights, source)
+    _check_rest(experiment, raw, sets.projector, source)
+    return experiment, model, raw
+
+
+def _is_run(source: Path) -> bool:
+    return (source / TRAINER).is_file()
 
 
 def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Experiment:
     """The model's settings, from its folder, a file, the preset named, or the one that has its shapes; says which."""
+    if _is_run(source):
+        return read_settings(source / TRAINER)
     if has_config(source):
         if options.config is not None:
             raise ValueError(f"--config is for checkpoints without config.json; {source} has one")
@@ -120,7 +156,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Expe
             + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
         )
     if model.num_classes != experiment.model.num_classes:
-        print(f"settings: {model.num_classes} classes, by the shapes")
+        print(f"settings: {counted(model.num_classes, 'class')}, by the shapes")
     return Experiment(model, experiment.data, sampling=experiment.sampling)
 
 
@@ -140,7 +176,7 @@ def _report(source: Path, sets: LightningWeights) -> None:
         if tensors:
             count = sum(tensor.numel() for tensor in tensors.values())
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
-            print(f"{source}: {name}, {len(tensors)} tensors, {count:,} parameters, {dtypes}")
+            print(f"{source}: {name}, {counted(len(tensors), 'tensor')}, {counted(count, 'parameter')}, {dtypes}")
     if sets.other:
         more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
         print(f"ignored: {', '.join(sets.other[:8])}{more}")

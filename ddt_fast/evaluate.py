@@ -25,7 +25,7 @@ from ddt_fast.evaluation.features import (
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
 from ddt_fast.evaluation.report import PICTURE_IMAGES, Watch, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, check_metrics, evaluate, gather
-from ddt_fast.evaluation.sources import Images, open_source
+from ddt_fast.evaluation.sources import CROP_HELP, Images, open_sources
 from ddt_fast.evaluation.statistics import save_statistics
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
@@ -45,6 +45,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add = parser.add_argument
     add("--samples", type=str, help="an npz (arr_0, or mu and sigma), or a folder of images")
     add("--reference", type=str, help="the same, for example one of ADM's reference batches")
+    add("--center-crop", type=int, metavar="SIZE", help=CROP_HELP)
     add("--metrics", choices=METRICS, nargs="+", default=list(METRICS), help="default: all that can be computed")
     add("--features", choices=["inception", "pixels"], default="inception", help="pixels: for images of up to 64x64")
     add("--inception-weights", type=str, help=f"{WEIGHTS_FILE}; default: from torch's cache, else downloaded")
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.samples is None:
         if options.reference is not None or statistics is not None:
             raise ValueError("--reference and --save-statistics are for --samples, which is not given")
+        if options.center_crop is not None:
+            raise ValueError("--center-crop is for --samples and --reference, which are not given")
         report, shown = _score_digits(device, options.batch_size, options.metrics)
     elif statistics is not None and options.reference is None:
         _make_statistics(options, device, statistics)
@@ -98,24 +101,25 @@ def _score_files(
     options: Any, device: torch.device, statistics: Path | None
 ) -> tuple[dict[str, Any], dict[int, Images]]:
     """The report, and images for the picture."""
-    if options.reference is not None:
-        open_source(options.reference)  # a mistake in it should not wait for the samples
+    # Both at once: a mistake in the reference should not wait for the samples.
+    sources = open_sources([options.samples, options.reference], options.center_crop)
     watch = Watch()
     make_extractor = extractor_maker(options.features, options.inception_weights, device)
     metrics = [*options.metrics, *(["fid", "sfid"] if statistics is not None else [])]
-    samples = gather(options.samples, "samples", metrics, make_extractor, options.batch_size, watch)
+    samples = gather(sources[0], "samples", metrics, make_extractor, options.batch_size, watch)
     if statistics is not None:
         _save_statistics(statistics, samples)
-    report = evaluate(samples, options.reference, options.metrics, make_extractor, options.batch_size, watch)
+    reference = sources[1] if len(sources) > 1 else None
+    report = evaluate(samples, reference, options.metrics, make_extractor, options.batch_size, watch)
     return report, watch.shown
 
 
 def _make_statistics(options: Any, device: torch.device, statistics: Path) -> None:
     """Statistics alone, of samples that will be a reference."""
+    (source,) = open_sources([options.samples], options.center_crop)
     make_extractor = extractor_maker(options.features, options.inception_weights, device)
-    _save_statistics(
-        statistics, gather(options.samples, "samples", ["fid", "sfid"], make_extractor, options.batch_size, Watch())
-    )
+    found = gather(source, "samples", ["fid", "sfid"], make_extractor, options.batch_size, Watch())
+    _save_statistics(statistics, found)
 
 
 def _save_statistics(path: Path, samples: FeatureSet) -> None:

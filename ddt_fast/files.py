@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,18 +11,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error it is removed."""
+    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error it is removed.
+
+    What was written is on the disk before it gets its name, and the name when this returns: a power failure leaves the
+    old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept: writers such as Pillow choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,11 +45,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write an object as a JSON file, whole or not at all, and see it on the disk."""
+    """Write an object as a JSON file, whole or not at all."""
     try:
-        with atomic_file(path) as temporary, temporary.open("w") as stream:
-            stream.write(json.dumps(content, indent=1) + "\n")
-            sync(stream)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
     except FileNotFoundError:
         # Another process has written the same content and renamed the temporary file, which bears this one's process id
         # if it is on another machine.
@@ -50,10 +56,24 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
             raise
 
 
-def sync(stream: IO[Any]) -> None:
-    """Return when what was written to the stream is on the disk."""
-    stream.flush()
-    os.fsync(stream.fileno())
+def sync(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems have no such call for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when everything in a folder, whatever its depth, is on the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 @contextmanager
@@ -91,9 +111,11 @@ def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
         temporary.chmod(0o777 & ~umask)
         for file in temporary.iterdir():
             file.chmod(0o666 & ~umask)
+        sync_folder(temporary)
         if path.exists():
             path.rename(old)
         temporary.rename(path)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -41,6 +41,7 @@ from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
 from ddt_fast.sampling.schedule_cache import schedule_cache_path
 from ddt_fast.sampling.sharing import resolve_refresh_steps
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
+from ddt_fast.wording import counted
 
 ALL_PNG, SOME_PNG = 1000, 100
 """Jobs of up to ALL_PNG images write all as PNGs too, larger ones SOME_PNG, unless told."""
@@ -148,8 +149,9 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     _say(ranks, f"{checkpoint}: {sampling.solver}, guidance {sampling.guidance_scale:g} in ({interval})")
     _say(
         ranks,
-        f"{len(job)} images, {len(plan.steps)} steps, per image: {plan.network_evaluations} network evaluations, "
-        f"{plan.encoder_evaluations} encoder runs, {tera * 1e3:.3g} GFLOP",
+        f"{counted(len(job), 'image')}, {counted(len(plan.steps), 'step')}, per image: "
+        f"{counted(plan.network_evaluations, 'network evaluation')}, "
+        f"{counted(plan.encoder_evaluations, 'encoder run')}, {tera * 1e3:.3g} GFLOP",
     )
     if generation.found:
         print(f"{ranks.who}{generation.found}")
@@ -306,7 +308,7 @@ def _job(options: Any, experiment: Experiment) -> tuple[Job, dict[str, Any]]:
         default_count = options.seeds_per_class * num_chosen
     count = default_count if options.num_images is None else options.num_images
     if seeds and len(seeds) != count:
-        raise ValueError(f"--seeds gives {len(seeds)} seeds for {count} images; wanted one each")
+        raise ValueError(f"--seeds gives {counted(len(seeds), 'seed')} for {counted(count, 'image')}; wanted one each")
     first_seed = options.first_seed or 0
     for seed in seeds or (first_seed, first_seed + count - 1):
         if not 0 <= seed < 2**63:

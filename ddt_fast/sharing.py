@@ -27,6 +27,7 @@ from ddt_fast.model.weights import has_config, load_model
 from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
 from ddt_fast.sampling.sharing import optimal_refresh_schedule, step_errors, uniform_refresh_steps
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
+from ddt_fast.wording import counted
 
 _OUTPUTS = ("similarity.png", "similarity.json")
 _SHADES = " .:-=+*#%@"
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probed = time.perf_counter()
     study = _study(sampling, probe)
     print(
-        f"{checkpoint}: {options.num_samples} samples of {sampling.num_steps} steps probed in "
+        f"{checkpoint}: {counted(options.num_samples, 'sample')} of {counted(sampling.num_steps, 'step')} probed in "
         f"{probed - started:.1f} s, schedule found in {time.perf_counter() - probed:.1f} s"
     )
     print(_report(study))

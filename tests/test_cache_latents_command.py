@@ -18,6 +18,7 @@ from ddt_fast.autoencoder import Decoder, Encoder
 from ddt_fast.command import run_command
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.verification import wrong_shards
 from ddt_fast.training.repa import DinoV2
 
 
@@ -68,7 +69,8 @@ def test_from_images_to_batches(images, autoencoder, tmp_path, capsys):
     assert "32 latents of 11 classes in 4 shards" in output.out
     assert re.search(r"photos/cut\.jpg: image file is truncated", output.out)
     assert "img/s" in output.err
-    dataset = LatentDataset(tmp_path, shape=(4, 4, 4), verify=True)
+    dataset = LatentDataset(tmp_path, shape=(4, 4, 4))
+    assert wrong_shards(dataset, dataset.checksums) == []
     encoder = Encoder(str(autoencoder), torch.device("cpu"))
     assert dataset.scaling_factor == encoder.scaling_factor == 0.18215
     with LatentLoader(dataset, 32) as loader:
@@ -90,7 +92,8 @@ def dinov2(tmp_path_factory):
 def test_cached_features_are_those_of_the_images(images, autoencoder, dinov2, tmp_path, capsys):
     cache_latents.main(arguments(images, autoencoder, tmp_path, "--flips", "--repa-encoder", str(dinov2)))
     encoder = DinoV2(str(dinov2))
-    dataset = LatentDataset(tmp_path, features=True, verify=True)
+    dataset = LatentDataset(tmp_path, features=True)
+    assert wrong_shards(dataset, dataset.checksums) == []
     assert dataset.settings is not None
     assert (dataset.settings.repa_encoder, dataset.settings.repa_encoder_sha256) == (str(dinov2), encoder.sha256())
     assert dataset.feature_shape == (4, 24)

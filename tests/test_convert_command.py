@@ -95,6 +95,10 @@ def test_there_and_back_again_is_exact(place):
     assert same(back.ema, EMA)
     assert same(back.raw, RAW)
     assert same(back.projector, PROJECTOR)
+    run(place, "{0}/model", "{0}/raw.ckpt", "--weights", "raw")
+    raw = read_lightning(place / "raw.ckpt")
+    assert same(raw.ema, RAW)
+    assert same(raw.raw, RAW)
     for source in ("model", "released.ckpt"):
         sets = read_weight_sets(place / source, CONFIG)
         assert same(sets.ema, EMA)
@@ -103,11 +107,17 @@ def test_there_and_back_again_is_exact(place):
 
 
 def test_what_training_starts_from_must_fit_its_model(place):
-    for config in (replace(CONFIG, num_blocks=CONFIG.num_blocks + 1), replace(CONFIG, hidden_size=24)):
-        with pytest.raises(ValueError, match=r"released\.ckpt and its configuration disagree"):
-            read_weight_sets(place / "released.ckpt", config)
+    for name, value in (("num_blocks", 6), ("hidden_size", 96), ("num_classes", 3)):
+        message = (
+            rf"released\.ckpt and its.* disagree: {name} {getattr(CONFIG, name)} in .*\.ckpt, {value} in the config"
+        )
+        with pytest.raises(ValueError, match=message):
+            read_weight_sets(place / "released.ckpt", replace(CONFIG, **{name: value}))
+    save_model(golden.model(NAME), place / "model", DATA, SAMPLING)
+    with pytest.raises(ValueError, match=r"disagree: num_encoder_blocks 3 in .*/model, 2 in the config$"):
+        read_weight_sets(place / "model", replace(CONFIG, num_encoder_blocks=2))
     write_lightning(place / "raw.ckpt", EMA, {name: tensor[:1] for name, tensor in RAW.items()})
-    with pytest.raises(ValueError, match=r"raw\.ckpt and its configuration disagree: \d+ tensors of another shape"):
+    with pytest.raises(ValueError, match=r"raw\.ckpt and its configuration disagree: hidden_size 1 in"):
         read_weight_sets(place / "raw.ckpt", CONFIG)
     odd_projector(place)
     with pytest.raises(ValueError, match=r"the REPA projector in .* does not fit: 4\.weight is \(7, 9\)"):
@@ -210,10 +220,14 @@ def nothing(place):
 @pytest.mark.parametrize(
     ("prepare", "arguments", "message"),
     [
-        (other_architecture, TO_FOLDER, "tensors of another shape (such as blocks.0"),
+        (other_architecture, TO_FOLDER, "disagree: hidden_size 32 in {0}/released.ckpt, 48 in the config"),
         (other_architecture, TO_FOLDER[:2], "blocks of width 32, head dimension 16, which no preset has"),
-        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensors unexpected (such as pos"),
-        (raw_of_another_model, (*TO_FOLDER, "--weights", "both"), "12 tensors unexpected (such as blocks.5"),
+        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensor unexpected (such as pos"),
+        (
+            raw_of_another_model,
+            (*TO_FOLDER, "--weights", "both"),
+            "disagree: num_blocks 6 in {0}/released.ckpt, 5 in the config",
+        ),
         (no_average, TO_FOLDER, "holds no ema weights; take its raw weights"),
         (odd_projector, TO_FOLDER, "the REPA projector in {0}/released.ckpt does not fit: 4.weight is (7, 9)"),
         (half_a_projector, TO_FOLDER, "lacks 0.bias"),
@@ -221,10 +235,12 @@ def nothing(place):
         (no_checkpoint, TO_FOLDER, "corrupt"),
         (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
         (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT"),
-        (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "lies inside the model folder"),
+        (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "x.ckpt lies inside {0}/model; name another place"),
         (a_folder, ("{0}/model", "{0}/released.ckpt"), "released.ckpt exists; remove it or name another"),
         (a_folder, ("{0}/model", "{0}/other"), "SOURCE or OUT must be one"),
-        (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "raw"), "--weights and --skip are for a SOURCE that is"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "--skip is for a SOURCE that is a .ckpt"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "raw"), "holds no raw weights; take its ema weights"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "both"), "holds no raw weights; take its ema weights"),
         (
             a_folder,
             ("{0}/model", "{0}/x.ckpt", "--preset", "digits"),

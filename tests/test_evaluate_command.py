@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from ddt_fast import evaluate as command
 from ddt_fast.command import run_command
+from ddt_fast.data.image_folder import read_image
 from ddt_fast.evaluation import METRICS
 from inception_cases import random_weights, smooth_images
 
@@ -98,6 +100,43 @@ def test_folder_and_saved_statistics_give_the_same_scores(tmp_path, files, capsy
     assert both["metrics"] == {"fid": pytest.approx(expected["fid"], rel=1e-9)}
     with np.load(statistics) as archive:
         assert archive["num_images"] == 40
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of 30 images of several sizes."""
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(smooth_images(30, 1, size=20)):
+        Image.fromarray(image).resize((8 + i % 3, 9)).save(tmp_path / "photos" / f"{i:03d}.png")
+    return str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("role", ["--samples", "--reference", "--save-statistics"])
+def test_mixed_sizes_are_refused_before_any_image_is_decoded(tmp_path, files, photos, monkeypatch, role):
+    def read(*_):
+        raise AssertionError("images are read")
+
+    monkeypatch.setattr("ddt_fast.evaluation.sources.ImageSource.batches", read)
+    given = dict(zip(files[::2], files[1::2], strict=True)) | {role: photos}
+    if role == "--save-statistics":
+        given = {"--samples": photos, role: str(tmp_path / "statistics.npz")}
+    with pytest.raises(ValueError, match=r"001\.png has 9x9 pixels, 000\.png 8x9; .*--center-crop cuts a folder's"):
+        run(tmp_path, *(word for pair in given.items() for word in pair), "--features", "pixels")
+
+
+def test_a_folder_of_photos_is_a_reference_when_cropped(tmp_path, files, photos):
+    crops = [read_image(Path(photos, f"{i:03d}.png"), 8).permute(1, 2, 0).numpy() for i in range(30)]
+    np.savez(tmp_path / "cropped.npz", arr_0=np.stack(crops))
+    options = ("--features", "pixels", "--metrics", "fid", "kid")
+    expected = run(tmp_path, *files[:2], "--reference", str(tmp_path / "cropped.npz"), *options)
+    report = run(tmp_path, *files[:2], "--reference", photos, "--center-crop", "8", *options)
+    assert report["metrics"] == expected["metrics"]
+    assert (report["reference"]["height"], report["reference"]["width"]) == (8, 8)
+    statistics = str(tmp_path / "statistics.npz")
+    arguments = ["--samples", photos, "--center-crop", "8", "--save-statistics", statistics, "--features", "pixels"]
+    command.main(arguments)
+    saved = run(tmp_path, *files[:2], "--reference", statistics, "--features", "pixels", "--metrics", "fid")
+    assert saved["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*no published score")

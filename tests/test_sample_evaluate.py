@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddt_fast import evaluate as evaluate_command
 from ddt_fast.command import run_command
@@ -100,6 +101,20 @@ def test_one_process_scores_what_it_draws_in_one_pass(tmp_path, reference, expec
     assert json.loads((tmp_path / "metrics.json").read_text())["seconds"].keys() == {"samples", "reference", "metrics"}
 
 
+def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, reference, expected):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    with np.load(reference) as archive:
+        for i, image in enumerate(archive["arr_0"]):
+            Image.fromarray(np.pad(image, ((0, 0), (i % 2, i % 2), (0, 0)))).save(photos / f"{i:03d}.png")
+    arguments = [*scoring(str(photos)), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; images must be of one size"):
+        sample_command.main(arguments)
+    assert not (tmp_path / "out" / "samples.npz").exists()
+    sample_command.main([*arguments, "--center-crop", "8"])
+    check(tmp_path / "out", expected)
+
+
 def test_a_singular_reference_costs_digits_and_no_more(tmp_path):
     np.savez(tmp_path / "digits.npz", arr_0=to_uint8(digits()[0]))
     reference, out = str(tmp_path / "digits.npz"), tmp_path / "out"
@@ -168,7 +183,7 @@ def test_features_that_another_process_did_not_leave_come_from_the_samples(
     else:
         as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
     check(tmp_path, expected)
-    assert "features of 60 of 123 images are missing; they are taken from " in capsys.readouterr().out
+    assert "features of 60 of 123 images are taken from " in capsys.readouterr().out
 
 
 def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expected, monkeypatch):
@@ -298,7 +313,7 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, reference, monkeypatch,
 
 
 def test_options_without_evaluate_and_a_folder_in_the_way(tmp_path, reference, capsys):
-    for option in (["--metrics", "fid"], ["--evaluate-features", "pixels"], ["--inception-weights", "x.pth"]):
+    for option in (["--metrics", "fid"], ["--center-crop", "8"], ["--inception-weights", "x.pth"]):
         assert f"{option[0]} is for --evaluate, which is not given" in error_line(capsys, tmp_path, *JOB, *option)
     (tmp_path / "metrics.json").mkdir()
     assert "metrics.json is a folder; a file of that name is to be written" in error_line(

@@ -12,6 +12,7 @@ from torch import Tensor
 from ddt_fast.data.image_folder import UnreadableImageError, list_images, read_image
 from ddt_fast.data.latent_cache import names_sha256
 from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.wording import counted
 
 
 class CachedImages:
@@ -32,7 +33,9 @@ class CachedImages:
             raise ValueError("LightningDiT's shards do not say which image is which; images need a ddt-fast cache")
         folder = list_images(root)
         if len(folder.files) != settings.num_images:
-            raise ValueError(f"{root} holds {len(folder.files)} images; the cache was made from {settings.num_images}")
+            raise ValueError(
+                f"{root} holds {counted(len(folder.files), 'image')}; the cache was made from {settings.num_images}"
+            )
         if names_sha256(folder.files) != settings.images_sha256:
             raise ValueError(f"{root} holds other file names than the image folder that the cache was made from")
         self._root, self._files = root, folder.files

@@ -7,6 +7,7 @@ A cache is a folder of
                                                 with a REPA encoder features (and features_flip) (M, N', F)
     latents-K-of-N.json                         count, size and checksum of that shard, and the images it lacks
     manifest.json                               settings, counts, shards with checksums, unreadable images; written last
+    verified.json                               shards whose checksums a training run has compared (`verification`)
 
 Shard K covers images K * shard_size and on, in batches that do not cross it: its bytes depend on the images and the
 settings, not on how many processes there were or how often they were stopped. A shard is finished once its file has
@@ -31,12 +32,15 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
+from ddt_fast.files import atomic_file, read_json, write_json, writing
 
 VERSION = 1
-SETTINGS, MANIFEST = "settings.json", "manifest.json"
-_OWNED = r"settings\.json|manifest\.json|latents-\d+-of-\d+\.(safetensors|json)|\.(settings|manifest|latents-).*"
-_TEMPORARY = r"\.(settings|manifest)\.\d+\.json|\.latents-\d+-of-\d+\.\d+\.(safetensors|json)"
+SETTINGS, MANIFEST, VERIFIED = "settings.json", "manifest.json", "verified.json"
+_OWNED = (
+    r"(settings|manifest|verified)\.json|latents-\d+-of-\d+\.(safetensors|json)"
+    r"|\.(settings|manifest|verified|latents-).*"
+)
+_TEMPORARY = r"\.(settings|manifest|verified)\.\d+\.json|\.latents-\d+-of-\d+\.\d+\.(safetensors|json)"
 
 
 @dataclass(frozen=True)
@@ -195,9 +199,7 @@ class CacheFolder:
         }
         target = self.path / f"{name}.safetensors"
         with writing(target), atomic_file(target) as file:
-            with file.open("wb") as stream:
-                stream.write(content)
-                sync(stream)
+            file.write_bytes(content)
             write_json(self.path / f"{name}.json", record)
 
     def remove_temporaries(self, shard: int | None = None) -> None:

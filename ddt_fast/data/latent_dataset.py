@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, file_sha256, storage_dtype
+from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, storage_dtype
 from ddt_fast.files import read_json
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
@@ -109,9 +109,11 @@ class LatentDataset:
         channel_stats: for LightningDiT's shards, its `latents_stats.pt` ({"mean", "std"}, C values each): latents
             become (latents - mean) / std * scaling_factor. None leaves this out, right for Stable Diffusion's VAE.
         features: also read the DINOv2 features that `ddt_fast.cache_latents --repa-encoder` put there.
-        verify: also compare the checksums of all shards; sizes are compared always.
 
     Attributes:
+        folder: as given.
+        checksums: sha256 of each shard by its file name, as the manifest says; not compared here, as sizes are. Empty
+            for LightningDiT's shards.
         labels: (N,) int64.
         shape: (C, h, w).
         scaling_factor: as applied.
@@ -123,8 +125,7 @@ class LatentDataset:
 
     Raises:
         ValueError: no cache, an unfinished one, one without the features that are asked for, shards that are missing,
-            truncated, damaged, of a wrong checksum or of another size of latents or features; the message names the
-            file.
+            truncated, damaged or of another size of latents or features; the message names the file.
         OSError: files that cannot be read.
     """
 
@@ -136,15 +137,16 @@ class LatentDataset:
         scaling_factor: float | None = None,
         channel_stats: Path | None = None,
         features: bool = False,
-        verify: bool = False,
     ) -> None:
         if not folder.is_dir():
             raise ValueError(f"latent cache {folder} {'is no folder' if folder.exists() else 'does not exist'}")
+        self.folder = folder
+        self.checksums: dict[str, str] = {}
         self.settings: CacheSettings | None = None
         if (folder / MANIFEST).exists():
             if channel_stats is not None:
                 raise ValueError(f"{folder} has a manifest, which scales its latents; leave channel_stats out")
-            self.settings = self._open_cache(folder, verify)
+            self.settings = self._open_cache(folder)
             if scaling_factor not in (None, self.settings.scaling_factor):
                 own = self.settings.scaling_factor
                 raise ValueError(f"scaling factor is {scaling_factor}; {folder} was made for {own}")
@@ -152,7 +154,7 @@ class LatentDataset:
         elif (folder / SETTINGS).exists():
             raise ValueError(f"{folder} is an unfinished cache; run ddt_fast.cache_latents again to finish it")
         else:
-            self._open_shards(folder, verify)
+            self._open_shards(folder)
             if scaling_factor is None:
                 raise ValueError(f"the shards of {folder} do not say how they are scaled; give a scaling factor")
         self.scaling_factor = scaling_factor
@@ -190,33 +192,30 @@ class LatentDataset:
         digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
-    def _open_cache(self, folder: Path, verify: bool) -> CacheSettings:
+    def _open_cache(self, folder: Path) -> CacheSettings:
         path = folder / MANIFEST
         manifest = read_json(path)
         if manifest.get("version") != VERSION:
             raise ValueError(f"{path} is of version {manifest.get('version')}; this ddt-fast reads {VERSION}")
         try:
-            described = [(folder / record["file"], record["bytes"], record["sha256"]) for record in manifest["shards"]]
+            sizes = {folder / record["file"]: record["bytes"] for record in manifest["shards"]}
+            self.checksums = {record["file"]: record["sha256"] for record in manifest["shards"]}
             settings = CacheSettings.from_json(manifest["settings"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error!r}") from error
         self._shards = []
-        for file, size, checksum in described:
+        for file, size in sizes.items():
             if not file.exists():
                 raise ValueError(f"{file} is missing, {path} lists it; run ddt_fast.cache_latents again to make it")
             if file.stat().st_size != size:
                 raise ValueError(f"{file} is {file.stat().st_size} bytes; {path} says {size}")
-            if verify and file_sha256(file) != checksum:
-                raise ValueError(f"{file} does not have the checksum that {path} says: {checksum}")
             self._shards.append(Shard(file))
         return settings
 
-    def _open_shards(self, folder: Path, verify: bool) -> None:
+    def _open_shards(self, folder: Path) -> None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise ValueError(f"{folder} holds no latents: neither {MANIFEST} nor *.safetensors")
-        if verify:
-            raise ValueError(f"{folder} has no {MANIFEST}, so there are no checksums to verify")
         self._shards = [Shard(file) for file in files]
 
     def _check_shards(self, shape: Sequence[int] | None) -> None:

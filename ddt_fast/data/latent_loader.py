@@ -21,7 +21,10 @@ from torch import Tensor
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.digits import DigitsDataset
+from ddt_fast.data.latent_cache import MANIFEST
 from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.verification import wrong_shards
+from ddt_fast.wording import counted
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _U64 = np.uint64
@@ -261,13 +264,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Path(options.folder),
         scaling_factor=options.scaling_factor,
         features=options.features,
-        verify=options.verify,
     )
+    if options.verify:
+        if not dataset.checksums:
+            raise ValueError(f"{options.folder} has no {MANIFEST}, so there are no checksums to verify")
+        if wrong := wrong_shards(dataset, dataset.checksums):
+            raise ValueError("; ".join(wrong))
     images = None if options.images is None else Path(options.images)
     with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
         rate, busy = measure(loader, options.seconds)
     shape = "x".join(str(size) for size in dataset.shape)
-    print(f"{len(dataset)} latents of {shape}, {dataset.num_classes} classes, scaled by {dataset.scaling_factor:g}")
+    classes = counted(dataset.num_classes, "class")
+    print(f"{counted(len(dataset), 'latent')} of {shape}, {classes}, scaled by {dataset.scaling_factor:g}")
     more = []
     if dataset.feature_shape:
         more.append("features of " + "x".join(str(size) for size in dataset.feature_shape))
@@ -276,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if more:
         print("with " + " and ".join(more))
     cpus = len(os.sched_getaffinity(0))
-    print(f"{rate:.0f} img/s with {options.num_threads} threads, {busy:.2f} of {cpus} CPUs busy")
+    print(f"{rate:.0f} img/s with {counted(options.num_threads, 'thread')}, {busy:.2f} of {counted(cpus, 'CPU')} busy")
 
 
 if __name__ == "__main__":

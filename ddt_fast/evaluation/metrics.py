@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.manifold import precision_recall
+from ddt_fast.wording import counted
 
 __all__ = [
     "fixed_permutation",
@@ -87,7 +88,9 @@ def inception_score(probabilities: Array, splits: int = 10, permute: bool = True
         raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; wanted floats (N, classes)")
     count = len(probabilities)
     if not 1 <= splits <= count:
-        raise ValueError(f"{count} images cannot be split into {splits} parts; allowed: 1 to {count} splits")
+        raise ValueError(
+            f"{counted(count, 'image')} cannot be split into {counted(splits, 'part')}; allowed: 1 to {count}"
+        )
     # Written so that NaN fails it.
     if not (probabilities.min() >= 0 and np.abs(probabilities.sum(1, dtype=np.float64) - 1).max() < 1e-3):
         raise ValueError("rows of probabilities must be finite, not negative, and sum to 1")

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ddt_fast.evaluation.features import Extractor, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.sources import Images
 from ddt_fast.files import atomic_file
+from ddt_fast.wording import counted
 
 Features = Literal["inception", "pixels"]
 PICTURE_IMAGES = 100
@@ -66,7 +67,7 @@ def report_table(report: dict[str, Any]) -> str:
         if (found := report.get(role)) is not None:
             count = found["num_images"]
             size = f" of {found['width']}x{found['height']}" if found["width"] else ""
-            images = f"{count:,} images{size}" if count else "statistics"
+            images = f"{counted(count, 'image')}{size}" if count else "statistics"
             lines.append(f"{role:<18}{found['source']}: {images}")
     for name, title in _ROWS.items():
         if name in values:

@@ -28,9 +28,10 @@ from ddt_fast.evaluation.metrics import (
     kernel_inception_distance,
     precision_recall,
 )
-from ddt_fast.evaluation.sources import Images, ImageSource, open_source
+from ddt_fast.evaluation.sources import Images, ImageSource, Source, open_source
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.provenance import environment
+from ddt_fast.wording import counted
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 NUM_SPLITS = 10
@@ -45,8 +46,8 @@ BatchHook = Callable[[str, Images, int], None]
 
 
 def evaluate(
-    samples: str | Path | FeatureSet,
-    reference: str | Path | FeatureSet | None = None,
+    samples: str | Path | Source | FeatureSet,
+    reference: str | Path | Source | FeatureSet | None = None,
     metrics: Sequence[str] = METRICS,
     make_extractor: Callable[[], Extractor] = InceptionExtractor,
     batch_size: int = 64,
@@ -55,7 +56,7 @@ def evaluate(
     """Score samples against a reference.
 
     Args:
-        samples: a file or folder (see `open_source`), or features from a `FeatureAccumulator`.
+        samples: a file or folder, by name or opened (see `open_source`), or features from a `FeatureAccumulator`.
         reference: the same; None leaves out the metrics that need one.
         metrics: of `METRICS`.
         make_extractor: called once, when images have to be read; default: the Inception network on the CPU, its weights
@@ -111,7 +112,7 @@ def check_metrics(metrics: Sequence[str]) -> None:
 
 
 def gather(
-    path: str | Path,
+    place: str | Path | Source,
     role: str = "samples",
     metrics: Sequence[str] = METRICS,
     make_extractor: Callable[[], Extractor] = InceptionExtractor,
@@ -125,14 +126,15 @@ def gather(
     10,000 chosen by a fixed permutation are used for precision, recall and KID.
 
     Args:
-        path: see `open_source`.
+        place: a file or folder, by name or opened (see `open_source`).
         role: "samples" or "reference".
         metrics, make_extractor, batch_size, on_batch: as in `evaluate`.
 
     Raises:
         ValueError: no such file, wrong content, or a damaged file.
     """
-    source = open_source(path)
+    source = place if isinstance(place, Source) else open_source(place)
+    path = source.path
     found = FeatureSet(str(path), pool=source.pool, spatial=source.spatial, statistics_count=source.statistics_count)
     if source.images is None:
         return found
@@ -165,7 +167,9 @@ def gather(
     if source.pool is not None:
         # A file that has a Gaussian for FID alone does not say of how many images; its images may be some of them.
         if source.spatial is None and own.spatial is not None and "sfid" in metrics:
-            warnings.warn(f"{path} holds no mu_s, sigma_s: sFID uses its {images.count} images", stacklevel=2)
+            warnings.warn(
+                f"{path} holds no mu_s, sigma_s: sFID uses its {counted(images.count, 'image')}", stacklevel=2
+            )
         own = replace(own, pool=source.pool, statistics_count=source.statistics_count)
     if source.spatial is not None:
         own = replace(own, spatial=source.spatial)
@@ -230,7 +234,7 @@ def computable(
         for name in wanted:
             own, other = _num_dimensions(samples, name), _num_dimensions(reference, name)
             if None not in (own, other) and own != other:
-                raise ValueError(f"samples have {own} features, the reference {other}; wanted as many")
+                raise ValueError(f"samples have {counted(own or 0, 'feature')}, the reference {other}; wanted as many")
     return wanted, missing
 
 
@@ -254,7 +258,7 @@ def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str
             if found.count is None:
                 return f"{role}: {found.source} holds no {names}, and no images"
             if found.count < 2:
-                return f"{role}: {found.count} image; 2 or more are needed"
+                return f"{role}: {counted(found.count, 'image')}; 2 or more are needed"
             return "these features have none for sFID"
     return None
 
@@ -264,7 +268,7 @@ def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -
         if found.features is None:
             return f"{role}: {found.source} holds statistics alone, no images"
         if len(found.features) < fewest:
-            return f"{role}: {len(found.features)} images; {fewest} or more are needed"
+            return f"{role}: {counted(len(found.features), 'image')}; {fewest} or more are needed"
     return None
 
 
@@ -274,7 +278,7 @@ def _without_classes(samples: FeatureSet) -> str | None:
     if samples.probabilities is None:
         return "these features have no class probabilities"
     if len(samples.probabilities) < NUM_SPLITS:
-        return f"samples: {len(samples.probabilities)} images; {NUM_SPLITS} or more are needed"
+        return f"samples: {counted(len(samples.probabilities), 'image')}; {NUM_SPLITS} or more are needed"
     return None
 
 
@@ -286,8 +290,8 @@ def _warn_of_doubts(samples: FeatureSet, reference: FeatureSet, fid: bool) -> No
         count, pool = found.statistics_count, found.pool
         if fid and count is not None and pool is not None and count < FEWEST_FOR_FID <= len(pool.mu):
             warnings.warn(
-                f"FID of {count} images ({role}) is far too high: its bias falls with their number, and published "
-                f"values are of 50,000 samples",
+                f"FID of {counted(count, 'image')} ({role}) is far too high: its bias falls with their number, and "
+                "published values are of 50,000 samples",
                 stacklevel=4,
             )
 

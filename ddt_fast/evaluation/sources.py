@@ -6,8 +6,9 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddt_fast.data.image_folder import EXTENSIONS
+from ddt_fast.data.image_folder import EXTENSIONS, center_crop
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 
 Images = NDArray[np.uint8]
 
+CROP_HELP = "take the centre crop of that many pixels, as ADM and ddt_fast.cache_latents do, of a folder's images"
 _CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
 
 
@@ -34,6 +36,7 @@ class ImageSource:
         size: height and width.
         labels: (count,) classes, where they are known.
         files: of a folder, in order; None for an npz.
+        crop: side of the centre crop that is taken of a folder's images; None takes them whole.
     """
 
     path: Path
@@ -41,6 +44,25 @@ class ImageSource:
     size: tuple[int, int]
     labels: NDArray[np.int64] | None
     files: tuple[Path, ...] | None
+    crop: int | None = None
+
+    def check_sizes(self) -> None:
+        """Look at the sizes of a folder's images, without decoding them: a mixture is known before any work is done.
+
+        Raises:
+            ValueError: images of several sizes that are not cropped, or one that cannot be read.
+        """
+        if self.files is None or self.crop is not None:
+            return
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for file, size in zip(self.files, pool.map(_image_size, self.files), strict=True):
+                self._check_size(file, size)
+
+    def _check_size(self, file: Path, size: tuple[int, int]) -> None:
+        if size != self.size and self.files is not None:
+            (height, width), (first_height, first_width) = size, self.size
+            seen = f"{file} has {width}x{height} pixels, {self.files[0].name} {first_width}x{first_height}"
+            raise ValueError(f"{seen}; images must be of one size: --center-crop cuts a folder's to it")
 
     def batches(self, batch_size: int) -> Iterator[Images]:
         """All images in order, (up to batch_size, H, W, 3) uint8: one batch is held at a time.
@@ -77,15 +99,15 @@ class ImageSource:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, self.count, batch_size):
                 part = files[start : start + batch_size]
-                images = list(pool.map(_read_image, part))
+                images = list(pool.map(self._read, part))
                 for file, image in zip(part, images, strict=True):
-                    if image.shape[:2] != self.size:
-                        height, width = self.size
-                        raise ValueError(
-                            f"{file} has {image.shape[1]}x{image.shape[0]} pixels, {files[0].name} {width}x{height}; "
-                            f"images must be of one size"
-                        )
+                    self._check_size(file, image.shape[:2])
                 yield np.stack(images)
+
+    def _read(self, file: Path) -> Images:
+        with _opened(file) as image:
+            whole = image.convert("RGB")
+            return np.asarray(whole if self.crop is None else center_crop(whole, self.crop))
 
 
 @dataclass(frozen=True)
@@ -106,20 +128,24 @@ class Source:
     statistics_count: int | None = None
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, crop: int | None = None) -> Source:
     """Look at a path; images are not read yet.
 
     Args:
         path: an npz with arr_0, (N, H, W, 3) uint8 (and, if known, their classes: labels, or arr_1 as in ADM), with mu
             and sigma (mu_s, sigma_s), or with all of them, as ADM's reference batches; or a folder of images, its
             sub-folders included.
+        crop: side of the centre crop, as `ddt_fast.cache_latents` and ADM cut it, to take of the images of a folder;
+            an npz is taken as it is.
 
     Raises:
         ValueError: it is none of these, or is damaged.
     """
     path = Path(path)
+    if crop is not None and crop < 1:
+        raise ValueError(f"--center-crop is {crop}; allowed: 1 or more")
     if path.is_dir():
-        return Source(path, _open_folder(path))
+        return Source(path, _open_folder(path, crop))
     if not path.exists():
         raise ValueError(f"{path} does not exist; wanted an npz or a folder of images")
     if not zipfile.is_zipfile(path):
@@ -135,6 +161,21 @@ def open_source(path: str | Path) -> Source:
         held = ", ".join(sorted(names)) or "nothing"
         raise ValueError(f"{path} holds {held}; wanted arr_0 (images), or mu and sigma (statistics)")
     return Source(path, images, pool, spatial, count)
+
+
+def open_sources(paths: Sequence[str | None], crop: int | None) -> list[Source]:
+    """Those of the paths that are given, opened, their images of one size each.
+
+    Raises:
+        ValueError: as `open_source` and `ImageSource.check_sizes` do, or a crop without a folder to crop.
+    """
+    sources = [open_source(path, crop) for path in paths if path is not None]
+    if crop is not None and not any(source.path.is_dir() for source in sources):
+        raise ValueError(f"--center-crop is for folders of images; {sources[-1].path} is none")
+    for source in sources:
+        if source.images is not None:
+            source.images.check_sizes()
+    return sources
 
 
 def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSource:
@@ -165,7 +206,7 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     return np.lib.format.read_array_header_2_0(stream)
 
 
-def _open_folder(path: Path) -> ImageSource:
+def _open_folder(path: Path, crop: int | None) -> ImageSource:
     files: list[Path] = []
     for folder, inner, names in os.walk(path, followlinks=True):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
@@ -175,15 +216,21 @@ def _open_folder(path: Path) -> ImageSource:
     files.sort()
     matches = [_CLASS_IN_NAME.search(file.name) for file in files]
     labels = np.array([int(match[1]) for match in matches if match], dtype=np.int64)
-    height, width = _read_image(files[0]).shape[:2]
+    size = _image_size(files[0]) if crop is None else (crop, crop)
     known = len(labels) == len(files)
-    return ImageSource(path, len(files), (height, width), labels if known else None, tuple(files))
+    return ImageSource(path, len(files), size, labels if known else None, tuple(files), crop)
 
 
-def _read_image(file: Path) -> Images:
+def _image_size(file: Path) -> tuple[int, int]:
+    with _opened(file) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything on damaged bytes

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddt_fast.files import atomic_file, atomic_folder, read_json, sync, writing
+from ddt_fast.files import atomic_file, atomic_folder, read_json, writing
 from ddt_fast.generation.images import labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
 from ddt_fast.generation.seeds import Job
@@ -73,8 +73,6 @@ def finish(
             atomic_file(output_dir / SAMPLES) as samples,
         ):
             write_npz(samples, shape, _stream(shards, makers), labels=job.labels, seeds=job.seeds)
-            with samples.open("rb") as stream:
-                sync(stream)
             _draw(open_images(samples), job, folder, grid, num_png, columns)
             record = {
                 "fingerprint": fingerprint(shards.settings),

@@ -36,6 +36,7 @@ from ddt_fast.generation.shards import (
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling.engine import Sampler
 from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.wording import counted
 
 _PRECIOUS_MINUTES = 10
 """Finished samples that took longer are not replaced unasked."""
@@ -148,10 +149,9 @@ class Generation:
             return f"{self.output_dir} holds these samples already, finished {when}; --overwrite makes them again"
         if not self._found:
             return ""
-        total = len(self._found) + len(self.todo)
-        return (
-            f"found {len(self._found)} of {total} shards of {self.shards.shard_size} images; going on with the others"
-        )
+        total = counted(len(self._found) + len(self.todo), "shard")
+        size = counted(self.shards.shard_size, "image")
+        return f"found {len(self._found)} of {total} of {size}; going on with the others"
 
     def found_made_with(self) -> dict[str, Any]:
         """What the first found shard was made with; empty where there is none."""

@@ -23,7 +23,7 @@ from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, kind_of
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
 from ddt_fast.evaluation.report import Features, Watch, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
-from ddt_fast.evaluation.sources import open_source
+from ddt_fast.evaluation.sources import CROP_HELP, Source, open_sources
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.files import read_json, writing
 from ddt_fast.generation.finish import SAMPLES
@@ -32,6 +32,7 @@ from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import IntArray
 from ddt_fast.generation.shards import Images, fingerprint
 from ddt_fast.ranks import Ranks
+from ddt_fast.wording import counted
 
 REPORT = "metrics.json"
 _FEATURES = r"features-[0-9a-f]{12}-rank-\d+-of-\d+\.npz"
@@ -42,6 +43,7 @@ def add_scoring_options(parser: CommandParser) -> None:
     """--evaluate, and what goes with it."""
     add = parser.add_argument
     add("--evaluate", type=str, metavar="REFERENCE", help="score the samples against an npz or a folder of images")
+    add("--center-crop", type=int, metavar="SIZE", help=f"of --evaluate: {CROP_HELP}")
     add("--metrics", choices=METRICS, nargs="+", help="for --evaluate; default: all that can be computed")
     add("--evaluate-features", choices=get_args(Features), help="default: inception; pixels: images of up to 64x64")
     add("--inception-weights", type=str, help=f"{WEIGHTS_FILE}; default: from torch's cache, else downloaded")
@@ -52,13 +54,13 @@ def chosen_scoring(
 ) -> Scoring | None:
     """What the options ask for; None without --evaluate, ValueError for what `Scoring` refuses."""
     if options.evaluate is None:
-        for name in ("metrics", "evaluate_features", "inception_weights"):
+        for name in ("center_crop", "metrics", "evaluate_features", "inception_weights"):
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for --evaluate, which is not given")
         return None
     return Scoring(
         output_dir,
-        options.evaluate,
+        open_sources([options.evaluate], options.center_crop)[0],
         options.metrics or list(METRICS),
         options.evaluate_features or "inception",
         options.inception_weights,
@@ -74,7 +76,7 @@ class Scoring:
 
     Args:
         output_dir: of the job.
-        reference: see `ddt_fast.evaluation.sources.open_source`.
+        reference: what `ddt_fast.evaluation.sources.open_sources` gives.
         metrics: of `METRICS`.
         features: "inception" or "pixels".
         weights: of the Inception network; None: from the usual place.
@@ -83,13 +85,13 @@ class Scoring:
         ranks: this process among those that share the job.
 
     Raises:
-        ValueError: no such reference or weights, or no metric can be computed with them.
+        ValueError: no such weights, or no metric can be computed with them.
     """
 
     def __init__(
         self,
         output_dir: Path,
-        reference: str,
+        reference: Source,
         metrics: list[str],
         features: Features,
         weights: str | None,
@@ -103,13 +105,13 @@ class Scoring:
             raise ValueError(f"{output_dir / REPORT} is a folder; a file of that name is to be written")
         self._output_dir, self._reference, self._metrics = output_dir, reference, metrics
         self._count, self._ranks = count, ranks
-        source = open_source(reference)
+        name = str(reference.path)
         self._extractor = extractor_maker(features, weights, device)()
-        known = FeatureSet(reference, pool=source.pool, spatial=source.spatial)
-        if source.images is not None:
-            own = self._expected(reference, source.images.count, source.images.size)
-            pool, spatial = source.pool or own.pool, source.spatial or own.spatial
-            known = FeatureSet(reference, own.count, own.size, pool, spatial, own.features)
+        known = FeatureSet(name, pool=reference.pool, spatial=reference.spatial)
+        if reference.images is not None:
+            own = self._expected(name, reference.images.count, reference.images.size)
+            pool, spatial = reference.pool or own.pool, reference.spatial or own.spatial
+            known = FeatureSet(name, own.count, own.size, pool, spatial, own.features)
         wanted, _ = computable(self._expected(str(output_dir / SAMPLES), count, (size, size)), known, metrics)
         # FID and sFID need no features but their statistics, which do not grow with the number of images.
         self._keep = any(name not in ("fid", "sfid") for name in wanted)
@@ -212,7 +214,7 @@ class Scoring:
         if len(places):
             samples = self._output_dir / SAMPLES
             if not self._was_finished:
-                print(f"features of {len(places)} of {self._count} images are missing; they are taken from {samples}")
+                print(f"features of {len(places)} of {counted(self._count, 'image')} are taken from {samples}")
             for start in range(0, len(places), _BATCH):
                 part = places[start : start + _BATCH]
                 # Opened anew, because pages of a map that stays open count as memory of this process.

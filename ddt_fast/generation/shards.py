@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ddt_fast.files import atomic_file, read_json, sync, write_json, writing
+from ddt_fast.files import atomic_file, read_json, write_json, writing
+from ddt_fast.wording import counted
 
 Images = NDArray[np.uint8]
 _JOB = "job.json"
@@ -125,9 +126,8 @@ class ShardFolder:
             stale.unlink(missing_ok=True)
         metadata = {"sha256": hashlib.sha256(images.data).hexdigest(), "made_with": json.dumps(made_with)}
         content = save({"images": images}, metadata)
-        with writing(target), atomic_file(target) as temporary, temporary.open("wb") as stream:
-            stream.write(content)
-            sync(stream)
+        with writing(target), atomic_file(target) as temporary:
+            temporary.write_bytes(content)
 
     def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
         """Images (n, H, W, 3) of a finished shard, and what it was made with.
@@ -169,7 +169,7 @@ def describe_other(path: Path, settings: dict[str, Any]) -> str:
     """How many shards a folder of another job holds, and in what its settings differ from these."""
     theirs = read_json(path / _JOB).get("settings", {}) if (path / _JOB).exists() else {}
     changed = "; ".join(differences(theirs, settings)) if theirs else f"its {_JOB} is missing"
-    return f"{path} holds {_count_shards(path)} finished shards of a job with other settings ({changed})"
+    return f"{path} holds {counted(_count_shards(path), 'finished shard')} of a job with other settings ({changed})"
 
 
 def _count_shards(path: Path) -> int:

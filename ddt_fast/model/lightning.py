@@ -133,12 +133,13 @@ def write_lightning(
         "optimizer_states": [],
         "lr_schedulers": [],
     }
-    with atomic_file(path) as temporary, temporary.open("wb") as file:
-        try:
+    try:
+        with atomic_file(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
-        except RuntimeError as error:  # about the archive; why it could not be written is in the error before
-            reason = error.__context__ if isinstance(error.__context__, OSError) else error
-            raise OSError(f"{path} could not be written: {reason}") from error
+    except (OSError, RuntimeError) as error:
+        # torch's is about the archive; why it could not be written is in the error before.
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"{path} could not be written: {reason}") from error
 
 
 def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from ddt_fast.files import atomic_folder
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
+from ddt_fast.wording import counted
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -124,6 +125,8 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
     else:
         sets = LightningWeights(_read_safetensors(source), {}, {}, [])
     if config is not None:
+        if has_config(source):
+            _check_settings(asdict(read_experiment(source).model), asdict(config), source)
         for weights in filter(None, (sets.ema, sets.raw)):
             build_model(config, weights, source)
         if sets.projector:
@@ -133,9 +136,10 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
 
 def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
     """A DDT that holds these very tensors; ValueError where they do not fit it, with `source` as their origin."""
+    _check_settings(_settled_by_shapes(weights, source), _settled(config), source)
     with torch.device("meta"):
         model = DDT(config)
-    _check_fit({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, source)
+    _check_tensors({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, source)
     model.load_state_dict(weights, assign=True)
     return model
 
@@ -192,7 +196,8 @@ def read_experiment(path: str | Path) -> Experiment:
 
 
 def read_settings(file: Path) -> Experiment:
-    """Model, data and sampling settings from a config.json, or from YAML such as the recipe.yaml of a training run.
+    """Model, data and sampling settings from a config.json, or from what a training run writes: its recipe.yaml, or
+    the trainer.json of a checkpoint.
 
     Raises:
         ValueError: no or a corrupt file.
@@ -200,6 +205,7 @@ def read_settings(file: Path) -> Experiment:
     try:
         text = file.read_text()
         entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        entries = entries.get("settings", entries)
         parts = entries.get("model", entries)
         model = DDTConfig(**{setting.name: parts[setting.name] for setting in fields(DDTConfig)})
         data = DataConfig(**entries.get("data", {}))
@@ -240,41 +246,70 @@ def settle_config(
     Raises:
         ValueError: none agrees, or no weights of a DDT, with `source` as their origin.
     """
+    seen = _settled_by_shapes(weights, source)
+    for name, preset in presets.items():
+        if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:
+            return name, replace(preset.model, num_classes=seen["num_classes"])
+    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
+    shape = f"{counted(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
+    raise ValueError(
+        f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "
+        "size and number of encoder blocks are unknown; pass config"
+    )
+
+
+def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str, int]:
+    """What the shapes of a DDT's weights say of its settings, as `_settled` names it; ValueError for no DDT."""
     try:
         hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
-        head_dim = weights["blocks.0.attn.q_norm.weight"].shape[0]
-        num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
-        num_blocks = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        return {
+            "hidden_size": hidden_size,
+            "hidden_size / num_heads": weights["blocks.0.attn.q_norm.weight"].shape[0],
+            "num_blocks": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+            "in_channels * patch_size^2": patch_features,
+            "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+        }
     except KeyError as error:
         raise ValueError(f"checkpoint {source} holds no tensor {error}; it is not a DDT") from error
     except (ValueError, IndexError) as error:
         raise ValueError(f"checkpoint {source} holds tensors of names or shapes that no DDT has: {error}") from error
-    for name, preset in presets.items():
-        model = preset.model
-        known = (model.hidden_size, model.head_dim, model.num_blocks, model.in_channels * model.patch_size**2)
-        if known == (hidden_size, head_dim, num_blocks, patch_features):
-            return name, replace(model, num_classes=num_classes)
-    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
-    raise ValueError(
-        f"checkpoint {source} has {num_blocks} blocks of width {hidden_size}, head dimension {head_dim}, which "
-        f"{whose}: its patch size and number of encoder blocks are unknown; pass config"
-    )
 
 
-def _check_fit(wanted: dict[str, torch.Size], weights: Mapping[str, Tensor], source: Path) -> None:
+def _settled(config: DDTConfig) -> dict[str, int]:
+    """Those settings, or products of them, that the shapes of the weights say too."""
+    return {
+        "hidden_size": config.hidden_size,
+        "hidden_size / num_heads": config.head_dim,
+        "num_blocks": config.num_blocks,
+        "in_channels * patch_size^2": config.in_channels * config.patch_size**2,
+        "num_classes": config.num_classes,
+    }
+
+
+def _check_settings(seen: Mapping[str, int], wanted: Mapping[str, int], source: Path) -> None:
+    differing = [
+        f"{name} {seen[name]} in {source}, {wanted[name]} in the config" for name in seen if seen[name] != wanted[name]
+    ]
+    if differing:
+        raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(differing)}")
+
+
+def _check_tensors(wanted: dict[str, torch.Size], weights: Mapping[str, Tensor], source: Path) -> None:
     missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape]
     problems = [
-        f"{len(names)} {what} (such as {names[0]})"
-        for what, names in (("tensors missing", missing), ("tensors unexpected", unexpected))
+        f"{counted(len(names), 'tensor')} {what} (such as {names[0]})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     counts = sorted(name for name in weights if not weights[name].is_floating_point())
     if counts:
-        problems.append(f"{len(counts)} tensors without fractions (such as {counts[0]}: {weights[counts[0]].dtype})")
+        problems.append(
+            f"{counted(len(counts), 'tensor')} without fractions (such as {counts[0]}: {weights[counts[0]].dtype})"
+        )
     if wrong:
         name = min(wrong)
         shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"
-        problems.append(f"{len(wrong)} tensors of another shape (such as {name}: {shapes})")
+        problems.append(f"{counted(len(wrong), 'tensor')} of another shape (such as {name}: {shapes})")
     if problems:
         raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(problems)}")

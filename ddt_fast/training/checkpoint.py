@@ -20,14 +20,20 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-from ddt_fast.training.state import TrainingState
+from ddt_fast.files import sync, sync_folder
+from ddt_fast.model.lightning import LightningWeights
+from ddt_fast.model.weights import read_settings
+from ddt_fast.training.parallel import patient_group
+from ddt_fast.training.state import TrainingState, released_weights
 
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
 VERSION = 1
+TRAINER = "trainer.json"
 # It comes from a background thread, so that no filter around the call could catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
@@ -51,7 +57,7 @@ class Checkpoints:
         # The latest one that is whole; it is never written again, and so never missing for a moment.
         self._latest = None if continued is None else continued.resolve()
         # What is said in the background must not be mixed up with what training says at the same time.
-        self._group = dist.new_group(backend="gloo")
+        self._group = patient_group()
         self._saving: Future[None] | None = None
 
     def save(
@@ -92,8 +98,11 @@ class Checkpoints:
                 if not self._first:
                     return
                 save_model(temporary / "model")
-                (temporary / "trainer.json").write_text(content)
+                (temporary / TRAINER).write_text(content)
+                sync_folder(temporary)
                 temporary.rename(self._folder / name)
+                for folder in (self._folder, self._folder.parent):
+                    sync(folder)
                 self._latest = (self._folder / name).resolve()
                 self._prune()
             except BaseException:
@@ -149,7 +158,7 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder is no checkpoint of a run, or of another version.
     """
-    file = checkpoint / "trainer.json"
+    file = checkpoint / TRAINER
     if not file.is_file() or not (checkpoint / "state" / ".metadata").is_file():
         raise ValueError(f"{checkpoint} is no checkpoint of a run, a folder such as RUN/checkpoints/step_0010000")
     try:
@@ -172,6 +181,49 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
         dcp.load(state.tensors(), checkpoint_id=checkpoint / "state", no_dist=dist.get_world_size() == 1)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that a folder is, or the latest of the run that it is; None where it is neither.
+
+    Raises:
+        ValueError: a run without a finished checkpoint.
+    """
+    if (folder / TRAINER).is_file():
+        return folder
+    if not (folder / "recipe.yaml").is_file() or not (folder / "checkpoints").is_dir():
+        return None
+    found = list_checkpoints(folder / "checkpoints")
+    if not found:
+        raise ValueError(f"{folder} holds a run without a finished checkpoint")
+    return found[-1]
+
+
+def read_checkpoint(checkpoint: Path) -> LightningWeights:
+    """The averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
+
+    Raises:
+        ValueError: no checkpoint, or one that is damaged.
+    """
+    numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
+    state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
+    try:
+        fused = numbers["settings"]["training"]["engine"] == "fused"
+        described = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
+        for key, tensor in described.items():
+            part, _, name = key.partition(".")
+            if part in state:
+                state[part][name] = torch.empty(tensor.size, dtype=tensor.properties.dtype)  # type: ignore[union-attr]
+        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+        ema = released_weights(config, fused, state["ema"])
+        raw = released_weights(config, fused, _below("denoiser.", state["weights"]))
+    except (Exception, CheckpointException) as error:  # the unpickler may raise anything on damaged bytes
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
+    return LightningWeights(ema, raw, _below("projector.", state["weights"]), [])
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _remove(folder: Path) -> None:

@@ -12,13 +12,16 @@ from ddt_fast.config import Experiment
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.verification import verify_together
+from ddt_fast.wording import counted
 
 
-def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
-    """This process's share of the experiment's batches.
+def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
+    """This process's share of the experiment's batches. All processes of the group call it together.
 
     Raises:
-        ValueError: no or unusable data, data that do not fit the model, or a batch that the processes cannot share.
+        ValueError: no or unusable data, shards of another checksum, data that do not fit the model, or a batch that the
+            processes cannot share.
     """
     data, model, training = experiment.data, experiment.model, experiment.training
     shares = dist.get_world_size() * training.accumulation_steps
@@ -39,15 +42,17 @@ def open_loader(experiment: Experiment, device: torch.device) -> LatentLoader:
             channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
             features=training.repa_weight > 0 and data.images is None,
         )
+        classes = f"{data.folder} holds {counted(dataset.num_classes, 'class')}"
         if dataset.num_classes > model.num_classes:
-            classes = f"{data.folder} holds {dataset.num_classes} classes"
             raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: as many or more")
         if dataset.num_classes < model.num_classes and dist.get_rank() == 0:
             warnings.warn(
-                f"{data.folder} holds {dataset.num_classes} classes, num_classes is {model.num_classes}: the others "
-                "are never trained, but are sampled unless classes are chosen",
+                f"{classes}, num_classes is {model.num_classes}: the others are never trained, but are sampled unless "
+                "classes are chosen",
                 stacklevel=2,
             )
+        if data.verify:
+            verify_together(dataset, group)
     return LatentLoader(
         dataset,
         training.batch_size,

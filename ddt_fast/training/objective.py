@@ -98,6 +98,10 @@ class Objective:
         else:
             self.feature_size = None if feature_shape is None else feature_shape[1]
 
+    def encoder_sha256(self) -> str | None:
+        """Checksum of the weights of REPA's encoder; None where features are not computed here."""
+        return None if self._encoder is None else self._encoder.sha256()
+
     def backward(self, replica: Replica, batch: LatentBatch, step: int) -> Tensor:
         """Leave the gradients of one step in the replica's masters.
 
@@ -123,12 +127,13 @@ class Objective:
         parts = settings.accumulation_steps
         losses = torch.zeros(2, device=self._device)
         features = self._features(batch).chunk(parts) if self.feature_size is not None else [None] * parts
-        for x, t, labels, target, aligned in zip(*(tensor.chunk(parts) for tensor in points), features, strict=True):
-            velocity, projected = replica.compute(x, t, labels)
-            flow = flow_matching_loss(velocity, target)
-            repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
-            ((flow + settings.repa_weight * repa) / parts).backward()
-            replica.collect()
+        chunks = zip(*(tensor.chunk(parts) for tensor in points), features, strict=True)
+        for part, (x, t, labels, target, aligned) in enumerate(chunks, start=1):
+            with replica.part(last=part == parts):
+                velocity, projected = replica.compute(x, t, labels)
+                flow = flow_matching_loss(velocity, target)
+                repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
+                ((flow + settings.repa_weight * repa) / parts).backward()
             losses += torch.stack([flow, repa]).detach() / parts
         return losses
 

@@ -8,7 +8,8 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ddt_fast.model.fused import FusedDDT
@@ -45,16 +46,30 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All processes, over gloo, waiting for each other however long one takes: a collective of GPUs ends the run when
+    one process comes 10 minutes after another."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
+def wait_for_all(group: dist.ProcessGroup) -> None:
+    """Return when every process of the group has come here: after something that one of them does alone, or that may
+    take one far longer than another."""
+    if dist.get_world_size(group) > 1:
+        dist.barrier(group)
+
+
 class Replica:
     """Master weights in float32, and a module that computes their gradients in `dtype`, alone or with other processes.
 
-    With "ddp" and bfloat16 the module is a bfloat16 copy whose gradients are averaged in float32 and moved to the
-    masters after every backward pass; in float32 it is the masters themselves. With "fsdp" (FSDP2) parameters,
-    gradients and whatever is derived from them are sharded, and PyTorch gathers each block in `dtype` as it comes.
+    With "ddp" and bfloat16 the module is a bfloat16 copy whose gradients are moved to the masters after every backward
+    pass; in float32 it is the masters themselves. With "fsdp" (FSDP2) parameters, gradients and whatever is derived
+    from them are sharded, and PyTorch gathers each block in `dtype` as it comes. Gradients are added up over the parts
+    of a batch, and then averaged over the processes, in float32.
 
     Attributes:
         masters: float32 parameters, to be optimised, averaged and saved.
-        compute: what to call; its backward pass must be followed by `collect`.
+        compute: what to call, within `part`.
     """
 
     def __init__(self, masters: TrainedDDT, dtype: torch.dtype, parallel: str, compile: bool) -> None:
@@ -76,17 +91,50 @@ class Replica:
             ids = [device.index] if device.type == "cuda" else None
             ddp = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
             if self._copied:
-                ddp.register_comm_hook(None, _average_in_float32)
+                ddp.register_comm_hook(None, self._average_hook)
             self.compute = ddp
+        # Of a copy: where its gradients go, and the averages of them that are under way.
+        self._master_of: dict[Tensor, Tensor] = {}
+        if self._copied:
+            self._master_of.update(zip(module.parameters(), masters.parameters(), strict=True))
+        self._averages: list[dist.Work] = []
 
-    def collect(self) -> None:
-        """Add the gradients of the last backward pass to the masters'."""
-        if not self._copied:
-            return
-        for master, parameter in zip(self.masters.parameters(), self._module.parameters(), strict=True):
-            if parameter.grad is not None:
-                gradient, parameter.grad = parameter.grad, None
+    @contextmanager
+    def part(self, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one part of a step's batch. Its gradients are added to those of the
+        parts before; processes exchange them in the last one alone, so that FSDP keeps whole ones until then."""
+        if isinstance(self.masters, FSDPModule):
+            self.masters.set_requires_gradient_sync(last)
+        quiet = isinstance(self.compute, DistributedDataParallel) and not last
+        with self.compute.no_sync() if quiet else nullcontext():  # type: ignore[operator]
+            yield
+        self._collect()
+
+    def _collect(self) -> None:
+        """Move the gradients of a copy to the masters."""
+        averages, self._averages = self._averages, []
+        for average in averages:
+            average.wait()
+        for parameter, master in self._master_of.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None and not averages:
                 master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
+
+    def _average_hook(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """Add the gradients of some parameters to those of the parts before, and average them over the processes: not
+        where they are, in bfloat16, but in the masters."""
+        masters = [self._master_of[parameter] for parameter in bucket.parameters()]
+        sums = bucket.buffer().float()
+        for own, master in zip(sums.split([master.numel() for master in masters]), masters, strict=True):
+            if master.grad is not None:
+                own.add_(master.grad.flatten())
+            master.grad = own.view_as(master)
+        average = dist.all_reduce(sums.div_(dist.get_world_size()), async_op=True)
+        assert average is not None
+        self._averages.append(average)
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -105,16 +153,8 @@ def _shard(model: TrainedDDT, dtype: torch.dtype, device: torch.device) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def _average_in_float32(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    buffer = bucket.buffer()
-    summands = buffer.float().div_(dist.get_world_size())
-    work = dist.all_reduce(summands, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: buffer.copy_(future.value()[0]))
-
-
 # DDP wants the types themselves, which `from __future__ import annotations` turns into strings.
-_average_in_float32.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+Replica._average_hook.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
 
 
 class StopSignal:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 
 DEFAULT_ENCODER = "facebook/dinov2-base"
@@ -162,11 +163,17 @@ def _load(name: str) -> Any:
     except (ImportError, RuntimeError) as error:
         raise ValueError(f'DINOv2 needs transformers, pip install "ddt-fast[repa]": {error}') from error
     try:
-        config = AutoConfig.from_pretrained(name)
+        local = cache_only(name)
+        config = AutoConfig.from_pretrained(name, local_files_only=local)
         kind = config.model_type
         if kind in ("dinov2", "dinov2_with_registers"):
             model, report = AutoModel.from_pretrained(
-                name, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+                name,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                local_files_only=local,
             )
     except Exception as error:  # of transformers, the Hub, safetensors or the unpickler, on missing or damaged files
         reason = " ".join(str(error).split())[:200]

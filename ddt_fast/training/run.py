@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.log import NullLog, TrainingLog
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, StopSignal, process_group
+from ddt_fast.training.parallel import Replica, StopSignal, patient_group, process_group, wait_for_all
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
@@ -53,9 +53,11 @@ class Run:
     state: TrainingState
     stop: StopSignal
     throughput: Throughput
+    _frozen: dict[str, str | None]
     _checkpoints: Checkpoints
     _log: NullLog
     _preview: Preview | None
+    _group: dist.ProcessGroup
     _progress: Any
     _seconds_before: float
     _started: float
@@ -79,9 +81,12 @@ class Run:
                 "seconds": self._seconds,
                 "data": self.loader.state_dict(),
                 "settings": run_folder.settings_of(self.experiment),
+                "frozen_sha256": self._frozen,
             }
             save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())
             self._checkpoints.save(self.state, numbers, save_model, wait)
+            if wait:
+                wait_for_all(self._group)
 
     def draw(self) -> None:
         """Log a grid of samples of the averaged model."""
@@ -89,6 +94,7 @@ class Run:
             model = self.state.averaged_model()
             if self._preview is not None and model is not None:
                 self._log.image(self.state.step, "samples", self._preview.grid(model))
+            wait_for_all(self._group)
 
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
         """Write what a finished run leaves; the averaged model and its scores, in the first process."""
@@ -105,12 +111,12 @@ class Run:
             if settings.score_samples:
                 scores = self._preview.score(model, settings.score_samples)
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
+        wait_for_all(self._group)
         return model, scores
 
     def _save_model(self, model: DDT | None, projector: dict[str, Tensor] | None, folder: Path) -> None:
         assert model is not None
-        # Where the data lay here means nothing to who gets the model.
-        data = replace(self.experiment.data, folder=None, images=None, scaling_factor=None, channel_stats=None)
+        data = self.experiment.data.without_places()
         save_model(model, folder, data, self.experiment.sampling, projector=projector)
 
     @property
@@ -126,13 +132,21 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
     with ExitStack() as stack:
         stack.enter_context(process_group(device))
         first = dist.get_rank() == 0
-        loader = stack.enter_context(closing(open_loader(experiment, device)))
-        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment)
+        group = patient_group()
+        loader = stack.enter_context(closing(open_loader(experiment, device, group)))
         preview = Preview(experiment, device) if first else None
         objective = Objective(experiment, device, loader.feature_shape)
+        frozen = {}
+        if preview is not None:
+            frozen = {
+                "data.autoencoder": preview.autoencoder_sha256(),
+                "training.repa_encoder": objective.encoder_sha256(),
+            }
+        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, frozen, group)
         torch.manual_seed(settings.seed)
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
+        wait_for_all(group)  # what was fetched from the Hub came to some sooner than to others
         replica = Replica(masters, getattr(torch, settings.dtype), settings.parallel, settings.compile)
         optimizer = torch.optim.AdamW(
             masters.parameters(),
@@ -144,7 +158,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
         state = TrainingState(masters, EMA(masters.denoiser, settings.ema_decay), optimizer)
         if average is not None:
             state.ema.start_from(average)
-        run_folder.prepare(folder, experiment, keep=checkpoint is not None)
+        run_folder.prepare(folder, experiment, group, keep=checkpoint is not None)
         if checkpoint is not None:
             load_state(checkpoint, state)
             state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
@@ -152,7 +166,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             replica.publish()
         size = experiment.data.sample_size
         flops = training_flops(experiment.model, size, size, masters.projector is not None)
-        yield Run(
+        run = Run(
             experiment,
             folder,
             device,
@@ -162,15 +176,19 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             state,
             stop=stack.enter_context(StopSignal().listening()),
             throughput=Throughput(flops, device, getattr(torch, settings.dtype), dist.get_world_size()),
+            _frozen=frozen,
             _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints, checkpoint))),
             _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
             _preview=preview,
+            _group=group,
             _progress=stack.enter_context(
                 tqdm(total=settings.max_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not first)
             ),
             _seconds_before=numbers.get("seconds", 0.0),
             _started=time.perf_counter(),
         )
+        wait_for_all(group)
+        yield run
 
 
 def open_log(experiment: Experiment, folder: Path, first_step: int) -> TrainingLog:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,16 @@ from ddt_fast.provenance import environment
 from ddt_fast.training import checkpoint
 from ddt_fast.training.checkpoint import list_checkpoints, read_numbers
 from ddt_fast.training.log import LOG_NAMES
+from ddt_fast.training.parallel import wait_for_all
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
-    *("data.folder", "data.images", "training.max_steps", "training.accumulation_steps", "training.parallel"),
-    *("training.gradient_checkpointing", "training.compile", "training.checkpoint_every", "training.keep_checkpoints"),
-    *("training.log_every", "training.sample_every", "training.sample_images", "training.score_samples"),
-    *("training.init", "training.tensorboard", "training.wandb"),
+    # Which data these name is compared by content, when they are opened and when the position in them is set.
+    *("data.folder", "data.images", "data.channel_stats", "data.verify"),
+    *("training.max_steps", "training.accumulation_steps"),
+    *("training.parallel", "training.gradient_checkpointing", "training.compile", "training.checkpoint_every"),
+    *("training.keep_checkpoints", "training.log_every", "training.sample_every", "training.sample_images"),
+    *("training.score_samples", "training.init", "training.tensorboard", "training.wandb"),
 }
 
 
@@ -39,21 +44,43 @@ def settings_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
     }
 
 
-def check_continuable(checkpoint: Path, numbers: dict[str, Any], experiment: Experiment) -> None:
+def check_continuable(
+    checkpoint: Path, numbers: dict[str, Any], experiment: Experiment, frozen: Mapping[str, str | None]
+) -> None:
     """ValueError that names the settings, if the run of a checkpoint would not be the same run under these ones.
 
     How samples are drawn, how often things are written, the number of processes and how they share the work may change.
+    So may places of data and models: what is there is compared. A model that is not loaded, now or then, cannot be: a
+    warning says so.
+
+    Args:
+        checkpoint: its folder.
+        numbers: its trainer.json.
+        experiment: the settings to continue under.
+        frozen: checksums of the models that settings name, by the setting; None of those that are not loaded.
     """
     limit = experiment.training.max_steps
     if numbers["step"] > limit:
         raise ValueError(f"max_steps is {limit}, but {checkpoint} is past it; allowed: {numbers['step']} or more")
     ours, saved = settings_of(experiment), numbers["settings"]
-    changed = [
-        f"{part}.{name} was {saved.get(part, {}).get(name)!r}, now {value!r}"
+    both = [
+        (f"{part}.{name}", saved.get(part, {}).get(name), value)
         for part in ("model", "data", "training")
         for name, value in ours[part].items()
-        if f"{part}.{name}" not in _MAY_CHANGE and saved.get(part, {}).get(name) != value
     ]
+    changed = []
+    for setting, before, value in both:
+        if setting in _MAY_CHANGE or before == value:
+            continue
+        change = f"{setting} was {before!r}, now {value!r}"
+        if setting in frozen and before is not None and value is not None:
+            sums = {numbers.get("frozen_sha256", {}).get(setting), frozen[setting]}
+            if None in sums:
+                warnings.warn(f"{change}: whether it is the same model cannot be told here; going on", stacklevel=2)
+            if None in sums or len(sums) == 1:
+                continue
+            change += ", with other weights"
+        changed.append(change)
     if changed:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}; take the same, or start a new run "
@@ -61,8 +88,8 @@ def check_continuable(checkpoint: Path, numbers: dict[str, Any], experiment: Exp
         )
 
 
-def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
-    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all processes together.
+def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
+    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all of the group together.
 
     Raises:
         ValueError: files of the same names that are not a run's.
@@ -82,7 +109,7 @@ def prepare(folder: Path, experiment: Experiment, keep: bool) -> None:
                 path.unlink(missing_ok=True)
         with atomic_file(folder / "recipe.yaml") as file:
             file.write_text(yaml.safe_dump(settings_of(experiment), sort_keys=False))
-    dist.barrier()
+    wait_for_all(group)
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
@@ -106,11 +133,17 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     return named
 
 
-def open_checkpoint(folder: Path, resume: str | None, experiment: Experiment) -> tuple[Path | None, dict[str, Any]]:
+def open_checkpoint(
+    folder: Path,
+    resume: str | None,
+    experiment: Experiment,
+    frozen: Mapping[str, str | None],
+    group: dist.ProcessGroup,
+) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to continue from and its trainer.json; None and nothing for a fresh start.
 
-    Called by all processes together. The first one looks, for all: a shared file system may show others what was there
-    some seconds ago.
+    Called by all processes of the group together. The first one looks, for all: a shared file system may show others
+    what was there some seconds ago; `frozen` (see `check_continuable`) is its alone.
 
     Raises:
         ValueError: a checkpoint that this experiment cannot continue.
@@ -121,11 +154,11 @@ def open_checkpoint(folder: Path, resume: str | None, experiment: Experiment) ->
             checkpoint, numbers = find_checkpoint(folder, resume), {}
             if checkpoint is not None:
                 numbers = read_numbers(checkpoint)
-                check_continuable(checkpoint, numbers, experiment)
+                check_continuable(checkpoint, numbers, experiment, frozen)
             answer = [(checkpoint, numbers)]
         except (ValueError, OSError) as error:
             answer = [error]
-    dist.broadcast_object_list(answer)
+    dist.broadcast_object_list(answer, group=group)
     if isinstance(answer[0], Exception):
         raise answer[0]
     return answer[0]

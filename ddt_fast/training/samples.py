@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,12 +34,16 @@ class Preview:
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
         self._experiment = experiment
         self._device = device
-        self._decode: Callable[[Tensor], Tensor] | None = None
+        self._decode: Decoder | None = None
         if experiment.data.autoencoder is not None and experiment.training.sample_every:
             try:
                 self._decode = Decoder(experiment.data.autoencoder, device)
             except ValueError as error:
                 raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
+
+    def autoencoder_sha256(self) -> str | None:
+        """Checksum of the autoencoder's weights; None where there is none, or none is needed."""
+        return None if self._decode is None else self._decode.sha256()
 
     def grid(self, model: DDT) -> Image.Image:
         """A labelled grid of class-balanced samples."""

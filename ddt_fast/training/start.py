@@ -29,9 +29,9 @@ def read_start(checkpoint: str, model: TrainedDDT) -> dict[str, Tensor]:
     """
     sets = read_weight_sets(checkpoint, model.denoiser.config)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
-    found = ["trained weights" if sets.raw else "averaged weights, none before averaging"]
+    found = ["trained weights" if sets.raw else "averaged weights alone, which training goes on from as well"]
     if sets.raw:
-        found.append("their average" if sets.ema else "no average: it starts there too")
+        found.append("their average" if sets.ema else "no average of them: it starts there too")
     denoiser = model.denoiser
     denoiser.load_state_dict(averaged)
     average = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}

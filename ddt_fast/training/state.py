@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ddt_fast.config import DDTConfig
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.training.ema import EMA
@@ -62,22 +63,41 @@ class TrainingState:
         All processes must call it together.
         """
         first = dist.get_rank() == 0
-        denoiser = self.masters.denoiser
-        with torch.device("meta"):
-            reference = DDT(denoiser.config)
-            model = FusedDDT(denoiser.config) if isinstance(denoiser, FusedDDT) else reference
-        if first:
-            model.to_empty(device="cpu")
-        for average, parameter in zip(self.ema.weights.values(), model.parameters(), strict=True):
+        averages: dict[str, Tensor] = {}
+        for name, average in self.ema.weights.items():
             whole = _whole(average)
             if first:
-                with torch.no_grad():
-                    parameter.copy_(whole)
+                averages[name] = whole.detach().to("cpu", copy=True)
         if not first:
             return None
-        if model is not reference:
-            reference.load_state_dict(model.state_dict(), assign=True)
-        return reference.eval().requires_grad_(False)
+        denoiser = self.masters.denoiser
+        with torch.device("meta"):
+            model = DDT(denoiser.config)
+        weights = released_weights(denoiser.config, isinstance(denoiser, FusedDDT), averages)
+        model.load_state_dict(weights, assign=True)
+        return model.eval().requires_grad_(False)
+
+
+def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The very weights of a denoiser by the names that `DDT` and released checkpoints have.
+
+    Args:
+        config: its shape.
+        fused: whether it is a FusedDDT, which has merged parameters.
+        parameters: by its own names.
+
+    Raises:
+        ValueError: parameters of other names.
+    """
+    with torch.device("meta"):
+        model = FusedDDT(config) if fused else DDT(config)
+    names = [name for name, _ in model.named_parameters()]
+    if parameters.keys() != set(names):
+        raise ValueError(f"{sorted(parameters.keys() ^ set(names))[0]} is missing, or no weight of such a model")
+    for name in names:
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, nn.Parameter(parameters[name], requires_grad=False))
+    return model.state_dict()
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def test_lightningdit_shards_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"latents_stats\.pt cannot be used"):
         LatentDataset(tmp_path, scaling_factor=1.0, channel_stats=stats)
     with pytest.raises(ValueError, match="no checksums to verify"):
-        LatentDataset(tmp_path, scaling_factor=1.0, verify=True)
+        latent_loader.main([str(tmp_path), "--scaling-factor", "1", "--verify"])
 
 
 def test_damaged_caches_are_named(cache, tmp_path):
@@ -192,7 +192,8 @@ def test_damaged_caches_are_named(cache, tmp_path):
     refused("was made for 0.5", scaling_factor=0.18215)
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     LatentDataset(broken)
-    refused("latents-00002-of-00005.safetensors does not have the checksum", verify=True)
+    with pytest.raises(ValueError, match=r"latents-00002-of-00005\.safetensors does not have the checksum"):
+        latent_loader.main([str(broken), "--verify"])
     shard.write_bytes(content[:-40])
     refused("latents-00002-of-00005.safetensors is .* bytes;")
     shard.unlink()

@@ -116,7 +116,7 @@ def test_ranks_merge_in_memory_and_through_files(tmp_path):
     without = FeatureAccumulator(PixelExtractor(), keep_features=False)
     without.add(smooth_images(2, 0, size=8), [60, 61])
     loaded.merge(without)
-    with pytest.raises(ValueError, match="2 of 62 images are without features"):
+    with pytest.raises(ValueError, match="2 of 62 images have no features"):
         loaded.finish("images")
     ranks[0].merge(ranks[1])
     with pytest.raises(ValueError, match="image 1 was added twice"):

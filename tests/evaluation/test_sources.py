@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddt_fast.evaluation.sources import open_source
+from ddt_fast.data.image_folder import read_image
+from ddt_fast.evaluation.sources import open_source, open_sources
 from inception_cases import smooth_images
 
 
@@ -127,8 +128,31 @@ def test_an_array_shorter_than_its_header_says(tmp_path):
 def test_damaged_and_mixed_folders(tmp_path):
     write_folder(tmp_path / "mixed", smooth_images(5, 0, size=6))
     Image.new("RGB", (7, 6)).save(tmp_path / "mixed" / "0003.png")
-    with pytest.raises(ValueError, match=r"0003.png has 7x6 pixels, 0000.png 6x6; images must be of one size"):
+    mixed = r"0003.png has 7x6 pixels, 0000.png 6x6; images must be of one size"
+    with pytest.raises(ValueError, match=mixed):
         list(open_source(tmp_path / "mixed").images.batches(2))
+    with pytest.raises(ValueError, match=mixed):
+        open_source(tmp_path / "mixed").images.check_sizes()
     (tmp_path / "mixed" / "0003.png").write_text("no image")
     with pytest.raises(ValueError, match=r"0003.png cannot be read"):
         list(open_source(tmp_path / "mixed").images.batches(2))
+    with pytest.raises(ValueError, match=r"0003.png cannot be read"):
+        open_source(tmp_path / "mixed").images.check_sizes()
+
+
+def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i, (width, height) in enumerate([(40, 30), (16, 25), (100, 37)]):
+        image = Image.fromarray(smooth_images(1, i, size=100)[0]).resize((width, height))
+        image.save(tmp_path / "photos" / f"{i}.png")
+    source = open_source(tmp_path / "photos", crop=16).images
+    source.check_sizes()
+    assert source.size == (16, 16)
+    expected = np.stack([read_image(tmp_path / "photos" / f"{i}.png", 16).permute(1, 2, 0).numpy() for i in range(3)])
+    np.testing.assert_array_equal(np.concatenate(list(source.batches(2))), expected)
+    np.savez(tmp_path / "whole.npz", arr_0=smooth_images(2, 0, size=20))
+    assert open_source(tmp_path / "whole.npz", crop=16).images.size == (20, 20)
+    with pytest.raises(ValueError, match="--center-crop is 0; allowed: 1 or more"):
+        open_source(tmp_path / "photos", crop=0)
+    with pytest.raises(ValueError, match=r"--center-crop is for folders of images; .*whole\.npz is none"):
+        open_sources([str(tmp_path / "whole.npz"), None], 16)

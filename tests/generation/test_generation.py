@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,25 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with atomic_file(tmp_path / "out.png") as temporary:
         Image.new("RGB", (2, 2)).save(temporary)
     assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def noting(descriptor):
+        fsync(descriptor)
+        events.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "replace", lambda *names: (events.append("named"), replace(*names)))
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+    assert events == [(tmp_path / "file").stat().st_ino, "named", tmp_path.stat().st_ino]
+    events.clear()
+    with atomic_folder(tmp_path / "folder", "x") as temporary:
+        (temporary / "x").write_text("content")
+    places = (tmp_path / "folder" / "x", tmp_path / "folder", tmp_path)
+    assert events == [place.stat().st_ino for place in places]
 
 
 def test_outputs_have_the_rights_of_any_new_file(tmp_path):

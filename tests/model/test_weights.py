@@ -113,11 +113,14 @@ def corrupt(folder, tmp_path, case):
     if case == "other shapes":
         save_model(DDT(replace(golden.model_config(NAME), hidden_size=32)), folder, DATA, SAMPLING)
         save_file(weights, folder / WEIGHTS_NAME)
-        return folder, r"disagree: \d+ tensors of another shape \(such as blocks.0.*wanted"
+        return folder, "disagree: hidden_size 48 in .*/model, 32 in the config"
     if case == "more blocks":
         save_model(DDT(replace(golden.model_config(NAME), num_blocks=6)), folder, DATA, SAMPLING)
-        save_file(weights | {"extra": torch.zeros(1)}, folder / WEIGHTS_NAME)
-        return folder, r"disagree: \d+ tensors missing \(such as blocks.5.*1 tensors unexpected \(such as extra\)"
+        save_file(weights, folder / WEIGHTS_NAME)
+        return folder, "disagree: num_blocks 5 in .*/model, 6 in the config"
+    if case == "other names":
+        save_file({"extra": weights.pop("blocks.0.norm1.weight"), **weights}, folder / WEIGHTS_NAME)
+        return folder, r"disagree: 1 tensor missing \(such as .*; 1 tensor unexpected \(such as extra\)"
     if case == "malicious pickle":
         (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Malicious()))
         return tmp_path / "bad.ckpt", "corrupt or no checkpoint, nothing of it was run"
@@ -171,6 +174,7 @@ def corrupt(folder, tmp_path, case):
         "json lacks a key",
         "other shapes",
         "more blocks",
+        "other names",
         "malicious pickle",
         "malicious checkpoint",
         "checkpoint without ema",

@@ -1,20 +1,22 @@
 """Several processes, over gloo on a CPU: the same run, whoever shares it and however."""
 
+import copy
 import json
 import os
 import signal
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import digits, final_state, finish, latents, start
+from tiny_runs import TINY, digits, final_state, finish, latents, start
 
 from ddt_fast import load_model
+from ddt_fast.model.reference import DDT
 from ddt_fast.training.loop import train
-from ddt_fast.training.parallel import _average_in_float32, process_group
+from ddt_fast.training.parallel import Replica, process_group
+from ddt_fast.training.trained import TrainedDDT
 
 CPU = torch.device("cpu")
 
@@ -34,29 +36,97 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parall
         assert torch.allclose(tensor, two[name], atol=2e-5), name
 
 
-def test_bfloat16_gradients_are_added_up_in_float32(monkeypatch):
-    added = []
-    all_reduce = dist.all_reduce
+def replica(parallel, dtype):
+    torch.manual_seed(0)
+    model = DDT(TINY)
+    for parameter in model.parameters():  # fresh ones are 0 in the last layer, and so is every gradient before it
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Replica(TrainedDDT(model), dtype, parallel, compile=False)
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, t = torch.randn(2, 1, 8, 8, generator=generator), torch.rand(2, generator=generator)
+    return x, t, torch.tensor([seed, 3])
+
+
+def backward(replica, seed, last):
+    with replica.part(last):
+        replica.compute(*batch(seed))[0].float().square().mean().backward()
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """This process as one of two, the other of which has all gradients 1; the tensors that they exchange."""
+    exchanged, all_reduce = [], dist.all_reduce
 
     def recording(tensor, **options):
-        added.append(tensor.clone())
-        tensor.add_(0.25)  # the other process's share
+        exchanged.append(tensor.clone())
+        tensor.add_(0.5)
         return all_reduce(tensor, **options)
 
-    gradients = torch.full((4,), 1.0, dtype=torch.bfloat16)
     with process_group(CPU):
+        monkeypatch.setattr(dist, "get_world_size", lambda *_: 2)
         monkeypatch.setattr(dist, "all_reduce", recording)
-        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        bucket = SimpleNamespace(buffer=lambda: gradients)
-        result = _average_in_float32(None, bucket).wait()
-    assert added[0].dtype == torch.float32
-    assert added[0].tolist() == [0.5] * 4
-    assert result is gradients
-    assert result.tolist() == [0.75] * 4
+        yield exchanged
 
 
-def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path):
-    settings = {"log_every": 1, "dtype": "bfloat16"}
+def test_bfloat16_gradients_are_added_up_in_float32_and_exchanged_once(one_of_two):
+    narrow = replica("ddp", torch.bfloat16)
+    for step in range(3):  # DDP arranges its buckets anew after the first
+        expected = [torch.zeros_like(master) for master in narrow.masters.parameters()]
+        model = copy.deepcopy(narrow.masters).bfloat16()
+        for seed in (step, 5):
+            model(*batch(seed))[0].float().square().mean().backward()
+            for total, parameter in zip(expected, model.parameters(), strict=True):
+                total += parameter.grad.float()
+                parameter.grad = None
+        one_of_two.clear()
+        backward(narrow, step, last=False)
+        assert one_of_two == []
+        backward(narrow, 5, last=True)
+        assert {tensor.dtype for tensor in one_of_two} == {torch.float32}
+        assert sum(tensor.numel() for tensor in one_of_two) == sum(total.numel() for total in expected)
+        for total, master in zip(expected, narrow.masters.parameters(), strict=True):
+            assert master.grad.dtype == torch.float32
+            torch.testing.assert_close(master.grad, total / 2 + 0.5, rtol=1e-6, atol=1e-6)
+            master.grad = None
+
+
+def test_float32_gradients_are_exchanged_once(one_of_two):
+    exchanges = []
+    wide = replica("ddp", torch.float32)
+
+    def counting(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        exchanges.append(bucket.buffer().numel())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wide.compute.register_comm_hook(None, counting)
+    backward(wide, 0, last=False)
+    assert exchanges == []
+    backward(wide, 1, last=True)
+    assert sum(exchanges) == sum(master.numel() for master in wide.masters.parameters())
+
+
+def test_sharded_gradients_are_exchanged_once():
+    with process_group(CPU):
+        sharded = replica("fsdp", torch.bfloat16)
+        backward(sharded, 0, last=False)
+        assert all(master.grad is None for master in sharded.masters.parameters())
+        backward(sharded, 1, last=True)
+        narrow = replica("ddp", torch.bfloat16)
+        backward(narrow, 0, last=False)
+        backward(narrow, 1, last=True)
+        for ours, theirs in zip(sharded.masters.parameters(), narrow.masters.parameters(), strict=True):
+            assert ours.grad.dtype == torch.float32
+            torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_steps):
+    settings = {"log_every": 1, "dtype": "bfloat16", "accumulation_steps": accumulation_steps}
     train(digits(6, **settings), tmp_path / "one", CPU)
     finish(start(digits(6, **settings), tmp_path / "two", processes=2))
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)

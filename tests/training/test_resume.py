@@ -146,9 +146,9 @@ def test_a_run_starts_from_weights_their_average_and_the_projector(tmp_path, lat
     first = train(latents(latent_cache, 5), tmp_path / "a", CPU)
     experiment = latents(latent_cache, 1, init=str(tmp_path / "a" / "model"), learning_rate=1e-12)
     second = train(experiment, tmp_path / "b", CPU)
-    assert "averaged weights, none before averaging, REPA's projector" in capfd.readouterr().err
+    assert "averaged weights alone, which training goes on from as well, REPA's projector" in capfd.readouterr().err
     for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     other = replace(experiment, model=replace(experiment.model, hidden_size=64))
-    with pytest.raises(ValueError, match="disagree"):
+    with pytest.raises(ValueError, match=r"disagree: hidden_size 32 in .*/model, 64 in the config"):
         train(other, tmp_path / "c", CPU)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
 from ddt_fast.model.attention import AttentionBackend, attention, available_backends, resolve_backend
+from ddt_fast.wording import counted
 
 Shape = tuple[int, int, int, int]
 
@@ -156,7 +157,7 @@ def main() -> None:
     shapes = args.shapes or SHAPES["cuda" if device.type == "cuda" else "cpu"]
     if any(min(shape) < 1 for shape in shapes):
         raise ValueError(f"--shapes is {shapes}; allowed: B, N, H and D of 1 or more")
-    threads = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    threads = f"{counted(torch.get_num_threads(), 'thread')} of {platform.machine()}"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     print(f"{hardware}, torch {torch.__version__}, median of {args.rounds}, interleaved")
     said = ""

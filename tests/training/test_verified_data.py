@@ -1,0 +1,87 @@
+"""Shards of another checksum are found before training starts, and those that were compared are not read again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_runs import finish, latents, start
+
+from ddt_fast.data import verification
+from ddt_fast.training.loop import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cache(latent_cache, tmp_path):
+    """A copy of the cache, three shards, without what runs on the original left in it."""
+    folder = tmp_path / "latents"
+    shutil.copytree(latent_cache, folder, ignore=shutil.ignore_patterns("verified.json"))
+    return folder
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Names of the shards whose checksums are computed."""
+    names, original = [], verification.file_sha256
+    monkeypatch.setattr(verification, "file_sha256", lambda file: (names.append(file.name), original(file))[1])
+    return names
+
+
+def damage(shard):
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def test_a_wrong_checksum_is_refused_before_anything_is_written(cache, tmp_path):
+    damage(cache / "latents-00001-of-00003.safetensors")
+    with pytest.raises(
+        ValueError, match=r"latents-00001-of-00003\.safetensors does not have the checksum that .*manif"
+    ):
+        train(latents(cache, 1), tmp_path / "run", CPU)
+    assert not (tmp_path / "run").exists()
+    assert not (cache / "verified.json").exists()
+
+
+def test_what_another_process_finds_stops_all(cache, tmp_path):
+    damage(cache / "latents-00001-of-00003.safetensors")
+    output = finish(start(latents(cache, 1, batch_size=8), tmp_path / "run", processes=2), code=1)
+    assert output.count("latents-00001-of-00003.safetensors does not have the checksum") >= 2
+
+
+def test_shards_are_compared_once_and_again_when_they_change(cache, tmp_path, read, capsys):
+    train(latents(cache, 1), tmp_path / "run", CPU)
+    assert sorted(read) == [f"latents-0000{shard}-of-00003.safetensors" for shard in range(3)]
+    assert "verified 0.00 GB of" in capsys.readouterr().err
+    read.clear()
+    train(latents(cache, 1), tmp_path / "run", CPU)
+    assert read == []
+    changed = cache / "latents-00002-of-00003.safetensors"
+    changed.write_bytes(changed.read_bytes())
+    train(latents(cache, 1), tmp_path / "run", CPU)
+    assert read == [changed.name]
+    record = json.loads((cache / "verified.json").read_text())
+    assert record[changed.name]["modified_ns"] == changed.stat().st_mtime_ns
+    damage(changed)
+    with pytest.raises(ValueError, match="does not have the checksum"):
+        train(latents(cache, 1), tmp_path / "run", CPU)
+
+
+def test_a_cache_that_cannot_be_written_to_is_compared_every_time(cache, tmp_path, read, monkeypatch, capsys):
+    def refuse(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(verification, "write_json", refuse)
+    for _ in range(2):
+        train(latents(cache, 1), tmp_path / "run", CPU)
+    assert len(read) == 6
+    assert "verified.json could not be written (Permission denied), so the next run" in capsys.readouterr().err
+
+
+def test_it_may_be_left_out(cache, tmp_path, read):
+    experiment = latents(cache, 1)
+    damage(cache / "latents-00001-of-00003.safetensors")
+    object.__setattr__(experiment.data, "verify", False)
+    train(experiment, tmp_path / "run", CPU)
+    assert read == []
