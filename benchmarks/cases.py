@@ -73,7 +73,7 @@ class Workload:
     Attributes:
         inputs: of a call, by the number of the set, the same for the same number; calls rotate over several sets.
         variants: by name; a string is the reason why that one is missing here.
-        expected: the right result, in higher precision.
+        expected: the right result, in higher precision; None where every variant has its own.
         dtype: what the work is done in.
         cost: of one call, as a roofline counts it.
         images: that one call makes or reads.
@@ -83,7 +83,7 @@ class Workload:
 
     inputs: Callable[[int], Inputs]
     variants: Mapping[str, Variant | str]
-    expected: Run
+    expected: Run | None
     dtype: torch.dtype
     cost: Cost | None = None
     images: int | None = None

@@ -9,7 +9,7 @@ the interleaved ones.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def started() -> float:
 
 
 @pytest.fixture
-def replay(benchmark: Any, started: float, request: pytest.FixtureRequest) -> Iterator[Callable[[Case, str], None]]:
+def replay(benchmark: Any, started: float, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
     """Measure a case, or look up what was measured, and report one variant of it."""
     recorder = request.config.stash[RECORDER]
     limit = request.config.getoption("--time-limit")
@@ -95,7 +95,7 @@ def replay(benchmark: Any, started: float, request: pytest.FixtureRequest) -> It
         recorded = cycle(rounds)
         benchmark.pedantic(lambda: CLOCK.advance(next(recorded)), rounds=len(rounds))
 
-    yield report
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

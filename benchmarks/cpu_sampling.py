@@ -23,17 +23,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.environment import environment
+from benchmarks.measure import relative_error
+from benchmarks.models import PUBLISHED, SETTINGS, WEIGHTS, Model, published_run, random_model
 from benchmarks.timing import Timing, interleave, timed
 from ddt_fast.command import run_command
-from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.packed import pack_bf16
@@ -41,38 +41,11 @@ from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.tables import StepKind
 
-Model = DDT | FusedDDT
-PUBLISHED = SamplingConfig(
-    num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), timeshift=1.0, last_step=0.04
-)
-SETTINGS = {
-    "refresh 1": PUBLISHED,
-    "refresh 6": replace(PUBLISHED, refresh_every=6),
-    "refresh 6, guidance every 10, linear": replace(
-        PUBLISHED, refresh_every=6, state_forecast="linear", guidance_every=10, guidance_forecast="linear"
-    ),
-}
 REFERENCE = "reference, fp32 eager"
-WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
 MAX_ERROR = 0.1
 """Of a velocity, beyond which a variant is not timed: it is wrong, not imprecise."""
-
-
-def random_model(config: DDTConfig) -> DDT:
-    """A reference model in which every parameter counts: as initialised, the final layer is zero."""
-    generator = torch.Generator().manual_seed(0)
-    model = DDT(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            nn.init.ones_(parameter)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
-    return model
 
 
 def variants(reference: DDT) -> dict[str, Model]:
@@ -85,11 +58,6 @@ def variants(reference: DDT) -> dict[str, Model]:
         models[f"{name} eager"] = eager[name]
         models[f"{name} compiled"] = eager[name].compiled()
     return models
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected."""
-    return (torch.linalg.vector_norm((actual - expected).double()) / torch.linalg.vector_norm(expected.double())).item()
 
 
 @torch.no_grad()
@@ -121,20 +89,6 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
         }
         for name, timing in timings.items()
     ]
-
-
-@torch.no_grad()
-def published_run(model: DDT, noise: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
-    """Euler as published: both branches in one batch of 2B at every step, whether guidance reads them or not."""
-    low, high = config.guidance_interval
-    x = noise.clone()
-    y = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    for t, following in pairwise(timesteps(config.num_steps, config.last_step, config.timeshift)):
-        velocity, _ = model(torch.cat([x, x]), torch.full((len(y),), t), y)
-        cond, uncond = velocity.chunk(2)
-        scale = config.guidance_scale if low < t < high else 1.0
-        x = x + (uncond + scale * (cond - uncond)) * (following - t)
-    return x
 
 
 class StepCosts:

@@ -34,8 +34,8 @@ COMMIT_VARIABLE = "DDT_FAST_COMMIT"
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, driver, versions, commit, command and load average, ready for JSON. Call it before measuring: the load average
-    says what else was running."""
+    """Hardware, driver, versions, commit, command and load average, ready for JSON. Call it before measuring: the load
+    average says what else was running."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),

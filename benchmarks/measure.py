@@ -134,6 +134,7 @@ def _verify(workload: Workload, result: Result) -> tuple[dict[str, Any], dict[st
         if variant.expected is not None:
             right = variant.expected(workload.inputs(0))
         else:
+            assert workload.expected is not None
             right = expected = workload.expected(workload.inputs(0)) if expected is None else expected
         errors = [relative_error(a, e) for a, e in zip(outputs, right, strict=True)]
         if workload.tolerance is not None:
@@ -188,7 +189,7 @@ def _time(
         total = sum(seconds[name] * repeats[name] for name in runs)
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
     calls = {name: partial(_repeat, run, sets, repeats[name]) for name, run in runs.items()}
-    taken = record(calls, rounds, clock=clock)
+    taken = record(calls, rounds, warmup=0, clock=clock)
     return {name: [s / repeats[name] for s in values] for name, values in taken.items()}, repeats
 
 

@@ -128,6 +128,7 @@ class Recorder:
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
+
 def summary(recorder: Recorder) -> Iterator[str]:
     """What pytest-benchmark's table does not say, line by line."""
     for title, result in recorder.results.items():
