@@ -147,7 +147,7 @@ class DiffusersDiT(nn.Module):
         super().__init__()
         from diffusers import DiTTransformer2DModel
 
-        self.dit: nn.Module = DiTTransformer2DModel(
+        self.dit: Any = DiTTransformer2DModel(
             num_attention_heads=config.num_heads,
             attention_head_dim=config.head_dim,
             in_channels=config.in_channels,
