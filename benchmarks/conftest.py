@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ddt-fast benchmarks")
     group.addoption("--results", metavar="FILE", help="write everything measured to this JSON file, case by case")
     group.addoption("--append", action="store_true", help="keep the other cases that the file of --results holds")
+    group.addoption("--only", default="", metavar="WORDS", help="cases whose title has these words")
     group.addoption("--time-limit", type=float, metavar="SECONDS", help="start no case later than this")
 
 
@@ -57,7 +58,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        pairs = [(case, variant) for case in metafunc.module.CASES for variant in case.variants]
+        words = metafunc.config.getoption("--only")
+        cases = [case for case in metafunc.module.CASES if words in case.title]
+        pairs = [(case, variant) for case in cases for variant in case.variants]
         ids = ["-".join((case.name, case.size, variant)).replace(" ", "_") for case, variant in pairs]
         metafunc.parametrize(("case", "variant"), pairs, ids=ids)
 

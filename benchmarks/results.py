@@ -71,6 +71,10 @@ class Recorder:
             self._content = read_json(path)
             if self._content.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {self._content.get('format')!r}; allowed: {FORMAT}")
+            for name, here in environment().items():
+                there = self._content["environment"].get(name)
+                if name in ("commit", "cpu", "gpus", "torch") and there != here:
+                    raise ValueError(f"{path} holds results of {name} {there}, here it is {here}; name another file")
         self.session: dict[str, Any] = {"started": _now(), "finished": None}
         self.session |= {name: environment()[name] for name in ("command", "load_average")}
         self.session |= {"ceilings": None, "ceilings_after": None, "not_measured": []}
@@ -142,6 +146,7 @@ def summary(recorder: Recorder) -> Iterator[str]:
             parts.append("" if rate is None else f"{rate:.2f} img/s")
             parts.append(f"error {variant['error']:.1e}")
             yield f"  {variant['name']:44s}" + "".join(f" {part:>14s}" for part in parts)
+        yield from (f"  {name}: {reason}" for name, reason in result.wrong.items())
     missing: dict[tuple[str, str], int] = defaultdict(int)
     for result in recorder.results.values():
         for name, reason in result.missing.items():
