@@ -164,7 +164,7 @@ def precision_recall_case(count: int, dims: int) -> Case:
 CASES = (
     [inception_case(64), precision_recall_case(10_000, 2048), frechet_case(2048)]
     if ON_GPU
-    else [inception_case(4), precision_recall_case(2000, 512), frechet_case(512)]
+    else [inception_case(4), precision_recall_case(1500, 512), frechet_case(512)]
 )
 
 

@@ -49,8 +49,11 @@ def kernel_case(
     cost: Cost,
     backward: bool = False,
     peers: Mapping[str, Peer] | None = None,
+    dtype: torch.dtype = DTYPE,
+    fixed: int = 0,
 ) -> Case:
-    """A case of one op; plain and fused take what `make` makes, and are differentiated in all of it or in nothing."""
+    """A case of one op; plain and fused take what `make` makes, and with `backward` are differentiated in all of it but
+    the last `fixed` tensors. dtype: of the results."""
     wrap: Callable[[Callable[..., Any]], Run] = forward_backward if backward else forward
     peers = peers or {}
 
@@ -60,13 +63,13 @@ def kernel_case(
         if not backward:
             return made
         outputs = forward(plain)(made)
-        return with_gradients(made, tuple(randn(generator, *output.shape) for output in outputs))
+        return with_gradients(made, tuple(randn(generator, *output.shape) for output in outputs), fixed)
 
     def build() -> Workload:
         variants: dict[str, Variant | str] = {EAGER: Variant(lambda: wrap(plain))}
         variants[OURS] = Variant(lambda: wrap(fused), ours=True, note=NOTE)
         variants |= {peer: make_peer(wrap) for peer, make_peer in peers.items()}
-        return Workload(inputs, variants, in_precision(wrap(plain), wider(DTYPE)), DTYPE, cost)
+        return Workload(inputs, variants, in_precision(wrap(plain), wider(dtype)), dtype, cost)
 
     name += " forward+backward" if backward else " forward"
     return Case("kernels", name, size, (EAGER, OURS, *peers), build, hide_launches=True, seconds=0.5)
@@ -117,10 +120,10 @@ def norm_cases(shape: Shape) -> Iterator[Case]:
     for name, names in NORMS.items():
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
-        peers = compiled(plain) if shape is SHAPES[0] else {}
-        if name == "rms_norm_modulate":
-            peers |= {"Liger RMSNorm, modulated by PyTorch": liger(liger_rms_norm_modulate)}
-        for per_token, words in ((False, "sample"), (True, "token")):
+        for per_token, words in ((True, "token"), (False, "sample")):
+            peers = compiled(plain, autotune=per_token) if shape is SHAPES[0] else {}
+            if name == "rms_norm_modulate":
+                peers |= {"Liger RMSNorm, modulated by PyTorch": liger(liger_rms_norm_modulate)}
             size = f"{shape}, modulated per {words}"
             make = partial(norm_tensors, shape, names, per_token, 1)
             yield kernel_case(name, size, make, plain, fused, cost(per_token), peers=peers)
@@ -146,30 +149,26 @@ def heads(shape: Shape) -> tuple[int, int, int, int]:
 def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
     """Norm and rotation of q and k: as a new tensor, differentiated, and in place."""
     B, N, H, D = heads(shape)
-    cos, sin = rotary_tables(D, shape.side, shape.side, device=DEVICE)
 
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
-        return randn(generator, B, N, 3, H, D), 1 + randn(generator, D) / 4, 1 + randn(generator, D) / 4
+        weights = (1 + randn(generator, D) / 4 for _ in range(2))
+        return randn(generator, B, N, 3, H, D), *weights, *rotary_tables(D, shape.side, shape.side, device=DEVICE)
 
-    def tables(function: Callable[..., Any], qkv: Tensor, *weights: Tensor) -> Any:
-        # The tables stay out of the inputs: they have no gradient.
-        return function(qkv, *weights, cos, sin)
-
-    def plain_in_place(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+    def plain_in_place(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, _ = qkv.unbind(2)
         q.copy_(reference.norm_rope(q, q_weight, cos, sin))
         k.copy_(reference.norm_rope(k, k_weight, cos, sin))
         return qkv
 
-    plain, fused = partial(tables, reference.qk_norm_rope), partial(tables, ops.qk_norm_rope)
+    arguments = ("qk_norm_rope", str(shape), make, reference.qk_norm_rope, ops.qk_norm_rope)
     cost, backward = (ops.qk_norm_rope_cost(B, N, H, D, DTYPE, backward=b) for b in (False, True))
-    peers = compiled(plain) if shape is SHAPES[0] else {}
-    yield kernel_case("qk_norm_rope", str(shape), make, plain, fused, cost, peers=peers)
-    yield kernel_case("qk_norm_rope", str(shape), make, plain, fused, cost + backward, backward=True, peers=peers)
+    peers = compiled(reference.qk_norm_rope) if shape is SHAPES[0] else {}
+    yield kernel_case(*arguments, cost, peers=peers)
+    yield kernel_case(*arguments, cost + backward, backward=True, peers=peers, fixed=2)
     cost = ops.qk_norm_rope_cost(B, N, H, D, DTYPE, in_place=True)
     peers = compiled(plain_in_place) if shape is SHAPES[0] else {}
-    fused = partial(tables, ops.qk_norm_rope_)
-    yield kernel_case("qk_norm_rope_, in place,", str(shape), make, plain_in_place, fused, cost, peers=peers)
+    arguments = ("qk_norm_rope_, in place,", str(shape), make, plain_in_place, ops.qk_norm_rope_)
+    yield kernel_case(*arguments, cost, peers=peers)
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:
@@ -181,7 +180,7 @@ def swiglu_cases(shape: Shape) -> Iterator[Case]:
         return randn(generator, B, N, C), w1, w3
 
     cost = partial(ops.swiglu_cost, B, N, C, shape.width, DTYPE)
-    peers = compiled(reference.swiglu) | {"Liger SwiGLU": liger(liger_swiglu)}
+    peers = compiled(reference.swiglu, autotune=True) | {"Liger SwiGLU": liger(liger_swiglu)}
     arguments = ("swiglu", str(shape), make, reference.swiglu, ops.swiglu)
     yield kernel_case(*arguments, cost(), peers=peers)
     yield kernel_case(*arguments, cost(training=True) + cost(backward=True), backward=True, peers=peers)
@@ -234,17 +233,18 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
     plain, fused = partial(reference.guided_step, patch_size=p), partial(ops.guided_step, patch_size=p)
     cost = ops.guided_step_cost(*size, DTYPE)
     peers = compiled(plain) if shape is SHAPES[0] else {}
-    yield kernel_case("guided_step, Euler,", str(shape), partial(make, 0, 0), plain, fused, cost, peers=peers)
+    name, fp32 = "guided_step, Euler,", torch.float32
+    yield kernel_case(name, str(shape), partial(make, 0, 0), plain, fused, cost, peers=peers, dtype=fp32)
     cost = ops.guided_step_cost(*size, DTYPE, True, 3, 2)
     make_all = partial(make, 3, 2)
     name = "guided_step, 4 velocities and 2 differences,"
-    yield kernel_case(name, str(shape), make_all, plain, fused, cost, peers=peers)
+    yield kernel_case(name, str(shape), make_all, plain, fused, cost, peers=peers, dtype=fp32)
     fused, cost = partial(ops.guided_step_, patch_size=p), ops.guided_step_cost(*size, DTYPE)
     name, peers = "guided_step_, Euler, in place,", compiled(plain_in_place) if shape is SHAPES[0] else {}
-    yield kernel_case(name, str(shape), partial(make, 0, 0), plain_in_place, fused, cost, peers=peers)
+    yield kernel_case(name, str(shape), partial(make, 0, 0), plain_in_place, fused, cost, peers=peers, dtype=fp32)
 
 
-OPS = (norm_cases, qk_norm_rope_cases, swiglu_cases, attention_cases, guided_step_cases)
+OPS = (swiglu_cases, attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)
 CASES = [case for shape in SHAPES for cases in OPS for case in cases(shape)]
 
 

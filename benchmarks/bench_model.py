@@ -176,9 +176,9 @@ def model_cases() -> Iterator[Case]:
     for backward in (False, True):
         yield model_case("XL/2 256 px", xl2, 32, 16 if backward else 64, backward)
     for backward in (False, True):
-        yield model_case("two blocks of XL/2 256 px", two, 32, 64, backward, every)
-    for backward in (False, True):
         yield model_case("XL/2 512 px", xl2, 64, 4 if backward else 16, backward)
+    for backward in (False, True):
+        yield model_case("two blocks of XL/2 256 px", two, 32, 64, backward, every)
 
 
 CASES = list(model_cases())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,10 +150,11 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def with_gradients(inputs: Inputs, gradients: tuple[Tensor, ...]) -> Inputs:
-    """The same, to be differentiated in every floating-point tensor."""
-    leaves = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs.tensors)
-    return replace(inputs, tensors=leaves, gradients=gradients)
+def with_gradients(inputs: Inputs, gradients: tuple[Tensor, ...], fixed: int = 0) -> Inputs:
+    """The same, to be differentiated in all tensors but the last `fixed`."""
+    count = len(inputs.tensors) - fixed
+    leaves = (tensor.detach().requires_grad_() for tensor in inputs.tensors[:count])
+    return Inputs((*leaves, *inputs.tensors[count:]), gradients)
 
 
 def _outputs(value: Any) -> tuple[Tensor, ...]:

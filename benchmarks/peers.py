@@ -26,9 +26,9 @@ Peer = Callable[[Wrap], Variant | str]
 """A variant, or the reason why it is missing here."""
 
 
-def compiled(function: Callable[..., Any]) -> dict[str, Peer]:
-    """`function` by torch.compile, by default and with max-autotune (without its CUDA graphs: launches are hidden, or
-    the same for all)."""
+def compiled(function: Callable[..., Any], autotune: bool = False) -> dict[str, Peer]:
+    """`function` by torch.compile, by default and, if wanted, with max-autotune (without its CUDA graphs: launches are
+    hidden, or the same for all)."""
 
     def peer(mode: str, wrap: Wrap) -> Variant:
         return Variant(lambda: wrap(torch.compile(function, fullgraph=True, dynamic=False, mode=mode)))
@@ -36,7 +36,7 @@ def compiled(function: Callable[..., Any]) -> dict[str, Peer]:
     def autotuned(wrap: Wrap) -> Variant | str:
         return peer("max-autotune-no-cudagraphs", wrap) if torch.cuda.is_available() else NEEDS_GPU
 
-    return {COMPILE: partial(peer, "default"), MAX_AUTOTUNE: autotuned}
+    return {COMPILE: partial(peer, "default")} | ({MAX_AUTOTUNE: autotuned} if autotune else {})
 
 
 def not_installed(module: str, package: str) -> str | None:
