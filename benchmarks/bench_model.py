@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, Inputs, Run, Variant, Workload, wider
-from benchmarks.models import Model, as_vector, random_model, released_gradients
+from benchmarks.models import Model, as_vector, lively_std, random_model, released_gradients
 from benchmarks.peers import COMPILE, MAX_AUTOTUNE, NEEDS_GPU, not_installed
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name, randn
 from ddt_fast.config import DDTConfig
@@ -75,7 +75,7 @@ def model_case(
         return Inputs((x, t, y), (gradient,) if backward else ())
 
     def build() -> Workload:
-        reference = random_model(config).to(DEVICE, DTYPE).requires_grad_(backward)
+        reference = random_model(config, lively_std(config)).to(DEVICE, DTYPE).requires_grad_(backward)
         exact = copy.deepcopy(reference).to(wider(DTYPE))
 
         def ddt(model: Model, run: Callable[[Model], Callable[..., Any]] = lambda model: model) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs, Variant, Workload
-from benchmarks.models import as_vector, random_model, released_gradients
+from benchmarks.models import as_vector, lively_std, random_model, released_gradients
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name, randn
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.latent_loader import LatentBatch
@@ -119,7 +119,7 @@ def training_case(name: str, model: DDTConfig, side: int, batch: int, variants: 
         stack.enter_context(process_group(DEVICE))
         torch.manual_seed(0)
         projector = Projector(model.hidden_size, FEATURES)
-        reference = TrainedDDT(random_model(model).requires_grad_(True), projector)
+        reference = TrainedDDT(random_model(model, lively_std(model)).requires_grad_(True), projector)
         step = partial(Step, experiment, reference, dtype=dtype_name(DTYPE))
         made = {
             BASELINE: Variant(partial(PlainStep, experiment, reference), check=Step.check),
