@@ -33,7 +33,7 @@ from ddt_fast.sampling.sharing import resolve_refresh_steps
 from ddt_kernels import Cost
 
 TINY = DDTConfig(4, 2, 192, 6, 6, 4, num_classes=1000)
-TOLERANCE = 0.02 if ON_GPU else 1e-4
+TOLERANCE = 0.03 if ON_GPU else 1e-4
 BASELINE = "DDT, both branches always"
 SETTINGS: dict[str, Callable[[SamplingConfig], SamplingConfig]] = {
     "refresh 1": lambda config: config,
@@ -125,8 +125,8 @@ def added(run: Run, x: Inputs) -> Sequence[Tensor]:
 def sampling_cases() -> Iterator[Case]:
     """The most wanted first: time may run out."""
     if not ON_GPU:
-        yield sampling_case("tiny, 4+2 blocks, C 192, 16x16 latents,", TINY, 16, 4, 24, (*ALL, *COMPILED))
-        yield sampling_case("tiny, 4+2 blocks, C 192, 16x16 latents,", TINY, 16, 1, 50)
+        yield sampling_case("tiny, 4+2 blocks, C 192, 16x16 latents,", TINY, 16, 4, 16, (*ALL, *COMPILED))
+        yield sampling_case("tiny, 4+2 blocks, C 192, 16x16 latents,", TINY, 16, 1, 24)
         return
     xl2 = PRESETS["xl2_256"].model
     yield sampling_case("XL/2 256 px", xl2, 32, 16, 250, HEADLINE, rounds=2)

@@ -81,7 +81,7 @@ class Steps:
             status = _wait(process, seconds)
         took = time.monotonic() - started
         self.note(name, status, took)
-        print("\n".join((self.folder / log).read_text().splitlines()[-6:]), flush=True)
+        print("\n".join((self.folder / log).read_text(errors="replace").splitlines()[-4:]), flush=True)
 
     def note(self, name: str, status: str, seconds: float = 0.0) -> None:
         """Say how a step ended."""
@@ -128,6 +128,28 @@ def preflight(folder: Path, dry_run: bool) -> None:
     print(f"not installed here: {', '.join(missing) or 'nothing'}", flush=True)
 
 
+def digest(results: Path) -> list[str]:
+    """A line for every case: the baseline's time, what of it our fastest variant and the fastest peer take."""
+    if not results.exists():
+        return ["no results"]
+    lines = []
+    for case in json.loads(results.read_text())["cases"]:
+        line = f"{case['group']}: {case['case']}, {case['size']}:"
+        variants = [v for v in case["variants"] if v["ratio"] is not None]
+        for words, chosen in (
+            ("", [v for v in variants if v["baseline"]]),
+            ("ours", [v for v in variants if v["ours"]]),
+            ("peer", [v for v in variants if not v["ours"] and not v["baseline"]]),
+        ):
+            if chosen:
+                best = min(chosen, key=lambda v: v["ratio"])
+                share = "" if best["share_of_ceiling"] is None else f" {best['share_of_ceiling']:.0%}"
+                time_ms = f"{1e3 * best['seconds']['median']:.4g} ms"
+                line += f" {words or time_ms} x{best['ratio']:.2f}{share};"
+        lines.append(line + "".join(f" WRONG {entry['name']}" for entry in case["wrong"]))
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/gpu_run.py", description=__doc__.splitlines()[0])
     default = os.environ.get("OUT") or str(ROOT / "benchmarks" / "results" / "gpu")
@@ -154,7 +176,7 @@ def main() -> None:
     steps = Steps(folder, seconds)
     has_pytest = importlib.util.find_spec("pytest") is not None
     if has_pytest:
-        tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "--continue-on-collection-errors"]
+        tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
         steps.run("tests", tests, "tests.txt", TESTS_SHARE * seconds)
     else:
         steps.note("tests", "left out: pytest is not installed")
@@ -166,7 +188,7 @@ def main() -> None:
     for i, name in enumerate(modules):
         share = SHARES[name] / sum(SHARES[other] for other in modules[i:])
         limit = share * steps.left
-        start = ["-m", "pytest", f"benchmarks/{name}.py", "--benchmark-only", "-q"]
+        start = ["-m", "pytest", f"benchmarks/{name}.py", "--benchmark-only", "-q", "-rfE"]
         command = start if with_pytest else ["-m", "benchmarks.suite", name]
         command += ["--results", str(folder / "results.json"), "--append"]
         command += [
@@ -175,6 +197,7 @@ def main() -> None:
             *(["--only", options.only] * bool(options.only)),
         ]
         steps.run(name, command, "suite.txt", limit + GRACE_SECONDS)
+    print("\n".join(digest(folder / "results.json")))
 
 
 if __name__ == "__main__":

@@ -66,17 +66,18 @@ class Recorder:
         self.path, self.device, self._measure_ceilings = path, device, ceilings
         self.results: dict[str, Result] = {}
         self._failed: dict[str, Exception] = {}
-        self._content: dict[str, Any] = {"format": FORMAT, "environment": environment(), "sessions": [], "cases": []}
+        here = environment()
+        self._content: dict[str, Any] = {"format": FORMAT, "environment": here, "sessions": [], "cases": []}
         if append and path is not None and path.exists():
             self._content = read_json(path)
             if self._content.get("format") != FORMAT:
                 raise ValueError(f"{path} has format {self._content.get('format')!r}; allowed: {FORMAT}")
-            for name, here in environment().items():
+            for name in ("commit", "cpu", "gpus", "torch"):
                 there = self._content["environment"].get(name)
-                if name in ("commit", "cpu", "gpus", "torch") and there != here:
-                    raise ValueError(f"{path} holds results of {name} {there}, here it is {here}; name another file")
+                if there != here[name]:
+                    raise ValueError(f"{path} holds results of {name} {there}, here it is {here[name]}; name another")
         self.session: dict[str, Any] = {"started": _now(), "finished": None}
-        self.session |= {name: environment()[name] for name in ("command", "load_average")}
+        self.session |= {name: here[name] for name in ("command", "load_average")}
         self.session |= {"ceilings": None, "ceilings_after": None, "not_measured": []}
         self._content["sessions"].append(self.session)
         self._ceilings: Ceilings | None = None
