@@ -160,15 +160,15 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
         k.copy_(reference.norm_rope(k, k_weight, cos, sin))
         return qkv
 
-    arguments = ("qk_norm_rope", str(shape), make, reference.qk_norm_rope, ops.qk_norm_rope)
+    size, plain = str(shape), reference.qk_norm_rope
     cost, backward = (ops.qk_norm_rope_cost(B, N, H, D, DTYPE, backward=b) for b in (False, True))
-    peers = compiled(reference.qk_norm_rope) if shape is SHAPES[0] else {}
-    yield kernel_case(*arguments, cost, peers=peers)
-    yield kernel_case(*arguments, cost + backward, backward=True, peers=peers, fixed=2)
+    peers = compiled(plain) if shape is SHAPES[0] else {}
+    yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, cost, peers=peers)
+    both = cost + backward
+    yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, both, backward=True, peers=peers, fixed=2)
     cost = ops.qk_norm_rope_cost(B, N, H, D, DTYPE, in_place=True)
     peers = compiled(plain_in_place) if shape is SHAPES[0] else {}
-    arguments = ("qk_norm_rope_, in place,", str(shape), make, plain_in_place, ops.qk_norm_rope_)
-    yield kernel_case(*arguments, cost, peers=peers)
+    yield kernel_case("qk_norm_rope_, in place,", size, make, plain_in_place, ops.qk_norm_rope_, cost, peers=peers)
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:

@@ -27,7 +27,10 @@ WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and ada
 
 
 def random_model(config: DDTConfig, std: float = 0.02) -> DDT:
-    """A reference model in which every parameter counts: as initialised, the final layer is zero. std: of the weights."""
+    """A reference model in which every parameter counts: as initialised, the final layer is zero.
+
+    std: of weights and embeddings.
+    """
     generator = torch.Generator().manual_seed(0)
     model = DDT(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():

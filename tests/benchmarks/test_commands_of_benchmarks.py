@@ -2,30 +2,20 @@
 
 import gzip
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu_run import Steps
+from python_processes import run_python
 
-ROOT = Path(__file__).parents[2]
 BARE = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in ("jsonargparse", "diffusers"))
 """A sitecustomize under which these packages, which the GPU machine lacks, cannot be imported."""
-
-
-def run(*command: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT), str(ROOT / "kernels"), *([] if path is None else [str(path)])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(reversed(paths)), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_pytest_shows_the_interleaved_rounds(tmp_path):
     results, shown = tmp_path / "results.json", tmp_path / "shown.json"
     options = ("--benchmark-only", "--only", "attention forward,", "--results", str(results))
-    done = run("-m", "pytest", "benchmarks", *options, f"--benchmark-json={shown}")
+    done = run_python("-m", "pytest", "benchmarks", *options, f"--benchmark-json={shown}")
     assert done.returncode == 0, done.stdout
     (case,) = json.loads(results.read_text())["cases"]
     medians = {variant["name"]: variant["seconds"]["median"] for variant in case["variants"]}
@@ -42,14 +32,14 @@ def test_pytest_shows_the_interleaved_rounds(tmp_path):
 def test_out_of_time_and_unusable_files(tmp_path):
     results = tmp_path / "results.json"
     command = ("-m", "pytest", "benchmarks/bench_data.py", "--benchmark-only", "--results", str(results))
-    done = run(*command, "--time-limit", "-1")
+    done = run_python(*command, "--time-limit", "-1")
     assert done.returncode == 0, done.stdout
     assert (
         "not started within the time limit"
         in json.loads(results.read_text())["sessions"][0]["not_measured"][0]["reason"]
     )
     results.write_text("{}")
-    done = run(*command, "--append")
+    done = run_python(*command, "--append")
     assert done.returncode == 4
     assert "has format None; allowed: 1" in done.stderr
 
@@ -59,7 +49,7 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     folder = tmp_path / "out"
     options = ("--modules", "bench_kernels", "--only", "guided_step, Euler,", "--tests", "tests/kernels/test_tuning.py")
     command = ("benchmarks/gpu_run.py", "--dry-run", "--profile", "--minutes", "2", "--output-dir", str(folder))
-    done = run(*command, *options, path=tmp_path)
+    done = run_python(*command, *options, path=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
@@ -73,13 +63,13 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     products = [sum(t["calls"] for t in times[step] if "mm" in t["name"]) for step in ("refresh", "reuse")]
     assert products[0] > 2 * products[1] > 0
     assert len(list(folder.iterdir())) <= 8  # that come back from the GPU machine
-    again = run(*command, *options)
+    again = run_python(*command, *options)
     assert again.returncode == 2
     assert "holds results.json of another run" in again.stderr
 
 
 def test_the_gpu_command_wants_a_gpu(tmp_path):
-    done = run("benchmarks/gpu_run.py", "--output-dir", str(tmp_path))
+    done = run_python("benchmarks/gpu_run.py", "--output-dir", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one\n"
 

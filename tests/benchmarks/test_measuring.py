@@ -17,6 +17,7 @@ from benchmarks.results import Recorder, summary
 from benchmarks.timing import EventClock
 from ddt_fast.model import FusedDDT
 from ddt_kernels import Cost
+from python_processes import run_python
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings({"float32": 1e11}, 1e10, "made up")
@@ -233,18 +234,26 @@ def test_every_public_op_has_a_case():
         assert any(title.startswith(f"kernels: {op} forward+backward") for title in titles), op
 
 
-def test_titles_are_unique():
-    modules = [__import__(f"benchmarks.{name}", fromlist=["CASES"]) for name in suite.MODULES]
-    titles = [case.title for module in modules for case in module.CASES]
-    assert len(titles) == len(set(titles))
-    assert {case.group for module in modules for case in module.CASES} == {
-        "kernels",
-        "sampling",
-        "model",
-        "training",
-        "evaluation",
-        "data",
-    }
+LIST = """
+import importlib, torch
+torch.cuda.is_available = lambda: {gpu}
+from benchmarks import suite
+modules = [importlib.import_module("benchmarks." + name) for name in suite.MODULES]
+titles = [case.title for module in modules for case in module.CASES]
+assert len(titles) == len(set(titles)), titles
+assert all(len(set(case.variants)) == len(case.variants) > 1 for module in modules for case in module.CASES)
+print(len(titles), *{{case.group for module in modules for case in module.CASES}})
+"""
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_cases_can_be_listed_and_told_apart(gpu):
+    """The GPU's too, without one: nothing is allocated before it is measured."""
+    done = run_python("-c", LIST.format(gpu=gpu))
+    assert done.returncode == 0, done.stderr
+    count, *groups = done.stdout.split()
+    assert int(count) > (60 if gpu else 35)
+    assert set(groups) == {"kernels", "model", "sampling", "training", "data", "evaluation"}
 
 
 @pytest.mark.gpu
