@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,13 +77,12 @@ def _measure(case: Case, workload: Workload, ceilings: Ceilings, device: torch.d
     before = gpu_state()
     repeats: dict[str, int] = {}
     if runs:
-        result.rounds, repeats = _time(case, workload, runs, device)
+        result.rounds, repeats = _time(case, workload, runs, result, device)
     baseline = next(iter(workload.variants))
     base = result.rounds.get(baseline)
     variants = []
     for name, seconds in result.rounds.items():
-        variant = workload.variants[name]
-        assert isinstance(variant, Variant)
+        variant = cast(Variant, workload.variants[name])
         timing = Timing.of(seconds)
         entry: dict[str, Any] = {"name": name, "baseline": name == baseline, "ours": variant.ours}
         entry |= {"seconds": timing.as_dict(), "calls_per_round": repeats[name]}
@@ -118,8 +117,10 @@ def _verify(workload: Workload, result: Result) -> tuple[dict[str, Any], dict[st
     """What to time, made and found right, and its (error, allowed error); the others go to the result."""
     runs: dict[str, Any] = {}
     found: dict[str, tuple[float, float]] = {}
-    expected: Sequence[Tensor] | None = None
+    shared: Sequence[Tensor] | None = None
     allowed: list[float] | None = None
+    at_most = workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]
+    baseline = next(iter(workload.variants))
     for name, variant in workload.variants.items():
         if isinstance(variant, str):
             result.missing[name] = variant
@@ -128,28 +129,31 @@ def _verify(workload: Workload, result: Result) -> tuple[dict[str, Any], dict[st
             run = variant.make()
             outputs = (variant.check or _call)(run, workload.inputs(0))
         except Exception as error:  # of any package or compiler: to be shown, not to end the run
-            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            (result.wrong if variant.ours else result.missing)[name] = reason
+            _note_failure(result, name, variant, error)
             continue
         if variant.expected is not None:
-            right = variant.expected(workload.inputs(0))
+            expected = variant.expected(workload.inputs(0))
         else:
             assert workload.expected is not None
-            right = expected = workload.expected(workload.inputs(0)) if expected is None else expected
-        errors = [relative_error(a, e) for a, e in zip(outputs, right, strict=True)]
-        if workload.tolerance is not None:
-            limits = [workload.tolerance] * len(errors)
-        elif allowed is None:
-            limits = [MAX_BASELINE_ERROR[workload.dtype.itemsize]] * len(errors)
-            allowed = limits_from(errors, workload.dtype)
-        else:
-            limits = allowed
-        worst = max(range(len(errors)), key=lambda i: errors[i] / limits[i] if errors[i] == errors[i] else math.inf)
-        if errors[worst] <= limits[worst]:
+            expected = shared = workload.expected(workload.inputs(0)) if shared is None else shared
+        errors = relative_errors(outputs, expected)
+        del outputs
+        # Plain PyTorch's errors are the measure of all others, if it is right itself.
+        limits = allowed or [at_most] * len(errors)
+        excess = [error / limit for error, limit in zip(errors, limits, strict=True)]
+        worst = max(range(len(errors)), key=excess.__getitem__)
+        if excess[worst] <= 1:
             runs[name], found[name] = run, (errors[worst], limits[worst])
+            if name == baseline and workload.tolerance is None:
+                allowed = limits_from(errors, workload.dtype)
         else:
             result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {limits[worst]:.2g}"
     return runs, found
+
+
+def _note_failure(result: Result, name: str, variant: Variant, error: Exception) -> None:
+    reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    (result.wrong if variant.ours else result.missing)[name] = reason
 
 
 def limits_from(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
@@ -157,6 +161,14 @@ def limits_from(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
     admit another order of summation and another exponential, but no TF32."""
     floor = torch.finfo(dtype).eps * (0.5 if dtype.itemsize == 2 else 16)
     return [2 * error + floor for error in plain]
+
+
+def relative_errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of every output; infinite where it is not a number, or of another shape, or missing."""
+    if len(outputs) != len(expected):
+        return [math.inf] * len(expected)
+    errors = [relative_error(a, e) if a.shape == e.shape else math.inf for a, e in zip(outputs, expected, strict=True)]
+    return [math.inf if math.isnan(error) else error for error in errors]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -171,24 +183,28 @@ def _call(run: Run, inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _time(
-    case: Case, workload: Workload, runs: dict[str, Run], device: torch.device
+    case: Case, workload: Workload, runs: dict[str, Run], result: Result, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call and round, and calls per round, by variant."""
     first = workload.inputs(0)
     count = number_of_sets(first.num_bytes, device)
     sets = [first, *(workload.inputs(i) for i in range(1, count))]
     clock: Clock = EventClock(case.hide_launches) if device.type == "cuda" else timed
-    once = {name: partial(_repeat, run, sets, 1) for name, run in runs.items()}
-    seconds = {name: clock(call) for name, call in once.items()}
+    seconds = {}
+    for name, run in runs.items():
+        try:
+            seconds[name] = clock(partial(_repeat, run, sets, 1))
+        except Exception as error:  # memory that sufficed to verify one after the other, for example
+            _note_failure(result, name, cast(Variant, workload.variants[name]), error)
     repeats = {name: min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / s))) for name, s in seconds.items()}
     # On a GPU as many as there are sets, so that every set is read before one is read again.
     if device.type == "cuda" and case.hide_launches:
         repeats = {name: max(number, count) for name, number in repeats.items()}
     rounds = case.rounds
     if rounds is None:
-        total = sum(seconds[name] * repeats[name] for name in runs)
+        total = sum(seconds[name] * repeats[name] for name in seconds)
         rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
-    calls = {name: partial(_repeat, run, sets, repeats[name]) for name, run in runs.items()}
+    calls = {name: partial(_repeat, runs[name], sets, repeats[name]) for name in seconds}
     taken = record(calls, rounds, warmup=0, clock=clock)
     return {name: [s / repeats[name] for s in values] for name, values in taken.items()}, repeats
 

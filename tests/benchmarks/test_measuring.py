@@ -111,10 +111,15 @@ def test_a_wrong_gradient_gets_no_time():
     assert "of output 1" in result.wrong["off"]
 
 
-def test_a_wrong_baseline_gets_no_time_and_no_ratio():
-    variants = {"plain": Variant(lambda: forward(lambda x: 3 * x)), "ours": Variant(lambda: forward(double), ours=True)}
+def test_a_wrong_baseline_gets_no_time_and_is_no_measure():
+    variants = {
+        "plain": Variant(lambda: forward(lambda x: 3 * x)),
+        "ours": Variant(lambda: forward(double), ours=True),
+        "off": Variant(lambda: forward(lambda x: 2.01 * x)),
+        "of another shape": Variant(lambda: forward(lambda x: 2 * x[:1])),
+    }
     result = measure(make_case(variants), CEILINGS, CPU)
-    assert result.wrong.keys() == {"plain"}
+    assert result.wrong.keys() == {"plain", "off", "of another shape"}
     assert [v["ratio"] for v in result.record["variants"]] == [None]
 
 
@@ -132,6 +137,23 @@ def test_variants_of_a_case_take_turns():
     measure(make_case({"a": noting("a"), "b": noting("b")}), CEILINGS, CPU)
     turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert turns == ["a", "b"] * 5  # verified, timed once, three rounds
+
+
+def test_what_fails_only_when_timed_is_left_out():
+    def once():
+        calls = []
+
+        def run(x):
+            calls.append(x)
+            if len(calls) > 1:
+                raise torch.OutOfMemoryError("full")
+            return 2 * x
+
+        return forward(run)
+
+    result = measure(make_case({"plain": Variant(lambda: forward(double)), "greedy": Variant(once)}), CEILINGS, CPU)
+    assert result.rounds.keys() == {"plain"}
+    assert result.missing == {"greedy": "failed: OutOfMemoryError: full"}
 
 
 def test_other_variants_than_named_are_refused():
