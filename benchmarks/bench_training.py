@@ -116,7 +116,8 @@ def training_case(name: str, model: DDTConfig, side: int, batch: int, variants: 
 
     def build() -> Workload:
         stack = contextlib.ExitStack()
-        stack.enter_context(process_group(DEVICE))
+        # One process talks to nobody, but asks for its rank: the CPU's group does, and starts no NCCL.
+        stack.enter_context(process_group(torch.device("cpu")))
         torch.manual_seed(0)
         projector = Projector(model.hidden_size, FEATURES)
         reference = TrainedDDT(random_model(model, lively_std(model)).requires_grad_(True), projector)

@@ -3,9 +3,9 @@
 From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or later and triton 3.6 or later; no network,
 nothing to install. In this order, each step in a process of its own, so that what breaks one leaves the others alone:
 
-    tests     pytest -m gpu                                 tests.txt
+    tests     pytest -m gpu, 4 at a time with pytest-xdist  tests.txt
     profile   with --profile: benchmarks.profile_steps      *_step.trace.json.gz, profile.json
-    suite     every module of benchmarks, by pytest         results.json, suite.txt
+    suite     every module of benchmarks, by pytest         results.json, suite.txt (the profile's output too)
 
 steps.json says how each step ended. All files are under --output-dir (default: $OUT, else benchmarks/results/gpu) and
 are written as the run goes: one that is cut off leaves what it had. A step that takes longer than its share of
@@ -177,12 +177,14 @@ def main() -> None:
     has_pytest = importlib.util.find_spec("pytest") is not None
     if has_pytest:
         tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
+        if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
+            tests += ["-n", "4"]  # most of their time is Triton's compiler, on the CPU
         steps.run("tests", tests, "tests.txt", TESTS_SHARE * seconds)
     else:
         steps.note("tests", "left out: pytest is not installed")
     if options.profile:
         command = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
-        steps.run("profile", command, "profile.txt", PROFILE_SECONDS)
+        steps.run("profile", command, "suite.txt", PROFILE_SECONDS)
     with_pytest = has_pytest and importlib.util.find_spec("pytest_benchmark") is not None
     modules = [name for name in SHARES if name in options.modules]
     for i, name in enumerate(modules):

@@ -62,7 +62,7 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     # A reuse step has no encoder: fewer products.
     products = [sum(t["calls"] for t in times[step] if "mm" in t["name"]) for step in ("refresh", "reuse")]
     assert products[0] > 2 * products[1] > 0
-    assert len(list(folder.iterdir())) <= 8  # that come back from the GPU machine
+    assert len(list(folder.iterdir())) < 8  # as many come back from the GPU machine
     again = run_python(*command, *options)
     assert again.returncode == 2
     assert "holds results.json of another run" in again.stderr
