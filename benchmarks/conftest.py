@@ -8,17 +8,16 @@ the interleaved ones.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.cases import Case
 from benchmarks.results import Recorder, summary
+from benchmarks.shapes import DEVICE
 
 
 class PlaybackClock:
@@ -48,9 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     results = config.getoption("--results")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path = None if results is None else Path(results)
     try:
-        recorder = Recorder(None if results is None else Path(results), device, config.getoption("--append"))
+        recorder = Recorder(path, DEVICE, config.getoption("--append"), config.getoption("--time-limit"))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[RECORDER] = recorder
@@ -70,22 +69,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
-@pytest.fixture(scope="session")
-def started() -> float:
-    return time.monotonic()
-
-
 @pytest.fixture
-def replay(benchmark: Any, started: float, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
+def replay(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
     """Measure a case, or look up what was measured, and report one variant of it."""
     recorder = request.config.stash[RECORDER]
-    limit = request.config.getoption("--time-limit")
 
     def report(case: Case, variant: str) -> None:
-        if case.title not in recorder.results and limit is not None and time.monotonic() - started > limit:
-            reason = f"not started within the time limit of {limit:g} s"
-            recorder.skip(case, reason)
-            pytest.skip(reason)
+        if not recorder.in_time(case):
+            pytest.skip("out of time")
         result = recorder.measure(case)
         if variant in result.missing:
             pytest.skip(f"{variant}: {result.missing[variant]}")

@@ -27,6 +27,7 @@ the copy ceiling may pass 1.
 from __future__ import annotations
 
 import datetime
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,8 +49,9 @@ class Recorder:
 
     Args:
         path: of the file; None writes none.
-        append: keep the cases of a file that is there, but for those measured again.
         device: where to measure.
+        append: keep the cases of a file that is there, but for those measured again.
+        time_limit: seconds from now after which no case is started; None for no limit.
         ceilings: what measures them.
 
     Raises:
@@ -61,9 +63,11 @@ class Recorder:
         path: Path | None,
         device: torch.device,
         append: bool = False,
+        time_limit: float | None = None,
         ceilings: Callable[[torch.device], Ceilings] = measure_ceilings,
     ) -> None:
         self.path, self.device, self._measure_ceilings = path, device, ceilings
+        self._started, self._time_limit = time.monotonic(), time_limit
         self.results: dict[str, Result] = {}
         self._failed: dict[str, Exception] = {}
         here = environment()
@@ -101,6 +105,15 @@ class Recorder:
         self.results[case.title] = result
         self._add(result.record)
         return result
+
+    def in_time(self, case: Case) -> bool:
+        """Whether the case is measured already, or may be started; where not, that is noted."""
+        limit = self._time_limit
+        late = limit is not None and time.monotonic() - self._started > limit
+        if late and case.title not in self.results:
+            self.skip(case, f"not started within the time limit of {limit:g} s")
+            return False
+        return True
 
     def skip(self, case: Case, reason: str) -> None:
         """Note that a case was not measured."""

@@ -29,17 +29,10 @@ def test_pytest_shows_the_interleaved_rounds(tmp_path):
     assert f"missing in 1 cases: xformers: {missing['xformers']}" in done.stdout
 
 
-def test_out_of_time_and_unusable_files(tmp_path):
+def test_a_file_that_cannot_be_added_to(tmp_path):
     results = tmp_path / "results.json"
-    command = ("-m", "pytest", "benchmarks/bench_data.py", "--benchmark-only", "--results", str(results))
-    done = run_python(*command, "--time-limit", "-1")
-    assert done.returncode == 0, done.stdout
-    assert (
-        "not started within the time limit"
-        in json.loads(results.read_text())["sessions"][0]["not_measured"][0]["reason"]
-    )
     results.write_text("{}")
-    done = run_python(*command, "--append")
+    done = run_python("-m", "pytest", "benchmarks/bench_data.py", "--results", str(results), "--append")
     assert done.returncode == 4
     assert "has format None; allowed: 1" in done.stderr
 
@@ -47,9 +40,9 @@ def test_out_of_time_and_unusable_files(tmp_path):
 def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BARE)
     folder = tmp_path / "out"
-    options = ("--modules", "bench_kernels", "--only", "guided_step, Euler,", "--tests", "tests/kernels/test_tuning.py")
+    options = ("--modules", "bench_kernels", "--only", "attention forward,", "--tests", "tests/kernels/test_tuning.py")
     command = ("benchmarks/gpu_run.py", "--dry-run", "--profile", "--minutes", "2", "--output-dir", str(folder))
-    done = run_python(*command, *options, path=tmp_path)
+    done = run_python(*command, *options, paths=[tmp_path])
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
