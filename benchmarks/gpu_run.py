@@ -18,6 +18,7 @@ its tables are missing. What is missing is said at the beginning.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -39,7 +40,13 @@ SHARES = {
 }
 """Of the suite's time, in the order of what is wanted most; what one module leaves goes to the next ones."""
 
-TESTS_SHARE, PROFILE_SECONDS, GRACE_SECONDS = 0.25, 60.0, 30.0
+TESTS_SHARE, PROFILE_SECONDS = 0.25, 60.0
+START_SECONDS, GRACE_SECONDS = 10.0, 30.0
+"""Until a module of the suite measures, and for its last case to end."""
+
+STOP_SECONDS = 20.0
+"""What it may take to stop a step; kept free at the end. No step starts with less left."""
+
 WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensors", "triton", "scipy")
 
 
@@ -48,12 +55,12 @@ class Steps:
 
     Args:
         folder: where it is.
-        seconds: that all of them may take.
+        seconds: that all of them may take, the stopping of the last one included.
     """
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder = folder
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds - STOP_SECONDS
         self.done: list[dict[str, Any]] = []
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
@@ -65,6 +72,9 @@ class Steps:
     def run(self, name: str, command: list[str], log: str, seconds: float) -> None:
         """Run a Python command, its output appended to a log file; after `seconds` it is interrupted, then killed."""
         seconds = min(seconds, self.left)
+        if self.left < STOP_SECONDS:
+            self.note(name, "left out: no time left")
+            return
         print(f"{name}: python {' '.join(command)} (up to {seconds:.0f} s)", flush=True)
         started = time.monotonic()
         with (self.folder / log).open("a") as stream:
@@ -100,7 +110,8 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
     except subprocess.TimeoutExpired:
         # An interrupted pytest still says what it has done.
         for sign, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 10.0)):
-            os.killpg(process.pid, sign)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sign)
             try:
                 process.wait(patience)
                 break
@@ -195,7 +206,7 @@ def main() -> None:
         command += ["--results", str(folder / "results.json"), "--append"]
         command += [
             "--time-limit",
-            f"{max(1.0, 0.8 * limit - 10):.0f}",
+            f"{max(1.0, limit - START_SECONDS):.0f}",
             *(["--only", options.only] * bool(options.only)),
         ]
         steps.run(name, command, "suite.txt", limit + GRACE_SECONDS)

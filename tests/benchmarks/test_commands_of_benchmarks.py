@@ -41,7 +41,7 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BARE)
     folder = tmp_path / "out"
     options = ("--modules", "bench_kernels", "--only", "attention forward,", "--tests", "tests/kernels/test_tuning.py")
-    command = ("benchmarks/gpu_run.py", "--dry-run", "--profile", "--minutes", "2", "--output-dir", str(folder))
+    command = ("benchmarks/gpu_run.py", "--dry-run", "--profile", "--minutes", "4", "--output-dir", str(folder))
     done = run_python(*command, *options, paths=[tmp_path])
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
@@ -67,10 +67,13 @@ def test_the_gpu_command_wants_a_gpu(tmp_path):
     assert done.stderr == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one\n"
 
 
-def test_a_step_that_hangs_is_stopped(tmp_path):
+def test_a_step_that_hangs_is_stopped_and_none_begins_too_late(tmp_path):
     steps = Steps(tmp_path, seconds=60)
     steps.run("hangs", ["-c", "print('started'); import time; time.sleep(60)"], "log.txt", 1.0)
     steps.run("fails", ["-c", "raise SystemExit(3)"], "log.txt", 10.0)
+    steps.deadline -= 30
+    steps.run("late", ["-c", "print('late')"], "log.txt", 10.0)
     statuses = [step["status"] for step in json.loads((tmp_path / "steps.json").read_text())]
-    assert statuses == ["stopped after 1 s", "exit code 3"]
+    assert statuses == ["stopped after 1 s", "exit code 3", "left out: no time left"]
     assert "started" in (tmp_path / "log.txt").read_text()
+    assert "late" not in (tmp_path / "log.txt").read_text()
