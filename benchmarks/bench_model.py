@@ -75,7 +75,7 @@ def model_case(
         return Inputs((x, t, y), (gradient,) if backward else ())
 
     def build() -> Workload:
-        reference = random_model(config, lively_std(config)).to(DEVICE, DTYPE).requires_grad_(backward)
+        reference = random_model(config, lively_std(config), DEVICE).to(DTYPE).requires_grad_(backward)
         exact = copy.deepcopy(reference).to(wider(DTYPE))
 
         def ddt(model: Model, run: Callable[[Model], Callable[..., Any]] = lambda model: model) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def sampling_case(
         return Inputs((noise.to(DEVICE), torch.arange(batch, device=DEVICE) % model.num_classes))
 
     def build() -> Workload:
-        reference = random_model(model, lively_std(model)).to(DEVICE, DTYPE)
+        reference = random_model(model, lively_std(model), DEVICE).to(DTYPE)
         fused = FusedDDT.from_reference(reference)
         weights = sum(p.numel() * p.element_size() for p in reference.parameters())
 

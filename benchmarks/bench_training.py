@@ -8,6 +8,7 @@ and all gradients of a step, which the optimiser would hide. Data are on the hos
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -40,13 +41,10 @@ class Step:
     """This repository's training step on a copy of `reference`, as `ddt_fast.training.loop` does it."""
 
     def __init__(self, experiment: Experiment, reference: TrainedDDT, engine: str, compile: bool, dtype: str) -> None:
-        denoiser = DDT(experiment.model)
-        denoiser.load_state_dict(reference.denoiser.state_dict())
-        projector = Projector(experiment.model.hidden_size, FEATURES)
-        assert reference.projector is not None
-        projector.load_state_dict(reference.projector.state_dict())
-        self.denoiser = (FusedDDT.from_reference(denoiser) if engine == "fused" else denoiser).to(DEVICE)
-        self.masters = TrainedDDT(self.denoiser, projector, experiment.training.repa_block).to(DEVICE)
+        denoiser, projector = copy.deepcopy((reference.denoiser, reference.projector))
+        assert isinstance(denoiser, DDT)
+        self.denoiser = FusedDDT.from_reference(denoiser) if engine == "fused" else denoiser
+        self.masters = TrainedDDT(self.denoiser, projector, experiment.training.repa_block)
         self.replica = Replica(self.masters, getattr(torch, dtype), "ddp", compile)
         self.objective = Objective(experiment, DEVICE, (1, FEATURES))
         self.optimizer = torch.optim.AdamW(self.masters.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -119,11 +117,15 @@ def training_case(name: str, model: DDTConfig, side: int, batch: int, variants: 
         # One process talks to nobody, but asks for its rank: the CPU's group does, and starts no NCCL.
         stack.enter_context(process_group(torch.device("cpu")))
         torch.manual_seed(0)
-        projector = Projector(model.hidden_size, FEATURES)
-        reference = TrainedDDT(random_model(model, lively_std(model)).requires_grad_(True), projector)
+        projector = Projector(model.hidden_size, FEATURES).to(DEVICE)
+        reference = TrainedDDT(random_model(model, lively_std(model), DEVICE).requires_grad_(True), projector)
         step = partial(Step, experiment, reference, dtype=dtype_name(DTYPE))
         made = {
-            BASELINE: Variant(partial(PlainStep, experiment, reference), check=Step.check),
+            BASELINE: Variant(
+                partial(PlainStep, experiment, reference),
+                check=Step.check,
+                note="" if ON_GPU else "float32, without autocast, on a CPU",
+            ),
             PLAIN: Variant(partial(step, "reference", False), check=Step.check, ours=True),
             FUSED: Variant(partial(step, "fused", False), check=Step.check, ours=True),
             COMPILED[0]: Variant(partial(step, "reference", True), check=Step.check, ours=True),

@@ -16,10 +16,12 @@ from ddt_kernels import Cost
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Attributes:
-    gemm: FLOP/s of a square GEMM on random data, by its dtype's name, "float32" without TF32.
-    copy: bytes/s of a copy, bytes read plus bytes written.
-    sizes: what was measured, in words.
+    """What the rooflines of a run are made of.
+
+    Attributes:
+        gemm: FLOP/s of a square GEMM on random data, by its dtype's name, "float32" without TF32.
+        copy: bytes/s of a copy, bytes read plus bytes written.
+        sizes: what was measured, in words.
     """
 
     gemm: dict[str, float]

@@ -26,13 +26,14 @@ SETTINGS = {
 WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
 
 
-def random_model(config: DDTConfig, std: float = 0.02) -> DDT:
+def random_model(config: DDTConfig, std: float = 0.02, device: torch.device | str = "cpu") -> DDT:
     """A reference model in which every parameter counts: as initialised, the final layer is zero.
 
-    std: of weights and embeddings.
+    std: of weights and embeddings. device: where they are drawn, each having numbers of its own.
     """
-    generator = torch.Generator().manual_seed(0)
-    model = DDT(config).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.device(device):
+        model = DDT(config).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.ones_(parameter)

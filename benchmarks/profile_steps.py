@@ -59,7 +59,7 @@ def main() -> None:
     folder = parser.parse_args().output_dir
     folder.mkdir(parents=True, exist_ok=True)
     config, side, batch = (PRESETS["xl2_256"].model, 32, 32) if ON_GPU else (TINY, 16, 2)
-    model = FusedDDT.from_reference(random_model(config).to(DEVICE, DTYPE))
+    model = FusedDDT.from_reference(random_model(config, device=DEVICE).to(DTYPE))
     sampler = Sampler(model, replace(PUBLISHED, refresh_every=6), batch, side, side)
     noise, _ = seeded_noise(range(batch), (4, side, side))
     labels = torch.arange(batch, device=DEVICE)
