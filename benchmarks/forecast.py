@@ -10,7 +10,6 @@ guidance interval). Beside it stand the digits' scores and the FLOPs the same pl
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,18 +18,16 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
+from benchmarks.cpu_sampling import relative_error
+from benchmarks.digits_runs import DigitsRuns, digits_model, xl2_flops
 from benchmarks.environment import environment
-from ddt_fast import SamplingConfig, load_model
+from benchmarks.figures import figure
+from ddt_fast import SamplingConfig
 from ddt_fast.command import run_command
 from ddt_fast.config import GuidanceForecast, StateForecast
-from ddt_fast.evaluation.digits_score import score_digits
-from ddt_fast.files import atomic_file, output_folder
-from ddt_fast.generation.seeds import assign_labels
-from ddt_fast.presets import PRESETS
-from ddt_fast.sampling import Sampler, SamplingPlan
+from ddt_fast.files import output_folder, write_json
+from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
-from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 BASE = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
 LINEAR = replace(BASE, state_forecast="linear", guidance_forecast="linear")
@@ -88,9 +85,7 @@ def truth_of(config: SamplingConfig) -> SamplingConfig:
 
 def measure(num_samples: int) -> list[Result]:
     """Every setting, and every truth it is compared with (series "everything")."""
-    model = load_model(EMBEDDED_CHECKPOINT)
-    labels = assign_labels(num_samples, model.config.num_classes)
-    noise, _ = seeded_noise(range(num_samples), (1, 8, 8))
+    draw = DigitsRuns(digits_model(), num_samples)
     truths: dict[SamplingConfig, torch.Tensor] = {}
     results = []
     # Settings with the same truth follow each other in no particular order: keep them all.
@@ -100,19 +95,18 @@ def measure(num_samples: int) -> list[Result]:
         if truth_config not in truths:
             runs.insert(0, ("everything", truth_config))
         for name, run in runs:
-            samples = Sampler(model, run, num_samples, 8, 8)(noise, labels)
+            samples = draw(run)
             truth = truths.setdefault(truth_config, samples)
-            score = score_digits(samples, labels)
+            score = draw.score(samples)
             results.append(
                 Result(
                     group=group,
                     series=name,
                     at=at,
-                    error=(torch.linalg.vector_norm(samples - truth) / torch.linalg.vector_norm(truth)).item(),
+                    error=relative_error(samples, truth),
                     accuracy=score.accuracy,
                     frechet=score.frechet,
-                    tflop_per_image_xl2_256=SamplingPlan.from_config(run).flops(PRESETS["xl2_256"].model, 32, 32)
-                    / 1e12,
+                    tflop_per_image_xl2_256=xl2_flops(SamplingPlan.from_config(run)) / 1e12,
                     settings=asdict(run),
                 )
             )
@@ -121,54 +115,49 @@ def measure(num_samples: int) -> list[Result]:
 
 def plot(results: list[Result], file: Path) -> None:
     """Error over each group's axis, and error, Fréchet distance and accuracy over FLOPs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(19, 9), layout="constrained")
-    panels = {
-        "encoder, w 2": "encoder at every K-th step, w 2",
-        "encoder, no guidance": "encoder at every K-th step, no guidance",
-        "guidance": "guidance at every M-th step, w 2",
-        "steps": "solver steps",
-        "guidance scale": "guidance scale w, 250 steps",
-    }
-    for axis, (group, title) in zip(axes.flat, panels.items(), strict=False):
-        for series in dict.fromkeys(r.series for r in results if r.group == group and r.series != "everything"):
-            points = sorted((r.at, r.error) for r in results if r.group == group and r.series == series)
-            axis.plot(*zip(*points, strict=True), marker="o", label=series)
-        axis.set(yscale="log", title=title, ylabel="relative error of the sample")
-        axis.set_xscale("log")
-        ticks = sorted({r.at for r in results if r.group == group and r.series != "everything"})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    at_w2 = [r for r in results if r.settings["num_steps"] == 250 and r.settings["guidance_scale"] == 2.0]
-    quantities = (
-        ("error", "relative error of the sample"),
-        ("frechet", "pixel Fréchet distance"),
-        ("accuracy", "class accuracy"),
-    )
-    for axis, (name, label) in zip(axes.flat[len(panels) :], quantities, strict=True):
-        for group in ("encoder, w 2", "guidance", "both"):
-            for forecast, marker in (("hold", "x"), ("linear", "o"), ("quadratic", "^")):
-                chosen = [r for r in at_w2 if r.group == group and forecast in r.series]
-                if chosen:
-                    points = [(r.tflop_per_image_xl2_256, getattr(r, name)) for r in chosen]
-                    axis.scatter(*zip(*points, strict=True), marker=marker, label=f"{group.split(',')[0]}, {forecast}")
-        everything = next(r for r in at_w2 if r.series == "everything")
-        if name == "error":
-            axis.set_yscale("log")
-        else:
-            axis.axhline(getattr(everything, name), color="grey", linewidth=1, label="everything evaluated")
-        axis.set(xlabel="TFLOP per image at XL/2, 256 px", title=f"{label}, 250 steps, w 2", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.suptitle("Shortcuts on the trained digits model: final samples against the run that evaluates everything")
-    figure.savefig(file, dpi=90)
-    plt.close(figure)
+    title = "Shortcuts on the trained digits model: final samples against the run that evaluates everything"
+    with figure(file, 2, 4, (19, 9), title) as axes:
+        panels = {
+            "encoder, w 2": "encoder at every K-th step, w 2",
+            "encoder, no guidance": "encoder at every K-th step, no guidance",
+            "guidance": "guidance at every M-th step, w 2",
+            "steps": "solver steps",
+            "guidance scale": "guidance scale w, 250 steps",
+        }
+        for axis, (group, heading) in zip(axes, panels.items(), strict=False):
+            for series in dict.fromkeys(r.series for r in results if r.group == group and r.series != "everything"):
+                points = sorted((r.at, r.error) for r in results if r.group == group and r.series == series)
+                axis.plot(*zip(*points, strict=True), marker="o", label=series)
+            axis.set(yscale="log", title=heading, ylabel="relative error of the sample")
+            axis.set_xscale("log")
+            ticks = sorted({r.at for r in results if r.group == group and r.series != "everything"})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+            axis.minorticks_off()
+            axis.grid(alpha=0.3)
+            axis.legend()
+        at_w2 = [r for r in results if r.settings["num_steps"] == 250 and r.settings["guidance_scale"] == 2.0]
+        quantities = (
+            ("error", "relative error of the sample"),
+            ("frechet", "pixel Fréchet distance"),
+            ("accuracy", "class accuracy"),
+        )
+        for axis, (name, label) in zip(axes[len(panels) :], quantities, strict=True):
+            for group in ("encoder, w 2", "guidance", "both"):
+                for forecast, marker in (("hold", "x"), ("linear", "o"), ("quadratic", "^")):
+                    chosen = [r for r in at_w2 if r.group == group and forecast in r.series]
+                    if chosen:
+                        points = [(r.tflop_per_image_xl2_256, getattr(r, name)) for r in chosen]
+                        axis.scatter(
+                            *zip(*points, strict=True), marker=marker, label=f"{group.split(',')[0]}, {forecast}"
+                        )
+            everything = next(r for r in at_w2 if r.series == "everything")
+            if name == "error":
+                axis.set_yscale("log")
+            else:
+                axis.axhline(getattr(everything, name), color="grey", linewidth=1, label="everything evaluated")
+            axis.set(xlabel="TFLOP per image at XL/2, 256 px", title=f"{label}, 250 steps, w 2", ylabel=label)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize="small")
 
 
 def main() -> None:
@@ -180,10 +169,8 @@ def main() -> None:
     folder = output_folder(options.output_dir)
     record = {"environment": environment(), "num_samples": options.num_samples}
     results = measure(options.num_samples)
-    with atomic_file(folder / "forecast.json") as file:
-        file.write_text(json.dumps(record | {"results": [asdict(result) for result in results]}, indent=1) + "\n")
-    with atomic_file(folder / "forecast.png") as file:
-        plot(results, file)
+    write_json(folder / "forecast.json", record | {"results": [asdict(result) for result in results]})
+    plot(results, folder / "forecast.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,33 +63,50 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
         raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; wanted (N, 1, 8, 8), (N,)")
     if len(samples) < 65:
         raise ValueError(f"{counted(len(samples), 'sample')}; allowed: 65 or more")
-    real_images, real_labels = digits()
-    real, generated = _pixels(real_images), _pixels(samples)
-    classifier = SVC(gamma=0.064)
-    accuracy_real = cross_val_score(
-        classifier, real, real_labels.numpy(), cv=KFold(5, shuffle=True, random_state=0)
-    ).mean()
-    classifier.fit(real, real_labels.numpy())
-    neighbours = NearestNeighbors().fit(real)
-    count = min(len(samples), len(real) // 2)
+    real, generated = _real_digits(), _pixels(samples)
+    count = min(len(samples), len(real.pixels) // 2)
     frechet, frechet_real = [], []
     rng = np.random.default_rng(seed)
     for _ in range(NUM_SPLITS):
-        order = rng.permutation(len(real))
-        reference = gaussian_statistics(real[order[len(real) // 2 :]])
-        frechet_real.append(frechet_distance(*gaussian_statistics(real[order[:count]]), *reference))
+        order = rng.permutation(len(real.pixels))
+        reference = gaussian_statistics(real.pixels[order[len(real.pixels) // 2 :]])
+        frechet_real.append(frechet_distance(*gaussian_statistics(real.pixels[order[:count]]), *reference))
         chosen = rng.permutation(len(generated))[:count]
         frechet.append(frechet_distance(*gaussian_statistics(generated[chosen]), *reference))
     return DigitsScore(
         num_samples=len(samples),
-        accuracy=float((classifier.predict(generated) == labels.numpy()).mean()),
-        accuracy_real=float(accuracy_real),
+        accuracy=float((real.classifier.predict(generated) == labels.numpy()).mean()),
+        accuracy_real=real.accuracy,
         frechet=float(np.mean(frechet)),
         frechet_real=float(np.mean(frechet_real)),
-        nearest=float(neighbours.kneighbors(generated, 1)[0].mean()),
-        # The nearest neighbour of a real digit among all is itself: take the second.
-        nearest_real=float(neighbours.kneighbors(real, 2)[0][:, 1].mean()),
+        nearest=float(real.neighbours.kneighbors(generated, 1)[0].mean()),
+        nearest_real=real.nearest,
     )
+
+
+@dataclass(frozen=True)
+class _Real:
+    """The real digits' side of a score, which is the same for all samples: what `DigitsScore` says of them, and what
+    samples are compared with."""
+
+    pixels: NDArray[np.float64]
+    classifier: SVC
+    accuracy: float
+    neighbours: NearestNeighbors
+    nearest: float
+
+
+@cache
+def _real_digits() -> _Real:
+    images, labels = digits()
+    pixels, classes = _pixels(images), labels.numpy()
+    classifier = SVC(gamma=0.064)
+    folds = KFold(5, shuffle=True, random_state=0)
+    accuracy = float(cross_val_score(classifier, pixels, classes, cv=folds).mean())
+    neighbours = NearestNeighbors().fit(pixels)
+    # The nearest neighbour of a real digit among all is itself: take the second.
+    nearest = float(neighbours.kneighbors(pixels, 2)[0][:, 1].mean())
+    return _Real(pixels, classifier.fit(pixels, classes), accuracy, neighbours, nearest)
 
 
 def _pixels(images: Tensor) -> NDArray[np.float64]:
