@@ -3,6 +3,8 @@
 import re
 from dataclasses import replace
 
+import pytest
+
 from benchmarks.report import __main__ as report
 from benchmarks.report.files import FOLDER, ROOT, load
 from benchmarks.report.marked import outside
@@ -14,7 +16,8 @@ from ddt_fast.sampling.fast import fast_settings
 from ddt_kernels.floors import COPY_BYTES_PER_SECOND, GEMM_FLOPS_PER_SECOND
 
 SPEED = re.compile(
-    r"\d[\d.,]*\s*(?:img/s|[TG]?FLOP/s|[TG]B/s|ms\b|µs|s\b|seconds|minutes|hours|times|%)",
+    r"\d[\d.,]*\s*(?:img/s|[TG]?FLOP/s|[TG]B/s|ms\b|\u00b5s|s\b|seconds|minutes|hours|times|%"
+    r"|(?:x|\u00d7)\s+(?:faster|slower|the)|of the (?:reference|baseline)'s)",
     re.IGNORECASE,
 )
 """A measured number, as one would write it."""
@@ -58,6 +61,22 @@ def test_no_speed_is_written_by_hand_that_is_not_listed_here():
         assert {match[0] for match in SPEED.finditer(text)} <= allowed, page
     assert scores["unguided"]["accuracy"] < 0.99 < scores["guided"]["accuracy"]
     assert all(scores[run]["frechet"] <= 1.3 * scores[run]["frechet_real"] for run in ("unguided", "guided"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "9.1 img/s",
+        "2.9 times faster",
+        "3.5\u00d7 faster",
+        "600 TFLOP/s",
+        "3.7 TB/s",
+        "12 \u00b5s",
+        "0.39 of the reference's time",
+    ],
+)
+def test_speeds_are_recognised(text):
+    assert SPEED.search(f"It reaches {text}.")
 
 
 def test_the_digits_scores_are_those_of_the_package():
