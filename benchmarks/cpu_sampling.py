@@ -19,21 +19,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.timing import Timing, interleave, timed
+from benchmarks.measure import relative_error
+from benchmarks.models import PUBLISHED, SETTINGS, WEIGHTS, Model, published_run, random_model
+from benchmarks.step_costs import StepCosts, composed
+from benchmarks.timing import interleave, timed
 from ddt_fast.command import run_command
-from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.packed import pack_bf16
@@ -41,38 +41,10 @@ from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling.schedule import timesteps
-from ddt_fast.sampling.tables import StepKind
 
-Model = DDT | FusedDDT
-PUBLISHED = SamplingConfig(
-    num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), timeshift=1.0, last_step=0.04
-)
-SETTINGS = {
-    "refresh 1": PUBLISHED,
-    "refresh 6": replace(PUBLISHED, refresh_every=6),
-    "refresh 6, guidance every 10, linear": replace(
-        PUBLISHED, refresh_every=6, state_forecast="linear", guidance_every=10, guidance_forecast="linear"
-    ),
-}
 REFERENCE = "reference, fp32 eager"
-WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
 MAX_ERROR = 0.1
 """Of a velocity, beyond which a variant is not timed: it is wrong, not imprecise."""
-
-
-def random_model(config: DDTConfig) -> DDT:
-    """A reference model in which every parameter counts: as initialised, the final layer is zero."""
-    generator = torch.Generator().manual_seed(0)
-    model = DDT(config).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            nn.init.ones_(parameter)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            parameter.normal_(std=0.02, generator=generator)
-    return model
 
 
 def variants(reference: DDT) -> dict[str, Model]:
@@ -85,11 +57,6 @@ def variants(reference: DDT) -> dict[str, Model]:
         models[f"{name} eager"] = eager[name]
         models[f"{name} compiled"] = eager[name].compiled()
     return models
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what was expected."""
-    return (torch.linalg.vector_norm((actual - expected).double()) / torch.linalg.vector_norm(expected.double())).item()
 
 
 @torch.no_grad()
@@ -121,72 +88,6 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
         }
         for name, timing in timings.items()
     ]
-
-
-@torch.no_grad()
-def published_run(model: DDT, noise: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
-    """Euler as published: both branches in one batch of 2B at every step, whether guidance reads them or not."""
-    low, high = config.guidance_interval
-    x = noise.clone()
-    y = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
-    for t, following in pairwise(timesteps(config.num_steps, config.last_step, config.timeshift)):
-        velocity, _ = model(torch.cat([x, x]), torch.full((len(y),), t), y)
-        cond, uncond = velocity.chunk(2)
-        scale = config.guidance_scale if low < t < high else 1.0
-        x = x + (uncond + scale * (cond - uncond)) * (following - t)
-    return x
-
-
-class StepCosts:
-    """The parts a sampler's run is made of, as functions to be timed; a part is named by a string.
-
-    Args:
-        sampler: its buffers are written to.
-        noise, labels: of a batch.
-    """
-
-    def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
-        self.sampler, self.noise, self.labels = sampler, noise, labels
-        # Which slot a refresh writes to is no matter for its time.
-        self.kinds = [replace(kind, slot=0) for kind in sampler.kinds]
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How often a run has each part."""
-        return {"start": 1} | {_words(kind): count for kind, count in Counter(self.kinds).items()}
-
-    def functions(self) -> dict[str, Callable[[], object]]:
-        """By part: a function that does it once. "start" is all that precedes the first step, and the encoder's
-        modulations for all steps."""
-        self.start()
-        functions: dict[str, Callable[[], object]] = {"start": self.start}
-        return functions | {_words(kind): partial(self.step, self.kinds.index(kind)) for kind in self.kinds}
-
-    @torch.no_grad()
-    def start(self) -> None:
-        self.sampler.buffers.start(self.noise, self.labels)
-        for step in range(len(self.kinds)):
-            self.sampler.buffers.prepare_conditions(step)
-
-    @torch.no_grad()
-    def step(self, number: int) -> None:
-        buffers = self.sampler.buffers
-        buffers.x.copy_(self.noise)
-        buffers.step.fill_(number)
-        self.sampler._advance(self.sampler.kinds[number])
-
-
-def _words(kind: StepKind) -> str:
-    parts = [f"encode {kind.encode}"] if kind.encode else []
-    parts.append(f"decode {kind.decode}" + (" forecast" if kind.forecast else ""))
-    if kind.fresh_uncond:
-        parts.append("unconditional afresh")
-    return ", ".join(parts) + ("" if kind.guided else ", unguided")
-
-
-def composed(counts: dict[str, int], timings: dict[str, Timing]) -> float:
-    """Seconds of a run that has each part so often."""
-    return sum(count * timings[part].median for part, count in counts.items())
 
 
 @torch.no_grad()

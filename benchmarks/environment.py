@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,25 +28,65 @@ CPU_FLAGS = (
 )
 """Those that PyTorch's GEMMs make a difference by, as Linux calls them."""
 
-PACKAGES = ("numpy", "triton", "flash-attn", "xformers", "ddt-fast")
+PACKAGES = ("numpy", "triton", "flash-attn", "xformers", "liger-kernel", "diffusers", "ddt-fast")
+COMMIT_VARIABLE = "DDT_FAST_COMMIT"
+"""Environment variable that says the commit where the source came without its history."""
 
 
 def environment() -> dict[str, Any]:
-    """Hardware, versions, commit, command and load average, ready for JSON. Call it before measuring: the load average
-    says what else was running."""
+    """Hardware, driver, versions, commit, command and load average, ready for JSON. Call it before measuring: the load
+    average says what else was running."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        **source_commit(),
+        **_commit(),
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "driver": driver[0] if torch.cuda.is_available() and (driver := _nvidia_smi("driver_version")) else None,
         "threads": torch.get_num_threads(),
-        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "packages": {name: version for name in PACKAGES if (version := package_version(name)) is not None},
     }
+
+
+def load_average() -> list[float] | None:
+    """Runnable processes over the last 1, 5 and 15 minutes; None where the system does not tell."""
+    return [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None
+
+
+def gpu_state() -> dict[str, float | None] | None:
+    """The first GPU's clocks (MHz), temperature (°C) and power (W) as nvidia-smi reads them; None without one."""
+    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+    values = _nvidia_smi(*fields) if torch.cuda.is_available() else None
+    return None if values is None else dict(zip(fields, map(_number, values), strict=True))
+
+
+def _nvidia_smi(*fields: str) -> list[str] | None:
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in result.stdout.strip().split(",")]
+    return values if len(values) == len(fields) else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]"
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    commit = source_commit()
+    if commit["commit"] is None and COMMIT_VARIABLE in os.environ:
+        commit["commit"] = os.environ[COMMIT_VARIABLE]
+    return commit
 
 
 def _cpu() -> dict[str, Any]:

@@ -11,13 +11,16 @@ from ddt_fast.files import atomic_file
 
 
 @contextmanager
-def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title: str) -> Iterator[list[Any]]:
+def figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float], title: str, note: str = ""
+) -> Iterator[list[Any]]:
     """Yield rows x columns matplotlib axes, row by row; on success their figure is written to `path`.
 
     Args:
         path: of the file; its suffix chooses the format.
         size: in inches, of 90 dots.
         title: above all.
+        note: a PNG's Description; empty leaves it out.
     """
     import matplotlib
 
@@ -29,6 +32,6 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float], title
         yield list(axes.flat)
         drawn.suptitle(title)
         with atomic_file(path) as file:
-            drawn.savefig(file, dpi=90)
+            drawn.savefig(file, dpi=90, metadata={"Description": note} if note else None)
     finally:
         plt.close(drawn)

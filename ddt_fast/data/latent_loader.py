@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_cache import MANIFEST
@@ -250,6 +249,9 @@ def measure(loader: LatentLoader, seconds: float) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, report."""
+    # A loader needs no jsonargparse; a GPU machine for benchmarks may have none.
+    from ddt_fast.command import CommandParser
+
     parser = CommandParser(prog="python -m ddt_fast.data.latent_loader", description=__doc__)
     parser.add_argument("folder", type=str, help="latent cache")
     parser.add_argument("--batch-size", type=int, default=256, help="samples per batch")
@@ -288,4 +290,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    from ddt_fast.command import run_command
+
     run_command(main)

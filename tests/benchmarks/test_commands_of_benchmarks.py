@@ -1,0 +1,79 @@
+"""The benchmarks as they are run: by pytest, and by the one command for a GPU machine, here without one."""
+
+import gzip
+import json
+
+import pytest
+
+from benchmarks.gpu_run import Steps
+from python_processes import run_python
+
+BARE = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in ("jsonargparse", "diffusers"))
+"""A sitecustomize under which these packages, which the GPU machine lacks, cannot be imported."""
+
+
+def test_pytest_shows_the_interleaved_rounds(tmp_path):
+    results, shown = tmp_path / "results.json", tmp_path / "shown.json"
+    options = ("--benchmark-only", "--only", "attention forward,", "--results", str(results))
+    done = run_python("-m", "pytest", "benchmarks", *options, f"--benchmark-json={shown}")
+    assert done.returncode == 0, done.stdout
+    (case,) = json.loads(results.read_text())["cases"]
+    medians = {variant["name"]: variant["seconds"]["median"] for variant in case["variants"]}
+    assert {"plain PyTorch", "ddt_kernels", "sdpa_math"} <= medians.keys()
+    for benchmark in json.loads(shown.read_text())["benchmarks"]:
+        assert benchmark["group"] == "kernels: attention forward, small B 4 N 256 C 288 float32"
+        assert benchmark["stats"]["median"] == pytest.approx(medians.pop(benchmark["name"]), rel=1e-6)
+    assert not medians
+    missing = {entry["name"]: entry["reason"] for entry in case["missing"]}
+    assert "xformers" in missing
+    assert f"missing in 1 cases: xformers: {missing['xformers']}" in done.stdout
+
+
+def test_a_file_that_cannot_be_added_to(tmp_path):
+    results = tmp_path / "results.json"
+    results.write_text("{}")
+    done = run_python("-m", "pytest", "benchmarks/bench_data.py", "--results", str(results), "--append")
+    assert done.returncode == 4
+    assert "has format None; allowed: 1" in done.stderr
+
+
+def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    folder = tmp_path / "out"
+    options = ("--modules", "bench_kernels", "--only", "attention forward,", "--tests", "tests/kernels/test_tuning.py")
+    command = ("benchmarks/gpu_run.py", "--dry-run", "--profile", "--minutes", "4", "--output-dir", str(folder))
+    done = run_python(*command, *options, paths=[tmp_path])
+    assert done.returncode == 0, done.stderr
+    assert "not installed here: diffusers, jsonargparse" in done.stdout
+    steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
+    assert steps == {"tests": "done", "profile": "done", "bench_kernels": "done"}, done.stdout
+    assert len(json.loads((folder / "results.json").read_text())["cases"]) == 1
+    for step in ("refresh", "reuse"):
+        with gzip.open(folder / f"{step}_step.trace.json.gz") as file:
+            assert json.load(file)["traceEvents"]
+    times = json.loads((folder / "profile.json").read_text())["steps"]
+    # A reuse step has no encoder: fewer products.
+    products = [sum(t["calls"] for t in times[step] if "mm" in t["name"]) for step in ("refresh", "reuse")]
+    assert products[0] > 2 * products[1] > 0
+    assert len(list(folder.iterdir())) < 8  # as many come back from the GPU machine
+    again = run_python(*command, *options)
+    assert again.returncode == 2
+    assert "holds results.json of another run" in again.stderr
+
+
+def test_the_gpu_command_wants_a_gpu(tmp_path):
+    done = run_python("benchmarks/gpu_run.py", "--output-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one\n"
+
+
+def test_a_step_that_hangs_is_stopped_and_none_begins_too_late(tmp_path):
+    steps = Steps(tmp_path, seconds=60)
+    steps.run("hangs", ["-c", "print('started'); import time; time.sleep(60)"], "log.txt", 1.0)
+    steps.run("fails", ["-c", "raise SystemExit(3)"], "log.txt", 10.0)
+    steps.deadline -= 30
+    steps.run("late", ["-c", "print('late')"], "log.txt", 10.0)
+    statuses = [step["status"] for step in json.loads((tmp_path / "steps.json").read_text())]
+    assert statuses == ["stopped after 1 s", "exit code 3", "left out: no time left"]
+    assert "started" in (tmp_path / "log.txt").read_text()
+    assert "late" not in (tmp_path / "log.txt").read_text()
