@@ -27,7 +27,7 @@ from benchmarks.cases import (
     wider,
     with_gradients,
 )
-from benchmarks.peers import Peer, compiled, liger, liger_rms_norm_modulate, liger_swiglu
+from benchmarks.peers import Peer, compiled, liger, liger_rms_norm_modulate, liger_swiglu, liger_swiglu_mlp
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, SHAPES, Shape, randn
 from ddt_fast.model.attention import CONCRETE_BACKENDS, AttentionBackend, attention, available_backends
 from ddt_fast.model.base import rotary_tables
@@ -172,18 +172,22 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:
-    """The MLP's first two GEMMs and its activation."""
+    """The MLP's first two GEMMs and its activation, and the whole MLP."""
     B, N, C = shape.activations
 
-    def make(generator: torch.Generator) -> tuple[Tensor, ...]:
+    def make(whole: bool, generator: torch.Generator) -> tuple[Tensor, ...]:
         w1, w3 = (randn(generator, shape.width, C) / C**0.5 for _ in range(2))
-        return randn(generator, B, N, C), w1, w3
+        w2 = (randn(generator, C, shape.width) / shape.width**0.5,) if whole else ()
+        return randn(generator, B, N, C), w1, w3, *w2
 
-    cost = partial(ops.swiglu_cost, B, N, C, shape.width, DTYPE)
-    peers = compiled(reference.swiglu, autotune=True) | {"Liger SwiGLU": liger(liger_swiglu)}
-    arguments = ("swiglu", str(shape), make, reference.swiglu, ops.swiglu)
-    yield kernel_case(*arguments, cost(), peers=peers)
-    yield kernel_case(*arguments, cost(training=True) + cost(backward=True), backward=True, peers=peers)
+    for name, whole, liger_function in (("swiglu", False, liger_swiglu), ("swiglu_mlp", True, liger_swiglu_mlp)):
+        plain, fused = getattr(reference, name), getattr(ops, name)
+        cost = partial(getattr(ops, f"{name}_cost"), B, N, C, shape.width, DTYPE)
+        both = cost(training=True) + cost(backward=True)
+        peers = compiled(plain, autotune=not whole) | {"Liger SwiGLU": liger(liger_function)}
+        arguments = (name, str(shape), partial(make, whole), plain, fused)
+        yield kernel_case(*arguments, cost(), peers=peers)
+        yield kernel_case(*arguments, both, backward=True, peers=peers)
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:

@@ -72,18 +72,6 @@ def liger_swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     return y
 
 
-def diffusers_block(channels: int, heads: int) -> torch.nn.Module:
-    """A block of diffusers' DiTTransformer2DModel of this width: LayerNorm, GELU, MLP of 4C, no RoPE. ImportError
-    where diffusers is not installed."""
-    from diffusers.models.attention import BasicTransformerBlock
-
-    return BasicTransformerBlock(
-        channels,
-        heads,
-        channels // heads,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        attention_bias=True,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-    )
+def liger_swiglu_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """That, and the third GEMM."""
+    return F.linear(liger_swiglu(x, w1, w3), w2)

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_sampling import random_model, relative_error
 from benchmarks.environment import environment
+from benchmarks.measure import relative_error
 from benchmarks.memory import measure_memory
+from benchmarks.models import random_model
 from benchmarks.timing import interleave, timed
 from ddt_fast.command import choose_device, run_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig

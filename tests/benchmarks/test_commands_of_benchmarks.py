@@ -27,7 +27,7 @@ def test_pytest_shows_the_interleaved_rounds(tmp_path):
     assert not medians
     missing = {entry["name"]: entry["reason"] for entry in case["missing"]}
     assert "xformers" in missing
-    assert f"missing in 1 cases: xformers: {missing['xformers']}" in done.stdout
+    assert f"missing in 1 case: xformers: {missing['xformers']}" in done.stdout
 
 
 def test_a_file_that_cannot_be_added_to(tmp_path, capsys):
