@@ -12,13 +12,14 @@ from ddt_fast.provenance import weights_sha256
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 
 
-def _load(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The diffusers AutoencoderKL of a hub id or local folder, for inference; ValueError where there is none."""
     # diffusers takes seconds to import; pixel-space models never need it.
     from diffusers import AutoencoderKL
 
     try:
         # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
-        vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False)
+        vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False, use_safetensors=True)
         return vae.to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -43,16 +44,27 @@ class Decoder:
     def __init__(
         self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int = 1
     ) -> None:
-        self.vae = _load(name, device, dtype)
+        self.vae = load_vae(name, device, dtype)
         self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; what decoding takes besides them does not grow with N."""
-        scaling, dtype, device = self.vae.config.scaling_factor, self.vae.dtype, self.vae.device
-        parts = latents.split(self.batch_size)
-        images = [self.vae.decode(z.to(device, dtype) / scaling).sample.float() for z in parts]
-        return torch.cat(images)
+        return decode_latents(self.vae, latents, self.batch_size)
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor, batch_size: int) -> Tensor:
+    """Latents (N, C, h, w) as a model draws them → pixels (N, 3, H, W) float32, around [-1, 1], on the VAE's device,
+    decoded in its dtype, batch_size at a time."""
+    scaling, dtype, device = vae.config.scaling_factor, vae.dtype, vae.device
+    images = [vae.decode(z.to(device, dtype) / scaling).sample.float() for z in latents.split(batch_size)]
+    return torch.cat(images)
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """Side of the square of pixels that one latent position of an AutoencoderKL stands for."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 class Encoder:
@@ -73,13 +85,13 @@ class Encoder:
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.vae = _load(name, device, dtype)
+        self.vae = load_vae(name, device, dtype)
         config = self.vae.config
         if config.shift_factor:
             raise ValueError(f"autoencoder {name} has shift_factor {config.shift_factor}; allowed: none or 0")
         self.scaling_factor = float(config.scaling_factor)
         self.latent_channels = int(config.latent_channels)
-        self.pixels_per_latent = int(2 ** (len(config.block_out_channels) - 1))
+        self.pixels_per_latent = pixels_per_latent(self.vae)
 
     def sha256(self) -> str:
         """Checksum of the weights by name, in the dtype they are used in."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
+from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
 from ddt_fast.model.weights import (
     OWNED_NAMES,
@@ -78,6 +79,7 @@ def _import(source: Path, out: Path, options: Any) -> None:
     model = build_model(experiment.model, weights, source)
     _check_rest(experiment, raw, sets.projector, source)
     save_model(model, out, experiment.data, experiment.sampling, raw, sets.projector)
+    write_model_card(out)
     parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
 

@@ -89,8 +89,8 @@ def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
-        for file in temporary.iterdir():
-            file.chmod(0o666 & ~umask)
+        for entry in temporary.rglob("*"):
+            entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
         if path.exists():
             path.rename(old)
         temporary.rename(path)

@@ -185,7 +185,7 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
     """layer(x), in a GEMM that writes to `out` where there is one."""
     if out is None:
         return layer(x)
-    if type(layer) is nn.Linear:
+    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:  # not one that is quantised
         torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.t(), out=out.flatten(0, 1))
         return out
     return out.copy_(layer(x))

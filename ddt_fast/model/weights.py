@@ -19,19 +19,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
-from ddt_fast.files import atomic_folder
+from ddt_fast.files import atomic_folder, read_json
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 RAW_NAME = "raw.safetensors"
 PROJECTOR_NAME = "repa_projector.safetensors"
 OWNED_NAMES = (
     r"config\.json|diffusion_pytorch_model\.safetensors|raw\.safetensors|repa_projector\.safetensors"
-    r"|recipe\.yaml|training\.json|README\.md|refresh_schedules\.json"
+    r"|recipe\.yaml|training\.json|metrics\.json|README\.md|refresh_schedules\.json"
 )
+_FETCHED = [
+    *(f"{folder}{name}" for folder in ("", "transformer/") for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME)),
+    *(f"{folder}diffusion_pytorch_model-*.safetensors" for folder in ("", "transformer/")),
+]
 
 
 def save_model(
@@ -74,8 +79,8 @@ def load_model(
     """Load a DDT for sampling: in eval mode, without gradients.
 
     Args:
-        path: a folder written by `save_model`, a .safetensors file, a released Lightning .ckpt, or a Hugging Face Hub
-            id of such a folder.
+        path: a folder written by `save_model`, the folder of a `DDTPipeline`, a .safetensors file, a released
+            Lightning .ckpt, or a Hugging Face Hub id of such a folder.
         device, dtype: where to put it, and the dtype of its weights.
         config: needed only where a bare weights file leaves open what its tensor shapes do not settle (patch size,
             number of encoder blocks) and no preset has these shapes; must agree with the folder's config.json if given.
@@ -120,7 +125,7 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
         raw, projector = (
             _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
         )
-        sets = LightningWeights(_read_safetensors(source / WEIGHTS_NAME), raw, projector, [])
+        sets = LightningWeights(_read_folder(source), raw, projector, [])
     else:
         sets = LightningWeights(_read_safetensors(source), {}, {}, [])
     if config is not None:
@@ -141,23 +146,32 @@ def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) 
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The local folder or file of a checkpoint; a name like "user/model" that is none is fetched from the Hub.
+    """The local folder or file of a checkpoint; a name like "user/model" that is none is fetched from the Hub. Of a
+    pipeline's folder this is its transformer.
 
     Raises:
         ValueError: nothing there.
     """
     local = Path(path)
-    if local.is_dir() and not (local / WEIGHTS_NAME).is_file():
-        raise ValueError(f"checkpoint {path}: the folder holds no {WEIGHTS_NAME}")
+    if local.is_dir():
+        return _model_folder(local)
     if local.exists():
         return local
     if str(path).count("/") != 1 or local.suffix in (".ckpt", ".safetensors") or str(path).startswith((".", "/", "~")):
         raise ValueError(f"checkpoint {path} does not exist; wanted a folder, a .safetensors or a .ckpt file")
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME]))
+        fetched = Path(snapshot_download(str(path), allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"checkpoint {path} is no local path and could not be had from the Hub: {reason}") from error
+    return _model_folder(fetched)
+
+
+def _model_folder(folder: Path) -> Path:
+    for place in (folder, folder / "transformer"):
+        if any((place / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+            return place
+    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}")
 
 
 def has_config(checkpoint: Path) -> bool:
@@ -217,10 +231,21 @@ def _read_chosen(source: Path, which: WeightSet) -> dict[str, Tensor]:
     if source.suffix == ".ckpt":
         return read_lightning(source).take(which, source)
     if which == "ema":
-        return _read_safetensors(source / WEIGHTS_NAME if source.is_dir() else source)
+        return _read_folder(source) if source.is_dir() else _read_safetensors(source)
     if not (source / RAW_NAME).is_file():
         raise ValueError(f"checkpoint {source} holds no raw weights; take its ema weights")
     return _read_safetensors(source / RAW_NAME)
+
+
+def _read_folder(folder: Path) -> dict[str, Tensor]:
+    """The weights of a folder, which diffusers splits into several files where they are large."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return _read_safetensors(folder / WEIGHTS_NAME)
+    places = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
+        raise ValueError(f"{folder / INDEX_NAME} does not say which files of its folder hold the weights")
+    parts = [_read_safetensors(folder / file) for file in sorted(set(places.values()))]
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

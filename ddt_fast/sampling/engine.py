@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
 from ddt_kernels import guided_step_
 
 Progress = Callable[[int, Tensor], object]
+
+
+class StopSampling(Exception):
+    """Raised by `progress` to end a run after the step it was called for; the samples are x as it is then."""
 
 
 def sample(
@@ -48,7 +53,8 @@ def sample(
             `sharing.resolve_refresh_steps` keeps what it found.
         generators: one CPU generator a sample, from which the "sde" solver draws; unused by the other solvers.
         progress: called after every step with the number of steps done and the current x (B, ..) float32, which the
-            next step overwrites: copy what is to be kept, and write nothing to it.
+            next step reads and overwrites: copy what is to be kept; what is written to it the run goes on from. It may
+            raise `StopSampling`.
 
     Returns:
         Samples shaped as noise, float32, on the model's device; latents for a latent model, [-1, 1] pixels otherwise.
@@ -159,17 +165,18 @@ class Sampler:
             noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
             labels = torch.cat([labels, labels[:1].expand(missing)])
         self.buffers.start(noise, labels)
-        for i, kind in enumerate(self.kinds):
-            self.buffers.prepare_conditions(i)
-            if self.buffers.noise is not None:
-                assert generators is not None
-                drawn = normal(noise.shape[1:], generators)
-                # From page-locked memory the copy waits in the device's queue, and the host does not.
-                drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
-                self.buffers.noise[:count].copy_(drawn, non_blocking=True)
-            self._execute(kind)
-            if progress is not None:
-                progress(i + 1, self.buffers.x[:count])
+        with suppress(StopSampling):
+            for i, kind in enumerate(self.kinds):
+                self.buffers.prepare_conditions(i)
+                if self.buffers.noise is not None:
+                    assert generators is not None
+                    drawn = normal(noise.shape[1:], generators)
+                    # From page-locked memory the copy waits in the device's queue, and the host does not.
+                    drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+                    self.buffers.noise[:count].copy_(drawn, non_blocking=True)
+                self._execute(kind)
+                if progress is not None:
+                    progress(i + 1, self.buffers.x[:count])
         return self.buffers.x[:count].clone()
 
     def _make_buffers(self, batch_size: int) -> Buffers:

@@ -20,6 +20,7 @@ from ddt_fast.data.latent_loader import LatentLoader
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
 from ddt_fast.model.base import DDTBase
+from ddt_fast.model.card import write_model_card
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
@@ -105,6 +106,7 @@ class Run:
             if settings.score_samples:
                 scores = self._preview.score(model, settings.score_samples)
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
+            write_model_card(self.folder / "model")  # with the scores
         return model, scores
 
     def _save_model(self, model: DDT | None, projector: dict[str, Tensor] | None, folder: Path) -> None:
@@ -112,6 +114,7 @@ class Run:
         # Where the data lay here means nothing to who gets the model.
         data = replace(self.experiment.data, folder=None, images=None, scaling_factor=None, channel_stats=None)
         save_model(model, folder, data, self.experiment.sampling, projector=projector)
+        write_model_card(folder)
 
     @property
     def _seconds(self) -> float:

@@ -1,0 +1,129 @@
+"""Classes by name: which labels a word stands for, and what comes near where it stands for none or for several."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IMAGENET_CLASSES = 1000
+_IMAGENET_FILE = Path(__file__).parent / "assets" / "imagenet" / "classes.txt"
+_FIRST_OBJECT = 398
+"""ImageNet's classes are in the order of their WordNet ids: animals come first, all else after them."""
+
+ClassLabel = int | str
+
+
+class ClassNames:
+    """The names of a model's classes.
+
+    Args:
+        num_classes: labels run from 0 to num_classes - 1.
+        id2label: label → its names, separated by commas, the usual one first; a label may have none.
+
+    Attributes:
+        id2label: as given.
+
+    Raises:
+        ValueError: a label that is out of range.
+    """
+
+    def __init__(self, num_classes: int, id2label: Mapping[int, str]) -> None:
+        for label in id2label:
+            if not 0 <= label < num_classes:
+                raise ValueError(f"id2label names class {label}; allowed: 0 to {num_classes - 1}")
+        self.num_classes = num_classes
+        self.id2label = dict(sorted(id2label.items()))
+        self._labels: dict[str, list[int]] = {}
+        for label, names in self.id2label.items():
+            for name in _split(names):
+                known = self._labels.setdefault(_folded(name), [])
+                if label not in known:
+                    known.append(label)
+
+    def label(self, wanted: ClassLabel) -> int:
+        """The label of a name, or a label itself. Case and underscores do not matter, unless two classes differ by case
+        alone.
+
+        Raises:
+            ValueError: out of range, unknown or ambiguous; the message names what comes near.
+        """
+        if isinstance(wanted, Integral) and not isinstance(wanted, bool):
+            if not 0 <= wanted < self.num_classes:
+                raise ValueError(f"class {wanted} does not exist; allowed: 0 to {self.num_classes - 1}")
+            return int(wanted)
+        if not isinstance(wanted, str):
+            raise ValueError(f"class {wanted!r} is a {type(wanted).__name__}; wanted a label or a name")
+        if not self.id2label:
+            raise ValueError(
+                f"class {wanted!r}: this model's classes have no names; wanted 0 to {self.num_classes - 1}"
+            )
+        found = self._labels.get(_folded(wanted), [])
+        if len(found) > 1:
+            exact = [label for label in found if wanted in _split(self.id2label[label])]
+            found = exact if len(exact) == 1 else found
+        if len(found) == 1:
+            return found[0]
+        if found:
+            kinds = self.id2label == imagenet_id2label()
+            raise ValueError(f"class {wanted!r} is ambiguous: {self._described(found, kinds)}; give the number")
+        nearest = self.search(wanted, 5)
+        hint = f"nearest: {self._described(nearest)}" if nearest else f"allowed: 0 to {self.num_classes - 1}, or a name"
+        raise ValueError(f"class {wanted!r} is unknown; {hint}")
+
+    def labels(self, wanted: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
+        """As `label`, for one class or for several, at least one."""
+        if isinstance(wanted, Tensor):
+            if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1:
+                raise ValueError(f"classes are {tuple(wanted.shape)} {wanted.dtype}; wanted (N,) whole numbers")
+            wanted = wanted.reshape(-1).tolist()
+        several = [wanted] if isinstance(wanted, (str, Integral)) or not isinstance(wanted, Iterable) else list(wanted)
+        if not several:
+            raise ValueError("no class is given; wanted one or more")
+        return [self.label(one) for one in several]
+
+    def search(self, text: str, limit: int = 20) -> list[int]:
+        """Up to `limit` labels whose names contain the text or resemble it, best first."""
+        folded = _folded(text)
+        if not folded:
+            return []
+        contained = [name for name in self._labels if folded in name]
+        # A name that begins with the text, or has it as a word of its own, comes before one that merely holds it.
+        contained.sort(key=lambda name: (name != folded, not name.startswith(folded), f" {folded}" not in name))
+        similar = difflib.get_close_matches(folded, self._labels, n=limit)
+        labels = dict.fromkeys(label for name in contained + similar for label in self._labels[name])
+        return list(labels)[:limit]
+
+    def _described(self, labels: list[int], kinds: bool = False) -> str:
+        words = [f"{label} {self.id2label[label]!r}" for label in labels]
+        if kinds:
+            both = zip(words, labels, strict=True)
+            words = [f"{word} ({'animal' if label < _FIRST_OBJECT else 'object'})" for word, label in both]
+        return ", ".join(words)
+
+
+@cache
+def imagenet_id2label() -> dict[int, str]:
+    """Label → names of ImageNet's 1000 classes (ILSVRC 2012): the lemmas of their WordNet synsets."""
+    return {label: line.split(maxsplit=1)[1] for label, line in enumerate(_IMAGENET_FILE.read_text().splitlines())}
+
+
+def default_id2label(dataset: str, num_classes: int) -> dict[int, str]:
+    """The names that follow from the data: digits are called by themselves, 1000 classes of latents are ImageNet's;
+    others have none that are known."""
+    if dataset == "digits":
+        return {label: str(label) for label in range(num_classes)}
+    return dict(imagenet_id2label()) if num_classes == IMAGENET_CLASSES else {}
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").lower().split())

@@ -1,0 +1,56 @@
+"""Pipeline folders are other people's: what they may hold is checked before any of it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddt_fast.files import read_json
+
+INDEX_NAME = "model_index.json"
+PIPELINE_CLASS = "DDTPipeline"
+PACKAGE = "ddt_fast.pipeline"
+OWNED_NAMES = r"model_index\.json|transformer|vae|scheduler|README\.md|training\.json|metrics\.json"
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_COMPONENTS = {
+    "transformer": ((PACKAGE, "DDTTransformer2DModel"),),
+    "scheduler": ((PACKAGE, "DDTScheduler"),),
+    "vae": (("diffusers", "AutoencoderKL"), (None, None)),
+}
+
+
+def check_pipeline(folder: Path) -> None:
+    """ValueError unless the folder is a DDTPipeline's: its components of the classes that one has, which are all that
+    is imported, and weights as safetensors."""
+    index = read_json(folder / INDEX_NAME)
+    if index.get("_class_name") != PIPELINE_CLASS:
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}; wanted a {PIPELINE_CLASS}")
+    for name, allowed in _COMPONENTS.items():
+        seen = _pair(index.get(name))
+        if seen not in allowed:
+            words = " or ".join(".".join(part) if all(part) else "none" for part in map(_strings, allowed))
+            raise ValueError(f"{folder / INDEX_NAME}: {name} is {index.get(name)!r}; allowed: {words}")
+        if name != "scheduler" and seen != (None, None):
+            if not (folder / name).is_dir():
+                raise ValueError(f"{folder} lacks its folder {name}")
+            check_weights(folder / name)
+
+
+def check_weights(folder: Path) -> None:
+    """ValueError where a model's folder has weights as pickles only: they may hold code, and are not opened."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickled = [name for name in names if name.endswith(_PICKLES)]
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise ValueError(
+            f"{folder} holds its weights as {pickled[0]}, a pickle, which may hold code and was not opened; wanted "
+            "safetensors"
+        )
+
+
+def _pair(entry: Any) -> Any:
+    return tuple(entry) if isinstance(entry, list) else entry
+
+
+def _strings(pair: tuple[str | None, str | None]) -> tuple[str, str]:
+    return pair[0] or "", pair[1] or ""

@@ -1,0 +1,209 @@
+"""How a pipeline comes from files and goes into them."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import is_accelerate_available
+from huggingface_hub import create_repo, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from ddt_fast.autoencoder import load_vae
+from ddt_fast.config import DDTConfig, Experiment
+from ddt_fast.files import atomic_folder
+from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
+from ddt_fast.model.lightning import WeightSet
+from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline
+from ddt_fast.pipeline.scheduler import DDTScheduler
+from ddt_fast.pipeline.transformer import DDTTransformer2DModel
+from ddt_fast.presets import PRESETS
+
+_FETCHED = [
+    *("model_index.json", "config.json", "training.json", "metrics.json", "scheduler/*.json"),
+    *(f"{folder}*{suffix}" for folder in ("", "transformer/", "vae/") for suffix in (".safetensors", ".index.json")),
+    *("transformer/config.json", "vae/config.json"),
+]
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+
+class SavedPipeline(DiffusionPipeline):
+    """The part of `DDTPipeline` that reads and writes files."""
+
+    transformer: DDTTransformer2DModel
+    vae: AutoencoderKL | None
+    scheduler: DDTScheduler
+    provenance: Provenance = UNKNOWN
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
+        """Load a pipeline that `save_pretrained` wrote, or make one of a model folder, such as a training run's model/.
+
+        Only safetensors and JSON are read (and fetched): nothing in a folder or repository is executed.
+
+        Args:
+            pretrained_model_name_or_path: a local folder or a hub id; what is cached needs no network.
+            kwargs: torch_dtype (default: float32), parts of one's own (transformer, vae, scheduler, id2label),
+                cache_dir, force_download, local_files_only, token, revision, variant, and the others of
+                `DiffusionPipeline.from_pretrained`; for a model folder torch_dtype, vae and id2label.
+
+        Raises:
+            ValueError: nothing there, parts of other classes, weights that are not safetensors or do not fit.
+            OSError: files that are missing or cannot be read.
+        """
+        if kwargs.pop("use_safetensors", True) is False:
+            raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
+        hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file; from_single_file reads those")
+        if not folder.is_dir():
+            folder = _fetch(str(pretrained_model_name_or_path), hub)
+        if not (folder / INDEX_NAME).is_file():
+            return cls.from_single_file(folder, **kwargs)
+        check_pipeline(folder)
+        kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        pipe.provenance = read_provenance(folder)
+        return pipe
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | Path,
+        *,
+        preset: str | Experiment | None = None,
+        weights: WeightSet = "ema",
+        vae: AutoencoderKL | str | Path | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        id2label: dict[int, str] | None = None,
+    ) -> Self:
+        """A pipeline of a released Lightning .ckpt, of which nothing is executed, of a .safetensors or a model folder.
+
+        Args:
+            pretrained_model_link_or_path: the local file or folder.
+            preset: settings for a file without config.json: the name of one of `ddt_fast.presets.PRESETS`, or an
+                Experiment; None takes the first preset with the weights' shapes (256 px, for XL/2).
+            weights: of a .ckpt, "ema", the averaged ones, or "raw".
+            vae: the autoencoder, or where it is; None loads the one that the settings name, if any.
+            torch_dtype, dtype: of all weights, by either of diffusers' names; None is float32.
+            id2label: as `DDTPipeline`.
+
+        Raises:
+            ValueError: missing or corrupt file, one with more than tensors in it, settings that do not fit it, or an
+                autoencoder that is not to be had.
+        """
+        source = resolve_checkpoint(pretrained_model_link_or_path)
+        experiment = None
+        if isinstance(preset, Experiment):
+            experiment = preset
+        elif has_config(source) or preset is not None:
+            experiment = experiment_of(source, preset)
+        config = None if experiment is None or has_config(source) else experiment.model
+        dtype = dtype or torch_dtype or torch.float32
+        model = load_model(source, "cpu", dtype, config, weights)
+        if experiment is None:
+            experiment = _preset_like(model.config)
+        data, sampling = experiment.data, experiment.sampling
+        if vae is None and data.autoencoder is not None:
+            vae = data.autoencoder
+        if isinstance(vae, (str, Path)):
+            vae = load_vae(str(vae), torch.device("cpu"), dtype)
+        transformer = DDTTransformer2DModel.from_reference(model, data, sampling)
+        scheduler = DDTScheduler(**asdict(sampling))
+        parts: dict[str, Any] = {"transformer": transformer, "vae": vae, "scheduler": scheduler, "id2label": id2label}
+        pipe = cls(**parts)
+        if source.is_dir():
+            pipe.provenance = read_provenance(source)
+        return pipe
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        *,
+        license: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a folder that `from_pretrained` reads, whole or not at all, with a model card; `ddt_fast.load_model`
+        reads its transformer/. An older pipeline of that name is replaced.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: True; pickles are not written.
+            variant: of the weights' file names, such as "fp16".
+            max_shard_size: weights above it are split, such as "5GB"; None is diffusers' 10 GB.
+            push_to_hub: upload it, too.
+            license: for the card, its identifier on the Hub, such as "mit"; None leaves it out.
+            kwargs: repo_id, private, token, commit_message and create_pr of an upload.
+
+        Raises:
+            ValueError: the folder holds anything but a pipeline.
+            OSError: it cannot be written.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
+        folder = Path(save_directory)
+        with atomic_folder(folder, OWNED_NAMES) as temporary:
+            super().save_pretrained(str(temporary), variant=variant, max_shard_size=max_shard_size)
+            self.provenance.save(temporary)
+            write_model_card(temporary, license=license)
+        if push_to_hub:
+            self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload to the Hub what `save_pretrained` writes, its model card included; kwargs are of `save_pretrained`."""
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "pipeline"
+            self.save_pretrained(folder, **kwargs)
+            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
+
+    def _upload(
+        self,
+        folder: Path,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> Any:
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+
+
+def _fetch(name: str, options: dict[str, Any]) -> Path:
+    """The local copy of a Hub repository, of the files that are read; from the cache where there is no network."""
+    missing = f"{name} is no local folder"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{missing}, and no hub id such as user/model")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FETCHED, **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{missing}, and could not be had from the Hub: {str(error).splitlines()[0]}") from error
+
+
+def _preset_like(config: DDTConfig) -> Experiment:
+    """The first preset of this shape, but for the number of classes, as `load_model` settles it."""
+    preset = next(
+        preset for preset in PRESETS.values() if replace(preset.model, num_classes=config.num_classes) == config
+    )
+    return Experiment(config, preset.data, sampling=preset.sampling)

@@ -1,0 +1,343 @@
+"""`DDTPipeline`: from class labels to images, by diffusers' conventions, on our engine."""
+
+# Annotations are not deferred here, and __init__'s are of the older kind: diffusers 0.36 reads them as they are.
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, Optional, Self, get_args
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
+
+from ddt_fast.autoencoder import decode_latents, pixels_per_latent
+from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
+from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
+from ddt_fast.generation.images import to_uint8
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.packed import pack_bf16
+from ddt_fast.pipeline.loading import SavedPipeline
+from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
+from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
+from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
+from ddt_fast.sampling.noise import normal
+
+logger = logging.get_logger(__name__)
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+class DDTPipeline(SavedPipeline):
+    """Images of classes, drawn by a DDT.
+
+    Args:
+        transformer: the model.
+        vae: from its latents to pixels; None for a model of pixels.
+        scheduler: the sampling settings that hold where a call does not say otherwise.
+        id2label: label → names of the class, separated by commas; None for ImageNet's where the model has 1000 classes
+            of latents, "0" to "9" for the digits, else none.
+
+    Raises:
+        ValueError: parts that do not fit together.
+    """
+
+    _optional_components = ["vae"]  # noqa: RUF012, attributes of diffusers' class
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        transformer: DDTTransformer2DModel,
+        vae: Optional[AutoencoderKL],  # noqa: UP045
+        scheduler: DDTScheduler,
+        id2label: Optional[dict] = None,  # noqa: UP045
+    ) -> None:
+        super().__init__()
+        if not isinstance(scheduler, DDTScheduler):
+            raise ValueError(f"scheduler is a {type(scheduler).__name__}; wanted a DDTScheduler")
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        config = transformer.ddt_config
+        self.data, _ = settings_of(transformer.config)
+        if vae is not None:
+            if vae.config["latent_channels"] != config.in_channels:
+                channels = f"{vae.config['latent_channels']} channels, the transformer takes {config.in_channels}"
+                raise ValueError(f"the vae's latents have {channels}; wanted as many")
+            if vae.config["shift_factor"]:
+                raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
+        if id2label is None:
+            id2label = default_id2label(self.data.dataset, config.num_classes)
+        self.class_names = ClassNames(config.num_classes, {int(label): name for label, name in id2label.items()})
+        self.register_to_config(id2label={str(label): name for label, name in self.id2label.items()})
+        self._cuda_graphs = False
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._engine: tuple[Any, DDT | FusedDDT, bool] | None = None
+        self._sampler: tuple[Any, Sampler] | None = None
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Label → names of the class."""
+        return self.class_names.id2label
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the latest call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the latest call was told to end early: a callback may set `pipe._interrupt`."""
+        return self._interrupt
+
+    def get_label_ids(self, label: ClassLabel | Sequence[ClassLabel]) -> list[int]:
+        """The labels of classes given by name or number; ValueError names what comes near an unknown or ambiguous
+        one."""
+        return self.class_names.labels(label)
+
+    def enable_cuda_graphs(self) -> None:
+        """Replay the sampling loop as CUDA graphs, captured at the first call of a shape and setting.
+
+        Raises:
+            ValueError: the transformer is not on a CUDA device.
+        """
+        device = self.transformer.device
+        if device.type != "cuda":
+            there = "" if torch.cuda.is_available() else ", and torch sees none here"
+            raise ValueError(f"CUDA graphs need a CUDA device, the transformer is on {device}{there}; pipe.to('cuda')")
+        self._cuda_graphs = True
+
+    def disable_cuda_graphs(self) -> None:
+        """Run the sampling loop eagerly again."""
+        self._cuda_graphs = False
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As `DiffusionPipeline.to`: a device, a dtype, or both."""
+        self._engine = self._sampler = None  # before others take their memory
+        return super().to(*args, **kwargs)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabel | Sequence[ClassLabel] | Tensor,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        refresh_every: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        *,
+        num_images_per_label: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
+        timeshift: float | None = None,
+        last_step: float | None = None,
+        solver: Solver | None = None,
+        order: int | None = None,
+        diffusion: Diffusion | None = None,
+        diffusion_scale: float | None = None,
+        refresh_steps: Sequence[int] | Literal["dp"] | None = None,
+        num_refreshes: int | None = None,
+        state_forecast: StateForecast | None = None,
+        guidance_every: int | None = None,
+        guidance_forecast: GuidanceForecast | None = None,
+        cuda_graphs: bool | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            class_labels: a class, or several: labels, 0 to num_classes - 1, or names, as in `pipe.id2label`.
+            num_inference_steps: solver steps, `SamplingConfig.num_steps`.
+            guidance_scale, guidance_interval, refresh_every, timeshift, last_step, solver, order, diffusion,
+                diffusion_scale, refresh_steps, num_refreshes, state_forecast, guidance_every, guidance_forecast,
+                cuda_graphs: as `SamplingConfig`; None for the scheduler's, and last_step 0 for 1 / steps.
+            generator: CPU generators: one per image, or one that is drawn from for one image after the other; None for
+                torch's own. One that was seeded gives the image that its seed has everywhere in ddt_fast.
+            output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
+                H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws.
+            return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
+            num_images_per_label: so many images of each entry of class_labels, one after the other.
+            height, width: of the images in pixels; None for the size the model was trained at.
+            latents: (N, in_channels, h, w) standard normal, to start from in place of the generators' noise.
+            callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), x (N, in_channels,
+                h, w) float32, a copy. A returned {"latents": y} is what the next step goes on from. When it sets
+                `pipe._interrupt`, that was the last step.
+            callback_on_step_end_tensor_inputs: which tensors it is given: "latents", or none.
+
+        Raises:
+            ValueError: an unknown or ambiguous class, a setting that is not allowed, sizes that do not fit the model,
+                or another number of generators than of images.
+        """
+        if output_type not in get_args(OutputType):
+            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(get_args(OutputType))}")
+        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
+            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+        if type(num_images_per_label) is not int or num_images_per_label < 1:
+            raise ValueError(f"num_images_per_label is {num_images_per_label!r}; allowed: a whole number, 1 or more")
+        given = {
+            "num_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_interval": guidance_interval,
+            "timeshift": timeshift,
+            "last_step": last_step,
+            "solver": solver,
+            "order": order,
+            "diffusion": diffusion,
+            "diffusion_scale": diffusion_scale,
+            "refresh_every": refresh_every,
+            "refresh_steps": refresh_steps,
+            "num_refreshes": num_refreshes,
+            "state_forecast": state_forecast,
+            "guidance_every": guidance_every,
+            "guidance_forecast": guidance_forecast,
+            "cuda_graphs": self._cuda_graphs or None if cuda_graphs is None else cuda_graphs,
+        }
+        config = self._sampling_config({name: value for name, value in given.items() if value is not None})
+        callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        labels = torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(num_images_per_label)  # type: ignore[arg-type]
+        generators = per_sample(generator, len(labels))
+        shape = self._latent_shape(height, width)
+        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, len(labels), shape)
+
+        sampler = self._sampler_for(config, len(labels), *shape[1:])
+        self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
+        callback.times = torch.tensor([step.t for step in sampler.plan.steps])
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            samples = sampler(noise, labels, generators=generators, progress=callback.after(bar.update))
+        images = self._finished(samples, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _sampling_config(self, given: dict[str, Any]) -> SamplingConfig:
+        own = self.scheduler.sampling_config
+        if given.get("last_step") == 0:
+            given["last_step"] = None
+        if "refresh_steps" in given:
+            given = {"refresh_every": 1, "num_refreshes": None, **given}
+        elif "refresh_every" in given:
+            given |= {"refresh_steps": None, "num_refreshes": None}
+        elif own.refresh_steps not in (None, "dp") and given.get("num_steps", own.num_steps) != own.num_steps:
+            steps = f"{own.num_steps} steps, not for {given['num_steps']}"
+            raise ValueError(f"the scheduler's refresh_steps are for {steps}; give refresh_every or refresh_steps")
+        return replace(own, **given)
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """(channels, height, width) of what the model sees, for pixels; ValueError for sizes it cannot see."""
+        config = self.transformer.ddt_config
+        factor = 1 if self.data.autoencoder is None and self.vae is None else self._pixels_per_latent
+        multiple = factor * config.patch_size
+        for name, size in (("height", height), ("width", width)):
+            if size is not None and not (type(size) is int and size > 0 and size % multiple == 0):
+                raise ValueError(f"{name} is {size!r}; allowed: a positive multiple of {multiple} pixels")
+        size = self.data.image_size
+        return config.in_channels, (height or size) // factor, (width or size) // factor
+
+    @property
+    def _pixels_per_latent(self) -> int:
+        return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
+
+    def _checked_latents(self, latents: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
+        if not isinstance(latents, Tensor) or latents.shape != (count, *shape):
+            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents are {seen}; wanted {(count, *shape)} for {count} images")
+        return latents
+
+    def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
+        """The latest sampler again, with its buffers and graphs, where nothing has changed since; else a new one."""
+        if hasattr(self.transformer, "_hf_hook") or hasattr(self.transformer, "_diffusers_hook"):
+            raise ValueError(
+                "the transformer is offloaded, which the sampler does not go through; wanted pipe.to(device)"
+            )
+        model, reusable = self._engine_model()
+        key = (config, count, height, width)
+        if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
+            return self._sampler[1]
+        self._sampler = None
+        sampler = Sampler(model, config, count, height, width)
+        if reusable:
+            self._sampler = key, sampler
+        return sampler
+
+    def _engine_model(self) -> tuple[DDT | FusedDDT, bool]:
+        """What samples: the fused model, made anew when the transformer's weights have changed, or, where layers have
+        adapters or are quantised, the transformer itself. And whether a sampler of it may serve another call."""
+        key = _fingerprint(self.transformer)
+        if self._engine is None or self._engine[0] != key:
+            self._engine = self._sampler = None
+            plain = self.transformer.is_plain and self.transformer.ddt_config.head_dim <= 128
+            reference = self.transformer.reference
+            if not plain:
+                logger.warning("The transformer is adapted or quantised: it runs as it is, not fused.")
+            # A copy, since sampling merges weights that have names of their own.
+            model = pack_bf16(FusedDDT.from_reference(reference).requires_grad_(False)) if plain else reference
+            self._engine = key, model, plain
+        return self._engine[1:]
+
+    def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return samples
+        if self.vae is not None:
+            samples = decode_latents(self.vae, samples, 8 if self.vae.device.type == "cuda" else 1)
+        if output_type == "pil":
+            return [Image.fromarray(image) for image in to_uint8(samples)]
+        images = (samples / 2 + 0.5).clamp(0, 1)
+        return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
+
+
+class _Callback:
+    """diffusers' callback_on_step_end as the engine's `progress`.
+
+    Raises:
+        ValueError: tensors asked for that there are not.
+    """
+
+    def __init__(self, pipe: DDTPipeline, call: StepCallback | None, tensors: Sequence[str]) -> None:
+        if call is not None and not callable(call):
+            raise ValueError(f"callback_on_step_end is a {type(call).__name__}; wanted a function")
+        self.pipe, self.call, self.times = pipe, call, torch.empty(0)
+        self.tensors = list(getattr(call, "tensor_inputs", tensors))
+        unknown = [name for name in self.tensors if name not in pipe._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; allowed: latents")
+
+    def after(self, advance: Callable[[], object]) -> Progress:
+        """Called after every step: advance the bar, then hand out the latents and take them back."""
+
+        def progress(done: int, x: Tensor) -> None:
+            advance()
+            if self.call is not None:
+                tensors = {name: x.clone() for name in self.tensors}
+                returned = self.call(self.pipe, done - 1, self.times[done - 1], tensors)
+                if returned is not None and "latents" in returned:
+                    self._take(returned["latents"], x)
+            if self.pipe._interrupt:
+                raise StopSampling
+
+        return progress
+
+    @staticmethod
+    def _take(latents: Any, x: Tensor) -> None:
+        if not isinstance(latents, Tensor) or latents.shape != x.shape:
+            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"callback_on_step_end returned latents {seen}; wanted {tuple(x.shape)}")
+        x.copy_(latents)
+
+
+def _fingerprint(model: torch.nn.Module) -> list[Any]:
+    """Differs when a weight has been replaced, moved, cast or written to."""
+    return [
+        (
+            id(weight),
+            weight.dtype,
+            weight.device,
+            weight.data_ptr() if type(weight.data) is Tensor else 0,
+            0 if weight.is_inference() else weight._version,
+        )
+        for weight in model.parameters()
+    ]

@@ -1,0 +1,81 @@
+"""The models among PyTorch's tools: safetensors, torch.export, torchao, PEFT; each test is how it is done."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+
+import golden_data as golden
+from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model, sample
+from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+
+NAME = "tiny_h48_d24"
+
+
+def inputs(name=NAME):
+    tensors = golden.tensors(name)
+    return tensors["x"], tensors["t"], tensors["y"]
+
+
+def digits():
+    return load_model(EMBEDDED_CHECKPOINT)
+
+
+@pytest.mark.parametrize("make", [lambda model: model, FusedDDT.from_reference])
+def test_state_dicts_go_through_safetensors(make):
+    model = make(golden.model(NAME))
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    other = make(DDT(model.config))
+    other.load_state_dict(load(content))
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in golden.weights(NAME).items())
+
+
+def test_the_reference_can_be_exported():
+    model, (x, t, y) = golden.model(NAME), inputs()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (x, t, y), dynamic_shapes=[{0: batch}] * 3)
+    with torch.no_grad():
+        for repeats in (1, 3):
+            arguments = [torch.cat([tensor] * repeats) for tensor in (x, t, y)]
+            for actual, expected in zip(exported.module()(*arguments), model(*arguments), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_torchao_quantizes_the_reference_and_the_fused_model():
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao, which is not installed")
+    noise, labels = seeded_noise(range(4), (1, 8, 8))[0], torch.tensor([3, 1, 4, 1])
+    config = SamplingConfig(num_steps=6, refresh_every=2)
+    expected = sample(digits(), noise, labels, config)
+
+    def but_swiglu(layer, name):
+        """The fused SwiGLU reads the tensors of w1 and w3 in one kernel: they stay as they are."""
+        return isinstance(layer, torch.nn.Linear) and not name.endswith((".w1", ".w3"))
+
+    for model, which in ((digits(), None), (FusedDDT.from_reference(digits()), but_swiglu)):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), which)
+        assert type(model.blocks[0].attn.qkv.weight.data) is not torch.Tensor
+        error = golden.relative_error(sample(model, noise, labels, config), expected)
+        assert 0 < error < 0.05
+
+
+def test_peft_trains_lora_on_the_linears_of_the_reference():
+    peft = pytest.importorskip("peft", reason="needs peft, which is not installed")
+    torch.manual_seed(0)
+    base = digits()
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "proj", "w1", "w2", "w3"], exclude_modules=".*embedder.*")
+    adapted = peft.get_peft_model(base, config)
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    assert 0 < sum(parameter.numel() for parameter in trained) < sum(p.numel() for p in adapted.parameters()) / 4
+    x, t, y = torch.randn(8, 1, 8, 8), torch.rand(8), torch.arange(8)
+    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(8):
+        losses.append(F.mse_loss(adapted(x, t, y)[0], x))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    # Merged, it is an ordinary DDT again, which fuses and samples.
+    expected = adapted(x, t, y)[0].detach()
+    merged = FusedDDT.from_reference(adapted.merge_and_unload())
+    torch.testing.assert_close(merged(x, t, y)[0].detach(), expected, rtol=1e-4, atol=1e-4)

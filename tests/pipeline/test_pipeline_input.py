@@ -1,0 +1,101 @@
+"""A wrong call of a pipeline is refused with what was wrong and what is allowed."""
+
+import pytest
+import torch
+
+from ddt_fast.class_names import ClassNames, imagenet_id2label
+from pipeline_cases import digits, seeded
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return digits()
+
+
+IMAGENET = ClassNames(1000, imagenet_id2label())
+
+
+def test_imagenets_names():
+    names = imagenet_id2label()
+    assert len(names) == 1000
+    assert (names[0], names[207], names[999]) == (
+        "tench, Tinca tinca",
+        "golden retriever",
+        "toilet tissue, toilet paper, bathroom tissue",
+    )
+    assert IMAGENET.labels(["golden retriever", "Golden_Retriever", 207, "Tinca tinca"]) == [207, 207, 207, 0]
+    assert IMAGENET.labels(["cardigan", "Cardigan"]) == [474, 264], "they differ by case alone"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("crane", r"'crane' is ambiguous: 134 'crane' \(animal\), 517 'crane' \(object\); give the number"),
+        ("golden retreiver", r"'golden retreiver' is unknown; nearest: 207 'golden retriever'"),
+        ("retriever", r"unknown; nearest: 205 'flat-coated retriever'.*, 207 'golden retriever'"),
+        ("qqqq", "'qqqq' is unknown; allowed: 0 to 999, or a name"),
+        (1000, "class 1000 does not exist; allowed: 0 to 999"),
+        (-1, "class -1 does not exist"),
+        (True, "class True is a bool; wanted a label or a name"),
+        (1.0, r"class 1\.0 is a float"),
+        ([], "no class is given"),
+        (torch.tensor([1.0]), "wanted .* whole numbers"),
+    ],
+)
+def test_classes_that_there_are_not(name, message):
+    with pytest.raises(ValueError, match=message):
+        IMAGENET.labels(name)
+
+
+def test_search_finds_what_contains_or_resembles_the_words():
+    assert IMAGENET.search("golden retriever")[0] == 207
+    assert set(range(205, 210)) <= set(IMAGENET.search("retriever"))
+    assert IMAGENET.search("  ") == []
+    assert len(IMAGENET.search("a", limit=7)) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": ["12"]}, "class '12' is unknown; nearest"),
+        ({"class_labels": [10]}, "class 10 does not exist; allowed: 0 to 9"),
+        ({"generator": seeded(1, 2, 3)}, "3 generators for 2 images; wanted one, or one per image"),
+        ({"generator": [1, 2]}, "generator is a int"),
+        ({"height": 7}, "height is 7; allowed: a positive multiple of 2 pixels"),
+        ({"width": -2}, "width is -2"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'; allowed: pil, np, pt, latent"),
+        ({"num_images_per_label": 0}, "num_images_per_label is 0"),
+        ({"num_inference_steps": 0}, "num_steps is 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1"),
+        ({"guidance_interval": (0.5, 0.1)}, "guidance_interval is"),
+        ({"refresh_steps": (1, 2)}, "refresh_steps is"),
+        ({"solver": "heun"}, "solver is 'heun'"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents are \(1, 1, 8, 8\); wanted \(2, 1, 8, 8\)"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is a int; wanted a function"),
+        (
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
+            "names 'prompt_embeds'; allowed: latents",
+        ),
+    ],
+)
+def test_wrong_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**{"class_labels": [3, 4], "num_inference_steps": 2, **arguments})
+
+
+def test_a_callback_that_returns_other_latents(pipe):
+    with pytest.raises(ValueError, match=r"returned latents \(2, 2\); wanted \(1, 1, 8, 8\)"):
+        pipe([3], 2, callback_on_step_end=lambda *_: {"latents": torch.zeros(2, 2)})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_graphs_without_cuda(pipe):
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, the transformer is on cpu"):
+        pipe.enable_cuda_graphs()
+
+
+@pytest.mark.gpu
+def test_generators_on_the_gpu():
+    pipe = digits().to("cuda")
+    with pytest.raises(ValueError, match=r"generator is on cuda.*wanted torch\.Generator"):
+        pipe([3], 2, generator=torch.Generator("cuda"))
