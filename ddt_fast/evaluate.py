@@ -31,10 +31,9 @@ from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import experiment_of, load_model
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, load_model
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 _NUM_DIGITS, _DIGITS_BATCH = 1000, 100
 

@@ -8,45 +8,21 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import jsonargparse
-import torch
-from tqdm import tqdm
 
-from ddt_fast.autoencoder import Decoder
-from ddt_fast.command import CommandParser, choose_device, choose_dtype, parse_bytes, run_command
+from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment, GuidanceForecast, SamplingConfig
-from ddt_fast.files import output_folder
 from ddt_fast.generation.background import OnImages
-from ddt_fast.generation.finish import GRID_IMAGES
-from ddt_fast.generation.images import grid_columns
-from ddt_fast.generation.job import Generation, check_output
-from ddt_fast.generation.scored import add_scoring_options, chosen_scoring
-from ddt_fast.generation.seeds import IntArray, Job, assign_labels
-from ddt_fast.generation.shards import Images, differences
-from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.model.attention import ATTENTION_BACKENDS, resolve_backend
-from ddt_fast.model.cpu import cpu_has_int8
-from ddt_fast.model.packed import pack_bf16
-from ddt_fast.model.quantization import quantization_error, quantize_int8
-from ddt_fast.model.weights import has_config, load_model
-from ddt_fast.provenance import device_name, environment, weights_sha256
-from ddt_fast.ranks import Ranks, process_ranks
-from ddt_fast.sampling import Sampler, SamplingPlan
+from ddt_fast.generation.generate import ALL_PNG, SHARD_IMAGES, SOME_PNG, generate
+from ddt_fast.generation.scored import add_scoring_options
+from ddt_fast.model.attention import ATTENTION_BACKENDS
 from ddt_fast.sampling import sample as sample_function
-from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
-from ddt_fast.sampling.schedule_cache import schedule_cache_path
-from ddt_fast.sampling.sharing import resolve_refresh_steps
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
-
-ALL_PNG, SOME_PNG = 1000, 100
-"""Jobs of up to ALL_PNG images write all as PNGs too, larger ones SOME_PNG, unless told."""
-
-SHARD_IMAGES = 256
-"""Images of a shard, in whole batches: a minute or less of work, and even shares for eight processes."""
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -88,247 +64,12 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
 
     Args:
         arguments: of the command line; None: this process's.
-        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, each of this process's
-            images once: those of earlier calls first, then, from a background thread, batch by batch as they are drawn.
+        on_images: as `generate` takes it.
     """
     options = build_parser().parse_args(arguments)
-    ranks = process_ranks()
-    device = choose_device(options.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # a job that goes on shall decode as it would have
     checkpoint, experiment = chosen_checkpoint(options)
-    job, order = _job(options, experiment)
-    sampling = _sampling(options, experiment)
-    # float32 is the faster choice between int8 GEMMs.
-    latents = experiment.data.autoencoder is not None and options.quantize is None
-    dtype = choose_dtype(options.dtype, device, latents)
-    budget = None if options.memory_budget is None else parse_bytes(options.memory_budget)
-    output_dir = output_folder(options.output_dir)
-    check_output(output_dir)
-    scoring = chosen_scoring(options, output_dir, len(job), experiment.data.image_size, device, ranks)
-    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
-    model, description = _engine_model(reference, options, ranks)
-    size = experiment.data.sample_size
-    if sampling.refresh_steps == "dp":
-        sampling = resolve_refresh_steps(reference, sampling, size, size, schedule_cache_path(checkpoint))
-    plan = SamplingPlan.from_config(sampling)
-    batch_size = min(options.batch_size, len(job))
-    if budget is not None:
-        fitting = fitting_batch_size(plan, model, batch_size, size, size, budget)
-        if fitting < batch_size:
-            _say(ranks, f"memory budget {options.memory_budget}: batches of {fitting} instead of {batch_size}")
-        batch_size = fitting
-    autoencoder = experiment.data.autoencoder
-    decode = None
-    if autoencoder is not None:
-        decode = Decoder(autoencoder, device, batch_size=8 if device.type == "cuda" else 1)
-    generation = Generation(
-        output_dir,
-        job,
-        {
-            **order,
-            "image_size": experiment.data.image_size,
-            "model": asdict(experiment.model),
-            "weights_sha256": weights_sha256(reference),
-            "dtype": str(dtype).removeprefix("torch."),
-            "quantize": options.quantize,
-            "sampling": _without_engine(sampling),
-            "autoencoder_sha256": None if decode is None else weights_sha256(decode.vae),
-        },
-        ranks=ranks,
-        shard_size=options.shard_size,
-        default_shard_size=batch_size * max(1, SHARD_IMAGES // batch_size),
-        overwrite=options.overwrite,
-    )
-
-    tera = plan.flops(experiment.model, size, size) / 1e12
-    interval = "{:g}, {:g}".format(*sampling.guidance_interval)
-    _say(ranks, f"{checkpoint}: {sampling.solver}, guidance {sampling.guidance_scale:g} in ({interval})")
-    _say(
-        ranks,
-        f"{len(job)} images, {len(plan.steps)} steps, per image: {plan.network_evaluations} network evaluations, "
-        f"{plan.encoder_evaluations} encoder runs, {tera * 1e3:.3g} GFLOP",
-    )
-    if generation.found:
-        print(f"{ranks.who}{generation.found}")
-    if on_images is not None:
-        generation.feed_found(on_images)
-    hooks = [] if on_images is None else [on_images]
-    if scoring is not None:
-        scoring.begin(generation)
-        hooks.append(scoring.take)
-    if generation.todo:
-        sampler = Sampler(model, sampling, batch_size, size, size, memory_budget=budget, compile_model=options.compile)
-        _run(generation, sampler, decode, description, hooks)
-    if scoring is not None:
-        scoring.save()
-    earlier = generation.record
-    record = generation.finish(
-        {
-            "checkpoint": str(checkpoint),
-            "autoencoder": autoencoder,
-            "network_evaluations": plan.network_evaluations,
-            "encoder_evaluations": plan.encoder_evaluations,
-            "tflop_per_image": tera,
-            **environment(device),
-        },
-        num_png=_num_png(options, len(job)),
-        columns=grid_columns(len(set(job.labels.tolist()))),
-        keep_shards=options.keep_shards,
-    )
-    if record is None:
-        print(f"{ranks.who}finished its shards; the last process to finish writes {output_dir / 'samples.npz'}")
-    elif record is not earlier:
-        print(f"{ranks.who}wrote images/, grid.png, samples.npz and generation.json to {output_dir}")
-    if scoring is not None:
-        scoring.finish(generation)
-
-
-def _run(
-    generation: Generation, sampler: Sampler, decode: Decoder | None, description: str, hooks: list[OnImages]
-) -> None:
-    """Draw what is to be drawn, with a progress bar, and say how fast it was."""
-    ranks, device = generation.ranks, sampler.device
-    captured = f", captured in {sampler.capture_seconds:.1f} s" if sampler.capture_seconds else ""
-    _say(
-        ranks,
-        f"{description}, {sampler.engine}{captured}; batches of {sampler.batch_size} keep "
-        f"{format_bytes(sampler.buffers.kept_bytes)} between steps",
-    )
-    made_with = {
-        "engine": sampler.engine,
-        "model": description,
-        "device": device_name(device),
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "processes": ranks.world_size,
-        "batch_size": sampler.batch_size,
-        "torch": torch.__version__,
-    }
-    changed = []
-    if found := generation.found_made_with():
-        rounding = ("engine", "model", "device", "threads", "batch_size", "torch")
-        changed = differences({name: found[name] for name in rounding}, {name: made_with[name] for name in rounding})
-    if changed:
-        print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree but for rounding")
-
-    def on_images(positions: IntArray, images: Images) -> None:
-        for hook in hooks:
-            hook(positions, images)
-
-    with tqdm(
-        total=generation.num_images,
-        desc=f"{ranks.who}{sampler.engine}, {description}",
-        unit="img",
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} img [{elapsed}<{remaining}, {rate_fmt}]",
-        smoothing=0,
-        disable=ranks.rank > 0,
-        dynamic_ncols=True,
-    ) as bar:
-
-        def show(done: float) -> None:
-            bar.n = done
-            bar.update(0)
-
-        generation.run(
-            sampler,
-            decode,
-            decode_batch_size=1 if decode is None else decode.batch_size,
-            made_with=made_with,
-            on_images=on_images if hooks else None,
-            progress=show,
-        )
-    seconds = generation.timings
-    print(f"{ranks.who}{generation.num_images / seconds.sampling:.1f} img/s on {device}, {description}")
-    print(
-        f"{ranks.who}{seconds.sampling:.1f} s, in the background of which decoding {seconds.decoding:.1f} s, "
-        f"writing {seconds.writing:.1f} s" + (f", features {seconds.hook:.1f} s" if hooks else "")
-    )
-
-
-def _say(ranks: Ranks, text: str) -> None:
-    """Print what all processes would say alike, once."""
-    if ranks.rank == 0:
-        print(text)
-
-
-def _without_engine(sampling: SamplingConfig) -> dict[str, Any]:
-    """The sampling settings that the images depend on."""
-    return {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"}
-
-
-def _num_png(options: Any, count: int) -> int:
-    default = count if count <= ALL_PNG else SOME_PNG
-    return default if options.num_png is None else min(options.num_png, count)
-
-
-def _engine_model(reference: DDT, options: Any, ranks: Ranks) -> tuple[DDT | FusedDDT, str]:
-    """The model as the options want it run, and that in words."""
-    parameter = next(reference.parameters())
-    dtype = str(parameter.dtype).removeprefix("torch.")
-    if options.reference:
-        if options.quantize or options.compile or options.attention != "auto":
-            raise ValueError("--reference is plain PyTorch; it goes without --quantize, --compile and --attention")
-        return reference, f"{dtype}, reference model"
-    config = reference.config
-    backend = resolve_backend(options.attention, parameter.device, parameter.dtype, config.head_dim)
-    model = FusedDDT.from_reference(reference, options.attention)
-    if options.quantize is None:
-        return pack_bf16(model), f"{dtype}, attention {backend}"
-    quantized = quantize_int8(model)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)
-    t, y = torch.tensor([0.3, 0.7]), torch.tensor([0, config.num_classes])
-    error = quantization_error(model, quantized, x.to(parameter.dtype), t, y)
-    if not cpu_has_int8():
-        _say(ranks, "int8: this CPU has no units for it; expect it to be slower than float32")
-    _say(ranks, f"int8: relative error of a velocity {error:.2g} against {dtype}")
-    return quantized, f"int8 ({dtype} between), attention {backend}"
-
-
-def _job(options: Any, experiment: Experiment) -> tuple[Job, dict[str, Any]]:
-    """The job that the options name, and the same in words: plain JSON values; ValueError for what is not allowed."""
-    num_classes = experiment.model.num_classes
-    kinds = ("seeds", "class_seeds", "seeds_per_class", "num_images")
-    given = [f"--{kind.replace('_', '-')}" for kind in kinds if getattr(options, kind) is not None]
-    if len(given) > 1 and given != ["--seeds", "--num-images"]:
-        raise ValueError(f"{given[0]} and {given[1]} are both given; give one")
-    if (options.seeds or options.class_seeds) and options.first_seed is not None:
-        raise ValueError(f"{given[0]} and --first-seed are both given; give one")
-    for name in ("num_images", "seeds_per_class", "batch_size", "shard_size"):
-        _require_at_least(options, name, 1)
-    _require_at_least(options, "num_png", 0)
-    num_chosen = len(options.classes or range(num_classes))
-    seeds = options.seeds or [seed for seed in options.class_seeds or () for _ in range(num_chosen)]
-    default_count = len(seeds) or (100 if experiment.data.autoencoder is None else 16)
-    if options.seeds_per_class is not None:
-        default_count = options.seeds_per_class * num_chosen
-    count = default_count if options.num_images is None else options.num_images
-    if seeds and len(seeds) != count:
-        raise ValueError(f"--seeds gives {len(seeds)} seeds for {count} images; wanted one each")
-    first_seed = options.first_seed or 0
-    for seed in seeds or (first_seed, first_seed + count - 1):
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
-    labels = assign_labels(count, num_classes, options.classes)
-    # Seeds that are named come in the order they are named in; so do few images, which are for looking at.
-    shuffle = options.seeds is None and count > GRID_IMAGES
-    words = {
-        "num_images": count,
-        "classes": options.classes or "all",
-        "seeds": options.seeds or f"{first_seed} and up",
-        "order": "shuffled" if shuffle else "as drawn",
-    }
-    if options.class_seeds:
-        words["seeds"] = {"of every class": options.class_seeds}
-    return Job.of_draws(labels, seeds or range(first_seed, first_seed + count), shuffle=shuffle), words
-
-
-def _require_at_least(options: Any, name: str, minimum: int) -> None:
-    value = getattr(options, name)
-    if value is not None and value < minimum:
-        raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: {minimum} or more")
+    settings = {name: getattr(options, name) for name in signature(generate).parameters if hasattr(options, name)}
+    generate(**settings | {"checkpoint": checkpoint, "sampling": _sampling(options, experiment)}, on_images=on_images)
 
 
 def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:

@@ -10,10 +10,8 @@ import jsonargparse
 
 from ddt_fast.command import DTYPES
 from ddt_fast.config import Diffusion, Experiment, SamplingConfig, Solver, StateForecast
-from ddt_fast.model.weights import experiment_of, resolve_checkpoint
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.presets import PRESETS
-
-EMBEDDED_CHECKPOINT = Path(__file__).parent / "assets" / "digits"
 
 
 def add_checkpoint_options(parser: jsonargparse.ArgumentParser) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -48,20 +49,30 @@ def add_scoring_options(parser: CommandParser) -> None:
 
 
 def chosen_scoring(
-    options: Any, output_dir: Path, count: int, size: int, device: torch.device, ranks: Ranks
+    reference: str | None,
+    metrics: Sequence[str] | None,
+    features: Features | None,
+    weights: str | None,
+    *,
+    output_dir: Path,
+    count: int,
+    size: int,
+    device: torch.device,
+    ranks: Ranks,
 ) -> Scoring | None:
-    """What the options ask for; None without --evaluate, ValueError for what `Scoring` refuses."""
-    if options.evaluate is None:
-        for name in ("metrics", "evaluate_features", "inception_weights"):
-            if getattr(options, name) is not None:
-                raise ValueError(f"--{name.replace('_', '-')} is for --evaluate, which is not given")
+    """The scoring that was asked for, None without a reference; arguments and ValueError as `Scoring`."""
+    if reference is None:
+        given = {"--metrics": metrics, "--evaluate-features": features, "--inception-weights": weights}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is for --evaluate, which is not given")
         return None
     return Scoring(
         output_dir,
-        options.evaluate,
-        options.metrics or list(METRICS),
-        options.evaluate_features or "inception",
-        options.inception_weights,
+        reference,
+        list(metrics or METRICS),
+        features or "inception",
+        weights,
         count=count,
         size=size,
         device=device,

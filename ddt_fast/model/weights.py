@@ -24,6 +24,9 @@ from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projecto
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
 
+EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "assets" / "digits"
+"""The model that comes with the package."""
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"

@@ -7,8 +7,8 @@ from safetensors.torch import load, save
 
 import golden_data as golden
 from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model, sample
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 NAME = "tiny_h48_d24"
 

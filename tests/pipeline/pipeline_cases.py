@@ -8,9 +8,8 @@ import torch
 
 import golden_data as golden
 from ddt_fast.config import DataConfig, SamplingConfig
-from ddt_fast.model.weights import save_model
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, save_model
 from ddt_fast.pipeline import DDTPipeline
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 from sample_jobs import small_autoencoder
 
 LATENT_MODEL = "tiny_h48_d24"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from pipeline_cases import digits, seeded
 
 

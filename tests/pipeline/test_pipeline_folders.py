@@ -17,10 +17,9 @@ from ddt_fast.config import DataConfig, Experiment, SamplingConfig
 from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import write_lightning
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import WEIGHTS_NAME, read_experiment
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, WEIGHTS_NAME, read_experiment
 from ddt_fast.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 from pipeline_cases import LATENT_MODEL, LATENT_SAMPLING, digits, latent_folder, quiet, seeded
 
 
