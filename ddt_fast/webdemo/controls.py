@@ -48,24 +48,22 @@ class Controls:
             ),
         )
         with gr.Row():
-            add("num_images", _slider("Images", first, "num_images", 1, limits.images))
-            add("num_steps", _slider("Steps", first, "num_steps", 1, limits.steps))
+            add("num_images", _number("Images", first, "num_images"))
+            add("num_steps", _number("Steps", first, "num_steps"))
         add("guidance_scale", _slider("CFG scale", first, "guidance_scale", *GUIDANCE_RANGE, 0.1, "1: no guidance"))
         with gr.Row():
-            add("guidance_low", _slider("Guided from t", first, "guidance_low", 0, 1, 0.01))
-            add("guidance_high", _slider("Guided to t", first, "guidance_high", 0, 1, 0.01))
-        refresh = "1: the encoder runs at every step"
-        add("refresh_every", _slider("Refresh K", first, "refresh_every", *REFRESH_RANGE, info=refresh))
-        with gr.Row():
-            add("seed", gr.Number(0, label="Seed", precision=0, scale=3, elem_id="seed"))
-            dice = gr.Button("Random", scale=1, min_width=80, elem_id="random-seed")
-        with gr.Accordion("More", open=False):
-            add("state_forecast", _choice("State between refreshes", first, "state_forecast", StateForecast))
+            add("guidance_low", _number("Guided from t", first, "guidance_low", 0.05))
+            add("guidance_high", _number("Guided to t", first, "guidance_high", 0.05))
+        refresh = "The encoder runs at every K-th step"
+        add("refresh_every", _slider("Refresh K", first, "refresh_every", *REFRESH_RANGE, 1, refresh))
+        dice = gr.Button("Random", size="sm", elem_id="random-seed", render=False)
+        add("seed", _number("Seed", {"seed": 0}, "seed", buttons=[dice]))
+        with gr.Accordion("Solver and more", open=False):
             with gr.Row():
                 add("solver", _choice("Solver", first, "solver", Solver))
-                add("order", _slider("Order", first, "order", *ORDER_RANGE, info="of lms"))
-            more = "above 1: more steps near the noise"
-            add("timeshift", _slider("Timeshift", first, "timeshift", *TIMESHIFT_RANGE, 0.1, more))
+                add("order", _slider("Order of lms", first, "order", *ORDER_RANGE, 1))
+            add("timeshift", _number("Timeshift", first, "timeshift", 0.1, "Above 1: more steps near the noise"))
+            add("state_forecast", _choice("State between refreshes", first, "state_forecast", StateForecast))
         dice.click(None, outputs=self.fields["seed"], js=_RANDOM_SEED, show_progress="hidden")
         self.fields["model"].input(
             self._changed,
@@ -102,16 +100,19 @@ def _defaults(model: DemoModel) -> dict[str, Any]:
 
 
 def _slider(
-    label: str,
-    defaults: dict[str, Any],
-    name: str,
-    low: float,
-    high: float,
-    step: float = 1,
-    info: str | None = None,
+    label: str, defaults: dict[str, Any], name: str, low: float, high: float, step: float, info: str | None = None
 ) -> Any:
-    return gr.Slider(low, high, value=defaults[name], step=step, label=label, info=info, elem_id=name)
+    return gr.Slider(
+        low, high, value=defaults[name], step=step, label=label, info=info, buttons=[], min_width=100, elem_id=name
+    )
+
+
+def _number(
+    label: str, defaults: dict[str, Any], name: str, step: float = 1, info: str | None = None, **more: Any
+) -> Any:
+    """Without bounds of its own: the answer to a wrong number is the server's."""
+    return gr.Number(defaults[name], label=label, info=info, step=step, min_width=100, elem_id=name, **more)
 
 
 def _choice(label: str, defaults: dict[str, Any], name: str, choices: Any) -> Any:
-    return gr.Dropdown(list(get_args(choices)), value=defaults[name], label=label, elem_id=name)
+    return gr.Dropdown(list(get_args(choices)), value=defaults[name], label=label, min_width=100, elem_id=name)

@@ -26,6 +26,8 @@ FRAMES_RANGE = (2, 12)
 TRAJECTORY_IMAGES = 4
 """A trajectory shows so many images at most, one a row."""
 
+_SIDES = ("fresh", "kept", "difference")
+_PICTURES = ["ddt-pictures"]
 _SMALL = 64
 """Images below this side are enlarged without smoothing."""
 
@@ -34,7 +36,7 @@ def build_page(models: Sequence[DemoModel], limits: Limits) -> gr.Blocks:
     """The page for these models, the first of which is chosen."""
     handlers = _Handlers(models, limits)
     with gr.Blocks(title=texts.TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.HTML(texts.HEADER)
+        _html(texts.HEADER, "ddt-header")
         with gr.Row():
             with gr.Column(scale=1, min_width=340):
                 controls = Controls(models, limits)
@@ -42,30 +44,29 @@ def build_page(models: Sequence[DemoModel], limits: Limits) -> gr.Blocks:
                 inputs = [controls.fields[name] for name in FIELDS]
                 with gr.Tab("Generate", id="generate"):
                     run, stop = _buttons("Generate", "generate")
-                    status = _status("generate")
-                    gallery = _gallery("Images", "images", columns=5)
+                    status = _html(texts.IDLE, "generate-status")
+                    gallery = _gallery("images", columns=5)
                     archive = gr.DownloadButton("Download all (zip)", visible=False, size="sm", elem_id="download")
                     _connect(run, stop, handlers.generate, inputs, status, [gallery, archive])
                 with gr.Tab("Compare", id="compare"):
-                    run, stop = _buttons("Compare refresh 1 with K", "compare")
-                    status = _status("compare")
-                    table = gr.HTML()
+                    run, stop = _buttons("Compare refresh 1 with refresh K", "compare")
+                    status = _html(texts.IDLE, "compare-status")
+                    titles, galleries = [], []
                     with gr.Row():
-                        sides = [
-                            _gallery(label, elem_id, columns=2)
-                            for label, elem_id in (
-                                ("Refresh 1", "fresh"),
-                                ("Refresh K", "kept"),
-                                ("Difference", "difference"),
-                            )
-                        ]
-                    _connect(run, stop, handlers.compare, inputs, status, [table, *sides])
+                        for name in _SIDES:
+                            with gr.Column(min_width=120):
+                                titles.append(_html("", f"{name}-title"))
+                                galleries.append(_gallery(name, columns=3))
+                    table = _html("", "compare-table")
+                    _connect(run, stop, handlers.compare, inputs, status, [table, *titles, *galleries])
                 with gr.Tab("Trajectory", id="trajectory"):
-                    with gr.Row():
-                        frames = gr.Slider(*FRAMES_RANGE, value=9, step=1, label="Moments", elem_id="frames")
-                    run, stop = _buttons("Follow the first images", "trajectory")
-                    status = _status("trajectory")
-                    strips = [_gallery("x_t", "states"), _gallery("Where the step points", "predictions")]
+                    run, stop = _buttons(f"Follow up to {TRAJECTORY_IMAGES} images", "trajectory")
+                    frames = gr.Slider(*FRAMES_RANGE, value=9, step=1, label="Moments", buttons=[], elem_id="frames")
+                    status = _html(texts.IDLE, "trajectory-status")
+                    strips = []
+                    for name, words in (("states", texts.STATES), ("predictions", texts.PREDICTIONS)):
+                        _html(texts.title(*words), f"{name}-title")
+                        strips.append(_gallery(name, columns=9))
                     _connect(run, stop, handlers.trajectory, [*inputs, frames], status, strips)
     return page
 
@@ -77,13 +78,13 @@ def _buttons(label: str, name: str) -> tuple[Any, Any]:
     return run, stop
 
 
-def _status(name: str) -> Any:
-    return gr.HTML(texts.IDLE, elem_id=f"{name}-status")
+def _html(value: str, name: str) -> Any:
+    return gr.HTML(value, elem_id=name, apply_default_css=False)
 
 
-def _gallery(label: str, name: str, columns: int = 9) -> Any:
+def _gallery(name: str, columns: int) -> Any:
     return gr.Gallery(
-        label=label,
+        show_label=False,
         columns=columns,
         height="auto",
         format="png",
@@ -91,7 +92,7 @@ def _gallery(label: str, name: str, columns: int = 9) -> Any:
         buttons=["download", "fullscreen"],
         interactive=False,
         elem_id=name,
-        elem_classes=["ddt-pictures"],
+        elem_classes=_PICTURES,
     )
 
 
@@ -108,7 +109,12 @@ def _connect(
         api_name=handler.__name__,
     )
     stop.click(
-        lambda: texts.STOPPED, outputs=status, cancels=event, queue=False, show_progress="hidden", api_visibility="private"
+        lambda: texts.STOPPED,
+        outputs=status,
+        cancels=event,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
     )
 
 
@@ -130,15 +136,12 @@ class _Handlers:
     def compare(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         def show(result: Comparison, folder: Path) -> tuple[Any, ...]:
             pictures = []
-            sides = (result.fresh.images, result.kept.images, result.difference)
-            every = result.kept.request.sampling.refresh_every
-            labels = ("Refresh 1", f"Refresh {every}", texts.difference_label(result))
-            for i, (images, label) in enumerate(zip(sides, labels, strict=True)):
-                names = [f"{i}_{name}" for name in image_names(result.kept)]
-                pictures.append(_pictures(images, write_pngs(images, names, folder), label=label))
-            return texts.compared(result), texts.comparison(result), *pictures
+            for i, images in enumerate((result.fresh.images, result.kept.images, result.difference)):
+                names = [f"{_SIDES[i]}_{name}" for name in image_names(result.kept)]
+                pictures.append(_pictures(images, write_pngs(images, names, folder)))
+            return texts.compared(result), texts.comparison(result), *texts.side_titles(result), *pictures
 
-        yield from self._serve(values, 4, drawing.compare, show)
+        yield from self._serve(values, 7, drawing.compare, show)
 
     def trajectory(self, *values: Any) -> Iterator[tuple[Any, ...]]:
         *values_of_request, frames = values
@@ -186,7 +189,7 @@ class _Handlers:
 
 def _pictures(images: Images, paths: list[Path], captions: Sequence[str] = (), **changes: Any) -> Any:
     """A gallery's new content, and the style that suits the images' size."""
-    classes = ["ddt-pictures", *(["ddt-pixels"] if images.shape[1] < _SMALL else [])]
+    classes = [*_PICTURES, *(["ddt-pixels"] if images.shape[1] < _SMALL else [])]
     value: list[Any] = [str(path) for path in paths]
     if captions:
         value = list(zip(value, captions, strict=True))

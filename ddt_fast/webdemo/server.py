@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
 import gradio as gr
 
 from ddt_fast.webdemo import texts
@@ -38,7 +36,8 @@ def serve(
     """
     page = build_page(models, limits)
     page.queue(max_size=max_queue)
-    options: dict[str, Any] = {"theme": gr.themes.Soft(primary_hue="indigo"), "css": texts.CSS}
+    fonts = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=fonts)
     page.launch(
         server_name=host,
         server_port=port,
@@ -48,6 +47,7 @@ def serve(
         enable_monitoring=False,
         max_file_size="1kb",  # nothing is uploaded here
         footer_links=["api"],
-        **options,
+        theme=theme,
+        css=texts.CSS,
     )
     return page

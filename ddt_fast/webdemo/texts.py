@@ -12,31 +12,46 @@ TITLE = "DDT · Decoupled Diffusion Transformer"
 HEADER = """
 <div class="ddt-header">
   <h1>DDT <span>Decoupled Diffusion Transformer</span></h1>
-  <p>A condition encoder turns noise, time and class into a state, a velocity decoder moves the picture along. The state
-  may be kept for K steps.</p>
+  <p>An encoder turns time and class into a state, a decoder moves the picture along; the state may serve for K steps.</p>
 </div>
 """
 
 CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto; }
-.ddt-header h1 { font-size: 1.5rem; font-weight: 700; margin: 0.3rem 0 0 0; }
+.gradio-container > main { max-width: 1240px !important; width: 100% !important; margin: 0 auto; }
+.gradio-container .html-container { padding: 0 !important; }
+.gradio-container .column { gap: 10px; }
+.ddt-header h1 { font-size: 1.5rem; font-weight: 700; margin: 0; }
 .ddt-header h1 span { font-weight: 400; color: var(--body-text-color-subdued); margin-left: 0.4rem; }
-.ddt-header p { margin: 0.1rem 0 0.3rem 0; color: var(--body-text-color-subdued); }
-.ddt-status { min-height: 3.1rem; padding: 0.55rem 0.8rem; border-radius: 8px; background: var(--block-background-fill);
+.ddt-header p { margin: 0.1rem 0 0 0; color: var(--body-text-color-subdued); }
+.ddt-status { min-height: 3.7rem; padding: 0.4rem 0.8rem; border-radius: 8px; background: var(--block-background-fill);
   border: 1px solid var(--border-color-primary); font-variant-numeric: tabular-nums; }
 .ddt-status .ddt-bar { height: 4px; border-radius: 2px; margin-top: 0.4rem; background: var(--border-color-primary); }
 .ddt-status .ddt-bar div { height: 100%; border-radius: 2px; background: var(--color-accent); }
 .ddt-status .ddt-detail { color: var(--body-text-color-subdued); font-size: 0.85rem; }
 .ddt-status.ddt-error { border-color: var(--error-border-color); background: var(--error-background-fill);
   color: var(--error-text-color); }
-.ddt-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.ddt-table th, .ddt-table td { padding: 0.35rem 0.7rem; text-align: right;
+.ddt-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+.ddt-table th, .ddt-table td { padding: 0.25rem 0.7rem; text-align: right;
   border-bottom: 1px solid var(--border-color-primary); }
 .ddt-table th:first-child, .ddt-table td:first-child { text-align: left; font-weight: 400; }
 .ddt-table th { font-weight: 600; }
+.ddt-title { font-weight: 600; font-size: 0.9rem; }
+.ddt-title span { font-weight: 400; color: var(--body-text-color-subdued); }
+.ddt-pictures .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  grid-auto-rows: auto !important; grid-template-rows: none !important; gap: 6px !important; }
+.ddt-pictures .grid-wrap { overflow-y: auto !important; max-height: none !important;
+  min-height: 5rem !important; }
+.ddt-pictures .thumbnail-item { aspect-ratio: auto !important; height: auto !important; border: none !important;
+  background: none !important; box-shadow: none !important; border-radius: 4px !important; }
+.ddt-pictures .thumbnail-item img { aspect-ratio: 1; width: 100% !important; height: auto !important; }
+.ddt-pictures .caption-label { position: static !important; max-width: 100% !important; padding: 1px 0 !important;
+  border: none !important; background: none !important; text-align: center !important; font-size: 0.75rem !important;
+  font-weight: 400 !important; color: var(--body-text-color-subdued) !important; }
 .ddt-pixels img { image-rendering: pixelated; }
-.ddt-pictures img { object-fit: contain !important; width: 100% !important; height: 100% !important; }
 """
+
+STATES = ("The picture so far", "x at time t")
+PREDICTIONS = ("Where it is going", "the picture at t = 1 that the step from there points to")
 
 IDLE = '<div class="ddt-status"><div class="ddt-detail">Choose, then press the button.</div></div>'
 
@@ -61,18 +76,17 @@ def error(message: str) -> str:
 def drawn(result: Drawn) -> str:
     """What was drawn and how fast."""
     count = len(result.images)
-    head = f"{count} image{'s' * (count > 1)} in {seconds(result.seconds)} · <b>{result.images_per_second:.3g} img/s</b>"
+    head = (
+        f"{count} image{'s' * (count > 1)} in {seconds(result.seconds)} · <b>{result.images_per_second:.3g} img/s</b>"
+    )
     return _status(head, f"{_cost(result)} an image")
 
 
 def trajectory(result: Trajectory) -> str:
-    """As `drawn`, and what the two strips are."""
-    solver = result.drawn.request.sampling.solver
-    noise = " With the sde solver it holds this step's noise, too." if solver == "sde" else ""
-    return _status(
-        f"{len(result.steps)} of {result.steps[-1] + 1} moments, from noise (t = 0) to the picture (t = 1)",
-        f"Below each x<sub>t</sub> the picture that the step from there points to.{noise}",
-    )
+    """As `drawn`, of the images that are followed."""
+    noise = "; with the sde solver this holds the step's noise, too" * (result.drawn.request.sampling.solver == "sde")
+    moments = f"{len(result.steps)} of {result.steps[-1] + 1} moments of the run"
+    return _status(moments, f"from noise, t = 0, to the picture, t = 1{noise}")
 
 
 def compared(result: Comparison) -> str:
@@ -99,13 +113,20 @@ def comparison(result: Comparison) -> str:
     ]
     body = "".join(f"<tr><td>{name}</td><td>{left}</td><td>{right}</td></tr>" for name, left, right in rows)
     states = between[kept.request.sampling.state_forecast]
-    head = f"<tr><th></th><th>encoder at every step</th><th>at every {every}th, state {states}</th></tr>"
+    head = f"<tr><th></th><th>encoder at every step</th><th>every {every} steps, state {states}</th></tr>"
     return f'<table class="ddt-table">{head}{body}</table>'
 
 
-def difference_label(result: Comparison) -> str:
-    """Title of the difference pictures."""
-    return "Difference: none" if not result.difference.any() else f"Difference of pixels, × {result.gain:.3g}"
+def side_titles(result: Comparison) -> list[str]:
+    """Titles of the three columns of pictures."""
+    gain = f"pixels, × {result.gain:.3g}" if result.difference.any() else "none"
+    every = result.kept.request.sampling.refresh_every
+    return [title("Refresh 1"), title(f"Refresh {every}"), title("Difference", gain)]
+
+
+def title(text: str, detail: str = "") -> str:
+    """A title above pictures."""
+    return f'<div class="ddt-title">{escape(text)} <span>{escape(detail)}</span></div>'
 
 
 def seconds(value: float) -> str:
