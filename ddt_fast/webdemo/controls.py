@@ -9,7 +9,7 @@ import gradio as gr
 
 from ddt_fast.config import Solver, StateForecast
 from ddt_fast.webdemo.models import DemoModel
-from ddt_fast.webdemo.requests import GUIDANCE_RANGE, ORDER_RANGE, REFRESH_RANGE, TIMESHIFT_RANGE, Limits
+from ddt_fast.webdemo.requests import GUIDANCE_RANGE, ORDER_RANGE, REFRESH_RANGE
 
 _FEW_IMAGES, _MANY_IMAGES = 4, 10
 """At first: of latents, and of pixels, which are fast to draw."""
@@ -22,13 +22,12 @@ class Controls:
 
     Args:
         models: those offered; the first is chosen.
-        limits: the server's.
 
     Attributes:
         fields: by the names that `read_request` takes.
     """
 
-    def __init__(self, models: Sequence[DemoModel], limits: Limits) -> None:
+    def __init__(self, models: Sequence[DemoModel]) -> None:
         self._models = {model.name: model for model in models}
         first = _defaults(models[0])
         names = list(self._models)

@@ -1,4 +1,4 @@
-"""What the page's three tabs draw: images, a comparison of refresh 1 with refresh K, and the way from noise to image."""
+"""What the page's three tabs draw: images, refresh 1 compared with refresh K, and the way from noise to image."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _sample(request: Request, report: Report, text: str, on_step: OnStep | None 
             on_step(index + 1, tensors["latents"])
 
     started = time.perf_counter()
-    result = request.model.pipe(
+    result: Any = request.model.pipe(
         request.labels,
         generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
         output_type="latent",

@@ -39,7 +39,7 @@ def build_page(models: Sequence[DemoModel], limits: Limits) -> gr.Blocks:
         _html(texts.HEADER, "ddt-header")
         with gr.Row():
             with gr.Column(scale=1, min_width=340):
-                controls = Controls(models, limits)
+                controls = Controls(models)
             with gr.Column(scale=2, min_width=480), gr.Tabs():
                 inputs = [controls.fields[name] for name in FIELDS]
                 with gr.Tab("Generate", id="generate"):

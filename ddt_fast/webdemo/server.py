@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import gradio as gr
 
 from ddt_fast.webdemo import texts

@@ -12,7 +12,7 @@ TITLE = "DDT · Decoupled Diffusion Transformer"
 HEADER = """
 <div class="ddt-header">
   <h1>DDT <span>Decoupled Diffusion Transformer</span></h1>
-  <p>An encoder turns time and class into a state, a decoder moves the picture along; the state may serve for K steps.</p>
+  <p>An encoder turns time and class into a state, a decoder moves the picture; a state may serve for K steps.</p>
 </div>
 """
 
@@ -50,6 +50,8 @@ CSS = """
 .ddt-pixels img { image-rendering: pixelated; }
 """
 
+_LONGEST = 500
+
 STATES = ("The picture so far", "x at time t")
 PREDICTIONS = ("Where it is going", "the picture at t = 1 that the step from there points to")
 
@@ -70,7 +72,7 @@ def progress(state: Progress, images: int) -> str:
 
 def error(message: str) -> str:
     """What was wrong with a request, or went wrong."""
-    return f'<div class="ddt-status ddt-error" role="alert">{escape(message[:1].upper() + message[1:])}</div>'
+    return f'<div class="ddt-status ddt-error" role="alert">{escape(message[:1].upper() + message[1:_LONGEST])}</div>'
 
 
 def drawn(result: Drawn) -> str:
@@ -119,7 +121,7 @@ def comparison(result: Comparison) -> str:
 
 def side_titles(result: Comparison) -> list[str]:
     """Titles of the three columns of pictures."""
-    gain = f"pixels, × {result.gain:.3g}" if result.difference.any() else "none"
+    gain = f"pixels, {result.gain:.3g} times as bright" if result.difference.any() else "none"
     every = result.kept.request.sampling.refresh_every
     return [title("Refresh 1"), title(f"Refresh {every}"), title("Difference", gain)]
 
