@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not 1 <= value <= highest:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 to {highest}")
     launch = _server()
+    _check_address(options.host, options.port)
     device = choose_device(options.device)
     models = load_models(options.checkpoint, options.preset, device, options.dtype)
     with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
@@ -53,6 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             share=options.share,
             max_queue=options.max_queue,
         )
+
+
+def _check_address(host: str, port: int) -> None:
+    """ValueError where nobody can listen there: gradio would say so with a traceback."""
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.create_server(address[:2], family=kind):
+            pass
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {reason}") from error
 
 
 def _server() -> Any:

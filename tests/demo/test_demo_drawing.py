@@ -79,7 +79,7 @@ def test_a_comparison_is_of_the_same_seeds_and_measures_the_difference(model):
 
 
 def test_a_comparison_without_a_difference_says_so(model):
-    with pytest.raises(ValueError, match="refresh K is 1, .*allowed: 2 or more"):
+    with pytest.raises(ValueError, match=r"refresh K is 1, .*allowed: 2 or more"):
         drawing.compare(request(model), no_report)
     # One step has nothing to keep a state for.
     compared = drawing.compare(request(model, num_steps=1, refresh_every=2), no_report)

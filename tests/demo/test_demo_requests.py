@@ -1,5 +1,6 @@
 """Whatever a client sends becomes a request, or a message that says what is allowed."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -96,9 +97,8 @@ def test_without_classes_all_take_turns(model):
     ],
 )
 def test_wrong_values_are_refused(model, changes, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         read_request(fields(**changes), {model.name: model}, LIMITS)
-    assert message in str(error.value)
     assert len(str(error.value)) < 300
 
 
