@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 REPORT_SECONDS = 0.1
 """Between two reports: more often, a page would not show them."""
+
+_REPEAT_SECONDS = 0.5
+"""After which the latest progress is yielded again: an iterator that waits inside cannot be closed."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ def in_background(model: DemoModel, work: Callable[[Report], T]) -> Iterator[Pro
 
     threading.Thread(target=run, name="draw", daemon=True).start()
     try:
+        update: Progress | Finished[T] | Exception = Progress("starting")
         while True:
-            update = updates.get()
+            with suppress(queue.Empty):
+                update = updates.get(timeout=_REPEAT_SECONDS)
             while isinstance(update, Progress) and not updates.empty():
                 update = updates.get()
             if isinstance(update, Exception):

@@ -15,9 +15,8 @@ if CHROMIUM is None:
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: tests/demo/run_in_chromium.sh")
 pytest.importorskip("gradio", reason='gradio is not installed: pip install "ddt-fast[demo]"')
 
-from demo_server import drawing_threads, served, wait_until  # noqa: E402
-
 from ddt_fast.webdemo.page import CONCURRENT  # noqa: E402
+from demo_server import drawing_threads, served, wait_until  # noqa: E402
 
 FLAGS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -215,7 +214,7 @@ def test_a_full_queue_says_so(opened, server, model):
         pages[-2].click("#generate-run")
         wait_until(lambda: len(server._queue) == 1)
         pages[-1].click("#generate-run")
-        pages[-1].get_by_text("queue is full").first.wait_for()
+        pages[-1].get_by_text("This application is currently busy. Please try again.").wait_for()
     for page in pages[:-1]:
         pictures(page, "images", 1)
 
