@@ -9,7 +9,7 @@ import gradio as gr
 
 from ddt_fast.config import Solver, StateForecast
 from ddt_fast.webdemo.models import DemoModel
-from ddt_fast.webdemo.requests import GUIDANCE_RANGE, ORDER_RANGE, REFRESH_RANGE
+from ddt_fast.webdemo.requests import GUIDANCE_RANGE, REFRESH_RANGE
 
 _FEW_IMAGES, _MANY_IMAGES = 4, 10
 """At first: of latents, and of pixels, which are fast to draw."""
@@ -60,7 +60,7 @@ class Controls:
         with gr.Accordion("Solver and more", open=False):
             with gr.Row():
                 add("solver", _choice("Solver", first, "solver", Solver))
-                add("order", _slider("Order of lms", first, "order", *ORDER_RANGE, 1))
+                add("order", _number("Order of lms", first, "order"))
             add("timeshift", _number("Timeshift", first, "timeshift", 0.1, "Above 1: more steps near the noise"))
             add("state_forecast", _choice("State between refreshes", first, "state_forecast", StateForecast))
         dice.click(None, outputs=self.fields["seed"], js=_RANDOM_SEED, show_progress="hidden")

@@ -5,13 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 
+from ddt_fast import demo as demo_command
+from ddt_fast.command import run_command
 from ddt_fast.webdemo.models import EMBEDDED_NAME, DemoModel, load_models
 from ddt_fast.webdemo.requests import FIELDS, Limits, Request, read_request
 from ddt_fast.webdemo.running import Finished, Progress
 
 LIMITS = Limits(images=12, steps=40)
+
+
+def error_line(capsys, *arguments: str) -> str:
+    """What the command says when it must fail, on its only line."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: demo_command.main(arguments))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
 
 
 def embedded() -> DemoModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +23,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(model: DemoModel, folder: Path, max_queue: int) -> Iterator[gradio.Blocks]:
-    """The page of one model, as it is served on loopback; pictures go into the folder."""
+def served(models: Sequence[DemoModel], folder: Path, max_queue: int) -> Iterator[gradio.Blocks]:
+    """The page of these models, as it is served on loopback; pictures go into the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        page = serve([model], LIMITS, host="127.0.0.1", port=free_port(), max_queue=max_queue, block=False)
+        page = serve(models, LIMITS, host="127.0.0.1", port=free_port(), max_queue=max_queue, block=False)
         yield page
         page.close(verbose=False)
 

@@ -3,11 +3,20 @@
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 
+import golden_data as golden
+from ddt_fast.config import DataConfig, SamplingConfig
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import save_model
+from ddt_fast.webdemo.models import load_models
 from demo_cases import embedded
+from pipeline_cases import LATENT_MODEL
+from sample_jobs import small_autoencoder
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
@@ -36,8 +45,18 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
-    with served(model, tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
+def latent_model(tmp_path_factory):
+    """Untrained, with ImageNet's classes."""
+    folder = tmp_path_factory.mktemp("latent")
+    config = replace(golden.model(LATENT_MODEL).config, num_classes=1000)
+    data = DataConfig("latents", 64, small_autoencoder(folder / "vae"))
+    save_model(DDT(config), folder / "model", data, SamplingConfig(num_steps=6))
+    return load_models([str(folder / "model")], None, torch.device("cpu"), "auto")[0]
+
+
+@pytest.fixture(scope="module")
+def server(model, latent_model, tmp_path_factory):
+    with served([model, latent_model], tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
         yield page
 
 
@@ -161,6 +180,27 @@ def test_two_pages_at_once_both_get_their_own_images(opened, model):
         assert captions(page, "images") == [f"{digit} · seed 0", f"{digit} · seed 1"]
 
 
+def test_another_model_brings_its_classes_and_settings(opened, latent_model):
+    page = opened()
+    page.locator("#model input").click()
+    page.get_by_role("option", name=latent_model.name).click()
+    page.wait_for_function("() => document.querySelector('#num_steps input').value === '6'")
+    page.locator("#classes input").fill("golden r")
+    page.get_by_role("option", name="207 · golden retriever").click()
+    page.keyboard.press("Escape")
+    page.click("#generate-run")
+    images = pictures(page, "images", 4)
+    assert captions(page, "images")[0] == "golden retriever · seed 0"
+    assert images.first.evaluate("image => [image.naturalWidth, getComputedStyle(image).imageRendering]") == [
+        64,
+        "auto",
+    ]
+    choose_class(page, "golden retreiver")
+    page.click("#generate-run")
+    page.wait_for_selector("#generate-status [role=alert]")
+    assert "nearest: 207 'golden retriever'" in page.inner_text("#generate-status")
+
+
 def test_refresh_1_and_k_stand_side_by_side(opened):
     page = opened()
     page.get_by_role("tab", name="Compare").click()
@@ -228,11 +268,13 @@ def test_a_random_seed_is_another_one(opened):
 def test_the_picture_of_the_documentation(opened):
     """Written where DDT_DEMO_SCREENSHOT says, if it does."""
     page = opened()
+    page.get_by_role("tab", name="Compare").click()
     set_number(page, "seed", "20")
-    set_number(page, "refresh_every", "3")
-    page.click("#generate-run")
-    pictures(page, "images", 10)
-    page.wait_for_selector("#generate-status b")
+    set_number(page, "num_images", "9")
+    set_number(page, "refresh_every", "4")
+    page.click("#compare-run")
+    pictures(page, "difference", 9)
+    page.wait_for_selector("#compare-table td")
     page.wait_for_timeout(500)
     picture = page.screenshot(path=os.environ.get("DDT_DEMO_SCREENSHOT"))
     assert len(picture) < 300_000

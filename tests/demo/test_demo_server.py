@@ -1,4 +1,4 @@
-"""The demo's command, and its server as any client meets it."""
+"""The demo as its command serves it, and as any client meets it."""
 
 import os
 import signal
@@ -10,44 +10,7 @@ import urllib.request
 
 import pytest
 
-from ddt_fast import demo as demo_command
-from ddt_fast.command import run_command
-from demo_cases import embedded, fields
-
-
-def error_line(capsys, *arguments: str) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: demo_command.main(arguments))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
-
-
-def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    line = error_line(capsys)
-    assert line.startswith("error: the demo needs gradio (")
-    assert line.endswith('; pip install "ddt-fast[demo]"')
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--port", "0"], "--port is 0; allowed: 1 to 65535"),
-        (["--port", "http"], "port"),
-        (["--max-queue", "0"], "--max-queue is 0; allowed: 1 to 1000"),
-        (["--max-images", "-1"], "--max-images is -1"),
-        (["--preset", "xxl"], "xxl"),
-        (["--dtype", "int8"], "int8"),
-        (["--hots", "::1"], "hots"),
-    ],
-)
-def test_wrong_options_are_one_line(capsys, arguments, message):
-    line = error_line(capsys, *arguments)
-    assert line.startswith("error: ")
-    assert message in line
-
+from demo_cases import embedded, error_line, fields
 
 gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install "ddt-fast[demo]"')
 gradio_client = pytest.importorskip("gradio_client")
@@ -110,7 +73,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def page(model, tmp_path_factory):
-    with served(model, tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
+    with served([model], tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
         yield page
 
 
@@ -150,6 +113,7 @@ def test_compare_and_trajectory_answer(client):
         ({"classes": ["unicorn"]}, "is unknown"),
         ({"classes": [[1]]}, "is a list"),
         ({"seed": -1}, "Seed is -1"),
+        ({"order": {}}, "Order is {}"),
         ({"seed": "x"}, "Seed is &#x27;x&#x27;"),
         ({"guidance_low": 0.9, "guidance_high": 0.1}, "Guidance interval is (0.9, 0.1)"),
     ],
@@ -166,7 +130,6 @@ def test_wrong_requests_are_answered_and_the_next_is_served(client, changes, mes
     [
         {"guidance_scale": -5},
         {"refresh_every": 1000},
-        {"order": {}},
         {"solver": "heun"},
         {"model": "no"},
     ],
