@@ -148,7 +148,7 @@ class _Handlers:
 
         def work(request: Request, report: Report) -> Trajectory:
             moments = whole("moments", frames, *FRAMES_RANGE)
-            return drawing.trajectory(request.first(TRAJECTORY_IMAGES), moments, report)
+            return drawing.trajectory(request, moments, report)
 
         def show(result: Trajectory, folder: Path) -> tuple[Any, ...]:
             strips = []
@@ -163,7 +163,7 @@ class _Handlers:
                 strips.append(_pictures(images, paths, marks, columns=len(result.steps)))
             return texts.trajectory(result), *strips
 
-        yield from self._serve(values_of_request, 2, work, show)
+        yield from self._serve(values_of_request, 2, work, show, TRAJECTORY_IMAGES)
 
     def _serve(
         self,
@@ -171,11 +171,14 @@ class _Handlers:
         num_outputs: int,
         work: Callable[[Request, Report], T],
         show: Callable[[T, Path], tuple[Any, ...]],
+        most: int | None = None,
     ) -> Iterator[tuple[Any, ...]]:
-        """Read the request, do the work, show it; whatever goes wrong is said in the status line."""
+        """Read the request, of which `most` images at most are drawn, do the work, show it; whatever goes wrong is said
+        in the status line."""
         unchanged = [gr.skip()] * num_outputs
         try:
             request = read_request(dict(zip(FIELDS, values, strict=True)), self._models, self._limits)
+            request = request if most is None else request.first(most)
             for update in in_background(request.model, lambda report: work(request, report)):
                 if isinstance(update, Progress):
                     yield texts.progress(update, len(request.labels)), *unchanged

@@ -22,7 +22,6 @@ REFRESH_RANGE = (1, 50)
 ORDER_RANGE = (1, 4)
 _LONGEST_NAME = 100
 
-
 FIELDS = (
     *("model", "classes", "num_images", "num_steps", "guidance_scale", "guidance_low", "guidance_high"),
     *("refresh_every", "seed", "state_forecast", "solver", "order", "timeshift"),
@@ -51,7 +50,6 @@ class Request:
         model: what draws them.
         labels, seeds: one per image.
         sampling: the settings.
-        plan: theirs.
     """
 
     model: DemoModel
@@ -61,6 +59,7 @@ class Request:
 
     @property
     def plan(self) -> SamplingPlan:
+        """The run's steps."""
         return SamplingPlan.from_config(self.sampling)
 
     def first(self, count: int) -> Request:
@@ -107,7 +106,7 @@ def read_request(fields: Mapping[str, Any], models: Mapping[str, DemoModel], lim
     seed = whole("seed", fields["seed"], 0, MAX_SEED - count + 1)
     labels = assign_labels(count, model.num_classes, read_classes(fields["classes"], model))
     request = Request(model, tuple(labels.tolist()), tuple(range(seed, seed + count)), sampling)
-    SamplingPlan.from_config(sampling)  # refuses settings that no run can have
+    _ = request.plan  # refuses settings that no run can have
     return request
 
 

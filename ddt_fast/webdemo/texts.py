@@ -121,7 +121,7 @@ def comparison(result: Comparison) -> str:
 
 def side_titles(result: Comparison) -> list[str]:
     """Titles of the three columns of pictures."""
-    gain = f"pixels, {result.gain:.3g} times as bright" if result.difference.any() else "none"
+    gain = f"times {result.gain:.2g}" if result.difference.any() else "none"
     every = result.kept.request.sampling.refresh_every
     return [title("Refresh 1"), title(f"Refresh {every}"), title("Difference", gain)]
 
