@@ -1,10 +1,78 @@
-"""ddt-fast: train DDT (Decoupled Diffusion Transformer, arXiv 2504.05741), sample from it, score its samples."""
+"""ddt-fast: train DDT (Decoupled Diffusion Transformer, arXiv 2504.05741), sample from it, score its samples.
+
+Everything a command does is one function here, with the same defaults and errors:
+
+    python -m ddt_fast.train            train_model(experiment, output_dir)
+    python -m ddt_fast.sample           generate(checkpoint, output_dir), a job; sample(model, noise, labels, config)
+    python -m ddt_fast.evaluate         score_samples(samples, reference)
+    python -m ddt_fast.cache_latents    encode_image_folder(images, output)
+    python -m ddt_fast.convert          convert_checkpoint(source, out)
+    python -m ddt_fast.sharing          study_refreshes(checkpoint)
+
+and beside them
+
+    load_model(path), DDT, FusedDDT     the model
+    DDTPipeline                         the model in diffusers
+    write_model_card(folder)            the README.md of a model folder
+
+`help(ddt_fast.generate)` and so on say the rest.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.weights import load_model
 from ddt_fast.sampling import sample
 
+if TYPE_CHECKING:
+    from ddt_fast.cache_latents import encode_image_folder
+    from ddt_fast.convert import convert_checkpoint
+    from ddt_fast.evaluate import score_samples
+    from ddt_fast.generation.generate import generate
+    from ddt_fast.model.card import write_model_card
+    from ddt_fast.pipeline import DDTPipeline
+    from ddt_fast.sharing import study_refreshes
+    from ddt_fast.train import train_model
+
 __version__ = "0.1.0"
 
-__all__ = ["DDT", "DDTConfig", "FusedDDT", "SamplingConfig", "load_model", "sample"]
+__all__ = [
+    "DDT",
+    "DDTConfig",
+    "DDTPipeline",
+    "FusedDDT",
+    "SamplingConfig",
+    "convert_checkpoint",
+    "encode_image_folder",
+    "generate",
+    "load_model",
+    "sample",
+    "score_samples",
+    "study_refreshes",
+    "train_model",
+    "write_model_card",
+]
+
+# Imported when they are asked for: some of these modules take seconds, or packages that are not needed otherwise.
+_LAZY = {
+    "DDTPipeline": "ddt_fast.pipeline",
+    "convert_checkpoint": "ddt_fast.convert",
+    "encode_image_folder": "ddt_fast.cache_latents",
+    "generate": "ddt_fast.generation.generate",
+    "score_samples": "ddt_fast.evaluate",
+    "study_refreshes": "ddt_fast.sharing",
+    "train_model": "ddt_fast.train",
+    "write_model_card": "ddt_fast.model.card",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ddt_fast' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from torch import Tensor
 
@@ -50,32 +50,66 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
-    options = build_parser().parse_args(arguments)
-    source, out = resolve_checkpoint(options.source), Path(options.out)
-    if not options.out:
+    convert_checkpoint(**vars(build_parser().parse_args(arguments)))
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    weights: Literal["ema", "raw", "both"] | None = None,
+    preset: str | None = None,
+    config: str | Path | None = None,
+    skip: Sequence[str] = (),
+) -> Path:
+    """Convert a released Lightning .ckpt into a model folder, with a model card, or a model into a .ckpt for the
+    original code, as `python -m ddt_fast.convert`. Nothing in a .ckpt is executed. What is done is printed.
+
+    Args:
+        source: a .ckpt; or, to export, a model or pipeline folder, a .safetensors or a hub id.
+        out: the folder to write; or, to export, a file that ends in .ckpt.
+        weights: which weights of a .ckpt become the model: "ema", the average, the default; "raw", the trained ones;
+            "both": the average, and the trained ones beside it for continued training.
+        preset: settings that go with the weights, one of `ddt_fast.presets.PRESETS`; default: by their shapes.
+        config: the same from a file, config.json of a model folder or recipe.yaml of a run.
+        skip: packages whose objects in a .ckpt are passed over, not made.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: no such source, a damaged one or one with more than tensors in it, settings that do not fit, or an
+            `out` that would have to replace something else.
+        OSError: files that cannot be read or written.
+    """
+    if not str(out):
         raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    source, out = resolve_checkpoint(source), Path(out)
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
-    if options.preset is not None and options.config is not None:
+    if preset is not None and config is not None:
         raise ValueError("--preset and --config are both given; give one")
+    settings_file = None if config is None else Path(config)
     if source.suffix == ".ckpt":
-        _import(source, out, options)
+        _import(source, out, weights or "ema", preset, settings_file, skip)
     elif out.suffix == ".ckpt":
-        _export(source, out, options)
+        if weights is not None or skip:
+            raise ValueError("--weights and --skip are for a SOURCE that is a .ckpt")
+        _export(source, out, preset, settings_file)
     else:
         raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one")
+    return out
 
 
-def _import(source: Path, out: Path, options: Any) -> None:
+def _import(source: Path, out: Path, which: str, preset: str | None, config: Path | None, skip: Sequence[str]) -> None:
     if out.suffix in (".ckpt", ".safetensors"):
         raise ValueError(f"OUT {out} is named like a file; a model folder is written")
     check_replaceable(out, OWNED_NAMES)
-    sets = read_lightning(source, options.skip)
+    sets = read_lightning(source, skip)
     _report(source, sets)
-    which = options.weights or "ema"
     weights = sets.take("raw" if which == "raw" else "ema", source)
     raw = sets.take("raw", source) if which == "both" else None
-    experiment = _settings(source, weights, options)
+    experiment = _settings(source, weights, preset, config)
     model = build_model(experiment.model, weights, source)
     _check_rest(experiment, raw, sets.projector, source)
     save_model(model, out, experiment.data, experiment.sampling, raw, sets.projector)
@@ -84,16 +118,14 @@ def _import(source: Path, out: Path, options: Any) -> None:
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
 
 
-def _export(source: Path, out: Path, options: Any) -> None:
-    if options.weights is not None or options.skip:
-        raise ValueError("--weights and --skip are for a SOURCE that is a .ckpt")
+def _export(source: Path, out: Path, preset: str | None, config: Path | None) -> None:
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists; remove it or name another")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside the model folder {source}; name another place")
     sets = read_weight_sets(source)
     _report(source, sets)
-    experiment = _settings(source, sets.ema, options)
+    experiment = _settings(source, sets.ema, preset, config)
     build_model(experiment.model, sets.ema, source)
     _check_rest(experiment, sets.raw, sets.projector, source)
     write_lightning(out, sets.ema, sets.raw, sets.projector)
@@ -101,17 +133,17 @@ def _export(source: Path, out: Path, options: Any) -> None:
     print(f"wrote {out} for the original code{note}")
 
 
-def _settings(source: Path, weights: Mapping[str, Tensor], options: Any) -> Experiment:
+def _settings(source: Path, weights: Mapping[str, Tensor], preset: str | None, config: Path | None) -> Experiment:
     """The model's settings, from its folder, a file, the preset named, or the one that has its shapes; says which."""
     if has_config(source):
-        if options.config is not None:
+        if config is not None:
             raise ValueError(f"--config is for checkpoints without config.json; {source} has one")
-        return experiment_of(source, options.preset)
-    if options.config is not None:
-        return read_settings(Path(options.config))
-    if options.preset is not None:
-        experiment = experiment_of(source, options.preset)
-        _, model = settle_config(weights, source, {options.preset: experiment})
+        return experiment_of(source, preset)
+    if config is not None:
+        return read_settings(config)
+    if preset is not None:
+        experiment = experiment_of(source, preset)
+        _, model = settle_config(weights, source, {preset: experiment})
     else:
         name, model = settle_config(weights, source)
         experiment = PRESETS[name]

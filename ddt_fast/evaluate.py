@@ -23,7 +23,7 @@ from ddt_fast.evaluation.features import (
     PixelExtractor,
 )
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
-from ddt_fast.evaluation.report import PICTURE_IMAGES, Watch, extractor_maker, report_table, write_report
+from ddt_fast.evaluation.report import PICTURE_IMAGES, Features, Watch, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, check_metrics, evaluate, gather
 from ddt_fast.evaluation.sources import Images, open_source
 from ddt_fast.evaluation.statistics import save_statistics
@@ -56,33 +56,81 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, read, score, report, write."""
-    options = build_parser().parse_args(arguments)
-    check_metrics(options.metrics)
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size is {options.batch_size}; allowed: 1 or more")
-    output = _output_file("--output", options.output, ".json")
-    picture = output.with_suffix(".png")
+    score_samples(**vars(build_parser().parse_args(arguments)))
+
+
+def score_samples(
+    samples: str | Path | None = None,
+    reference: str | Path | None = None,
+    *,
+    metrics: Sequence[str] = METRICS,
+    features: Features = "inception",
+    inception_weights: str | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+    output: str | Path = "metrics.json",
+    save_statistics: str | Path | None = None,
+) -> dict[str, Any] | None:
+    """Score samples against a reference, as `python -m ddt_fast.evaluate`: FID, sFID, Inception Score, precision,
+    recall, KID; print a table, and write it as JSON with a picture of the samples beside it.
+
+    Args:
+        samples: an npz (`arr_0`, or mu and sigma) or a folder of images; None: digits drawn from the checkpoint in the
+            package, against real ones.
+        reference: the same, for example one of ADM's reference batches.
+        metrics: of `ddt_fast.evaluation.scoring.METRICS`.
+        features: "inception", or "pixels" for images of up to 64x64.
+        inception_weights: file; default: from torch's cache, else downloaded.
+        batch_size: images at a time.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        output: the .json file to write.
+        save_statistics: .npz file for the samples' mu, sigma, mu_s, sigma_s, to be a reference later; without a
+            reference nothing else is done.
+
+    Returns:
+        The report, as `ddt_fast.evaluation.evaluate`; None where only statistics were saved.
+
+    Raises:
+        ValueError: settings that are not allowed, wrong or damaged files, or nothing can be computed.
+        OSError: files that cannot be read or written.
+    """
+    check_metrics(metrics)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size is {batch_size}; allowed: 1 or more")
+    report_file = _output_file("--output", str(output), ".json")
+    picture = report_file.with_suffix(".png")
     if picture.is_dir():
         raise ValueError(f"{picture} is a folder; a file of that name is to be written")
     statistics = None
-    if options.save_statistics is not None:
-        statistics = _output_file("--save-statistics", options.save_statistics, ".npz")
-    device = choose_device(options.device)
-    if options.samples is None:
-        if options.reference is not None or statistics is not None:
+    if save_statistics is not None:
+        statistics = _output_file("--save-statistics", str(save_statistics), ".npz")
+    place = choose_device(device)
+    if samples is None:
+        if reference is not None or statistics is not None:
             raise ValueError("--reference and --save-statistics are for --samples, which is not given")
-        report, shown = _score_digits(device, options.batch_size, options.metrics)
-    elif statistics is not None and options.reference is None:
-        _make_statistics(options, device, statistics)
-        return
+        report, shown = _score_digits(place, batch_size, metrics)
     else:
-        report, shown = _score_files(options, device, statistics)
+        if reference is not None:
+            open_source(reference)  # a mistake in it should not wait for the samples
+        make_extractor = extractor_maker(features, inception_weights, place)
+        if statistics is not None and reference is None:
+            wanted = ["fid", "sfid"]
+            _save_statistics(statistics, gather(samples, "samples", wanted, make_extractor, batch_size, Watch()))
+            return None
+        watch = Watch()
+        wanted = [*metrics, *(["fid", "sfid"] if statistics is not None else [])]
+        found = gather(samples, "samples", wanted, make_extractor, batch_size, watch)
+        if statistics is not None:
+            _save_statistics(statistics, found)
+        report = evaluate(found, reference, metrics, make_extractor, batch_size, watch)
+        shown = watch.shown
     print(report_table(report))
-    write_report(output, report)
+    write_report(report_file, report)
     if shown:
         with atomic_file(picture) as temporary:
             _grid(shown).save(temporary)
-    print(f"wrote {output}" + (f" and {picture.name}" if shown else ""))
+    print(f"wrote {report_file}" + (f" and {picture.name}" if shown else ""))
+    return report
 
 
 def _output_file(option: str, name: str, suffix: str) -> Path:
@@ -91,30 +139,6 @@ def _output_file(option: str, name: str, suffix: str) -> Path:
         raise ValueError(f"{option} is {name!r}; wanted the name of a {suffix} file")
     output_folder(str(path.parent))
     return path
-
-
-def _score_files(
-    options: Any, device: torch.device, statistics: Path | None
-) -> tuple[dict[str, Any], dict[int, Images]]:
-    """The report, and images for the picture."""
-    if options.reference is not None:
-        open_source(options.reference)  # a mistake in it should not wait for the samples
-    watch = Watch()
-    make_extractor = extractor_maker(options.features, options.inception_weights, device)
-    metrics = [*options.metrics, *(["fid", "sfid"] if statistics is not None else [])]
-    samples = gather(options.samples, "samples", metrics, make_extractor, options.batch_size, watch)
-    if statistics is not None:
-        _save_statistics(statistics, samples)
-    report = evaluate(samples, options.reference, options.metrics, make_extractor, options.batch_size, watch)
-    return report, watch.shown
-
-
-def _make_statistics(options: Any, device: torch.device, statistics: Path) -> None:
-    """Statistics alone, of samples that will be a reference."""
-    make_extractor = extractor_maker(options.features, options.inception_weights, device)
-    _save_statistics(
-        statistics, gather(options.samples, "samples", ["fid", "sfid"], make_extractor, options.batch_size, Watch())
-    )
 
 
 def _save_statistics(path: Path, samples: FeatureSet) -> None:

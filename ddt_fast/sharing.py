@@ -23,7 +23,7 @@ from ddt_fast.command import CommandParser, choose_device, choose_dtype, run_com
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import has_config, load_model
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
 from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
 from ddt_fast.sampling.sharing import optimal_refresh_schedule, step_errors, uniform_refresh_steps
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
@@ -73,33 +73,81 @@ def build_parser() -> jsonargparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, probe, search, report, write."""
     options = build_parser().parse_args(arguments)
-    device = choose_device(options.device)
     checkpoint, experiment = chosen_checkpoint(options)
-    sampling = _sampling(options, experiment)
-    if options.num_samples < 1:
-        raise ValueError(f"--num-samples is {options.num_samples}; allowed: 1 or more")
-    dtype = choose_dtype(options.dtype, device, latents=experiment.data.autoencoder is not None)
-    output_dir = output_folder(options.output_dir)
+    study_refreshes(
+        checkpoint,
+        options.output_dir,
+        preset=options.preset,
+        sampling=_sampling(options, experiment),
+        num_samples=options.num_samples,
+        device=options.device,
+        dtype=options.dtype,
+    )
+
+
+def study_refreshes(
+    checkpoint: str | Path = EMBEDDED_CHECKPOINT,
+    output_dir: str | Path = "sharing",
+    *,
+    preset: str | None = None,
+    sampling: SamplingConfig | None = None,
+    num_refreshes: int | None = None,
+    num_samples: int = 8,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Study:
+    """Find the best refresh steps of the encoder, as `python -m ddt_fast.sharing`: probe the model, search, print a
+    table, and write similarity.png and similarity.json.
+
+    Args:
+        checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
+        output_dir: where the two files go.
+        preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
+        sampling: settings of the run; None for the checkpoint's. Which steps refresh there is not read.
+        num_refreshes: encoder runs; None for those of the settings, else a sixth of the steps.
+        num_samples: of the probe run, seeds 0 and up, through all classes.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 for latents where the device has units for it.
+
+    Returns:
+        The choice, and what it was made by.
+
+    Raises:
+        ValueError: settings that are not allowed, or states that are not finite.
+        OSError: files that cannot be read or written.
+    """
+    place = choose_device(device)
+    source = resolve_checkpoint(checkpoint)
+    experiment = experiment_of(source, preset)
+    own = experiment.sampling if sampling is None else sampling
+    default = own.num_refreshes or max(1, own.num_steps // 6)
+    budget = default if num_refreshes is None else num_refreshes
+    own = replace(own, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
+    if num_samples < 1:
+        raise ValueError(f"--num-samples is {num_samples}; allowed: 1 or more")
+    weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
+    folder = output_folder(str(output_dir))
     for name in _OUTPUTS:
-        if (output_dir / name).is_dir():
-            raise ValueError(f"{output_dir / name} is a folder; a file of that name is to be written")
-    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
+        if (folder / name).is_dir():
+            raise ValueError(f"{folder / name} is a folder; a file of that name is to be written")
+    reference = load_model(source, place, weight_dtype, None if has_config(source) else experiment.model)
     model = FusedDDT.from_reference(reference)
     size = experiment.data.sample_size
 
     started = time.perf_counter()
-    calls = probe_calls(model, sampling, size, size, options.num_samples)
+    calls = probe_calls(model, own, size, size, num_samples)
     with tqdm(total=calls, unit="step", dynamic_ncols=True) as bar:
-        probe = probe_states(model, sampling, size, size, options.num_samples, progress=bar.update)
+        probe = probe_states(model, own, size, size, num_samples, progress=bar.update)
     probed = time.perf_counter()
-    study = _study(sampling, probe)
+    study = _study(own, probe)
     print(
-        f"{checkpoint}: {options.num_samples} samples of {sampling.num_steps} steps probed in "
+        f"{source}: {num_samples} samples of {own.num_steps} steps probed in "
         f"{probed - started:.1f} s, schedule found in {time.perf_counter() - probed:.1f} s"
     )
     print(_report(study))
-    _write(study, checkpoint, options.num_samples, output_dir)
-    print(f"wrote {' and '.join(_OUTPUTS)} to {output_dir}")
+    _write(study, source, num_samples, folder)
+    print(f"wrote {' and '.join(_OUTPUTS)} to {folder}")
+    return study
 
 
 def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:

@@ -15,7 +15,7 @@ from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks
-from ddt_fast.training.loop import train
+from ddt_fast.training.loop import TrainingResult, train
 
 
 def build_parser(preset: str) -> jsonargparse.ArgumentParser:
@@ -43,6 +43,39 @@ def build_parser(preset: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
+def train_model(
+    experiment: Experiment,
+    output_dir: str | Path,
+    *,
+    device: str = "auto",
+    resume: str | None = None,
+    overwrite: bool = False,
+) -> TrainingResult:
+    """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, which never replaces a run unless told.
+
+    Args:
+        experiment: every setting, such as `ddt_fast.presets.PRESETS["digits"]`, changed with dataclasses.replace.
+        output_dir: the run's folder; what is written there is listed at `training.loop.train`.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        resume: "auto" continues the run there from its latest checkpoint, if any; or a checkpoint's folder.
+        overwrite: replace the results of an earlier run there.
+
+    Returns:
+        The last step, the averaged model on the CPU, and its scores.
+
+    Raises:
+        ValueError: an earlier run there and neither resume nor overwrite; data or settings that cannot be trained with.
+        OSError: outputs that cannot be written.
+    """
+    chosen = choose_device(device)
+    folder = output_folder(str(output_dir))
+    if overwrite and resume is not None:
+        raise ValueError("--overwrite and --resume exclude each other; give one")
+    if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
+        raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
+    return train(experiment, folder, chosen, resume)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, train, report."""
     preset = _find_preset(arguments)
@@ -54,13 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not isinstance(options.overwrite, bool):
         raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
-    device = choose_device(options.device)
-    output_dir = output_folder(f"runs/{preset}" if options.output_dir is None else options.output_dir)
-    if options.overwrite and options.resume is not None:
-        raise ValueError("--overwrite and --resume exclude each other; give one")
-    if (output_dir / "recipe.yaml").exists() and not options.overwrite and options.resume is None:
-        raise ValueError(f"{output_dir} holds an earlier run; add --resume auto or --overwrite, or name another folder")
-    result = train(experiment, output_dir, device, options.resume)
+    name = f"runs/{preset}" if options.output_dir is None else options.output_dir
+    result = train_model(experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite)
+    output_dir = Path(name)
     if result.model is None:
         if result.step < experiment.training.max_steps and process_ranks().rank == 0:
             print(f"stopped after step {result.step} of {experiment.training.max_steps}; --resume auto continues")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,14 +150,13 @@ def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
     shapes = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
     shapes["y_embedder.embedding_table.weight"] = [101, 1152]
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    options = {"preset": None, "config": None}
-    guessed = convert._settings(tmp_path / "xl.ckpt", weights, SimpleNamespace(**options))
+    guessed = convert._settings(tmp_path / "xl.ckpt", weights, None, None)
     said = capsys.readouterr().out
     assert "guessed from the shapes, preset xl2_256" in said
     assert "if this is xl2_512, whose shapes are the same, add --preset xl2_512" in said
     assert "settings: 100 classes, by the shapes" in said
     assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
-    named = convert._settings(tmp_path / "xl.ckpt", weights, SimpleNamespace(**options | {"preset": "xl2_512"}))
+    named = convert._settings(tmp_path / "xl.ckpt", weights, "xl2_512", None)
     assert named.data.image_size == 512
 
 

@@ -291,7 +291,7 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, reference, monkeypatch,
     np.savez(files["large"], arr_0=smooth_images(10, 0, size=16))
     np.savez(files["statistics"], mu=np.zeros(3), sigma=np.eye(3))
     output = tmp_path / "out"
-    monkeypatch.setattr(sample_command, "load_model", lambda *_: pytest.fail("the model is loaded first"))
+    monkeypatch.setattr("ddt_fast.generation.generate.load_model", lambda *_: pytest.fail("the model is loaded first"))
     line = error_line(capsys, output, *scoring(reference), *(word.format(**files) for word in arguments))
     assert message in line
     assert list(output.glob("*")) == []

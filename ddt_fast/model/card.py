@@ -59,7 +59,12 @@ UNKNOWN = Provenance({}, {})
 
 def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
     """Of the settings of training those that a result depends on."""
-    return {name: training[name] for name in _RECIPE if name in training}
+    recipe = {name: training[name] for name in _RECIPE if name in training}
+    if not recipe.get("repa_weight"):
+        return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
+    if not _is_hub_id(recipe["repa_encoder"]):
+        recipe["repa_encoder"] = Path(recipe["repa_encoder"]).name
+    return recipe
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -187,14 +192,13 @@ def _cell(value: Any) -> str:
 
 def _named(autoencoder: str) -> str:
     """A hub id as a link; of a local folder, which means nothing elsewhere, the last part."""
-    is_id = (
-        autoencoder.count("/") == 1 and not autoencoder.startswith((".", "/", "~")) and not Path(autoencoder).exists()
-    )
-    return (
-        f"[{autoencoder}](https://huggingface.co/{autoencoder})"
-        if is_id
-        else f"the autoencoder {Path(autoencoder).name}"
-    )
+    if _is_hub_id(autoencoder):
+        return f"[{autoencoder}](https://huggingface.co/{autoencoder})"
+    return f"the autoencoder {Path(autoencoder).name}"
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _num_parameters(model: DDTConfig) -> int:

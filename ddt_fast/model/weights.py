@@ -200,12 +200,18 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
 
 
 def read_experiment(path: str | Path) -> Experiment:
-    """Model, data and sampling settings from the config.json of (or beside) a checkpoint.
+    """Model, data and sampling settings from the config.json of (or beside) a checkpoint; the autoencoder of a
+    pipeline's folder is its own.
 
     Raises:
         ValueError: no or a corrupt config.json.
     """
-    return read_settings(_config_file(resolve_checkpoint(path)))
+    file = _config_file(resolve_checkpoint(path))
+    experiment, pipeline = read_settings(file), file.absolute().parent.parent
+    if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
+        return experiment
+    vae = pipeline / "vae"
+    return replace(experiment, data=replace(experiment.data, autoencoder=str(vae))) if vae.is_dir() else experiment
 
 
 def read_settings(file: Path) -> Experiment:

@@ -31,9 +31,14 @@ def check_pipeline(folder: Path) -> None:
         if seen not in allowed:
             words = " or ".join(".".join(part) if all(part) else "none" for part in map(_strings, allowed))
             raise ValueError(f"{folder / INDEX_NAME}: {name} is {index.get(name)!r}; allowed: {words}")
-        if name != "scheduler" and seen != (None, None):
-            if not (folder / name).is_dir():
-                raise ValueError(f"{folder} lacks its folder {name}")
+        if seen == (None, None):
+            continue
+        if not (folder / name).is_dir():
+            raise ValueError(f"{folder} lacks its folder {name}")
+        # diffusers takes a component's class from such a file, where there is one.
+        if code := sorted((folder / name).glob("*.py")):
+            raise ValueError(f"{code[0]} is code, and was not executed; wanted weights and configuration alone")
+        if name != "scheduler":
             check_weights(folder / name)
 
 

@@ -25,10 +25,11 @@ from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
 
+_WEIGHTS = "diffusion_pytorch_model*"
 _FETCHED = [
-    *("model_index.json", "config.json", "training.json", "metrics.json", "scheduler/*.json"),
-    *(f"{folder}*{suffix}" for folder in ("", "transformer/", "vae/") for suffix in (".safetensors", ".index.json")),
-    *("transformer/config.json", "vae/config.json"),
+    *("model_index.json", "training.json", "metrics.json", "scheduler/scheduler_config.json"),
+    *(f"{folder}config.json" for folder in ("", "transformer/", "vae/")),
+    *(f"{folder}{_WEIGHTS}.{kind}" for folder in ("", "transformer/", "vae/") for kind in ("safetensors", "json")),
 ]
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
@@ -153,6 +154,10 @@ class SavedPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        if not self.transformer.is_plain:
+            raise ValueError(
+                "the transformer is adapted or quantised; wanted one whose adapters are merged or unloaded"
+            )
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
         folder = Path(save_directory)
         with atomic_folder(folder, OWNED_NAMES) as temporary:

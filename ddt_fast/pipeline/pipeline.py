@@ -34,6 +34,9 @@ StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping
 class DDTPipeline(SavedPipeline):
     """Images of classes, drawn by a DDT.
 
+    The transformer's weights are merged for sampling, into a copy that is made anew when they have changed; what is
+    written to a weight's `.data` goes unnoticed until `pipe.to(...)`. One thread at a time may call a pipeline.
+
     Args:
         transformer: the model.
         vae: from its latents to pixels; None for a model of pixels.
@@ -196,7 +199,7 @@ class DDTPipeline(SavedPipeline):
             "state_forecast": state_forecast,
             "guidance_every": guidance_every,
             "guidance_forecast": guidance_forecast,
-            "cuda_graphs": self._cuda_graphs or None if cuda_graphs is None else cuda_graphs,
+            "cuda_graphs": (self._cuda_graphs or None) if cuda_graphs is None else cuda_graphs,
         }
         config = self._sampling_config({name: value for name, value in given.items() if value is not None})
         callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -273,7 +276,7 @@ class DDTPipeline(SavedPipeline):
             plain = self.transformer.is_plain and self.transformer.ddt_config.head_dim <= 128
             reference = self.transformer.reference
             if not plain:
-                logger.warning("The transformer is adapted or quantised: it runs as it is, not fused.")
+                logger.warning("The transformer is adapted, quantised or has wide heads: it runs as it is, not fused.")
             # A copy, since sampling merges weights that have names of their own.
             model = pack_bf16(FusedDDT.from_reference(reference).requires_grad_(False)) if plain else reference
             self._engine = key, model, plain

@@ -19,7 +19,7 @@ def test_a_quantised_transformer_is_sampled_from():
     assert 0 < error < 0.05
 
 
-def test_a_lora_adapter_is_sampled_from_and_can_be_switched_off():
+def test_a_lora_adapter_is_sampled_from_and_can_be_switched_off(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, which is not installed")
     torch.manual_seed(0)
     pipe = digits()
@@ -27,6 +27,8 @@ def test_a_lora_adapter_is_sampled_from_and_can_be_switched_off():
     config = peft.LoraConfig(r=2, target_modules=["qkv", "w2"], init_lora_weights=False)
     pipe.transformer.add_adapter(config)
     adapted = latents(pipe)
+    with pytest.raises(ValueError, match="the transformer is adapted or quantised"):
+        pipe.save_pretrained(tmp_path / "a")
     assert (adapted - exact).norm() / exact.norm() > 0.01
     pipe.transformer.disable_adapters()
     torch.testing.assert_close(latents(pipe), exact, rtol=1e-4, atol=1e-4)

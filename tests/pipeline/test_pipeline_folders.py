@@ -59,6 +59,8 @@ def test_latents_round_trip(latent_model, tmp_path):
     assert image(loaded) == image(pipe)
     loaded.save_pretrained(tmp_path / "a")  # over what it was loaded from
     assert image(DDTPipeline.from_pretrained(tmp_path / "a")) == image(pipe)
+    assert read_experiment(tmp_path / "a").data.autoencoder == str(tmp_path / "a" / "vae")
+    assert image(DDTPipeline(**loaded.components)) == image(pipe)
     half = DDTPipeline.from_pretrained(tmp_path / "a", torch_dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "b")
     weights = load_file(tmp_path / "b" / "transformer" / WEIGHTS_NAME)
@@ -254,6 +256,15 @@ def test_an_index_that_names_other_classes_is_refused(folder, change, message):
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         DDTPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("place", ["transformer/ddt_fast.pipeline.py", "scheduler/ddt_fast.pipeline.py"])
+def test_code_beside_the_weights_is_refused_and_not_run(folder, tmp_path, place):
+    mark = tmp_path / "it_ran"
+    (folder / place).write_text(f"open({str(mark)!r}, 'w')")
+    with pytest.raises(ValueError, match=r"ddt_fast\.pipeline\.py is code, and was not executed"):
+        DDTPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert not mark.exists()
 
 
 def test_damaged_folders_are_refused(folder, tmp_path):

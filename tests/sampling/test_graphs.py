@@ -7,6 +7,7 @@ import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.sampling import Sampler, sample
+from ddt_fast.sampling.engine import StopSampling
 from ddt_fast.sampling.graphs import CapturedSteps
 from ddt_fast.sampling.noise import seeded_noise
 from recorded_graphs import play_graphs
@@ -71,6 +72,32 @@ def test_a_smaller_batch_is_filled_up_and_captures_nothing(monkeypatch):
     assert torch.equal(draw(graphs, range(2)), whole[:2])
     assert torch.equal(draw(graphs, range(4)), whole)
     assert {kind: len(graph.calls) for kind, graph in captured.graphs.items()} == recorded
+
+
+def test_between_replays_as_between_eager_steps_x_may_be_changed_and_the_run_ended(monkeypatch):
+    config = SamplingConfig(num_steps=8, refresh_every=2, solver="lms")
+    model = model_on("cpu", FusedDDT)
+    graphs, eager = Sampler(model, config, 3, 8, 8), Sampler(model, config, 2, 8, 8)
+    captured_on_cpu(graphs, monkeypatch)
+    noise, labels = seeded_noise(range(2), (4, 8, 8))[0], torch.tensor([1, 2])
+
+    def results(sampler):
+        def halve(done, x):
+            if done == 3:
+                x.mul_(0.5)
+
+        def stop(done, _x):
+            if done == 5:
+                raise StopSampling
+
+        return [sampler(noise, labels, progress=progress) for progress in (halve, stop, None)]
+
+    expected = results(eager)
+    assert not torch.equal(expected[0], expected[2])
+    seen = []
+    eager(noise, labels, progress=lambda _, x: seen.append(x.clone()))
+    assert torch.equal(expected[1], seen[4])
+    assert all(torch.equal(*pair) for pair in zip(results(graphs), expected, strict=True))
 
 
 def test_a_plan_has_few_kinds_of_steps():
