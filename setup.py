@@ -32,7 +32,7 @@ setup(
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "transformers>=5,<6"],
         "repa": ["transformers>=5,<6"],
         "gpu": ["flash-attn>=2.8", "xformers>=0.0.35"],
-        "demo": ["gradio>=5"],
+        "demo": ["gradio>=6,<7"],
         "logging": ["tensorboard>=2.19", "wandb>=0.31"],
     },
 )

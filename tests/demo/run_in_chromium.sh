@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The demo's tests in headless Chromium: `tests/demo/run_in_chromium.sh [screenshot.png]`, in an environment with
+# ddt-fast and pytest. Installs Debian's chromium (as root), gradio and playwright where they are missing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y chromium; }
+python -c "import gradio, playwright" 2>/dev/null || pip install --quiet -e ".[demo]" "playwright>=1.50"
+if [ $# -gt 0 ]; then export DDT_DEMO_SCREENSHOT=$1; fi
+python -m pytest tests/demo

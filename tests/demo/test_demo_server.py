@@ -1,0 +1,154 @@
+"""The demo as its command serves it, and as any client meets it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+
+from demo_cases import embedded, error_line, fields
+
+gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install "ddt-fast[demo]"')
+gradio_client = pytest.importorskip("gradio_client")
+
+from ddt_fast.webdemo.page import CONCURRENT  # noqa: E402
+from demo_server import drawing_threads, free_port, served, wait_until  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere is no local folder"),
+        (["--checkpoint", "digits"], "--checkpoint names digits twice"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--host", "no such host"], "no such host"),
+        (["--port", "{taken}"], "{taken}"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        line = error_line(capsys, *(argument.format(taken=taken) for argument in arguments))
+    assert line.startswith("error: ")
+    assert message.format(taken=taken) in line
+
+
+def test_the_command_serves_on_loopback_until_interrupted(tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        try:
+            page = wait_for(f"http://127.0.0.1:{port}/", run)
+            assert "Decoupled Diffusion Transformer" in page
+            with pytest.raises(ConnectionRefusedError):  # another address of this machine than loopback's usual one
+                socket.create_connection(("127.0.0.2", port), timeout=5)
+        finally:
+            run.send_signal(signal.SIGINT)
+            output, _ = run.communicate(timeout=60)
+    assert run.returncode in (0, 130), output
+    assert "Traceback" not in output
+    assert list(tmp_path.glob("ddt-demo-*")) == [], "the pictures' folder was left"
+
+
+def wait_for(address: str, run: subprocess.Popen) -> str:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                return answer.read().decode()
+        except OSError:
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.2)
+    raise AssertionError("the page did not come")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return embedded()
+
+
+@pytest.fixture(scope="module")
+def page(model, tmp_path_factory):
+    with served([model], tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
+        yield page
+
+
+@pytest.fixture
+def client(page):
+    return gradio_client.Client(page.local_url, verbose=False)
+
+
+def call(client, name="/generate", *more, **changes):
+    return client.predict(*fields(**changes).values(), *more, api_name=name)
+
+
+def test_generate_gives_files(client):
+    status, gallery, archive = call(client, seed=4)
+    assert "4 images" in status
+    assert "img/s" in status
+    assert [picture["caption"] for picture in gallery["value"]] == [f"{i} · seed {4 + i}" for i in range(4)]
+    assert archive["value"].endswith(".zip")
+
+
+def test_compare_and_trajectory_answer(client):
+    status, table, *_, fresh, kept, difference = call(client, "/compare", refresh_every=4)
+    assert "Refresh 4" in status
+    assert "encoder runs" in table
+    assert len(fresh["value"]) == len(kept["value"]) == len(difference["value"]) == 4
+    status, states, predictions = call(client, "/trajectory", 5, num_images=2)
+    assert "5 of 9 moments" in status
+    assert len(states["value"]) == len(predictions["value"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_images": 10**6}, "Images is 1000000; allowed: a whole number, 1 to 12"),
+        ({"num_images": 0}, "Images is 0"),
+        ({"num_steps": 10**9}, "Steps is 1000000000"),
+        ({"classes": ["unicorn"]}, "is unknown"),
+        ({"classes": [[1]]}, "is a list"),
+        ({"seed": -1}, "Seed is -1"),
+        ({"order": {}}, "Order is {}"),
+        ({"seed": "x"}, "Seed is &#x27;x&#x27;"),
+        ({"guidance_low": 0.9, "guidance_high": 0.1}, "Guidance interval is (0.9, 0.1)"),
+    ],
+)
+def test_wrong_requests_are_answered_and_the_next_is_served(client, changes, message):
+    answer = call(client, **changes)[0]
+    assert "ddt-error" in answer
+    assert message in answer
+    assert "4 images" in call(client)[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": -5},
+        {"refresh_every": 1000},
+        {"solver": "heun"},
+        {"model": "no"},
+    ],
+)
+def test_what_a_component_cannot_hold_is_refused_and_the_next_is_served(client, changes):
+    with pytest.raises(gradio_client.exceptions.AppError):
+        call(client, **changes)
+    assert "4 images" in call(client)[0]
+
+
+def test_a_full_queue_turns_requests_away_and_serves_the_others(client, page, model):
+    values = [list(fields(seed=100 * i).values()) for i in range(CONCURRENT + 2)]
+    with model.lock:
+        jobs = [client.submit(*some, api_name="/generate") for some in values[:CONCURRENT]]
+        wait_until(lambda: drawing_threads() == CONCURRENT)
+        jobs.append(client.submit(*values[CONCURRENT], api_name="/generate"))
+        wait_until(lambda: len(page._queue) == 1)
+        with pytest.raises(Exception, match="full"):
+            client.predict(*values[-1], api_name="/generate")
+    for i, job in enumerate(jobs):
+        captions = [picture["caption"] for picture in job.result(timeout=60)[1]["value"]]
+        assert captions == [f"{k} · seed {100 * i + k}" for k in range(4)]
