@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,11 +89,12 @@ class ClassNames:
             if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1:
                 raise ValueError(f"classes are {tuple(wanted.shape)} {wanted.dtype}; wanted (N,) whole numbers")
             wanted = wanted.reshape(-1).tolist()
+        # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
+        several: list[Any] = [wanted]
         if isinstance(wanted, np.ndarray):
-            wanted = np.atleast_1d(wanted)
-        # The items of bytes are numbers, which nobody means as labels.
-        single = isinstance(wanted, (str, bytes, bytearray)) or not isinstance(wanted, Iterable)
-        several = [wanted] if single else list(wanted)
+            several = list(wanted.reshape(-1))
+        elif isinstance(wanted, Iterable) and not isinstance(wanted, (str, bytes, bytearray)):
+            several = list(wanted)
         if not several:
             raise ValueError("no class is given; wanted one or more")
         return [self.label(one) for one in several]

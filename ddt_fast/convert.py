@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ddt_fast.checks import require_choice
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
@@ -104,6 +105,10 @@ def convert_checkpoint(
     """
     if not str(out):
         raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    if weights is not None:
+        require_choice("--weights", weights, WeightChoice)
+    if isinstance(skip, str):
+        raise ValueError(f"--skip is {skip!r}; wanted a list of packages")
     run = newest_checkpoint(Path(source))
     source, out = run or resolve_checkpoint(source), Path(out)
     if out.resolve() == source.resolve():

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
+from ddt_fast.checks import require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.generation.images import to_uint8
@@ -59,10 +60,11 @@ class DDTPipeline(SavedPipeline):
         id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
-        _require_part("transformer", transformer, DDTTransformer2DModel)
-        _require_part("scheduler", scheduler, DDTScheduler)
+        # torch.compile hides a module in one of its own.
+        require_kind("transformer", getattr(transformer, "_orig_mod", transformer), DDTTransformer2DModel)
+        require_kind("scheduler", scheduler, DDTScheduler)
         if vae is not None:
-            _require_part("vae", vae, AutoencoderKL)
+            require_kind("vae", getattr(vae, "_orig_mod", vae), AutoencoderKL)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         config = transformer.ddt_config
         self.data, _ = settings_of(transformer.config)
@@ -338,12 +340,6 @@ class _Callback:
             seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"callback_on_step_end returned latents {seen}; wanted {tuple(x.shape)}")
         x.copy_(latents)
-
-
-def _require_part(name: str, part: Any, kind: type) -> None:
-    # torch.compile hides a module in one of its own.
-    if not isinstance(getattr(part, "_orig_mod", part), kind):
-        raise ValueError(f"{name} is a {type(part).__name__}; wanted a {kind.__name__}")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:

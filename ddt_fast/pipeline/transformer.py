@@ -89,8 +89,8 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type:
             # How torch refuses weights of other shapes; diffusers itself looks at shapes where it has accelerate.
             if "size mismatch" not in str(error):
                 raise
-            wrong = str(error).splitlines()[1].strip()
-            raise ValueError(f"{folder}: weights and config.json disagree: {wrong}") from error
+            first = str(error).splitlines()[1].strip()
+            raise ValueError(f"{folder}: weights and config.json disagree: {first}") from error
         model, info = loaded
         # diffusers warns only, and leaves what is missing as memory happened to be.
         wrong = [f"{len(names)} {kind} (such as {sorted(names)[0]})" for kind, names in info.items() if names]

@@ -331,9 +331,9 @@ def test_parts_that_do_not_fit_are_refused(latent_model):
         DDTPipeline(transformer, vae, DDTScheduler())
     with pytest.raises(ValueError, match="scheduler is a AutoencoderKL"):
         DDTPipeline(transformer, None, vae)
-    with pytest.raises(ValueError, match="transformer is a AutoencoderKL; wanted a DDTTransformer2DModel"):
+    with pytest.raises(ValueError, match="transformer is a AutoencoderKL; wanted DDTTransformer2DModel"):
         DDTPipeline(vae, None, DDTScheduler())
-    with pytest.raises(ValueError, match="vae is a int; wanted a AutoencoderKL"):
+    with pytest.raises(ValueError, match="vae is a int; wanted AutoencoderKL"):
         DDTPipeline(transformer, 3, DDTScheduler())
     for id2label, message in (
         ("x", "id2label is a str; wanted a dict"),
