@@ -1,7 +1,7 @@
 """Convert a released Lightning checkpoint, or the latest of a training run, into a model folder, or models and runs
 into a file for the original code: `python -m ddt_fast.convert SOURCE OUT`.
 
-An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in a .ckpt is executed.
+An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in SOURCE is executed.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def convert_checkpoint(
     skip: Sequence[str] = (),
 ) -> Path:
     """Convert a released Lightning .ckpt, or the latest checkpoint of a training run, into a model folder with a model
-    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a .ckpt is
+    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a source is
     executed. What is done is printed.
 
     Args:
