@@ -123,7 +123,7 @@ def encode_image_folder(
     if Path(output).resolve().is_relative_to(Path(images).resolve()):
         raise ValueError(f"output folder {output} lies inside the image folder; name another")
     folder = list_images(Path(images))
-    cache = output_folder(str(output))
+    cache = output_folder(output)
     check_owned(cache)
     if folder.ignored and ranks.rank == 0:
         count = counted(len(folder.ignored), "file")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any, get_args
 
 
@@ -16,6 +18,24 @@ def require_int(name: str, value: object, minimum: int) -> None:
     """A whole number from the minimum on; True and False are none."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     require(valid, name, value, f"a whole number, {minimum} or more")
+
+
+def whole_numbers(name: str, values: object) -> list[int] | None:
+    """A list of at least one whole number, of Python's or numpy's, as Python's; None stays None."""
+    if values is None:
+        return None
+    allowed = "a list of whole numbers, at least one"
+    require(isinstance(values, Iterable) and not isinstance(values, (str, bytes)), name, values, allowed)
+    numbers = list(values)  # type: ignore[call-overload]
+    valid = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+    require(bool(numbers) and valid, name, values, allowed)
+    return [int(number) for number in numbers]
+
+
+def require_kind(name: str, value: object, kind: type) -> None:
+    """An instance of the class."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} is a {type(value).__name__}; wanted {kind.__name__}")
 
 
 def require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,21 +26,26 @@ class ClassNames:
 
     Args:
         num_classes: labels run from 0 to num_classes - 1.
-        id2label: label → its names, separated by commas, the usual one first; a label may have none.
+        id2label: label → its names, separated by commas, the usual one first; a label may have none. Labels may be
+            strings, as they are in JSON.
 
     Attributes:
-        id2label: as given.
+        id2label: label → its names.
 
     Raises:
-        ValueError: a label that is out of range.
+        ValueError: a label that is out of range, or names that are no string.
     """
 
-    def __init__(self, num_classes: int, id2label: Mapping[int, str]) -> None:
-        for label in id2label:
-            if not 0 <= label < num_classes:
+    def __init__(self, num_classes: int, id2label: Mapping[int, str] | Mapping[str, str]) -> None:
+        if not isinstance(id2label, Mapping):
+            raise ValueError(f"id2label is a {type(id2label).__name__}; wanted a dict, label: names")
+        for label, names in id2label.items():
+            if not (str(label).isdecimal() and int(label) < num_classes):
                 raise ValueError(f"id2label names class {label}; allowed: 0 to {num_classes - 1}")
+            if not isinstance(names, str):
+                raise ValueError(f"id2label names class {label} {names!r}; wanted a string")
         self.num_classes = num_classes
-        self.id2label = dict(sorted(id2label.items()))
+        self.id2label = {int(label): id2label[label] for label in sorted(id2label, key=int)}  # type: ignore[index]
         self._labels: dict[str, list[int]] = {}
         for label, names in self.id2label.items():
             for name in _split(names):
@@ -82,7 +89,12 @@ class ClassNames:
             if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1:
                 raise ValueError(f"classes are {tuple(wanted.shape)} {wanted.dtype}; wanted (N,) whole numbers")
             wanted = wanted.reshape(-1).tolist()
-        several = [wanted] if isinstance(wanted, (str, Integral)) or not isinstance(wanted, Iterable) else list(wanted)
+        # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
+        several: list[Any] = [wanted]
+        if isinstance(wanted, np.ndarray):
+            several = list(wanted.reshape(-1))
+        elif isinstance(wanted, Iterable) and not isinstance(wanted, (str, bytes, bytearray)):
+            several = list(wanted)
         if not several:
             raise ValueError("no class is given; wanted one or more")
         return [self.label(one) for one in several]

@@ -12,6 +12,7 @@ import jsonargparse
 import torch
 from tqdm import tqdm
 
+from ddt_fast.checks import require
 from ddt_fast.model.cpu import cpu_has_bf16
 from ddt_fast.ranks import process_ranks
 
@@ -69,7 +70,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N") from error
     if device.type == "meta":
@@ -81,6 +82,7 @@ def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
     """The dtype called `name`. "auto" is bfloat16 for latent models where the device has units for it, else float32:
     small pixel models gain nothing from it."""
     if name != "auto":
+        require(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
         return DTYPES[name]
     has_units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
     return torch.bfloat16 if latents and has_units else torch.float32
@@ -88,7 +90,8 @@ def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
 
 def parse_bytes(text: str) -> int:
     """ "8GiB", "500 MB" or a plain number of bytes; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    pattern = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
+    match = re.fullmatch(pattern, text, re.IGNORECASE) if isinstance(text, str) else None
     if match is None:
         raise ValueError(f"{text!r} is no amount of memory; wanted a number and a unit, such as 8GiB or 500MB")
     number, prefix, binary = match.groups()

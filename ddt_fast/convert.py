@@ -1,7 +1,7 @@
 """Convert a released Lightning checkpoint, or the latest of a training run, into a model folder, or models and runs
 into a file for the original code: `python -m ddt_fast.convert SOURCE OUT`.
 
-An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in a .ckpt is executed.
+An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in SOURCE is executed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from ddt_fast.checks import require_choice
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
@@ -81,7 +82,7 @@ def convert_checkpoint(
     skip: Sequence[str] = (),
 ) -> Path:
     """Convert a released Lightning .ckpt, or the latest checkpoint of a training run, into a model folder with a model
-    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a .ckpt is
+    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a source is
     executed. What is done is printed.
 
     Args:
@@ -104,6 +105,10 @@ def convert_checkpoint(
     """
     if not str(out):
         raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    if weights is not None:
+        require_choice("--weights", weights, WeightChoice)
+    if isinstance(skip, str):
+        raise ValueError(f"--skip is {skip!r}; wanted a list of packages")
     run = newest_checkpoint(Path(source))
     source, out = run or resolve_checkpoint(source), Path(out)
     if out.resolve() == source.resolve():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.digits_score import score_digits
@@ -98,8 +99,7 @@ def score_samples(
         OSError: files that cannot be read or written.
     """
     check_metrics(metrics)
-    if batch_size < 1:
-        raise ValueError(f"--batch-size is {batch_size}; allowed: 1 or more")
+    require_int("--batch-size", batch_size, 1)
     report_file = _output_file("--output", str(output), ".json")
     picture = report_file.with_suffix(".png")
     if picture.is_dir():
@@ -143,7 +143,7 @@ def _output_file(option: str, name: str, suffix: str) -> Path:
     path = Path(name)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{option} is {name!r}; wanted the name of a {suffix} file")
-    output_folder(str(path.parent))
+    output_folder(path.parent)
     return path
 
 

@@ -131,9 +131,11 @@ def check_replaceable(path: Path, owned: str) -> None:
             raise ValueError(f"{path} would be replaced, but holds {foreign[0]}, which ddt-fast did not write")
 
 
-def output_folder(name: str) -> Path:
+def output_folder(name: str | Path) -> Path:
     """The folder of that name, created where it is missing; ValueError when it is unnamed or cannot be written."""
-    if not name:
+    if not isinstance(name, (str, Path)):
+        raise ValueError(f"the output folder is a {type(name).__name__}; wanted a path")
+    if not str(name):
         raise ValueError("the output folder has an empty name; name one")
     folder = Path(name)
     try:

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ddt_fast.checks import require_int, require_kind
 from ddt_fast.command import CommandParser, choose_device, choose_dtype, run_command
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.files import atomic_file, output_folder
@@ -121,13 +122,13 @@ def study_refreshes(
     source = resolve_checkpoint(checkpoint)
     experiment = experiment_of(source, preset)
     own = experiment.sampling if sampling is None else sampling
+    require_kind("sampling", own, SamplingConfig)
     default = own.num_refreshes or max(1, own.num_steps // 6)
     budget = default if num_refreshes is None else num_refreshes
     own = replace(own, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
-    if num_samples < 1:
-        raise ValueError(f"--num-samples is {num_samples}; allowed: 1 or more")
+    require_int("--num-samples", num_samples, 1)
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
-    folder = output_folder(str(output_dir))
+    folder = output_folder(output_dir)
     for name in _OUTPUTS:
         if (folder / name).is_dir():
             raise ValueError(f"{folder / name} is a folder; a file of that name is to be written")

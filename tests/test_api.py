@@ -78,7 +78,9 @@ def test_a_notebooks_day(tmp_path, capsys):
     training = replace(digits.training, max_steps=3, batch_size=16, sample_images=10, score_samples=65, sample_every=5)
     quick = replace(digits, training=training, sampling=replace(digits.sampling, num_steps=3))
     run = tmp_path / "run"
+    excepthook = sys.excepthook
     assert ddt_fast.train_model(quick, run, device="cpu").step == 3
+    assert sys.excepthook is excepthook
     with pytest.raises(ValueError, match="holds an earlier run"):
         ddt_fast.train_model(quick, run)
     card = (run / "model" / "README.md").read_text()

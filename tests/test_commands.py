@@ -291,7 +291,7 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
     [
         (["--num-steps", "-5"], "num_steps is -5"),
         (["--num-steps", "ten"], "num_steps"),
-        (["--num-images", "0"], "--num-images is 0; allowed: 1 or more"),
+        (["--num-images", "0"], "--num-images is 0; allowed: a whole number, 1 or more"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--classes", "3", "10"], "class 10 does not exist; allowed: 0 to 9"),
         (["--classes", "-1"], "class -1 does not exist"),

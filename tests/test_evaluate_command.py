@@ -174,7 +174,7 @@ def test_metrics_can_be_chosen(tmp_path, files):
         (["--reference", "{folder}/nan.npz"], "mu holds numbers that are not finite"),
         (["--reference", "{folder}/other.npz"], "samples have 64 features, the reference 3"),
         (["--metrics", "is"], "is"),
-        (["--batch-size", "0"], "--batch-size is 0; allowed: 1 or more"),
+        (["--batch-size", "0"], "--batch-size is 0; allowed: a whole number, 1 or more"),
         (["--device", "gpu"], "device 'gpu' cannot be used here"),
         (["--output", "metrics"], "--output is 'metrics'; wanted the name of a .json file"),
         (["--output", "{folder}/picture.json"], "picture.png is a folder; a file of that name is to be written"),

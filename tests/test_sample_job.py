@@ -195,9 +195,9 @@ def test_the_number_of_latents_decoded_at_a_time_changes_no_image(autoencoder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds-per-class", "0"], "--seeds-per-class is 0; allowed: 1 or more"),
-        (["--num-png", "-1"], "--num-png is -1; allowed: 0 or more"),
-        (["--shard-size", "0"], "--shard-size is 0; allowed: 1 or more"),
+        (["--seeds-per-class", "0"], "--seeds-per-class is 0; allowed: a whole number, 1 or more"),
+        (["--num-png", "-1"], "--num-png is -1; allowed: a whole number, 0 or more"),
+        (["--shard-size", "0"], "--shard-size is 0; allowed: a whole number, 1 or more"),
         (["--seeds-per-class", "2", "--num-images", "20"], "--seeds-per-class and --num-images are both given"),
         (["--class-seeds", "2", "--seeds", "20"], "--seeds and --class-seeds are both given"),
         (["--class-seeds", "2", "--first-seed", "20"], "--class-seeds and --first-seed are both given"),

@@ -114,7 +114,7 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path, monkeypatch):
         (["--num-refreshes", "0"], "num_refreshes is 0; allowed: 1 to num_steps (25)"),
         (["--num-refreshes", "26"], "num_refreshes is 26"),
         (["--num-refreshes", "few"], "num_refreshes"),
-        (["--num-samples", "0"], "--num-samples is 0; allowed: 1 or more"),
+        (["--num-samples", "0"], "--num-samples is 0; allowed: a whole number, 1 or more"),
         (["--num-steps", "-5"], "num_steps is -5"),
         (["--state-forecast", "cubic"], "cubic"),
         (["--refresh-every", "2"], "unrecognized arguments: --refresh-every"),

@@ -80,13 +80,19 @@ def _checksum(file: Path) -> str | OSError:
 
 
 def _unverified(dataset: LatentDataset) -> list[str]:
-    path = dataset.folder / VERIFIED
-    known = read_json(path) if path.exists() else {}
+    known = _record(dataset.folder / VERIFIED)
     return [
         name
         for name, sha256 in dataset.checksums.items()
         if known.get(name) != {**_as_it_is(dataset.folder / name), "sha256": sha256}
     ]
+
+
+def _record(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, and all checksums are compared again") from error
 
 
 def _as_it_is(file: Path) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def _as_it_is(file: Path) -> dict[str, Any]:
 
 def _remember(dataset: LatentDataset, seen: dict[str, dict[str, Any]]) -> None:
     path = dataset.folder / VERIFIED
-    known = read_json(path) if path.exists() else {}
+    known = _record(path)
     known |= {name: {**status, "sha256": dataset.checksums[name]} for name, status in seen.items()}
     try:
         write_json(path, known)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ddt_fast.checks import require_choice
 from ddt_fast.evaluation.features import Extractor, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.sources import Images
 from ddt_fast.files import atomic_file
@@ -31,6 +32,7 @@ _ROWS = {
 
 def extractor_maker(features: Features, weights: str | None, device: torch.device) -> Callable[[], Extractor]:
     """What makes the extractor that the options name, once; ValueError for weights of a network that is not used."""
+    require_choice("features", features, Features)
     if features == "pixels":
         if weights is not None:
             raise ValueError("--inception-weights is for inception features, not for pixels")

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ddt_fast.checks import require_int
 from ddt_fast.data.image_folder import EXTENSIONS, center_crop
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 
@@ -142,8 +143,8 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
         ValueError: it is none of these, or is damaged.
     """
     path = Path(path)
-    if crop is not None and crop < 1:
-        raise ValueError(f"--center-crop is {crop}; allowed: 1 or more")
+    if crop is not None:
+        require_int("--center-crop", crop, 1)
     if path.is_dir():
         return Source(path, _open_folder(path, crop))
     if not path.exists():

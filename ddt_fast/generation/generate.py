@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ddt_fast.autoencoder import Decoder
+from ddt_fast.checks import require, require_int, require_kind, whole_numbers
 from ddt_fast.command import choose_device, choose_dtype, parse_bytes
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.report import Features
@@ -127,15 +128,19 @@ def generate(
     source = resolve_checkpoint(checkpoint)
     experiment = experiment_of(source, preset)
     sampling = experiment.sampling if sampling is None else sampling
+    require_kind("sampling", sampling, SamplingConfig)
     for name, value, minimum in (("batch-size", batch_size, 1), ("shard-size", shard_size, 1), ("num-png", num_png, 0)):
         _require_at_least(name, value, minimum)
+    require(quantize in (None, "int8"), "--quantize", quantize, "int8")
+    lists = {"--classes": classes, "--class-seeds": class_seeds, "--seeds": seeds}
+    classes, class_seeds, seeds = (whole_numbers(name, values) for name, values in lists.items())
     draws = _Draws(num_images, classes, seeds_per_class, class_seeds, seeds, first_seed)
     job, order = _job(draws, experiment)
     # float32 is the faster choice between int8 GEMMs.
     latents = experiment.data.autoencoder is not None and quantize is None
     weight_dtype = choose_dtype(dtype, place, latents)
     budget = None if memory_budget is None else parse_bytes(memory_budget)
-    folder = output_folder(str(output_dir))
+    folder = output_folder(output_dir)
     check_output(folder)
     scoring = chosen_scoring(
         evaluate,
@@ -362,6 +367,9 @@ def _job(draws: _Draws, experiment: Experiment) -> tuple[Job, dict[str, Any]]:
     count = default_count if draws.num_images is None else draws.num_images
     if seeds and len(seeds) != count:
         raise ValueError(f"--seeds gives {counted(len(seeds), 'seed')} for {counted(count, 'image')}; wanted one each")
+    require(
+        draws.first_seed is None or type(draws.first_seed) is int, "--first-seed", draws.first_seed, "a whole number"
+    )
     first_seed = draws.first_seed or 0
     for seed in seeds or (first_seed, first_seed + count - 1):
         if not 0 <= seed < 2**63:
@@ -381,5 +389,5 @@ def _job(draws: _Draws, experiment: Experiment) -> tuple[Job, dict[str, Any]]:
 
 
 def _require_at_least(name: str, value: int | None, minimum: int) -> None:
-    if value is not None and value < minimum:
-        raise ValueError(f"--{name} is {value}; allowed: {minimum} or more")
+    if value is not None:
+        require_int(f"--{name}", value, minimum)

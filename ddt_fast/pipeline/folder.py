@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddt_fast.files import read_json
+from ddt_fast.files import check_replaceable, read_json
 
 INDEX_NAME = "model_index.json"
 PIPELINE_CLASS = "DDTPipeline"
 PACKAGE = "ddt_fast.pipeline"
 OWNED_NAMES = r"model_index\.json|transformer|vae|scheduler|README\.md|training\.json|metrics\.json"
+_OWNED_WITHIN = r"(scheduler_)?config\.json|diffusion_pytorch_model.*\.(safetensors|index.*\.json)"
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _COMPONENTS = {
@@ -40,6 +41,13 @@ def check_pipeline(folder: Path) -> None:
             raise ValueError(f"{code[0]} is code, and was not executed; wanted weights and configuration alone")
         if name != "scheduler":
             check_weights(folder / name)
+
+
+def check_pipeline_replaceable(folder: Path) -> None:
+    """ValueError where a pipeline written here would take the place of anything but a pipeline."""
+    check_replaceable(folder, OWNED_NAMES)
+    for name in _COMPONENTS:
+        check_replaceable(folder / name, _OWNED_WITHIN)
 
 
 def check_weights(folder: Path) -> None:

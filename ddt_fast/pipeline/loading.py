@@ -20,7 +20,7 @@ from ddt_fast.files import atomic_folder
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
 from ddt_fast.model.lightning import WeightSet
 from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
-from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline
+from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
@@ -60,6 +60,10 @@ class SavedPipeline(DiffusionPipeline):
         """
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
+        if kwargs.get("custom_pipeline") is not None:
+            raise ValueError(
+                f"custom_pipeline is {kwargs['custom_pipeline']!r}; allowed: none, no code is fetched or run"
+            )
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         folder = Path(pretrained_model_name_or_path)
         if folder.is_file():
@@ -160,6 +164,7 @@ class SavedPipeline(DiffusionPipeline):
             )
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
         folder = Path(save_directory)
+        check_pipeline_replaceable(folder)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
             super().save_pretrained(str(temporary), variant=variant, max_shard_size=max_shard_size)
             self.provenance.save(temporary)

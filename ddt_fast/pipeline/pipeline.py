@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
+from ddt_fast.checks import require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.generation.images import to_uint8
@@ -59,8 +60,11 @@ class DDTPipeline(SavedPipeline):
         id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
-        if not isinstance(scheduler, DDTScheduler):
-            raise ValueError(f"scheduler is a {type(scheduler).__name__}; wanted a DDTScheduler")
+        # torch.compile hides a module in one of its own.
+        require_kind("transformer", getattr(transformer, "_orig_mod", transformer), DDTTransformer2DModel)
+        require_kind("scheduler", scheduler, DDTScheduler)
+        if vae is not None:
+            require_kind("vae", getattr(vae, "_orig_mod", vae), AutoencoderKL)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         config = transformer.ddt_config
         self.data, _ = settings_of(transformer.config)
@@ -72,7 +76,7 @@ class DDTPipeline(SavedPipeline):
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
         if id2label is None:
             id2label = default_id2label(self.data.dataset, config.num_classes)
-        self.class_names = ClassNames(config.num_classes, {int(label): name for label, name in id2label.items()})
+        self.class_names = ClassNames(config.num_classes, id2label)
         self.register_to_config(id2label={str(label): name for label, name in self.id2label.items()})
         self._cuda_graphs = False
         self._interrupt = False
@@ -304,7 +308,10 @@ class _Callback:
         if call is not None and not callable(call):
             raise ValueError(f"callback_on_step_end is a {type(call).__name__}; wanted a function")
         self.pipe, self.call, self.times = pipe, call, torch.empty(0)
-        self.tensors = list(getattr(call, "tensor_inputs", tensors))
+        tensors = getattr(call, "tensor_inputs", tensors)
+        if not isinstance(tensors, (list, tuple)):
+            raise ValueError(f"callback_on_step_end_tensor_inputs is {tensors!r}; wanted a list of names")
+        self.tensors = list(tensors)
         unknown = [name for name in self.tensors if name not in pipe._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; allowed: latents")
@@ -317,15 +324,18 @@ class _Callback:
             if self.call is not None:
                 tensors = {name: x.clone() for name in self.tensors}
                 returned = self.call(self.pipe, done - 1, self.times[done - 1], tensors)
-                if returned is not None and "latents" in returned:
-                    self._take(returned["latents"], x)
+                if returned is not None:
+                    self._take(returned, x)
             if self.pipe._interrupt:
                 raise StopSampling
 
         return progress
 
     @staticmethod
-    def _take(latents: Any, x: Tensor) -> None:
+    def _take(returned: Any, x: Tensor) -> None:
+        if not isinstance(returned, Mapping):
+            raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; wanted None or a dict")
+        latents = returned.get("latents", x)
         if not isinstance(latents, Tensor) or latents.shape != x.shape:
             seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"callback_on_step_end returned latents {seen}; wanted {tuple(x.shape)}")

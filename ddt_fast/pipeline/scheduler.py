@@ -143,6 +143,8 @@ def per_sample(generator: torch.Generator | Sequence[torch.Generator] | None, co
     """
     if generator is None:
         generator = torch.default_generator
+    if not isinstance(generator, (torch.Generator, list, tuple)):
+        raise ValueError(f"generator is a {type(generator).__name__}; wanted torch.Generator, or a list of them")
     generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
     for one in generators:
         if not isinstance(one, torch.Generator):

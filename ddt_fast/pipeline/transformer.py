@@ -85,6 +85,12 @@ class DDTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         except TypeError as error:  # config.json lacks an argument of __init__
             raise ValueError(f"{folder}: config.json is not a valid configuration: {error}") from error
+        except RuntimeError as error:
+            # How torch refuses weights of other shapes; diffusers itself looks at shapes where it has accelerate.
+            if "size mismatch" not in str(error):
+                raise
+            first = str(error).splitlines()[1].strip()
+            raise ValueError(f"{folder}: weights and config.json disagree: {first}") from error
         model, info = loaded
         # diffusers warns only, and leaves what is missing as memory happened to be.
         wrong = [f"{len(names)} {kind} (such as {sorted(names)[0]})" for kind, names in info.items() if names]

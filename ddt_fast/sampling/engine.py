@@ -14,6 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ddt_fast.checks import require_kind
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.base import patchify
@@ -104,6 +105,7 @@ class Sampler:
             raise ValueError(f"batch_size is {batch_size}; allowed: a whole number, 1 or more")
         if not (memory_budget is None or type(memory_budget) is int):
             raise ValueError(f"memory_budget is {memory_budget!r}; allowed: a whole number of bytes, or None")
+        require_kind("config", config, SamplingConfig)
         model.config.num_tokens(height, width)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

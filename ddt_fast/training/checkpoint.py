@@ -29,6 +29,7 @@ from ddt_fast.model.lightning import LightningWeights
 from ddt_fast.model.weights import read_settings
 from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
+from ddt_fast.training.state_reader import StateReader
 
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
@@ -178,7 +179,8 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
         ValueError: files that are missing or damaged, or of another model.
     """
     try:
-        dcp.load(state.tensors(), checkpoint_id=checkpoint / "state", no_dist=dist.get_world_size() == 1)
+        reader = StateReader(checkpoint / "state")
+        dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
 
@@ -209,12 +211,13 @@ def read_checkpoint(checkpoint: Path) -> LightningWeights:
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
     try:
         fused = numbers["settings"]["training"]["engine"] == "fused"
-        described = dcp.FileSystemReader(checkpoint / "state").read_metadata().state_dict_metadata
+        reader = StateReader(checkpoint / "state")
+        described = reader.read_metadata().state_dict_metadata
         for key, tensor in described.items():
             part, _, name = key.partition(".")
             if part in state:
                 state[part][name] = torch.empty(tensor.size, dtype=tensor.properties.dtype)  # type: ignore[union-attr]
-        dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=True)
+        dcp.load(state, storage_reader=reader, no_dist=True)
         ema = released_weights(config, fused, state["ema"])
         raw = released_weights(config, fused, _below("denoiser.", state["weights"]))
     except (Exception, CheckpointException) as error:  # the unpickler may raise anything on damaged bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", device.index or 0)
         # FSDP puts its shards on the current GPU, which is the first one in every process until it is told otherwise.
         torch.cuda.set_device(own)
+    hook = sys.excepthook  # torch puts its own before it, and leaves it there
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, device_id=own)
     else:
@@ -44,6 +46,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def patient_group() -> dist.ProcessGroup:

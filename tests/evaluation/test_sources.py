@@ -152,7 +152,7 @@ def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
     np.testing.assert_array_equal(np.concatenate(list(source.batches(2))), expected)
     np.savez(tmp_path / "whole.npz", arr_0=smooth_images(2, 0, size=20))
     assert open_source(tmp_path / "whole.npz", crop=16).images.size == (20, 20)
-    with pytest.raises(ValueError, match="--center-crop is 0; allowed: 1 or more"):
+    with pytest.raises(ValueError, match="--center-crop is 0; allowed: a whole number, 1 or more"):
         open_source(tmp_path / "photos", crop=0)
     with pytest.raises(ValueError, match=r"--center-crop is for folders of images; .*whole\.npz is none"):
         open_sources([str(tmp_path / "whole.npz"), None], 16)

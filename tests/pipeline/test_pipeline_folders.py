@@ -296,6 +296,34 @@ def test_saving_replaces_nothing_but_a_pipeline(tmp_path):
         digits().save_pretrained(tmp_path / "a", safe_serialization=False)
 
 
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_what_lies_in_a_pipelines_parts_is_kept_too(folder, part):
+    (folder / part / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match=rf"{part} would be replaced, but holds mine\.txt"):
+        digits().save_pretrained(folder)
+    assert (folder / part / "mine.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("options", [{"variant": "fp16"}, {"max_shard_size": "200KB"}, {}])
+def test_an_older_pipeline_is_replaced(folder, options):
+    pipe = digits()
+    pipe.save_pretrained(folder, **options)
+    pipe.save_pretrained(folder)
+    assert image(DDTPipeline.from_pretrained(folder)) == image(pipe)
+
+
+def test_pipelines_of_other_people_are_not_fetched(folder):
+    with pytest.raises(ValueError, match="custom_pipeline is 'user/code'; allowed: none"):
+        DDTPipeline.from_pretrained(folder, custom_pipeline="user/code", trust_remote_code=True)
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 96}))
+    with pytest.raises(ValueError, match=r"transformer: weights and config\.json disagree|shape"):
+        DDTPipeline.from_pretrained(folder)
+
+
 def test_parts_that_do_not_fit_are_refused(latent_model):
     vae = AutoencoderKL.from_pretrained(latent_model.parent / "vae")
     transformer = digits().transformer
@@ -303,6 +331,18 @@ def test_parts_that_do_not_fit_are_refused(latent_model):
         DDTPipeline(transformer, vae, DDTScheduler())
     with pytest.raises(ValueError, match="scheduler is a AutoencoderKL"):
         DDTPipeline(transformer, None, vae)
+    with pytest.raises(ValueError, match="transformer is a AutoencoderKL; wanted DDTTransformer2DModel"):
+        DDTPipeline(vae, None, DDTScheduler())
+    with pytest.raises(ValueError, match="vae is a int; wanted AutoencoderKL"):
+        DDTPipeline(transformer, 3, DDTScheduler())
+    for id2label, message in (
+        ("x", "id2label is a str; wanted a dict"),
+        ({"a": "b"}, "id2label names class a; allowed: 0 to 9"),
+        ({1: 5}, "id2label names class 1 5; wanted a string"),
+        ({1.5: "b"}, r"id2label names class 1\.5; allowed: 0 to 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DDTPipeline(transformer, None, DDTScheduler(), id2label)
     with pytest.raises(ValueError, match=r"solver is 'heun'"):
         DDTScheduler(solver="heun")
     experiment = Experiment(

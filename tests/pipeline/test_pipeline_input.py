@@ -1,5 +1,6 @@
 """A wrong call of a pipeline is refused with what was wrong and what is allowed."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,9 @@ def test_imagenets_names():
         "toilet tissue, toilet paper, bathroom tissue",
     )
     assert IMAGENET.labels(["golden retriever", "Golden_Retriever", 207, "Tinca tinca"]) == [207, 207, 207, 0]
+    assert (
+        IMAGENET.labels(np.array(207)) == IMAGENET.labels(np.int64(207)) == IMAGENET.labels(torch.tensor(207)) == [207]
+    )
     assert IMAGENET.labels(["cardigan", "Cardigan"]) == [474, 264], "they differ by case alone"
 
 
@@ -40,6 +44,8 @@ def test_imagenets_names():
         (1.0, r"class 1\.0 is a float"),
         ([], "no class is given"),
         (torch.tensor([1.0]), "wanted .* whole numbers"),
+        (np.array(1.0), r"class .*1\.0.* is a float64"),
+        (b"tench", "class b'tench' is a bytes; wanted a label or a name"),
     ],
 )
 def test_classes_that_there_are_not(name, message):
@@ -61,6 +67,7 @@ def test_search_finds_what_contains_or_resembles_the_words():
         ({"class_labels": [10]}, "class 10 does not exist; allowed: 0 to 9"),
         ({"generator": seeded(1, 2, 3)}, "3 generators for 2 images; wanted one, or one per image"),
         ({"generator": [1, 2]}, "generator is a int"),
+        ({"generator": 5}, "generator is a int; wanted torch.Generator, or a list of them"),
         ({"height": 7}, "height is 7; allowed: a positive multiple of 2 pixels"),
         ({"width": -2}, "width is -2"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; allowed: pil, np, pt, latent"),
@@ -76,6 +83,9 @@ def test_search_finds_what_contains_or_resembles_the_words():
             {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
             "names 'prompt_embeds'; allowed: latents",
         ),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs is 'latents'; wanted a list of names"),
+        ({"callback_on_step_end_tensor_inputs": None}, "tensor_inputs is None"),
+        ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end returned a int; wanted None or a dict"),
     ],
 )
 def test_wrong_arguments(pipe, arguments, message):

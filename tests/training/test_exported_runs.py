@@ -1,9 +1,13 @@
 """A run's checkpoints become files for the original code, and model folders, with all that training goes on from."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import digits, final_state, finish, latents, start
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import ddt_fast.convert as convert
 from ddt_fast import load_model
@@ -82,3 +86,32 @@ def test_runs_that_cannot_be_exported_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds a run without a finished checkpoint"):
         convert.main([str(run), out])
     assert not (tmp_path / "out.ckpt").exists()
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    run, mark = tmp_path / "run", tmp_path / "it_ran"
+    train(digits(2), run, CPU)
+    file = run / "checkpoints" / "step_0000002" / "state" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    metadata.state_dict_metadata["weights.code"] = BytesStorageMetadata()
+    for content, message in (
+        (Touch(mark), r"metadata names pathlib\.Path\.touch, which was not executed"),
+        (metadata, r"weights\.code is no tensor, and was not opened"),
+        ({}, "metadata is a dict"),
+    ):
+        file.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match=f"step_0000002 cannot be read: .*{message}"):
+            convert.convert_checkpoint(run, tmp_path / "out")
+        with pytest.raises(ValueError, match=f"step_0000002 cannot be read: .*{message}"):
+            train(digits(4), run, CPU, "auto")
+    assert not mark.exists()

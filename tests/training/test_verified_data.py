@@ -79,6 +79,16 @@ def test_a_cache_that_cannot_be_written_to_is_compared_every_time(cache, tmp_pat
     assert "verified.json could not be written (Permission denied), so the next run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ['{"latents', "[]"])
+def test_a_damaged_record(cache, tmp_path, read, content):
+    (cache / "verified.json").write_text(content)
+    with pytest.raises(ValueError, match=r"verified\.json .*; remove it, and all checksums are compared again"):
+        train(latents(cache, 1), tmp_path / "run", CPU)
+    (cache / "verified.json").write_text('{"latents-00000-of-00003.safetensors": 3, "other": null}')
+    train(latents(cache, 1), tmp_path / "run", CPU)
+    assert len(read) == 3
+
+
 def test_it_may_be_left_out(cache, tmp_path, read):
     experiment = latents(cache, 1)
     damage(cache / "latents-00001-of-00003.safetensors")

@@ -1,0 +1,62 @@
+"""Reading a checkpoint's state/ without running what is in it: torch.distributed.checkpoint's metadata is a pickle, and
+a checkpoint may be somebody else's."""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import filesystem, metadata
+
+_MADE = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    # Of any machine, as this one's.
+    ("pathlib", "PosixPath"): pathlib.PurePath,
+    ("pathlib", "WindowsPath"): pathlib.PurePath,
+}
+
+
+class StateReader(dcp.FileSystemReader):
+    """Reads a state/ folder of tensors.
+
+    Raises:
+        pickle.UnpicklingError: its metadata names anything but tensors' places, or something that is no tensor, which
+            torch would unpickle.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata_file = folder / ".metadata"
+
+    def read_metadata(self) -> metadata.Metadata:
+        """The tensors' sizes and places."""
+        with self._metadata_file.open("rb") as file:
+            found = _Unpickler(file).load()
+        if not isinstance(found, metadata.Metadata):
+            raise pickle.UnpicklingError(f"its metadata is a {type(found).__name__}")
+        for name, entry in found.state_dict_metadata.items():
+            if not isinstance(entry, metadata.TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} is no tensor, and was not opened")
+        found.storage_meta = found.storage_meta or metadata.StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _MADE:
+            return _MADE[module, name]
+        if module == metadata.__name__:
+            # Not what that module has imported.
+            kind = vars(metadata).get(name)
+            if isinstance(kind, type) and kind.__module__ == module:
+                return kind
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}, which was not executed")
