@@ -65,6 +65,11 @@ def inlined(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def without_autocast(x: torch.Tensor) -> torch.autocast:
+    """Around PyTorch's own GEMMs in an operator on x: torch.autocast shall not change the dtype it promises."""
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+
+
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching."""

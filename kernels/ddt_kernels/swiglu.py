@@ -13,7 +13,7 @@ from torch import Tensor
 from ddt_kernels import reference
 from ddt_kernels.checks import DEVICES, FLOATS, check_same_kind, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
-from ddt_kernels.runtime import inlined
+from ddt_kernels.runtime import inlined, without_autocast
 from ddt_kernels.swiglu_launch import launch_backward, launch_forward
 
 
@@ -76,8 +76,9 @@ def swiglu_operator(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tens
 
 @swiglu_operator.register_kernel("cpu")
 def _(x: Tensor, w1: Tensor, w3: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    gate, up = F.linear(x, w1), F.linear(x, w3)
-    return (F.silu(gate) * up).contiguous(), torch.cat([gate, up], -1) if keep else x.new_empty(0)
+    with without_autocast(x):
+        gate, up = F.linear(x, w1), F.linear(x, w3)
+        return (F.silu(gate) * up).contiguous(), torch.cat([gate, up], -1) if keep else x.new_empty(0)
 
 
 @swiglu_operator.register_fake
@@ -94,7 +95,8 @@ def swiglu_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: 
 
 @swiglu_backward.register_kernel("cpu")
 def _(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_w1, grad_w3 = reference.swiglu_backward(grad_y, x, w1, w3, gate_up)
+    with without_autocast(x):
+        grad_x, grad_w1, grad_w3 = reference.swiglu_backward(grad_y, x, w1, w3, gate_up)
     return grad_x.contiguous(), torch.cat([grad_w1, grad_w3])
 
 

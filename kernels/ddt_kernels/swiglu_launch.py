@@ -16,6 +16,7 @@ from ddt_kernels.runtime import (
     next_power_of_2,
     target_arch,
     tensor_descriptor,
+    without_autocast,
 )
 from ddt_kernels.swiglu_kernels import swiglu_backward_kernel, swiglu_forward_kernel
 from ddt_kernels.tuning import choose
@@ -176,14 +177,16 @@ def launch_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: 
     """Returns the gradients of x and of the stacked weights (w1; w3), (2F, C)."""
     C, F = x.shape[-1], w1.shape[0]
     grad_gate_up = launch_backward_activation(grad_y.reshape(-1, F).contiguous(), gate_up.view(-1, 2 * F))
-    grad_x = (grad_gate_up @ torch.cat([w1, w3])).view(x.shape)
-    return grad_x, grad_gate_up.T @ x.reshape(-1, C)
+    with without_autocast(x):
+        grad_x = (grad_gate_up @ torch.cat([w1, w3])).view(x.shape)
+        return grad_x, grad_gate_up.T @ x.reshape(-1, C)
 
 
 def launch_mlp_forward(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool, tf32: bool) -> tuple[Tensor, Tensor]:
     """As `launch_forward`, for z = y · w2ᵀ (..., O) in the place of y."""
     y, gate_up = launch_forward(x, w1, w3, keep, tf32)
-    return torch.nn.functional.linear(y, w2), gate_up
+    with without_autocast(x):
+        return torch.nn.functional.linear(y, w2), gate_up
 
 
 def launch_mlp_backward(
@@ -192,12 +195,13 @@ def launch_mlp_backward(
     """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), and of w2."""
     C, F = x.shape[-1], w1.shape[0]
     grad_z = grad_z.reshape(-1, w2.shape[0])
-    y = grad_z @ w2  # the gradient of y, until the kernel puts y there
-    grad_gate_up = launch_backward_activation(y, gate_up.view(-1, 2 * F), y)
-    grad_w2 = grad_z.T @ y
-    del y
-    grad_x = (grad_gate_up @ torch.cat([w1, w3])).view(x.shape)
-    return grad_x, grad_gate_up.T @ x.reshape(-1, C), grad_w2
+    with without_autocast(x):
+        y = grad_z @ w2  # the gradient of y, until the kernel puts y there
+        grad_gate_up = launch_backward_activation(y, gate_up.view(-1, 2 * F), y)
+        grad_w2 = grad_z.T @ y
+        del y
+        grad_x = (grad_gate_up @ torch.cat([w1, w3])).view(x.shape)
+        return grad_x, grad_gate_up.T @ x.reshape(-1, C), grad_w2
 
 
 def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:

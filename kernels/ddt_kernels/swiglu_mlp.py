@@ -13,7 +13,7 @@ from torch import Tensor
 from ddt_kernels import reference
 from ddt_kernels.checks import check_same_kind, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
-from ddt_kernels.runtime import inlined
+from ddt_kernels.runtime import inlined, without_autocast
 from ddt_kernels.swiglu import check_inputs, swiglu_cost, swiglu_operator, tf32_allowed
 from ddt_kernels.swiglu_launch import launch_mlp_backward, launch_mlp_forward
 
@@ -54,7 +54,8 @@ def swiglu_mlp_operator(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: boo
 @swiglu_mlp_operator.register_kernel("cpu")
 def _(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     y, gate_up = swiglu_operator(x, w1, w3, keep)
-    return torch.nn.functional.linear(y, w2), gate_up
+    with without_autocast(x):
+        return torch.nn.functional.linear(y, w2), gate_up
 
 
 @swiglu_mlp_operator.register_fake
@@ -73,7 +74,8 @@ def swiglu_mlp_backward(
 
 @swiglu_mlp_backward.register_kernel("cpu")
 def _(grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_w1, grad_w3, grad_w2 = reference.swiglu_mlp_backward(grad_z, x, w1, w3, w2, gate_up)
+    with without_autocast(x):
+        grad_x, grad_w1, grad_w3, grad_w2 = reference.swiglu_mlp_backward(grad_z, x, w1, w3, w2, gate_up)
     return grad_x.contiguous(), torch.cat([grad_w1, grad_w3]), grad_w2.contiguous()
 
 

@@ -123,6 +123,18 @@ def test_cost_of_the_backward_pass():
     assert 0 < cost.flops - 6 * 2 * B * N * C * F <= 20 * B * N * F
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_changes_nothing(device):
+    inputs = make_mlp_inputs(SHAPE, torch.float32, device=device)
+    grad = make_grad(inputs)
+    tensors = list(inputs.values())
+    expected = with_gradients(ddt_kernels.swiglu_mlp, tensors, [grad])
+    with torch.autocast(device, torch.bfloat16):
+        found = with_gradients(ddt_kernels.swiglu_mlp, tensors, [grad])
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.gpu
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
