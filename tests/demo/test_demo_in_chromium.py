@@ -248,9 +248,9 @@ def test_a_full_queue_says_so(opened, server, model):
     for page in pages:
         set_number(page, "num_images", "1")
     with model.lock:
-        for page in pages[:CONCURRENT]:
+        for count, page in enumerate(pages[:CONCURRENT], start=1):  # each passes through the queue, which one fills
             page.click("#generate-run")
-        wait_until(lambda: drawing_threads() == CONCURRENT)
+            wait_until(lambda count=count: drawing_threads() == count)
         pages[-2].click("#generate-run")
         wait_until(lambda: len(server._queue) == 1)
         pages[-1].click("#generate-run")

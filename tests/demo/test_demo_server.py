@@ -143,8 +143,10 @@ def test_what_a_component_cannot_hold_is_refused_and_the_next_is_served(client, 
 def test_a_full_queue_turns_requests_away_and_serves_the_others(client, page, model):
     values = [list(fields(seed=100 * i).values()) for i in range(CONCURRENT + 2)]
     with model.lock:
-        jobs = [client.submit(*some, api_name="/generate") for some in values[:CONCURRENT]]
-        wait_until(lambda: drawing_threads() == CONCURRENT)
+        jobs = []
+        for i in range(CONCURRENT):  # one by one: they too pass through the queue, which one of them fills
+            jobs.append(client.submit(*values[i], api_name="/generate"))
+            wait_until(lambda count=i + 1: drawing_threads() == count)
         jobs.append(client.submit(*values[CONCURRENT], api_name="/generate"))
         wait_until(lambda: len(page._queue) == 1)
         with pytest.raises(Exception, match="full"):
