@@ -41,7 +41,15 @@ def test_the_command_serves_on_loopback_until_interrupted(tmp_path):
     port = free_port()
     command = [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs are started deaf to interrupts, and so are their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as run:
         try:
             page = wait_for(f"http://127.0.0.1:{port}/", run)
             assert "Decoupled Diffusion Transformer" in page
@@ -49,7 +57,11 @@ def test_the_command_serves_on_loopback_until_interrupted(tmp_path):
                 socket.create_connection(("127.0.0.2", port), timeout=5)
         finally:
             run.send_signal(signal.SIGINT)
-            output, _ = run.communicate(timeout=60)
+            try:
+                output, _ = run.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                run.kill()
+                raise
     assert run.returncode in (0, 130), output
     assert "Traceback" not in output
     assert list(tmp_path.glob("ddt-demo-*")) == [], "the pictures' folder was left"
