@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from benchmarks.cases import Case
+from benchmarks.gpu_run import SHARES
 from benchmarks.results import Recorder, summary
 from benchmarks.shapes import DEVICE
 
-MODULES = ("bench_kernels", "bench_sampling", "bench_model", "bench_training", "bench_evaluation", "bench_data")
+MODULES = tuple(SHARES)
 """In the order of what is wanted most, should time run out."""
 
 

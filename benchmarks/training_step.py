@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.measure import relative_error
 from benchmarks.memory import measure_memory
-from benchmarks.models import random_model
+from benchmarks.models import as_vector, random_model, released_gradients
 from benchmarks.timing import interleave, timed
 from ddt_fast.command import choose_device, run_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
@@ -121,17 +121,10 @@ class Step:
         """All of the denoiser's gradients as one vector, in the order of the released names; leaves none behind."""
         self.backward(batch)
         denoiser = self.state.masters.denoiser
-        with torch.device("meta"):
-            holder = type(denoiser)(denoiser.config)
-        names = {name: parameter.grad for name, parameter in denoiser.named_parameters()}
-        for name, _ in list(holder.named_parameters()):
-            module, _, leaf = name.rpartition(".")
-            gradient = names[name]
-            assert gradient is not None
-            setattr(holder.get_submodule(module), leaf, torch.nn.Parameter(gradient))
-        released = holder.state_dict()
+        assert isinstance(denoiser, (DDT, FusedDDT))
+        gradients = as_vector(released_gradients(denoiser)).cpu()
         self.state.optimizer.zero_grad()
-        return torch.cat([released[name].flatten() for name in sorted(released)]).cpu()
+        return gradients
 
 
 def experiment_of(config: DDTConfig, batch_size: int, repa: bool) -> Experiment:

@@ -37,17 +37,18 @@ class Decoder:
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
         device, dtype: where and in what to decode.
-        batch_size: latents decoded at a time; more keep a GPU busier and take more memory.
+        batch_size: latents decoded at a time; more keep a GPU busier and take more memory. None: as
+            `decode_latents`.
 
     Raises:
         ValueError: the autoencoder is neither local nor to be had from the Hub.
     """
 
     def __init__(
-        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int = 1
+        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int | None = None
     ) -> None:
         self.vae = load_vae(name, device, dtype)
-        self.batch_size = batch_size
+        self.batch_size = batch_size or _batch_size(device)
 
     def sha256(self) -> str:
         """Checksum of the weights by name, in the dtype they are used in."""
@@ -60,12 +61,16 @@ class Decoder:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, batch_size: int) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None) -> Tensor:
     """Latents (N, C, h, w) as a model draws them → pixels (N, 3, H, W) float32, around [-1, 1], on the VAE's device,
-    decoded in its dtype, batch_size at a time."""
+    decoded in its dtype, batch_size at a time; by default 8 on a GPU, one on a CPU."""
     scaling, dtype, device = vae.config.scaling_factor, vae.dtype, vae.device
-    images = [vae.decode(z.to(device, dtype) / scaling).sample.float() for z in latents.split(batch_size)]
-    return torch.cat(images)
+    parts = latents.split(batch_size or _batch_size(device))
+    return torch.cat([vae.decode(z.to(device, dtype) / scaling).sample.float() for z in parts])
+
+
+def _batch_size(device: torch.device) -> int:
+    return 8 if device.type == "cuda" else 1
 
 
 def pixels_per_latent(vae: Any) -> int:

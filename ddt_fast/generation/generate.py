@@ -169,7 +169,7 @@ def generate(
     autoencoder = experiment.data.autoencoder
     decode = None
     if autoencoder is not None:
-        decode = Decoder(autoencoder, place, batch_size=8 if place.type == "cuda" else 1)
+        decode = Decoder(autoencoder, place)
     generation = Generation(
         folder,
         job,
@@ -181,7 +181,7 @@ def generate(
             "dtype": str(weight_dtype).removeprefix("torch."),
             "quantize": quantize,
             "sampling": _without_engine(sampling),
-            "autoencoder_sha256": None if decode is None else weights_sha256(decode.vae),
+            "autoencoder_sha256": None if decode is None else decode.sha256(),
         },
         ranks=ranks,
         shard_size=shard_size,

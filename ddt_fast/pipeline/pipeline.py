@@ -290,7 +290,7 @@ class DDTPipeline(SavedPipeline):
         if output_type == "latent":
             return samples
         if self.vae is not None:
-            samples = decode_latents(self.vae, samples, 8 if self.vae.device.type == "cuda" else 1)
+            samples = decode_latents(self.vae, samples)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)

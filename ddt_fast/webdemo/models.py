@@ -65,7 +65,7 @@ class DemoModel:
         """What the model draws, (N, in_channels, h, w), as (N, H, W, 3) images."""
         vae = self.pipe.vae
         if vae is not None:
-            samples = decode_latents(vae, samples, 8 if vae.device.type == "cuda" else 1)
+            samples = decode_latents(vae, samples)
         return to_uint8(samples)
 
 

@@ -238,15 +238,18 @@ def test_stop_ends_a_request(opened, model):
         page.click("#generate-stop")
         wait_until(lambda: drawing_threads() == 0)
         page.wait_for_function("() => document.querySelector('#generate-status').innerText.includes('Stopped')")
+        assert page.locator("#images img").count() == 0
     set_number(page, "num_images", "1")
     page.click("#generate-run")
     pictures(page, "images", 1)
+    assert captions(page, "images") == ["0 · seed 0"]
 
 
 def test_a_full_queue_says_so(opened, server, model):
     pages = [opened() for _ in range(CONCURRENT + 2)]
-    for page in pages:
+    for seed, page in enumerate(pages):
         set_number(page, "num_images", "1")
+        set_number(page, "seed", str(seed))
     with model.lock:
         for count, page in enumerate(pages[:CONCURRENT], start=1):  # each passes through the queue, which one fills
             page.click("#generate-run")
@@ -255,14 +258,22 @@ def test_a_full_queue_says_so(opened, server, model):
         wait_until(lambda: len(server._queue) == 1)
         pages[-1].click("#generate-run")
         pages[-1].get_by_text("This application is currently busy. Please try again.").wait_for()
-    for page in pages[:-1]:
+    for seed, page in enumerate(pages[:-1]):
         pictures(page, "images", 1)
+        assert captions(page, "images") == [f"0 · seed {seed}"]
+    assert pages[-1].locator("#images img").count() == 0
 
 
 def test_a_random_seed_is_another_one(opened):
     page = opened()
-    page.get_by_role("button", name="Random").click()
-    page.wait_for_function("() => document.querySelector('#seed input').value !== '0'")
+    seeds = [page.input_value("#seed input")]
+    for _ in range(2):
+        page.get_by_role("button", name="Random").click()
+        page.wait_for_function("before => document.querySelector('#seed input').value !== before", arg=seeds[-1])
+        seeds.append(page.input_value("#seed input"))
+    assert seeds[0] == "0"
+    assert all(0 <= int(seed) < 2**31 for seed in seeds)
+    assert len(set(seeds)) == 3
 
 
 def test_the_picture_of_the_documentation(opened):

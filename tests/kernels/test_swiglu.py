@@ -249,18 +249,6 @@ def test_why_the_loops_are_not_fused_on_sm_90():
     assert "wgmma 0x0 wgmma 0x0 wgmma" in waits("inference", "flatten")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_autocast_changes_nothing(device):
-    inputs = make_inputs(SHAPE, torch.float32, device=device)
-    grad = make_grad(inputs)
-    tensors = list(inputs.values())
-    expected = with_gradients(ddt_kernels.swiglu, tensors, [grad])
-    with torch.autocast(device, torch.bfloat16):
-        found = with_gradients(ddt_kernels.swiglu, tensors, [grad])
-    for a, b in zip(found, expected, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.gpu
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -6,7 +6,7 @@ import torch
 import ddt_kernels
 from ddt_kernels import reference
 from kernel_testing import check_compiles, poison_empty, with_gradients
-from swiglu_cases import LAYOUTS, check_against_reference, make_grad, make_mlp_inputs
+from swiglu_cases import LAYOUTS, check_against_reference, make_grad, make_inputs, make_mlp_inputs
 
 SHAPE = (2, 3, 20, 12)
 OPERATOR, BACKWARD = torch.ops.ddt_kernels.swiglu_mlp.default, torch.ops.ddt_kernels.swiglu_mlp_backward.default
@@ -124,13 +124,16 @@ def test_cost_of_the_backward_pass():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_autocast_changes_nothing(device):
-    inputs = make_mlp_inputs(SHAPE, torch.float32, device=device)
+@pytest.mark.parametrize(
+    ("function", "make"), [(ddt_kernels.swiglu, make_inputs), (ddt_kernels.swiglu_mlp, make_mlp_inputs)]
+)
+def test_autocast_changes_nothing(function, make, device):
+    inputs = make(SHAPE, torch.float32, device=device)
     grad = make_grad(inputs)
     tensors = list(inputs.values())
-    expected = with_gradients(ddt_kernels.swiglu_mlp, tensors, [grad])
+    expected = with_gradients(function, tensors, [grad])
     with torch.autocast(device, torch.bfloat16):
-        found = with_gradients(ddt_kernels.swiglu_mlp, tensors, [grad])
+        found = with_gradients(function, tensors, [grad])
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
