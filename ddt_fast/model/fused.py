@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddt_fast.config import DDTConfig
-from ddt_fast.model.attention import AttentionBackend, attention
+from ddt_fast.model.attention import AttentionBackend
+from ddt_fast.model.attention.qkv import qkv_attention
 from ddt_fast.model.base import DDTBase, Forecast, Rotary
 from ddt_fast.model.reference import (
     DDT,
@@ -35,7 +36,6 @@ from ddt_kernels import (
     gated_residual,
     gated_residual_layer_norm_modulate,
     gated_residual_rms_norm_modulate,
-    qk_norm_rope,
     rms_norm_modulate,
     swiglu_mlp,
 )
@@ -43,7 +43,9 @@ from ddt_kernels import (
 
 class FusedSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu_mlp(x, self.w1.weight, self.w3.weight, self.w2.weight)
+        if all(_is_plain(layer) for layer in (self.w1, self.w2, self.w3)):
+            return swiglu_mlp(x, self.w1.weight, self.w3.weight, self.w2.weight)
+        return super().forward(x)
 
 
 class FusedAttention(Attention):
@@ -53,8 +55,8 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin).unbind(2)
-        return self.proj(attention(q, k, v, self.backend).flatten(2))
+        y = qkv_attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.backend)
+        return self.proj(y.flatten(2))
 
 
 class FusedBlock(nn.Module):
@@ -185,10 +187,15 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
     """layer(x), in a GEMM that writes to `out` where there is one."""
     if out is None:
         return layer(x)
-    if type(layer) is nn.Linear and type(layer.weight) is nn.Parameter:  # not one that is quantised
+    if _is_plain(layer):
         torch.addmm(layer.bias, x.flatten(0, 1), layer.weight.t(), out=out.flatten(0, 1))
         return out
     return out.copy_(layer(x))
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether its weight is all there is to it: it is neither quantised nor adapted."""
+    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def _run_block(

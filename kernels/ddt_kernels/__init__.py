@@ -49,6 +49,7 @@ from ddt_kernels.norm_modulate import (
     rms_norm_modulate_cost,
 )
 from ddt_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_, qk_norm_rope_cost
+from ddt_kernels.qkv_attention import qkv_attention, qkv_attention_cost
 from ddt_kernels.swiglu import swiglu, swiglu_cost
 from ddt_kernels.swiglu_mlp import swiglu_mlp, swiglu_mlp_cost
 
@@ -69,6 +70,8 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_",
     "qk_norm_rope_cost",
+    "qkv_attention",
+    "qkv_attention_cost",
     "rms_norm_modulate",
     "rms_norm_modulate_cost",
     "swiglu",

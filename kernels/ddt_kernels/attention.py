@@ -41,13 +41,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     check_like(op, "k", k, q)
     check_like(op, "v", v, q)
     for name, heads in (("q", q), ("k", k), ("v", v)):
-        _check_strides(op, name, heads)
+        check_strides(op, name, heads)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     check_positive(op, "scale", scale)
     if inlined(q):
         return reference.attention(q, k, v, scale).contiguous()
-    return _attention(q, k, v, scale)[0]
+    return attention_operator(q, k, v, scale)[0]
 
 
 def _check_heads(op: str, name: str, x: Tensor) -> None:
@@ -64,7 +64,7 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
     check_unit_stride(op, name, x)
 
 
-def _check_strides(op: str, name: str, x: Tensor) -> None:
+def check_strides(op: str, name: str, x: Tensor) -> None:
     """Within a tile, and from head to head, the kernels count elements in 32 bits."""
     _, N, H, _ = x.shape
     if (N > 1 and x.stride(1) >= MAX_TOKEN_STRIDE) or (H > 1 and (H - 1) * x.stride(2) >= 2**31):
@@ -73,19 +73,19 @@ def _check_strides(op: str, name: str, x: Tensor) -> None:
 
 
 @torch.library.custom_op("ddt_kernels::attention", mutates_args=(), device_types="cuda")
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attention_operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse), lse the (B, H, N) natural log of Σ exp(scale · q·kᵀ), fp32 (fp64 for fp64); not differentiable."""
     return launch_forward(q, k, v, scale)
 
 
-@_attention.register_kernel("cpu")
+@attention_operator.register_kernel("cpu")
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     heads = (tensor.transpose(1, 2) for tensor in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-@_attention.register_fake
+@attention_operator.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, N, H, _ = q.shape
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -93,13 +93,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("ddt_kernels::attention_backward", mutates_args=(), device_types="cuda")
-def _attention_backward(
+def attention_backward(
     grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return launch_backward(grad_out, out, lse, q, k, v, scale)
 
 
-@_attention_backward.register_kernel("cpu")
+@attention_backward.register_kernel("cpu")
 def _(
     grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def _(
     return grad_q.transpose(1, 2).contiguous(), grad_k.transpose(1, 2).contiguous(), grad_v.transpose(1, 2).contiguous()
 
 
-@_attention_backward.register_fake
+@attention_backward.register_fake
 def _(
     grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,10 +125,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
+    return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 
-_attention.register_autograd(_autograd, setup_context=_setup)
+attention_operator.register_autograd(_autograd, setup_context=_setup)
 
 
 def attention_cost(

@@ -115,13 +115,13 @@ def _accumulate(a_RS, b_SD, b_ST, acc_RD, acc_RT, TAIL: tl.constexpr):
 
 @triton.jit
 def _store_head(
-    ptr, value_RD, value_RT, b, h, first, N, H,
+    ptr, value_RD, value_RT, b, h, first, N, pitch,
     ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a contiguous (B, N, H, D)."""
+    """Rows of a (B, N, H, D) whose tokens are `pitch` heads apart, and samples N tokens."""
     row = first + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, MAIN)[None, :]
-    pointers = ptr + ((b * N + row) * H + h) * D
+    pointers = ptr + ((b * N + row) * pitch + h) * D
     tl.store(pointers + col, value_RD.to(ptr.dtype.element_ty), mask=(row < N) & (col < D))
     if TAIL > 0:
         col_T = MAIN + tl.arange(0, TAIL)[None, :]
@@ -237,7 +237,8 @@ def attention_query_gradient_kernel(
     v_tail,
     lse_ptr,  # fp32 (B, H, N) contiguous
     delta_ptr,  # out, fp32 (B, H, N) contiguous, for the next kernel
-    grad_q_ptr,  # out, (B, N, H, D) contiguous
+    grad_q_ptr,  # out, (B, N, H, D)
+    grad_pitch,  # heads from one of its tokens to the next
     N,
     H,
     blocks,  # ceil(N / BM)
@@ -303,7 +304,7 @@ def attention_query_gradient_kernel(
             p_MN = tl.where((first_n + tl.arange(0, BN) < N)[None, :], p_MN, 0.0)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MD, dq_MT = _accumulate(ds_MN, k_ND, k_NT, dq_MD, dq_MT, TAIL)
-    _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, N, H, BM, D, MAIN, TAIL)
+    _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, N, grad_pitch, BM, D, MAIN, TAIL)
 
 
 @triton.jit
@@ -318,8 +319,9 @@ def attention_key_value_gradient_kernel(
     v_tail,
     lse_ptr,  # fp32 (B, H, N) contiguous, as is delta
     delta_ptr,
-    grad_k_ptr,  # out, (B, N, H, D) contiguous
+    grad_k_ptr,  # out, (B, N, H, D)
     grad_v_ptr,
+    grad_pitch,  # heads from one of their tokens to the next
     N,
     H,
     blocks,  # ceil(N / BN)
@@ -376,5 +378,5 @@ def attention_key_value_gradient_kernel(
         dv_ND, dv_NT = _accumulate(p_NM, do_MD, do_MT, dv_ND, dv_NT, TAIL)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_ND, dk_NT = _accumulate(ds_NM, q_MD, q_MT, dk_ND, dk_NT, TAIL)
-    _store_head(grad_k_ptr, dk_ND * scale, dk_NT * scale, b, h, first_n, N, H, BN, D, MAIN, TAIL)
-    _store_head(grad_v_ptr, dv_ND, dv_NT, b, h, first_n, N, H, BN, D, MAIN, TAIL)
+    _store_head(grad_k_ptr, dk_ND * scale, dk_NT * scale, b, h, first_n, N, grad_pitch, BN, D, MAIN, TAIL)
+    _store_head(grad_v_ptr, dv_ND, dv_NT, b, h, first_n, N, grad_pitch, BN, D, MAIN, TAIL)

@@ -191,14 +191,25 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
 
 
 def launch_backward(
-    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, N, H, D) contiguous."""
+    """Gradients of q, k and v, each (B, N, H, D): contiguous, or the parts of `packed` (B, N, 3, H, D), which is."""
     B, N, H, D = q.shape
     # Autograd hands on gradients with any strides, even of 0 (that of a sum).
     grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
     call = _Call.of(grad_out, out, q, k, v)
-    grad_q, grad_k, grad_v = (q.new_empty((B, N, H, D)) for _ in range(3))
+    if packed is None:
+        grad_q, grad_k, grad_v = (q.new_empty((B, N, H, D)) for _ in range(3))
+    else:
+        grad_q, grad_k, grad_v = packed.unbind(2)
+    pitch = H if packed is None else 3 * H
     delta = lse.new_empty(lse.shape)
     scales = (scale, scale * math.log2(math.e))
 
@@ -210,7 +221,7 @@ def launch_backward(
         attention_query_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_q, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
+        *(*sources, lse, delta, grad_q, pitch, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
         **call.meta(q, config, keys),
     )
     config = key_value_gradient_config(D, call.half, call.arch, call.descriptors)
@@ -221,7 +232,8 @@ def launch_backward(
         attention_key_value_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_k, grad_v, N, H, blocks, *scales, *call.strides(grad_out, q, k, v)),
+        *(*sources, lse, delta, grad_k, grad_v, pitch, N, H, blocks),
+        *(*scales, *call.strides(grad_out, q, k, v)),
         **call.meta(q, config, queries),
     )
     return grad_q, grad_k, grad_v

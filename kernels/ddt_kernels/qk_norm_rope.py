@@ -40,7 +40,7 @@ def qk_norm_rope(
     Raises: ValueError on any other shape, dtype, device mix or stride, and if cos or sin requires a gradient.
     Source: DDT's attention (arXiv 2504.05741); RMSNorm, arXiv 1910.07467; rotary embeddings, arXiv 2104.09864.
     """
-    _check("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps)
+    check_inputs("qk_norm_rope", qkv, q_weight, k_weight, cos, sin, eps)
     return (reference.qk_norm_rope if inlined(qkv) else _operator)(qkv, q_weight, k_weight, cos, sin, eps)
 
 
@@ -53,7 +53,7 @@ def qk_norm_rope_(
         record it: call it under torch.no_grad() or torch.inference_mode().
     """
     op = "qk_norm_rope_"
-    _check(op, qkv, q_weight, k_weight, cos, sin, eps)
+    check_inputs(op, qkv, q_weight, k_weight, cos, sin, eps)
     _check_no_overlap(op, qkv)
     if torch.is_grad_enabled():
         for name, tensor in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
@@ -63,15 +63,25 @@ def qk_norm_rope_(
     return qkv
 
 
-def _check(op: str, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
+def check_inputs(
+    op: str,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    max_head_dim: int = MAX_HEAD_DIM,
+) -> None:
+    """ValueError unless they are as `qk_norm_rope` takes them."""
     named = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
     for name, tensor in named.items():
         check_tensor(op, name, tensor)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         fail(op, "qkv", f"of shape {tuple(qkv.shape)}", "shape (B, N, 3, H, D)")
     B, N, _, H, D = qkv.shape
-    if B < 1 or N < 1 or H < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
-        wanted = f"B, N and H at least 1, D a multiple of 4 in 4..{MAX_HEAD_DIM}"
+    if B < 1 or N < 1 or H < 1 or D % 4 or not 4 <= D <= max_head_dim:
+        wanted = f"B, N and H at least 1, D a multiple of 4 in 4..{max_head_dim}"
         fail(op, "qkv", f"of shape {tuple(qkv.shape)}", wanted)
     if qkv.dtype not in FLOATS and not (qkv.dtype == torch.float64 and qkv.device.type == "cpu"):
         fail(op, "qkv", f"{qkv.dtype} on {qkv.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
@@ -128,7 +138,7 @@ def qk_norm_rope_cost(
 
 @torch.library.custom_op("ddt_kernels::qk_norm_rope", mutates_args=(), device_types="cuda")
 def _operator(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    return launch_forward(qkv, q_weight, k_weight, cos, sin, eps, in_place=False)
+    return launch_forward(qkv, q_weight, k_weight, cos, sin, eps, qkv.new_empty(qkv.shape))
 
 
 @_operator.register_kernel("cpu")
@@ -176,7 +186,7 @@ _operator.register_autograd(_autograd, setup_context=_setup)
 
 @torch.library.custom_op("ddt_kernels::qk_norm_rope_", mutates_args=("qkv",), device_types="cuda")
 def _in_place_operator(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
-    launch_forward(qkv, q_weight, k_weight, cos, sin, eps, in_place=True)
+    launch_forward(qkv, q_weight, k_weight, cos, sin, eps, qkv)
 
 
 @_in_place_operator.register_kernel("cpu")

@@ -238,7 +238,7 @@ def _store_sums(ptr, even_M, odd_M, even_T, odd_T, D: tl.constexpr, MAIN: tl.con
 
 @triton.jit
 def qk_norm_rope_backward_kernel(
-    grad_out_ptr,  # (B, N, 3, H, D) contiguous, as is grad_qkv
+    grad_out_ptr,  # (B, N, 3, H, D) contiguous, as is grad_qkv; the same tensor where v's gradient is not copied
     qkv_ptr,
     q_weight_ptr,
     k_weight_ptr,
@@ -260,6 +260,7 @@ def qk_norm_rope_backward_kernel(
     LANE_HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
+    COPY_V: tl.constexpr,
 ):
     pid = tl.program_id(0)
     part = pid % 2  # q or k
@@ -285,7 +286,7 @@ def qk_norm_rope_backward_kernel(
             mask, x_R, v_R = token_mask & (h_R < H), (part * H + h_R) * D, (2 * H + h_R) * D
             x0_M, x1_M, x0_T, x1_T = _load_pairs(qkv_ptr, in_R + x_R, mask, D, MAIN, TAIL, LANES)
             dy0_M, dy1_M, dy0_T, dy1_T = _load_pairs(grad_out_ptr, out_R + x_R, mask, D, MAIN, TAIL, LANES)
-            if group % 2 == part:
+            if COPY_V and group % 2 == part:
                 _copy(grad_out_ptr, out_R + v_R, grad_qkv_ptr, out_R + v_R, mask, D, MAIN, TAIL, LANES)
             dun0_M, dun1_M, dun0_T, dun1_T = _unrotate_unnorm_store(
                 grad_qkv_ptr, out_R + x_R, dy0_M, dy1_M, dy0_T, dy1_T, x0_M, x1_M, x0_T, x1_T,

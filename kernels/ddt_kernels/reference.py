@@ -176,9 +176,10 @@ def qk_norm_rope(
     return torch.stack([norm_rope(q, q_weight, cos, sin, eps), norm_rope(k, k_weight, cos, sin, eps), v], dim=2)
 
 
-def _norm_rope_backward(
+def norm_rope_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of norm_rope in x and weight."""
     normed, rstd = _normalize(x, eps, centre=False)
     grad = rotate(_wide(grad_y), cos, -sin)
     grad_x = _norm_backward(grad * _wide(weight), normed, rstd, centre=False)
@@ -196,8 +197,8 @@ def qk_norm_rope_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qk_norm_rope in qkv, q_weight and k_weight."""
     (q, k, _), (grad_q, grad_k, grad_v) = qkv.unbind(2), grad_out.unbind(2)
-    grad_q, grad_q_weight = _norm_rope_backward(grad_q, q, q_weight, cos, sin, eps)
-    grad_k, grad_k_weight = _norm_rope_backward(grad_k, k, k_weight, cos, sin, eps)
+    grad_q, grad_q_weight = norm_rope_backward(grad_q, q, q_weight, cos, sin, eps)
+    grad_k, grad_k_weight = norm_rope_backward(grad_k, k, k_weight, cos, sin, eps)
     return torch.stack([grad_q, grad_k, grad_v], dim=2), grad_q_weight, grad_k_weight
 
 
@@ -250,6 +251,19 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """softmax(scale · q·kᵀ)·v of (B, N, H, D) heads, by whichever implementation PyTorch picks."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def qkv_attention(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    scale: float | None = None,
+) -> Tensor:
+    """attention of what qk_norm_rope makes of a packed (B, N, 3, H, D): (B, N, H, D)."""
+    return attention(*qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps).unbind(2), scale)
 
 
 def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

@@ -48,13 +48,10 @@ def test_torchao_quantizes_the_reference_and_the_fused_model():
     config = SamplingConfig(num_steps=6, refresh_every=2)
     expected = sample(digits(), noise, labels, config)
 
-    def but_swiglu(layer, name):
-        """The fused SwiGLU reads the tensors of w1 and w3 in one kernel: they stay as they are."""
-        return isinstance(layer, torch.nn.Linear) and not name.endswith((".w1", ".w3"))
-
-    for model, which in ((digits(), None), (FusedDDT.from_reference(digits()), but_swiglu)):
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), which)
-        assert type(model.blocks[0].attn.qkv.weight.data) is not torch.Tensor
+    for model in (digits(), FusedDDT.from_reference(digits())):
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        for layer in (model.blocks[0].attn.qkv, model.blocks[0].mlp.w1, model.blocks[0].mlp.w2):
+            assert type(layer.weight.data) is not torch.Tensor
         error = golden.relative_error(sample(model, noise, labels, config), expected)
         assert 0 < error < 0.05
 
@@ -75,7 +72,10 @@ def test_peft_trains_lora_on_the_linears_of_the_reference():
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.8 * losses[0]
-    # Merged, it is an ordinary DDT again, which fuses and samples.
+    # Merged, it is an ordinary DDT again, which fuses and samples; a FusedDDT with the same adapters needs no merging.
+    beside = peft.get_peft_model(FusedDDT.from_reference(digits()), config)
+    beside.load_state_dict(adapted.state_dict())
+    torch.testing.assert_close(beside(x, t, y)[0].detach(), adapted(x, t, y)[0].detach(), rtol=1e-4, atol=1e-4)
     expected = adapted(x, t, y)[0].detach()
     merged = FusedDDT.from_reference(adapted.merge_and_unload())
     torch.testing.assert_close(merged(x, t, y)[0].detach(), expected, rtol=1e-4, atol=1e-4)

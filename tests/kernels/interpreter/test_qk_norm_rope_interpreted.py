@@ -17,7 +17,7 @@ CASES += [((1, 2, 2, 256), FP32)]
 
 def check(inputs, eps=1e-6):
     grad, arguments = make_grad(inputs), (*inputs.values(), eps)
-    output = launch_forward(*arguments, in_place=False)
+    output = launch_forward(*arguments, out=torch.empty(inputs["qkv"].shape, dtype=inputs["qkv"].dtype))
     assert output.is_contiguous()
     check_against_reference(inputs, grad, output, launch_backward(grad, *arguments), eps=eps)
 
@@ -45,7 +45,7 @@ def test_in_place_leaves_all_else_alone(shape, dtype):
     inputs = make_inputs(shape, dtype)
     buffer = inputs["qkv"]._base  # (N, B, 4, H, D): v and what lies between the tokens included
     before, kept = buffer.clone(), inputs["qkv"].clone()
-    made = launch_forward(*inputs.values(), 1e-6, in_place=True)
+    made = launch_forward(*inputs.values(), 1e-6, out=inputs["qkv"])
     assert made is inputs["qkv"]
     check_against_reference(inputs | {"qkv": kept}, None, made)
     changed = (buffer != before).reshape(shape[1], shape[0], 4, -1)

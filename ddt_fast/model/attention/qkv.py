@@ -1,0 +1,46 @@
+"""What an attention layer does between its two GEMMs, by the fewest passes over memory."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor
+
+import ddt_kernels
+from ddt_fast.model.attention import AttentionBackend, attention, resolve_backend
+
+
+def qkv_attention(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend = "auto"
+) -> Tensor:
+    """softmax(q·kᵀ / √D)·v per sample and head, q and k RMS-normed and rotated first.
+
+    Args:
+        qkv: (B, N, 3, H, D), a projection's output. Where no gradient will be asked for, its q and k are OVERWRITTEN.
+        q_weight, k_weight, cos, sin: as `ddt_kernels.qk_norm_rope` takes them.
+        backend: as `attention` takes it. With gradients, and where ddt_kernels' own attention is what it comes to, all
+            is one operator, which keeps qkv for the backward pass and not q, k and v beside it.
+
+    Returns: (B, N, H, D), qkv's dtype; see `attention`.
+    Raises: ValueError, as `ddt_kernels.qk_norm_rope` and `attention` do.
+    """
+    arguments = (qkv, q_weight, k_weight, cos, sin)
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:3])
+    if qkv.device.type == "cpu" and torch.compiler.is_compiling():
+        heads = ddt_kernels.qk_norm_rope(*arguments)  # plain PyTorch then, and Inductor decides what is kept
+    elif not gradient:
+        heads = ddt_kernels.qk_norm_rope_(*arguments)
+    elif _is_ours(qkv, backend):
+        return ddt_kernels.qkv_attention(*arguments)
+    else:
+        heads = ddt_kernels.qk_norm_rope(*arguments)
+    return attention(*heads.unbind(2), backend)
+
+
+def _is_ours(qkv: Tensor, backend: AttentionBackend) -> bool:
+    """Whether `backend`, with gradients, comes to what `ddt_kernels.attention` runs."""
+    # While compiling N may be symbolic, and stays so; operator.index makes D the number that it always is.
+    head_dim, tokens = operator.index(qkv.shape[-1]), None if torch.compiler.is_compiling() else qkv.shape[1]
+    name = resolve_backend(backend, qkv.device, qkv.dtype, head_dim, tokens, gradient=True)
+    return name == ("sdpa_flash" if qkv.device.type == "cpu" else "triton")

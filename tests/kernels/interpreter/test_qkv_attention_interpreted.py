@@ -1,0 +1,61 @@
+"""qkv_attention's launchers: bit for bit what those of qk_norm_rope and attention make, one after the other."""
+
+import pytest
+import torch
+
+from ddt_kernels import attention_launch, qk_norm_rope_launch, reference
+from ddt_kernels.qkv_attention import launch_backward, launch_forward
+from kernel_testing import assert_as_accurate, poison_empty, with_gradients
+from qk_norm_rope_cases import DIFFERENTIABLE, make_inputs
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [((2, 5, 3, 72), BF16), ((1, 70, 2, 72), BF16), ((1, 1, 2, 24), BF16), ((1, 33, 1, 80), BF16)]
+CASES += [((2, 9, 2, 128), BF16), ((1, 6, 3, 20), BF16), ((2, 5, 2, 72), FP16), ((2, 18, 2, 44), FP32)]
+
+
+def random_grad(inputs, seed=1):
+    shape = inputs["qkv"][:, :, 0].shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inputs["qkv"].dtype)
+
+
+def one_after_the_other(inputs, grad, scale):
+    """(out, lse, gradients) by the two ops' launchers, the gradients of q, k and v put side by side between them."""
+    arguments = (*inputs.values(), 1e-6)
+    heads = qk_norm_rope_launch.launch_forward(*arguments, torch.zeros_like(inputs["qkv"])).unbind(2)
+    out, lse = attention_launch.launch_forward(*heads, scale)
+    packed = torch.stack(attention_launch.launch_backward(grad, out, lse, *heads, scale), 2)
+    return out, lse, *qk_norm_rope_launch.launch_backward(packed, *arguments)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatch):
+    monkeypatch.setattr(attention_launch, "target_arch", lambda device: arch)
+    inputs, scale = make_inputs(shape, dtype), 0.3
+    grad, before = random_grad(inputs), inputs["qkv"].clone()
+    expected = one_after_the_other(inputs, grad, scale)
+    poison_empty(monkeypatch)
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    gradients = launch_backward(grad, out, lse, *inputs.values(), 1e-6, scale)
+    assert all(torch.equal(a, b) for a, b in zip((out, lse, *gradients), expected, strict=True))
+    assert gradients[0].is_contiguous()
+    assert torch.equal(inputs["qkv"], before)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_matches_reference(dtype):
+    inputs = make_inputs((2, 21, 2, 72), dtype, strided=False)
+    grad, scale = random_grad(inputs), 72**-0.5
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    made = (out, *launch_backward(grad, out, lse, *inputs.values(), 1e-6, scale))
+    leaves, tables = [inputs[name] for name in DIFFERENTIABLE], (inputs["cos"], inputs["sin"])
+
+    def plain(*tensors):
+        return reference.qkv_attention(*tensors, *tables)
+
+    (by_torch, plain_gradients), (exact, exact_gradients) = (
+        with_gradients(plain, [leaf.to(kind) for leaf in leaves], [grad.to(kind)]) for kind in (dtype, torch.float64)
+    )
+    names = ("output", *DIFFERENTIABLE)
+    for name, *results in zip(names, made, (*by_torch, *plain_gradients), (*exact, *exact_gradients), strict=True):
+        assert_as_accurate(name, *results)
