@@ -206,5 +206,5 @@ def qkv_attention_cost(
     normed = qk_norm_rope_cost(*shape, dtype, backward)
     # Weights and tables, with the weights' gradients: what the norm moves beside its activations.
     small = normed.bytes_moved - (8 if backward else 6) * batch * tokens * heads * head_dim * dtype.itemsize
-    again = qk_norm_rope_cost(*shape, dtype).flops if backward else 0.0
+    again = qk_norm_rope_cost(*shape, dtype).flops if backward else 0
     return Cost(attended.bytes_moved + small, attended.flops + normed.flops + again)

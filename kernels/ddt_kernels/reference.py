@@ -263,7 +263,8 @@ def qkv_attention(
     scale: float | None = None,
 ) -> Tensor:
     """attention of what qk_norm_rope makes of a packed (B, N, 3, H, D): (B, N, H, D)."""
-    return attention(*qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps).unbind(2), scale)
+    q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps).unbind(2)
+    return attention(q, k, v, scale)
 
 
 def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:

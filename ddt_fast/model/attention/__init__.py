@@ -161,10 +161,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto
         if q.dtype == torch.bfloat16 and q.shape[1] <= FEW_TOKENS_COMPILED and _has_bf16():
             return _two_gemms(q, k, v)
         return _sdpa(q, k, v)  # lets inductor choose; left to PyTorch it is flash attention
-    # While compiling N may be symbolic, and stays so; operator.index makes D the number that it always is.
-    head_dim, tokens = operator.index(q.shape[-1]), None if compiling else q.shape[1]
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    return _RUN[resolve_backend(backend, q.device, q.dtype, head_dim, tokens, gradient)](q, k, v)
+    return _RUN[backend_for(q, backend, gradient)](q, k, v)
+
+
+def backend_for(x: Tensor, backend: AttentionBackend, gradient: bool) -> str:
+    """`resolve_backend` for tensors like x (B, N, ..., D), in a compiled function too."""
+    # While compiling N may be symbolic, and stays so; operator.index makes D the number that it always is.
+    head_dim, tokens = operator.index(x.shape[-1]), None if torch.compiler.is_compiling() else x.shape[1]
+    return resolve_backend(backend, x.device, x.dtype, head_dim, tokens, gradient)
 
 
 @torch.compiler.assume_constant_result

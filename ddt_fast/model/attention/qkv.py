@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 
 import ddt_kernels
-from ddt_fast.model.attention import AttentionBackend, attention, resolve_backend
+from ddt_fast.model.attention import AttentionBackend, attention, backend_for
 
 
 def qkv_attention(
@@ -25,22 +23,20 @@ def qkv_attention(
     Returns: (B, N, H, D), qkv's dtype; see `attention`.
     Raises: ValueError, as `ddt_kernels.qk_norm_rope` and `attention` do.
     """
-    arguments = (qkv, q_weight, k_weight, cos, sin)
-    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments[:3])
+    others = q_weight, k_weight, cos, sin
+    gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_weight, k_weight))
     if qkv.device.type == "cpu" and torch.compiler.is_compiling():
-        heads = ddt_kernels.qk_norm_rope(*arguments)  # plain PyTorch then, and Inductor decides what is kept
+        normed = ddt_kernels.qk_norm_rope(qkv, *others)  # plain PyTorch then, and Inductor decides what is kept
     elif not gradient:
-        heads = ddt_kernels.qk_norm_rope_(*arguments)
+        normed = ddt_kernels.qk_norm_rope_(qkv, *others)
     elif _is_ours(qkv, backend):
-        return ddt_kernels.qkv_attention(*arguments)
+        return ddt_kernels.qkv_attention(qkv, *others)
     else:
-        heads = ddt_kernels.qk_norm_rope(*arguments)
-    return attention(*heads.unbind(2), backend)
+        normed = ddt_kernels.qk_norm_rope(qkv, *others)
+    q, k, v = normed.unbind(2)
+    return attention(q, k, v, backend)
 
 
 def _is_ours(qkv: Tensor, backend: AttentionBackend) -> bool:
     """Whether `backend`, with gradients, comes to what `ddt_kernels.attention` runs."""
-    # While compiling N may be symbolic, and stays so; operator.index makes D the number that it always is.
-    head_dim, tokens = operator.index(qkv.shape[-1]), None if torch.compiler.is_compiling() else qkv.shape[1]
-    name = resolve_backend(backend, qkv.device, qkv.dtype, head_dim, tokens, gradient=True)
-    return name == ("sdpa_flash" if qkv.device.type == "cpu" else "triton")
+    return backend_for(qkv, backend, gradient=True) == ("sdpa_flash" if qkv.device.type == "cpu" else "triton")
