@@ -146,13 +146,16 @@ def heads(shape: Shape) -> tuple[int, int, int, int]:
     return shape.batch, shape.tokens, shape.heads, shape.head_dim
 
 
+def packed_projection(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """qkv, weights of q and k, cos and sin."""
+    B, N, H, D = heads(shape)
+    weights = (1 + randn(generator, D) / 4 for _ in range(2))
+    return randn(generator, B, N, 3, H, D), *weights, *rotary_tables(D, shape.side, shape.side, device=DEVICE)
+
+
 def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
     """Norm and rotation of q and k: as a new tensor, differentiated, and in place."""
-    B, N, H, D = heads(shape)
-
-    def make(generator: torch.Generator) -> tuple[Tensor, ...]:
-        weights = (1 + randn(generator, D) / 4 for _ in range(2))
-        return randn(generator, B, N, 3, H, D), *weights, *rotary_tables(D, shape.side, shape.side, device=DEVICE)
+    make = partial(packed_projection, shape)
 
     def plain_in_place(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, _ = qkv.unbind(2)
@@ -161,14 +164,31 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
         return qkv
 
     size, plain = str(shape), reference.qk_norm_rope
-    cost, backward = (ops.qk_norm_rope_cost(B, N, H, D, DTYPE, backward=b) for b in (False, True))
+    cost, backward = (ops.qk_norm_rope_cost(*heads(shape), DTYPE, backward=b) for b in (False, True))
     peers = compiled(plain) if shape is SHAPES[0] else {}
     yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, cost, peers=peers)
     both = cost + backward
     yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, both, backward=True, peers=peers, fixed=2)
-    cost = ops.qk_norm_rope_cost(B, N, H, D, DTYPE, in_place=True)
+    cost = ops.qk_norm_rope_cost(*heads(shape), DTYPE, in_place=True)
     peers = compiled(plain_in_place) if shape is SHAPES[0] else {}
     yield kernel_case("qk_norm_rope_, in place,", size, make, plain_in_place, ops.qk_norm_rope_, cost, peers=peers)
+
+
+def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
+    """A layer between its GEMMs as it is trained, also by the two operators that qkv_attention is made of."""
+
+    def two(*arguments: Tensor) -> Tensor:
+        q, k, v = ops.qk_norm_rope(*arguments).unbind(2)
+        return ops.attention(q, k, v)
+
+    def peer(wrap: Callable[[Callable[..., Any]], Run]) -> Variant:
+        return Variant(lambda: wrap(two))
+
+    plain, make, cost = reference.qkv_attention, partial(packed_projection, shape), ops.qkv_attention_cost
+    both = cost(*heads(shape), DTYPE) + cost(*heads(shape), DTYPE, backward=True)
+    arguments = ("qkv_attention", str(shape), make, plain, ops.qkv_attention, both)
+    peers = {"qk_norm_rope, attention": peer} | compiled(plain)
+    yield kernel_case(*arguments, backward=True, peers=peers, fixed=2)
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:
@@ -248,7 +268,7 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
     yield kernel_case(name, str(shape), partial(make, 0, 0), plain_in_place, fused, cost, peers=peers, dtype=fp32)
 
 
-OPS = (swiglu_cases, attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)
+OPS = (swiglu_cases, attention_cases, qkv_attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)
 CASES = [case for shape in SHAPES for cases in OPS for case in cases(shape)]
 
 

@@ -3,7 +3,8 @@
 The parameters and names of `reference.DDT`, merged on the way in, split on the way out:
 
 - a block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
-  norm after it are one pass, also across block boundaries;
+  norm after it are one pass, also across block boundaries; trained, whatever is between qkv and proj is one operator,
+  and so is the whole MLP, for what they keep;
 - all modulations of the encoder are one GEMM on c, all of the decoder and the final layer one GEMM on the state.
 
 On a CPU every operation is ddt_kernels' plain PyTorch one.

@@ -48,6 +48,8 @@ def costs() -> Iterator[tuple[str, str, Cost]]:
         for backward, direction in ((False, "forward"), (True, "backward")):
             cost = ops.attention_cost(batch, tokens, HEADS, HEAD_DIM, dtype, backward)
             yield "attention", f"N {tokens}, {direction}", cost
+    for backward, direction in ((False, "forward"), (True, "backward")):
+        yield "qkv_attention", f"N {TOKENS}, {direction}", ops.qkv_attention_cost(*heads, dtype, backward)
     latents = (BATCH, 4, 32, 32)
     yield "guided_step", "Euler, guided", ops.guided_step_cost(*latents, dtype)
     yield "guided_step", "4 velocities, 2 differences", ops.guided_step_cost(*latents, dtype, True, 3, 2)
