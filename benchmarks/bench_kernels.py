@@ -177,8 +177,9 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
 def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
     """A layer between its GEMMs as it is trained, also by the two operators that qkv_attention is made of."""
 
-    def two(*arguments: Tensor) -> Tensor:
-        q, k, v = ops.qk_norm_rope(*arguments).unbind(2)
+    def two(qkv: Tensor, *others: Tensor) -> Tensor:
+        q_weight, k_weight, cos, sin = others
+        q, k, v = ops.qk_norm_rope(qkv, q_weight, k_weight, cos, sin).unbind(2)
         return ops.attention(q, k, v)
 
     def peer(wrap: Callable[[Callable[..., Any]], Run]) -> Variant:
