@@ -121,10 +121,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     *heads, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # or autograd would fill a gradient of lse with zeros
     ctx.save_for_backward(out, lse, *heads)
 
 
-def _autograd(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:  # nothing downstream differentiates out
+        return (None,) * 4
     return *attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None
 
 

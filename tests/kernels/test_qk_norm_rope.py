@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 import ddt_kernels
 from ddt_fast.model.base import rotary_tables
@@ -86,6 +87,22 @@ def test_in_place_compiles_without_graph_breaks():
         assert bool(operators) == opaque
         assert torch.equal(made, expected)
     assert torch.equal(inputs["qkv"], expected)
+
+
+def test_compiled_in_place_it_works_on_the_output_of_the_gemm_before():
+    inputs = make_inputs((2, 16, 2, 12), torch.float32)
+    others = list(inputs.values())[1:]
+    x, projection = torch.randn(2, 16, 24), torch.randn(24, 72)
+
+    def layer(x):
+        qkv = (x @ projection).unflatten(-1, (3, 2, 12))
+        OPS.qk_norm_rope_.default(qkv, *others, 1e-6)
+        return qkv[:, :, 0] + 1
+
+    torch._dynamo.reset()
+    made, (code,) = run_and_get_code(torch.compile(layer, fullgraph=True), x)
+    torch.testing.assert_close(made, layer(x))
+    assert code.count("= empty_strided_cpu(") == 2  # the GEMM's output and the sum: no copy of the first
 
 
 def test_exports():

@@ -117,6 +117,15 @@ def test_the_logsumexp_is_not_differentiable():
     assert not lse.requires_grad
 
 
+def test_second_derivatives_are_refused():
+    inputs = make_inputs(SHAPE, torch.float32)
+    qkv = inputs["qkv"].requires_grad_()
+    out = ddt_kernels.qkv_attention(*inputs.values())
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        torch.autograd.grad(grad.sum(), qkv)
+
+
 MISTAKES = [
     ("qkv", lambda t: t[:, :, :2], r"qkv is of shape \(2, 5, 2, 3, 12\); wanted shape \(B, N, 3, H, D\)"),
     (
