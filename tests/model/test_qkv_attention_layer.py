@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddt_fast import DDTConfig, FusedDDT
 from ddt_fast.model.attention import attention
 from ddt_fast.model.attention.qkv import qkv_attention
 from ddt_fast.model.base import rotary_tables
 from ddt_kernels import qk_norm_rope
+from dispatched import operators_of
 
 MANY, FEW = 24, 16  # tokens: more than FEW_TOKENS in fp32, and as many
 
@@ -19,25 +19,6 @@ def make_inputs(tokens):
     qkv, *weights = (torch.randn(size, generator=generator) for size in ((2, tokens, 3, 3, 12), (12,), (12,)))
     tables = rotary_tables(12, 4, tokens // 4)
     return dict(zip(("qkv", "q_weight", "k_weight", "cos", "sin"), (qkv, *weights, *tables), strict=True))
-
-
-class Operators(TorchDispatchMode):
-    """Names of ddt_kernels' operators, in the order they ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "ddt_kernels":
-            self.names.append(function.name().removeprefix("ddt_kernels::"))
-        return function(*args, **(kwargs or {}))
-
-
-def operators_of(function, *arguments, **options):
-    with Operators() as seen:
-        result = function(*arguments, **options)
-    return result, seen.names
 
 
 def expected(inputs, backend="auto"):

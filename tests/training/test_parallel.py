@@ -13,10 +13,12 @@ import torch.distributed as dist
 from tiny_runs import TINY, digits, final_state, finish, latents, start
 
 from ddt_fast import load_model
+from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.training.loop import train
 from ddt_fast.training.parallel import Replica, process_group
 from ddt_fast.training.trained import TrainedDDT
+from dispatched import operators_of
 
 CPU = torch.device("cpu")
 
@@ -91,6 +93,17 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_exchanged_once(one_of_tw
             assert master.grad.dtype == torch.float32
             torch.testing.assert_close(master.grad, total / 2 + 0.5, rtol=1e-6, atol=1e-6)
             master.grad = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_fused_block_is_trained_by_two_operators_and_its_norms(parallel, dtype):
+    with process_group(CPU):
+        fused = Replica(TrainedDDT(FusedDDT(TINY)), dtype, parallel, compile=False)
+        _, seen = operators_of(backward, fused, 3, True)
+    for name in ("swiglu_mlp", "swiglu_mlp_backward"):
+        assert seen.count(name) == TINY.num_blocks
+    assert seen.count("gated_residual_rms_norm_modulate") == 2 * TINY.num_blocks - 2
 
 
 def test_float32_gradients_are_exchanged_once(one_of_two):
