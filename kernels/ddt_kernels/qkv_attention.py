@@ -26,6 +26,9 @@ from ddt_kernels.cost import Cost
 from ddt_kernels.qk_norm_rope import check_inputs, qk_norm_rope_cost
 from ddt_kernels.runtime import inlined
 
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]
+"""qkv, q_weight, k_weight, cos, sin and eps."""
+
 
 def qkv_attention(
     qkv: Tensor,
@@ -76,22 +79,12 @@ def launch_forward(
 
 
 def launch_backward(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    scale: float,
+    grad_out: Tensor, out: Tensor, lse: Tensor, inputs: Inputs, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkv, contiguous, q_weight and k_weight."""
-    arguments = (qkv, q_weight, k_weight, cos, sin, eps)
-    grad_qkv = qkv.new_empty(qkv.shape)
-    attention_launch.launch_backward(grad_out, out, lse, *_launch_heads(*arguments), scale, packed=grad_qkv)
-    return qk_norm_rope_launch.launch_backward(grad_qkv, *arguments, in_place=True)
+    grad_qkv = inputs[0].new_empty(inputs[0].shape)
+    attention_launch.launch_backward(grad_out, out, lse, *_launch_heads(*inputs), scale, packed=grad_qkv)
+    return qk_norm_rope_launch.launch_backward(grad_qkv, *inputs, in_place=True)
 
 
 @torch.library.custom_op("ddt_kernels::qkv_attention", mutates_args=(), device_types="cuda")
@@ -103,16 +96,13 @@ def _operator(
 
 
 @_operator.register_kernel("cpu")
-def _(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float
-) -> tuple[Tensor, Tensor]:
-    return attention_operator(*_plain_heads(qkv, q_weight, k_weight, cos, sin, eps), scale)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, scale = arguments
+    return attention_operator(*_plain_heads(*inputs), scale)
 
 
 @_operator.register_fake
-def _(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, N, _, H, D = qkv.shape
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     return qkv.new_empty((B, N, H, D)), qkv.new_empty((B, H, N), dtype=dtype)
@@ -139,7 +129,7 @@ def _backward_operator(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of qkv, contiguous, q_weight and k_weight."""
-    return launch_backward(grad_out, out, lse, qkv, q_weight, k_weight, cos, sin, eps, scale)
+    return launch_backward(grad_out, out, lse, (qkv, q_weight, k_weight, cos, sin, eps), scale)
 
 
 @_backward_operator.register_kernel("cpu")
@@ -167,16 +157,7 @@ def _(
 
 @_backward_operator.register_fake
 def _(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    scale: float,
+    grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.new_empty(qkv.shape), q_weight.new_empty(q_weight.shape), k_weight.new_empty(k_weight.shape)
 

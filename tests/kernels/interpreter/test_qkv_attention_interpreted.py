@@ -36,7 +36,7 @@ def test_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatch):
     expected = one_after_the_other(inputs, grad, scale)
     poison_empty(monkeypatch)
     out, lse = launch_forward(*inputs.values(), 1e-6, scale)
-    gradients = launch_backward(grad, out, lse, *inputs.values(), 1e-6, scale)
+    gradients = launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
     assert all(torch.equal(a, b) for a, b in zip((out, lse, *gradients), expected, strict=True))
     assert gradients[0].is_contiguous()
     assert torch.equal(inputs["qkv"], before)
@@ -47,7 +47,7 @@ def test_matches_reference(dtype):
     inputs = make_inputs((2, 21, 2, 72), dtype, strided=False)
     grad, scale = random_grad(inputs), 72**-0.5
     out, lse = launch_forward(*inputs.values(), 1e-6, scale)
-    made = (out, *launch_backward(grad, out, lse, *inputs.values(), 1e-6, scale))
+    made = (out, *launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale))
     leaves, tables = [inputs[name] for name in DIFFERENTIABLE], (inputs["cos"], inputs["sin"])
 
     def plain(*tensors):
