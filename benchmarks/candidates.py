@@ -58,6 +58,7 @@ def candidates() -> Iterator[tuple[str, SamplingConfig]]:
     """Names and settings; guidance is another's matter."""
     yield "Euler 250, published", PUBLISHED
     yield "Euler 250, K 2 held", replace(PUBLISHED, refresh_every=2)
+    yield "Euler 250, even steps, --fast", fast_settings(replace(BASE, num_steps=250))
     for steps in (250, 100, 50):
         yield f"Euler {steps}, --fast", fast_settings(replace(PUBLISHED, num_steps=steps))
     for steps in (55, 35):
