@@ -27,8 +27,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     with figure(path, 2, 5, (32, 12), title) as axes:
         few, many = (f"{words} samples" for words in (record["screen_samples"], f"near the front, {record['samples']}"))
         for axis, name in zip(axes[:4], ("screening_error", "error", "error_median", "error_p90"), strict=True):
-            chosen, title = (screened, f"the grid, {few}") if axis is axes[0] else (points, many)
-            _losses(axis, chosen, "tflop_xl2", name, title)
+            chosen, heading = (screened, f"the grid, {few}") if axis is axes[0] else (points, many)
+            _losses(axis, chosen, "tflop_xl2", name, heading)
             axis.set(yscale="log", ylabel=ERRORS[name])
         _losses(axes[5], points, "mflop_digits", "error_median", many)
         axes[5].set(yscale="log", ylabel=ERRORS["error_median"])

@@ -104,11 +104,11 @@ def test_other_files_have_their_tables(tmp_path):
     name = "Euler 250, --fast"
     assert [name, "6.5", *["12.5 / 2.5 / 7.5"] * 2] in rows(found["candidates"])
     assert ["all", "24.5", "0.5000 ± 0.0120", "-"] in rows(found["candidates"])
-    assert [name, "6.5", "0.5000 ± 0.0120", "+0.0020 ± 0.0010"] in rows(found["candidates"])
+    assert [name, "6.5", "0.5000 ± 0.0120", "+0.00200 ± 0.00100"] in rows(found["candidates"])
     assert ["", "512 px", "5", "4", "1.25"] in rows(found["scaling"])
     assert ["", "1024 px, skipped: out of memory", "-", "-", "-"] in rows(found["scaling"])
     short = rows(found["candidates, in short"])
-    assert [name, "6.5", "0.0125", "0.0025", "0.0075", "+0.0020 ± 0.0010"] in short
+    assert [name, "6.5", "0.0125", "0.0025", "0.0075", "+0.00200 ± 0.00100"] in short
     assert len(short) == 3
     assert found["training step"] == "No `training_step.json` yet; `python -m benchmarks.training_step` makes it."
 
