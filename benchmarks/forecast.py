@@ -2,9 +2,10 @@
 
     python -m benchmarks.forecast --output-dir benchmarks/results
 
-writes forecast.json and forecast.png. Every setting draws the same samples; its error is the relative L2 distance of
+writes forecast.json and forecast.png. Every setting draws the same samples; its errors are relative L2 distances of
 the final samples from those of the run that evaluates everything (every step refreshed, both branches inside the
-guidance interval). Beside it stand the digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
+guidance interval): of all samples, and the median and the 90% quantile of the samples' own. Beside them stand the
+digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.cpu_sampling import relative_error
-from benchmarks.digits_runs import DigitsRuns, digits_model, xl2_flops
+from benchmarks.digits_runs import KEEP_HELP, DigitsRuns, digits_model, kept_samples, sample_errors, xl2_flops
 from benchmarks.environment import environment
 from benchmarks.figures import figure
 from ddt_fast import SamplingConfig
 from ddt_fast.command import run_command
 from ddt_fast.config import GuidanceForecast, StateForecast
 from ddt_fast.files import output_folder, write_json
+from ddt_fast.model import FusedDDT
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 
@@ -35,12 +36,14 @@ LINEAR = replace(BASE, state_forecast="linear", guidance_forecast="linear")
 
 @dataclass(frozen=True)
 class Result:
-    """One setting: what it is, its error, the digits' scores, and its cost at XL/2, 256 px."""
+    """One setting: what it is, its errors, the digits' scores, and its cost at XL/2, 256 px."""
 
     group: str
     series: str
     at: float
     error: float
+    error_median: float
+    error_p90: float
     accuracy: float
     frechet: float
     tflop_per_image_xl2_256: float
@@ -83,9 +86,9 @@ def truth_of(config: SamplingConfig) -> SamplingConfig:
     )
 
 
-def measure(num_samples: int) -> list[Result]:
+def measure(num_samples: int, keep: Path | None) -> list[Result]:
     """Every setting, and every truth it is compared with (series "everything")."""
-    draw = DigitsRuns(digits_model(), num_samples)
+    draw = DigitsRuns(FusedDDT.from_reference(digits_model()), num_samples, keep)
     truths: dict[SamplingConfig, torch.Tensor] = {}
     results = []
     # Settings with the same truth follow each other in no particular order: keep them all.
@@ -103,7 +106,7 @@ def measure(num_samples: int) -> list[Result]:
                     group=group,
                     series=name,
                     at=at,
-                    error=relative_error(samples, truth),
+                    **asdict(sample_errors(samples, truth)),
                     accuracy=score.accuracy,
                     frechet=score.frechet,
                     tflop_per_image_xl2_256=xl2_flops(SamplingPlan.from_config(run)) / 1e12,
@@ -126,9 +129,12 @@ def plot(results: list[Result], file: Path) -> None:
         }
         for axis, (group, heading) in zip(axes, panels.items(), strict=False):
             for series in dict.fromkeys(r.series for r in results if r.group == group and r.series != "everything"):
-                points = sorted((r.at, r.error) for r in results if r.group == group and r.series == series)
-                axis.plot(*zip(*points, strict=True), marker="o", label=series)
-            axis.set(yscale="log", title=heading, ylabel="relative error of the sample")
+                chosen = [r for r in results if r.group == group and r.series == series]
+                median = sorted((r.at, r.error_median) for r in chosen)
+                (line,) = axis.plot(*zip(*median, strict=True), marker="o", label=series)
+                overall = sorted((r.at, r.error) for r in chosen)
+                axis.plot(*zip(*overall, strict=True), color=line.get_color(), linestyle=":", alpha=0.6)
+            axis.set(yscale="log", title=heading, ylabel="relative error: median, dotted: of all samples")
             axis.set_xscale("log")
             ticks = sorted({r.at for r in results if r.group == group and r.series != "everything"})
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
@@ -137,7 +143,7 @@ def plot(results: list[Result], file: Path) -> None:
             axis.legend()
         at_w2 = [r for r in results if r.settings["num_steps"] == 250 and r.settings["guidance_scale"] == 2.0]
         quantities = (
-            ("error", "relative error of the sample"),
+            ("error_median", "median relative error"),
             ("frechet", "pixel Fréchet distance"),
             ("accuracy", "class accuracy"),
         )
@@ -151,7 +157,7 @@ def plot(results: list[Result], file: Path) -> None:
                             *zip(*points, strict=True), marker=marker, label=f"{group.split(',')[0]}, {forecast}"
                         )
             everything = next(r for r in at_w2 if r.series == "everything")
-            if name == "error":
+            if name == "error_median":
                 axis.set_yscale("log")
             else:
                 axis.axhline(getattr(everything, name), color="grey", linewidth=1, label="everything evaluated")
@@ -164,11 +170,12 @@ def main() -> None:
     """Measure, write, plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forecast", description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", default="benchmarks/results")
-    parser.add_argument("--num-samples", type=int, default=449, help="65 or more")
+    parser.add_argument("--num-samples", type=int, default=256, help="65 or more")
+    parser.add_argument("--keep", help=KEEP_HELP)
     options = parser.parse_args()
     folder = output_folder(options.output_dir)
     record = {"environment": environment(), "num_samples": options.num_samples}
-    results = measure(options.num_samples)
+    results = measure(options.num_samples, kept_samples(options.keep))
     write_json(folder / "forecast.json", record | {"results": [asdict(result) for result in results]})
     plot(results, folder / "forecast.png")
 

@@ -10,11 +10,13 @@ are on one scale. (`benchmarks.forecast` compares with the run of the same steps
 shortcuts' error alone.) Another guidance interval is another ODE with other samples: an error against this truth would
 say nothing of it, so intervals are judged by the Fréchet distance and the class accuracy.
 
-- The grid is screened with a few samples: relative L2 error of the final samples.
-- Whatever is near the front there, and the settings that have a name, are run again with many samples: error, pixel
-  Fréchet distance, class accuracy. Fronts and recommendations are of these. Errors of few samples and of many do not
-  compare: one or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the
-  error, so that it says more of them than of the typical sample.
+One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative L2
+error of all: it says more of them than of the typical sample. So the median and the 90% quantile of the samples' own
+errors stand beside it.
+
+- The grid is screened with a few samples: the error of all, and the median.
+- Whatever is near the front there by either, and the settings that have a name, are run again with many samples:
+  errors, pixel Fréchet distance, class accuracy. Fronts and recommendations are of these.
 
 A Fréchet distance below the truth's is no gain: such runs follow the guidance less, which draws digits away from the
 real ones' spread. Near the front it differs by little more than noise.
@@ -27,45 +29,38 @@ what is compared is then not luck. With the published 250 steps it lies beside o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.cpu_sampling import relative_error
-from benchmarks.digits_runs import DigitsRuns, digits_model, xl2_flops
+from benchmarks.digits_runs import (
+    KEEP_HELP,
+    DigitsRuns,
+    SampleErrors,
+    digits_model,
+    kept_samples,
+    sample_errors,
+    xl2_flops,
+)
 from benchmarks.environment import environment
 from benchmarks.fronts import dominating, front, near_front, recommend
 from benchmarks.pareto_figure import plot
-from benchmarks.tables import table, write_record
+from benchmarks.pareto_settings import BASE, MEASURES, STEPS, grid, label, named
+from benchmarks.report.files import ResultsFile
+from benchmarks.report.other_tables import pareto as pareto_tables
+from benchmarks.tables import write_record
 from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.config import SamplingConfig, Solver, StateForecast
+from ddt_fast.config import SamplingConfig
 from ddt_fast.files import output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
-from ddt_fast.sampling.fast import fast_settings
-
-PUBLISHED = PRESETS["xl2_256"].sampling
-BASE = replace(PUBLISHED, last_step=None)
-"""Even steps: the published last one is ten times as long as the others, for the solver's error alone a bad choice."""
-
-STEPS = (10, 15, 25, 35, 55, 105, 245)
-SOLVERS: tuple[tuple[Solver, int], ...] = (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4))
-"""And their orders, which Euler does not read."""
-
-FORECASTS: tuple[StateForecast, ...] = ("linear", "quadratic")
-PERIODS = (2, 3, 4, 6, 10, 16)
-"""Of the encoder and of guidance."""
-
-MANY_STEPS = 40
-"""Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
-shortcut's."""
 
 NEAR = 1.15
-"""Times the front's error, in the screening, up to which settings are run again."""
+"""Times the front's error or median, in the screening, up to which settings are run again."""
 
 BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)
 """TFLOP per image at XL/2, 256 px."""
@@ -85,7 +80,8 @@ class Point:
         name: of those that are known by one; else empty.
         tflop_xl2: at XL/2, 256 px.
         mflop_digits: of the digits model.
-        screening_error, error: relative L2, of few samples and of many; None where not measured.
+        screening: errors of few samples.
+        errors: of many; None where not measured.
         frechet, accuracy: `DigitsScore`'s, of many samples.
     """
 
@@ -94,8 +90,8 @@ class Point:
     network_evaluations: int
     tflop_xl2: float
     mflop_digits: float
-    screening_error: float | None = None
-    error: float | None = None
+    screening: SampleErrors | None = None
+    errors: SampleErrors | None = None
     frechet: float | None = None
     accuracy: float | None = None
 
@@ -106,60 +102,18 @@ class Point:
         settings = {name: getattr(c, name) for name in (*names, "guidance_forecast", "guidance_interval")}
         if c.solver != "lms":
             del settings["order"]
-        values = {name: value for name, value in vars(self).items() if name != "config" and value not in (None, "")}
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, SampleErrors):
+                prefix = "screening_" if name == "screening" else ""
+                values |= {prefix + measure: error for measure, error in asdict(value).items()}
+            elif name != "config" and value not in (None, ""):
+                values[name] = value
         return values | {"settings": settings}
 
-
-def grid(steps: Sequence[int]) -> Iterator[SamplingConfig]:
-    """Every solver with everything evaluated, and with shortcuts."""
-    for count in steps:
-        for solver, order in SOLVERS:
-            config = replace(BASE, num_steps=count, solver=solver, order=order)
-            yield config
-            if count <= MANY_STEPS or (solver, order) == ("lms", 3):
-                yield from shortcuts(config)
-
-
-def shortcuts(config: SamplingConfig) -> Iterator[SamplingConfig]:
-    """The encoder, guidance, or both at every K-th step; where both, guidance one notch more rarely, or as often."""
-    # Too few refreshes are all noise; where there are very many, the next period does as well for less.
-    periods = [p for p in PERIODS if 5 <= config.num_steps / p <= 45]
-    few_steps = config.num_steps <= MANY_STEPS
-    for i, period in enumerate(periods):
-        if few_steps:
-            if i == 0:
-                # Held values are here for comparison: they lose to forecast ones at every period.
-                yield replace(config, refresh_every=period)
-                yield replace(config, guidance_every=period)
-            yield replace(config, guidance_every=period, guidance_forecast="linear")
-        for forecast in FORECASTS:
-            once = replace(config, refresh_every=period, state_forecast=forecast)
-            yield once
-            for guidance in periods[i : i + 2] if few_steps else periods[i + 1 : i + 2]:
-                yield replace(once, guidance_every=guidance, guidance_forecast="linear")
-
-
-def named() -> Iterator[tuple[str, SamplingConfig]]:
-    """What people run: as published, the paper's sharing, and --fast."""
-    yield "published", PUBLISHED
-    yield "published, K 2 held", replace(PUBLISHED, refresh_every=2)
-    for steps in (250, 100, 50):
-        yield f"--fast, Euler {steps}", fast_settings(replace(PUBLISHED, num_steps=steps))
-    for steps in (50, 25):
-        config = replace(BASE, num_steps=steps, solver="lms", order=2)
-        yield f"multistep 2, {steps}", config
-        yield f"--fast, multistep 2, {steps}", fast_settings(config)
-
-
-def label(config: SamplingConfig) -> str:
-    """A setting in a few words."""
-    solver = "Euler" if config.solver == "euler" else f"multistep {config.order}"
-    words = [solver, f"{config.num_steps} steps"]
-    if config.refresh_every > 1:
-        words.append(f"K {config.refresh_every} {config.state_forecast}")
-    if config.guidance_every > 1:
-        words.append(f"M {config.guidance_every} {config.guidance_forecast}")
-    return ", ".join(words)
+    def loss(self, name: str) -> float:
+        """Of MEASURES, or "frechet", of many samples."""
+        return _known(self.frechet) if name == "frechet" else getattr(self.errors, name)
 
 
 class Measurement:
@@ -169,6 +123,7 @@ class Measurement:
         steps: of the grid.
         screen_samples, samples: of the screening, and of what is run again (65 or more).
         truth_steps: of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two.
+        keep: as `DigitsRuns` takes it.
 
     Attributes:
         points: of the grid and the named settings.
@@ -177,21 +132,23 @@ class Measurement:
         scores: Fréchet distance and accuracy of the truth, and of real digits.
     """
 
-    def __init__(self, steps: Sequence[int], screen_samples: int, samples: int, truth_steps: int) -> None:
+    def __init__(
+        self, steps: Sequence[int], screen_samples: int, samples: int, truth_steps: int, keep: Path | None
+    ) -> None:
         # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
         model = FusedDDT.from_reference(digits_model())
-        self._screen, self._final = DigitsRuns(model, screen_samples), DigitsRuns(model, samples)
+        self._screen, self._final = DigitsRuns(model, screen_samples, keep), DigitsRuns(model, samples, keep)
         fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
         half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
         truth = self._screen(fine)
         self.truth = {
             "what": f"{label(fine)}, everything evaluated",
-            "own_error": relative_error(self._screen(half), truth),
+            "own_error": sample_errors(self._screen(half), truth).error,
             "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
         }
         self.points = [self._point(config) for config in grid(steps)]
         for point in tqdm(self.points, unit="setting", desc="screening"):
-            point.screening_error = relative_error(self._screen(point.config), truth)
+            point.screening = sample_errors(self._screen(point.config), truth)
         self.points += [self._point(config, name) for name, config in named()]
         truth = self._final(fine)
         score = self._final.score(truth)
@@ -214,15 +171,17 @@ class Measurement:
 
     def _finalists(self) -> list[Point]:
         """Near the front of the screening by either cost, or named."""
-        screened = [point for point in self.points if point.screening_error is not None]
-        errors = [_known(point.screening_error) for point in screened]
-        chosen = {i for costs in _both_costs(screened) for i in near_front(costs, errors, NEAR)}
+        screened = [point for point in self.points if point.screening is not None]
+        chosen: set[int] = set()
+        for measure in ("error", "error_median"):
+            errors = [getattr(point.screening, measure) for point in screened]
+            chosen.update(i for costs in _both_costs(screened) for i in near_front(costs, errors, NEAR))
         return [screened[i] for i in sorted(chosen)] + [point for point in self.points if point.name]
 
     def _score(self, point: Point, truth: torch.Tensor | None) -> None:
         samples = self._final(point.config)
         score = self._final.score(samples)
-        point.error = None if truth is None else relative_error(samples, truth)
+        point.errors = None if truth is None else sample_errors(samples, truth)
         point.frechet, point.accuracy = score.frechet, score.accuracy
 
     def _other_intervals(self) -> Iterator[SamplingConfig]:
@@ -238,7 +197,7 @@ class Measurement:
     @property
     def finalists(self) -> list[Point]:
         """The points that were run with many samples."""
-        return [point for point in self.points if point.error is not None]
+        return [point for point in self.points if point.errors is not None]
 
 
 def _known(value: float | None) -> float:
@@ -252,73 +211,39 @@ def _both_costs(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 def fronts(finalists: Sequence[Point]) -> dict[str, list[int]]:
     """Fronts, as numbers of finalists, by loss and cost."""
-    losses = {"error": [_known(p.error) for p in finalists], "frechet": [_known(p.frechet) for p in finalists]}
     costs = dict(zip(("tflop_xl2", "mflop_digits"), _both_costs(finalists), strict=True))
-    return {f"{loss} over {cost}": front(costs[cost], losses[loss]) for loss in losses for cost in costs}
+    return {
+        f"{loss} over {cost}": front(costs[cost], [point.loss(loss) for point in finalists])
+        for loss in (*MEASURES, "frechet")
+        for cost in costs
+    }
 
 
-def recommended(finalists: Sequence[Point]) -> list[tuple[float, int]]:
-    """(budget in TFLOP per image at XL/2 256 px, number of a finalist), a setting once, for the least budget."""
-    costs, errors = _both_costs(finalists)[0], [_known(p.error) for p in finalists]
-    chosen: dict[int, float] = {}
-    for budget in BUDGETS:
-        index = recommend(costs, errors, budget, TOLERANCE)
-        if index is not None:
-            chosen.setdefault(index, budget)
-    return [(budget, index) for index, budget in chosen.items()]
-
-
-def better_than_named(finalists: Sequence[Point]) -> list[tuple[int, int | None, int | None]]:
-    """(a named finalist, the one of least error that costs no more, the cheapest that errs no more), None where it is
-    on the front itself."""
-    costs, errors = _both_costs(finalists)[0], [_known(p.error) for p in finalists]
-    rows: list[tuple[int, int | None, int | None]] = []
-    for i, point in enumerate(finalists):
-        if point.name:
-            better = dominating(costs, errors, i)
-            cheapest = min(better, key=lambda j: costs[j], default=None)
-            rows.append((i, better[0] if better else None, cheapest))
+def recommended(finalists: Sequence[Point]) -> list[tuple[str, float, int]]:
+    """(measure, budget in TFLOP per image at XL/2 256 px, number of a finalist): of each measure a setting once, for
+    the least budget."""
+    costs = _both_costs(finalists)[0]
+    rows = []
+    for measure in MEASURES:
+        losses = [point.loss(measure) for point in finalists]
+        chosen: dict[int, float] = {}
+        for budget in BUDGETS:
+            index = recommend(costs, losses, budget, TOLERANCE)
+            if index is not None:
+                chosen.setdefault(index, budget)
+        rows += [(measure, budget, index) for index, budget in chosen.items()]
     return rows
 
 
-def report(measurement: Measurement) -> str:
-    """The tables."""
-    points = measurement.finalists
-    published = next(p for p in points if p.name == "published")
-
-    def row(point: Point) -> list[object]:
-        accuracy = f"{_known(point.accuracy):.1%}"
-        return [label(point.config), point.tflop_xl2, point.error, point.frechet, accuracy]
-
-    measures = ["TFLOP per image", "error", "Fréchet", "accuracy"]
-    chosen = [[f"{budget:g}", *row(points[i])] for budget, i in recommended(points)]
-    compared = []
-    for i, least, cheapest in better_than_named(points):
-        best = "on the front" if least is None else "{}: {:.2g} at {:.3g}".format(*_short(points[least]))
-        less = "" if cheapest is None else "{}: {:.2g} at {:.3g}".format(*_short(points[cheapest]))
-        compared.append([points[i].name, *row(points[i])[1:], best, less])
-    intervals = [
-        [f"{p.config.guidance_interval[0]:g} to {p.config.guidance_interval[1]:g}", *row(p)[:2], *row(p)[3:]]
-        for p in measurement.intervals
-    ]
-    truth, scores = measurement.truth, measurement.scores
-    return "\n\n".join(
-        [
-            f"Truth: {truth['what']} (own error about {truth['own_error']:.1g}); Fréchet distance "
-            f"{scores['frechet']:.3f}, class accuracy {scores['accuracy']:.1%}. TFLOP at XL/2, 256 px, where the "
-            f"published setting takes {published.tflop_xl2:.1f}.",
-            f"Recommended: the cheapest within {TOLERANCE:g} times the least error that a budget affords\n\n"
-            + table(["budget, TFLOP", "setting", *measures], chosen),
-            "What people run, and what beats it\n\n"
-            + table(["name", *measures, "least error for no more FLOPs", "fewest FLOPs for no more error"], compared),
-            "Guidance intervals: other ODEs, judged by their samples\n\n"
-            + table(["interval", "setting", "TFLOP per image", "Fréchet", "accuracy"], intervals),
-        ]
-    )
-
-
-def _short(point: Point) -> tuple[str, float, float]:
-    return point.name or label(point.config), _known(point.error), point.tflop_xl2
+def better_than_named(finalists: Sequence[Point]) -> list[tuple[int, int | None]]:
+    """(a named finalist, the cheapest that errs no more by any measure), None where there is none."""
+    costs = _both_costs(finalists)[0]
+    rows: list[tuple[int, int | None]] = []
+    for i, point in enumerate(finalists):
+        if point.name:
+            better = [{*dominating(costs, [p.loss(measure) for p in finalists], i)} for measure in MEASURES]
+            rows.append((i, min(set.intersection(*better), key=lambda j: costs[j], default=None)))
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -329,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--screen-samples", type=int, default=32, help="samples that the grid is screened with")
     parser.add_argument("--samples", type=int, default=256, help="samples of what is run again; 65 or more")
     parser.add_argument("--truth-steps", type=int, default=305, help="steps of the fine run")
+    parser.add_argument("--keep", help=KEEP_HELP)
     options = parser.parse_args(arguments)
     require_int("--screen-samples", options.screen_samples, 1)
     require_int("--samples", options.samples, 65)
@@ -337,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
     require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
     folder = output_folder(options.output_dir)
     record: dict[str, Any] = {"environment": environment()}
-    measurement = Measurement(options.steps, options.screen_samples, options.samples, options.truth_steps)
+    counts = options.steps, options.screen_samples, options.samples, options.truth_steps
+    measurement = Measurement(*counts, kept_samples(options.keep))
     finalists = measurement.finalists
     number = {id(point): i for i, point in enumerate(measurement.points)}
     record |= {
@@ -348,13 +275,19 @@ def main(arguments: list[str] | None = None) -> None:
         "points": [point.as_dict() for point in measurement.points],
         "fronts": {name: [number[id(finalists[i])] for i in indices] for name, indices in fronts(finalists).items()},
         "recommended": [
-            {"budget_tflop_xl2": budget, "point": number[id(finalists[i])]} for budget, i in recommended(finalists)
+            {"by": measure, "budget_tflop_xl2": budget, "point": number[id(finalists[i])]}
+            for measure, budget, i in recommended(finalists)
+        ],
+        "better_than_named": [
+            {"point": number[id(finalists[i])], "cheapest": None if j is None else number[id(finalists[j])]}
+            for i, j in better_than_named(finalists)
         ],
         "intervals": [point.as_dict() for point in measurement.intervals],
     }
-    write_record(folder / "pareto.json", record)
+    path = folder / "pareto.json"
+    write_record(path, record)
     plot(record, folder / "pareto.png")
-    print(report(measurement))
+    print("\n\n".join(pareto_tables(ResultsFile(path))))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,13 @@ from benchmarks.figures import figure
 from benchmarks.fronts import front
 
 COSTS = {"tflop_xl2": "TFLOP per image at XL/2, 256 px", "mflop_digits": "MFLOP per image of the digits model"}
-ERROR, FRECHET, ACCURACY = "relative error of the sample", "pixel Fréchet distance", "class accuracy"
+FRECHET, ACCURACY = "pixel Fréchet distance", "class accuracy"
+ERRORS = {
+    "screening_error": "relative error of all samples",
+    "error": "relative error of all samples",
+    "error_median": "median of the samples' relative errors",
+    "error_p90": "90% quantile of the samples' relative errors",
+}
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -18,21 +24,22 @@ def plot(record: dict[str, Any], path: Path) -> None:
     title = "Sampling settings on the trained digits model against the guided ODE's solution, w 2"
     points = [point for point in record["points"] if "error" in point]
     screened = [point for point in record["points"] if "screening_error" in point]
-    with figure(path, 2, 4, (26, 12), title) as axes:
-        _losses(axes[0], screened, "tflop_xl2", "screening_error", f"the grid, {record['screen_samples']} samples")
-        many = f"near the front, {record['samples']} samples"
-        _losses(axes[1], points, "tflop_xl2", "error", many)
-        _losses(axes[2], points, "mflop_digits", "error", many)
-        for axis in axes[:3]:
-            axis.set(yscale="log", ylabel=ERROR)
-        _accuracies(axes[4], points, record["truth"]["accuracy"])
-        for axis, cost in zip(axes[5:7], COSTS, strict=True):
+    with figure(path, 2, 5, (32, 12), title) as axes:
+        few, many = (f"{words} samples" for words in (record["screen_samples"], f"near the front, {record['samples']}"))
+        for axis, name in zip(axes[:4], ("screening_error", "error", "error_median", "error_p90"), strict=True):
+            chosen, heading = (screened, f"the grid, {few}") if axis is axes[0] else (points, many)
+            _losses(axis, chosen, "tflop_xl2", name, heading)
+            axis.set(yscale="log", ylabel=ERRORS[name])
+        _losses(axes[5], points, "mflop_digits", "error_median", many)
+        axes[5].set(yscale="log", ylabel=ERRORS["error_median"])
+        _accuracies(axes[6], points, record["truth"]["accuracy"])
+        for axis, cost in zip(axes[7:9], COSTS, strict=True):
             _losses(axis, points, cost, "frechet", many)
             axis.axhline(record["truth"]["frechet"], color="black", linewidth=1, label="the truth")
             axis.axhline(record["truth"]["frechet_real"], color="grey", linestyle=":", label="real digits")
             axis.set(ylabel=FRECHET)
-        _intervals(axes[3], record["intervals"], "frechet", FRECHET)
-        _intervals(axes[7], record["intervals"], "accuracy", ACCURACY)
+        _intervals(axes[4], record["intervals"], "frechet", FRECHET)
+        _intervals(axes[9], record["intervals"], "accuracy", ACCURACY)
         for axis in axes:
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize="small")

@@ -20,6 +20,7 @@ KINDS = {
     "training_step": ("python -m benchmarks.training_step", ("batch_size", "rows")),
     "forecast": ("python -m benchmarks.forecast", ("num_samples", "results")),
     "pareto": ("python -m benchmarks.pareto", ("points", "recommended")),
+    "candidates": ("python -m benchmarks.candidates", ("errors", "frechet")),
     "scaling": ("python -m benchmarks.scaling", ("counted", "measured", "simulated")),
 }
 """By kind of file: the command that writes one, and the keys it is known by."""

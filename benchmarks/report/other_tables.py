@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.pareto import label
+from benchmarks.pareto_settings import MEASURES, label
 from benchmarks.report.files import Fields, ResultsFile
 from benchmarks.report.suite_tables import error, ratio
 from benchmarks.tables import significant, table
@@ -143,53 +143,135 @@ def forecast(file: ResultsFile) -> Iterator[str]:
     rows = []
     for words, *key in FORECAST_ROWS:
         row = find(*key)
-        off = row.number("error")
         rows.append(
             [
                 words,
-                f"{off:.4f}" if off else "0",
+                *(f"{off:.4f}" if (off := row.number(name)) else "0" for name in ("error", "error_median")),
                 f"{row.number('frechet'):.3f}",
                 f"{row.number('accuracy'):.1%}",
                 f"{row.number('tflop_per_image_xl2_256'):.1f}",
             ]
         )
     samples = file.content.integer("num_samples")
-    head = [f"digits, 250 steps, w 2 in (0.3, 1), {samples} samples", "error of the final sample"]
+    head = [f"digits, 250 steps, w 2 in (0.3, 1), {samples} samples", "error of all samples", "median error"]
     yield table([*head, "pixel Fréchet distance", "class accuracy", "TFLOP at XL/2, 256 px"], rows)
-    fast, hold = (find("guidance scale", series, 4).number("error") for series in ("--fast", "hold K 2"))
+    fast, hold = (find("guidance scale", series, 4) for series in ("--fast", "hold K 2"))
+    numbers = [row.number(name) for row in (fast, hold) for name in ("error", "error_median")]
     yield (
-        "Errors are relative L2 distances from the first row's samples. At guidance 4 `--fast` has an error of "
-        f"{fast:.4f}, hold with K = 2 one of {hold:.4f}. The file holds all settings."
+        "Errors are relative L2 distances from the first row's samples: of all as one vector, and the median of each "
+        "by itself. At guidance 4 `--fast` has errors of {:.4f} and {:.4f}, hold with K = 2 of {:.4f} and {:.4f}. The "
+        "file holds all settings.".format(*numbers)
     )
     yield file.provenance()
 
 
 def pareto(file: ResultsFile) -> Iterator[str]:
-    """What to take for a budget, what people run, and other guidance intervals."""
+    """What to take for a budget, by each measure of the error, and what people run."""
     points = file.content.objects("points")
 
+    def numbered(entry: Fields, name: str) -> Fields:
+        number = entry.integer(name)
+        if not 0 <= number < len(points):
+            raise ValueError(f"{entry.place}.{name} is {number}; allowed: 0 to {len(points) - 1}")
+        return points[number]
+
     def row(point: Fields) -> list[object]:
-        numbers = [point.number(name) for name in ("tflop_xl2", "error", "frechet")]
+        numbers = [point.number(name) for name in ("tflop_xl2", *MEASURES, "frechet")]
         return [_pareto_label(point), *numbers, f"{point.number('accuracy'):.1%}"]
 
-    head = ["setting", "TFLOP per image", "error", "Fréchet", "accuracy"]
-    chosen = []
+    head = ["setting", "TFLOP per image", *MEASURES.values(), "Fréchet", "accuracy"]
+    measures: dict[tuple[float, float, int], list[str]] = {}
     for entry in file.content.objects("recommended"):
-        number = entry.integer("point")
-        if not 0 <= number < len(points):
-            raise ValueError(f"{entry.place}.point is {number}; allowed: 0 to {len(points) - 1}")
-        chosen.append([f"{entry.number('budget_tflop_xl2'):g}", *row(points[number])])
+        cost = numbered(entry, "point").number("tflop_xl2")
+        key = (entry.number("budget_tflop_xl2"), cost, entry.integer("point"))
+        measures.setdefault(key, []).append(MEASURES[entry.text("by")])
+    chosen = [[f"{key[0]:g}", ", ".join(measures[key]), *row(points[key[2]])] for key in sorted(measures)]
     truth = file.content.object("truth")
     yield (
-        f"Digits model, {file.content.integer('samples')} samples, error against {truth.text('what')}, whose Fréchet "
-        f"distance is {truth.number('frechet'):.3f}: one below it is no gain. TFLOP per image at XL/2, 256 px. "
-        "Recommended for a budget:"
+        f"Digits model, {file.content.integer('samples')} samples, errors against {truth.text('what')}, whose Fréchet "
+        f"distance is {truth.number('frechet'):.3f}: one below it is no gain. Errors are relative L2 distances: of all "
+        "samples as one vector, and the median and 90% quantile of each by itself. TFLOP per image at XL/2, 256 px. "
+        "Recommended for a budget, by each:"
     )
-    yield table(["budget", *head], chosen)
-    yield "What people run:"
-    named = [point for point in points if point.has("name")]
-    yield table(["name", *head], [[point.text("name"), *row(point)] for point in named])
+    yield table(["budget", "by", *head], chosen)
+    yield "What people run, and the cheapest of all that errs no more by any of the three:"
+    better = {}
+    for entry in file.content.objects("better_than_named"):
+        if entry.has("cheapest"):
+            cheapest = numbered(entry, "cheapest")
+            better[entry.integer("point")] = f"{_pareto_label(cheapest)}: {cheapest.number('tflop_xl2'):.3g} TFLOP"
+    named = [(i, point) for i, point in enumerate(points) if point.has("name")]
+    yield table(["name", *head, "cheapest"], [[p.text("name"), *row(p), better.get(i)] for i, p in named])
     yield file.provenance()
+
+
+def candidates(file: ResultsFile) -> Iterator[str]:
+    """Errors by candidate and guidance setting, and Fréchet distances."""
+    rows = file.content.objects("errors")
+    guidance = list(dict.fromkeys(row.text("guidance") for row in rows))
+    found = {(row.text("candidate"), row.text("guidance")): row for row in rows}
+    lines = []
+    for name in dict.fromkeys(row.text("candidate") for row in rows):
+        own = [found.get((name, setting)) for setting in guidance]
+        errors = [row and " / ".join(f"{1000 * row.number(measure):.3g}" for measure in MEASURES) for row in own]
+        lines.append([name, max(row.number("tflop_xl2") for row in own if row), *errors])
+    yield (
+        f"Digits model, {file.content.integer('samples')} samples, errors in thousandths against the solution of the "
+        "ODE, by guidance: of all samples as one vector / median / 90% quantile of each by itself. TFLOP per image at "
+        "XL/2, 256 px, of the guidance that takes most:"
+    )
+    yield table(["setting", "TFLOP", *guidance], lines)
+    distances = [
+        [
+            row.text("candidate"),
+            row.number("tflop_xl2"),
+            f"{row.number('frechet'):.4f} ± {row.number('frechet_sd'):.4f}",
+            _difference(row) if row.has("difference") else None,
+        ]
+        for row in file.content.objects("frechet")
+    ]
+    yield (
+        f"Pixel Fréchet distance of {file.content.integer('frechet_samples')} samples to all real digits, guidance "
+        f"{file.content.text('frechet_guidance')}, and its difference from the first row's with the same seeds; ± is "
+        "the standard error over ten blocks of samples:"
+    )
+    yield table(["setting", "TFLOP", "Fréchet", "difference"], distances)
+    yield file.provenance()
+
+
+SHORT = (
+    *("Euler 250, published", "Euler 250, K 2 held", "Euler 250, --fast", "Euler 250, even steps, --fast"),
+    *(f"multistep 3, {steps}, K 2 quadratic" for steps in (55, 35)),
+)
+"""Of the candidates, those that the README shows."""
+
+
+def candidates_in_short(file: ResultsFile) -> Iterator[str]:
+    """Errors of a few at the published guidance, and their Fréchet distances where they were measured."""
+    guidance = file.content.text("frechet_guidance")
+    distances = {row.text("candidate"): row for row in file.content.objects("frechet")}
+    rows = []
+    for row in file.content.objects("errors"):
+        name = row.text("candidate")
+        if name in SHORT and row.text("guidance") == guidance:
+            off = _difference(distances[name]) if name in distances else None
+            rows.append([name, f"{row.number('tflop_xl2'):.1f}", *(row.number(measure) for measure in MEASURES), off])
+    measures = ["error of all samples", "median error", "90% of errors below", "Fréchet distance off by"]
+    yield table([f"digits, w {guidance}", "TFLOP at XL/2, 256 px", *measures], rows)
+    noise = [
+        f" (with others it would be {row.number('frechet'):.3f} ± {row.number('frechet_sd'):.3f})"
+        for row in file.content.objects("frechet")[:1]
+    ]
+    yield (
+        f"Errors of {file.content.integer('samples')} samples against the ODE's solution. Fréchet distances of "
+        f"{file.content.integer('frechet_samples')} samples to all real digits, off that of a run that is nearly the "
+        f"solution, with the same seeds{''.join(noise)}."
+    )
+    yield file.provenance()
+
+
+def _difference(row: Fields) -> str:
+    return f"{row.number('difference'):+.5f} ± {row.number('difference_sd'):.5f}"
 
 
 def _pareto_label(point: Fields) -> str:

@@ -69,6 +69,8 @@ SECTIONS: dict[str, Section] = {
     "training step": _of_kind("training_step", other_tables.training_step),
     "forecast": _of_kind("forecast", other_tables.forecast),
     "pareto": _of_kind("pareto", other_tables.pareto),
+    "candidates": _of_kind("candidates", other_tables.candidates),
+    "candidates, in short": _of_kind("candidates", other_tables.candidates_in_short),
     "scaling": _of_kind("scaling", other_tables.scaling),
     "floors": floors_section,
 }

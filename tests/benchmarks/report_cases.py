@@ -151,14 +151,28 @@ def pareto():
         "guidance_every": 1,
         "guidance_forecast": "hold",
     }
-    point = {"tflop_xl2": 6.5, "error": 0.0125, "frechet": 0.61, "accuracy": 0.995, "settings": settings}
+    errors = {"error": 0.0125, "error_median": 0.0025, "error_p90": 0.0075}
+    point = errors | {"tflop_xl2": 6.5, "frechet": 0.61, "accuracy": 0.995, "settings": settings}
     return {
         "environment": ENVIRONMENT,
         "samples": 449,
         "truth": {"what": "a fine run", "frechet": 0.6},
         "points": [point | {"error": 0.5}, point | {"name": "mine"}],
-        "recommended": [{"budget_tflop_xl2": 7.5, "point": 1}],
+        "recommended": [{"by": by, "budget_tflop_xl2": 7.5, "point": 1} for by in ("error", "error_median")],
+        "better_than_named": [{"point": 1, "cheapest": 0}],
     }
+
+
+def candidates():
+    errors = {"error": 0.0125, "error_median": 0.0025, "error_p90": 0.0075}
+    rows = [
+        errors | {"candidate": "Euler 250, --fast", "guidance": g, "tflop_xl2": t}
+        for g, t in (("none", 3.5), ("strong", 6.5))
+    ]
+    first = {"candidate": "all", "tflop_xl2": 24.5, "frechet": 0.5, "frechet_sd": 0.012}
+    second = first | {"candidate": "Euler 250, --fast", "tflop_xl2": 6.5, "difference": 0.002, "difference_sd": 0.001}
+    frechet = {"frechet_samples": 1300, "frechet_guidance": "strong", "frechet": [first, second]}
+    return {"environment": ENVIRONMENT, "samples": 256, "errors": rows, **frechet}
 
 
 def scaling():

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmarks import pareto
+from benchmarks import pareto, pareto_settings
 from benchmarks.fronts import front, recommend
 from ddt_fast.command import run_command
 from ddt_fast.sampling import SamplingPlan
@@ -20,7 +20,7 @@ def test_the_grid_spans_solvers_periods_and_forecasts():
     assert {(c.solver, c.order) for c in configs} == {("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4)}
     assert {c.state_forecast for c in configs} == {"hold", "linear", "quadratic"}
     assert {c.guidance_forecast for c in configs} == {"hold", "linear"}
-    assert {c.refresh_every for c in configs} == {c.guidance_every for c in configs} == {1, *pareto.PERIODS}
+    assert {c.refresh_every for c in configs} == {c.guidance_every for c in configs} == {1, *pareto_settings.PERIODS}
     assert all(c.num_steps >= 5 * max(c.refresh_every, c.guidance_every) or c.num_steps == 1 for c in configs)
 
 
@@ -36,7 +36,7 @@ def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pareto")
     with pytest.MonkeyPatch.context() as patch:
         # Without the long ones among the settings that people run.
-        named = {"published": pareto.PUBLISHED, "fast": fast_settings(pareto.PUBLISHED)}
+        named = {"published": pareto_settings.PUBLISHED, "fast": fast_settings(pareto_settings.PUBLISHED)}
         short = [(name, pareto.replace(config, num_steps=15)) for name, config in named.items()]
         patch.setattr(pareto, "named", lambda: iter(short))
         patch.setattr(pareto, "INTERVALS", ((0.3, 1.0), (0.5, 1.0)))
@@ -57,18 +57,27 @@ def test_a_small_run_writes_what_it_measured(small):
     finalists = {i: p for i, p in enumerate(points) if "error" in p}
     assert 2 < len(finalists) < len(points)
     assert all(1e-4 < p["error"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in finalists.values())
+    assert all(0 < p["error_median"] < p["error_p90"] < 1 for p in finalists.values())
     everything = next(p for p in points if p["settings"]["solver"] == "lms" and p["network_evaluations"] == 16)
     assert everything["tflop_xl2"] == pytest.approx(4.207, abs=1e-3)
     numbers = list(finalists)
     costs = [finalists[i]["tflop_xl2"] for i in numbers]
-    for loss in ("error", "frechet"):
+    for loss in ("error", "error_median", "error_p90", "frechet"):
         losses = [finalists[i][loss] for i in numbers]
         assert record["fronts"][f"{loss} over tflop_xl2"] == [numbers[i] for i in front(costs, losses)]
-    errors = [finalists[i]["error"] for i in numbers]
+    assert {row["by"] for row in record["recommended"]} == {"error", "error_median", "error_p90"}
     for row in record["recommended"]:
+        errors = [finalists[i][row["by"]] for i in numbers]
         found = recommend(costs, errors, row["budget_tflop_xl2"], pareto.TOLERANCE)
         assert found is not None
         assert row["point"] == numbers[found]
+    better = {points[row["point"]]["name"]: row["cheapest"] for row in record["better_than_named"]}
+    assert better.keys() == {"published", "fast"}
+    # A multistep solver with a shortcut beats Euler with 15 steps by far.
+    assert better["published"] is not None
+    cheapest, published = points[better["published"]], next(p for p in points if p.get("name") == "published")
+    assert cheapest["tflop_xl2"] < published["tflop_xl2"]
+    assert all(cheapest[name] <= published[name] for name in ("error", "error_median", "error_p90"))
     assert [p["settings"]["guidance_interval"] for p in record["intervals"]] == [[0.3, 1], [0.5, 1]] * 2
     assert all("error" not in p and "frechet" in p for p in record["intervals"])
     # A later interval costs less.

@@ -93,16 +93,23 @@ def test_the_summary_compares_what_does_the_same_work(tmp_path):
 
 
 def test_other_files_have_their_tables(tmp_path):
-    files = made.results(tmp_path, cpu=made.cpu_sampling(), pareto=made.pareto(), scaling=made.scaling())
-    found = texts(files, "")
+    others = {"pareto": made.pareto(), "candidates": made.candidates(), "scaling": made.scaling()}
+    found = texts(made.results(tmp_path, cpu=made.cpu_sampling(), **others), "")
     assert ["every step refreshed", "2.3", "2.3", "422"] in rows(found["CPU sampling"])
     assert "0.24 of the reference's time in int8 compiled" in " ".join(found["CPU sampling"].split())
     assert ["int8 compiled, refresh 1", "12", "1.10", "5.0e-01"] in rows(found["CPU sampling, details"])
-    setting = ["multistep 3, 25 steps, K 2 linear", "6.5", "0.0125", "0.61", "99.5%"]
-    assert ["7.5", *setting] in rows(found["pareto"])
-    assert ["mine", *setting] in rows(found["pareto"])
+    setting = ["multistep 3, 25 steps, K 2 linear", "6.5", "0.0125", "0.0025", "0.0075", "0.61", "99.5%"]
+    assert ["7.5", "error, median", *setting] in rows(found["pareto"])
+    assert ["mine", *setting, "multistep 3, 25 steps, K 2 linear: 6.5 TFLOP"] in rows(found["pareto"])
+    name = "Euler 250, --fast"
+    assert [name, "6.5", *["12.5 / 2.5 / 7.5"] * 2] in rows(found["candidates"])
+    assert ["all", "24.5", "0.5000 ± 0.0120", "-"] in rows(found["candidates"])
+    assert [name, "6.5", "0.5000 ± 0.0120", "+0.00200 ± 0.00100"] in rows(found["candidates"])
     assert ["", "512 px", "5", "4", "1.25"] in rows(found["scaling"])
     assert ["", "1024 px, skipped: out of memory", "-", "-", "-"] in rows(found["scaling"])
+    short = rows(found["candidates, in short"])
+    assert [name, "6.5", "0.0125", "0.0025", "0.0075", "+0.00200 ± 0.00100"] in short
+    assert len(short) == 3
     assert found["training step"] == "No `training_step.json` yet; `python -m benchmarks.training_step` makes it."
 
 

@@ -1,0 +1,162 @@
+"""The same quality for fewer FLOPs: shortcuts with Euler and multistep solvers, over guidance settings, on the digits.
+
+    python -m benchmarks.candidates --output-dir benchmarks/results
+
+writes candidates.json and prints its tables. `benchmarks.pareto` searches a grid at one guidance setting; here the
+settings that one would recommend from it stand against --fast at several, each with its own truth: the solution of its
+ODE, from a fine multistep run that evaluates everything. Beside them: Fréchet distances of many samples to all 1,797
+real digits, in pixels, where the same seeds make differences visible that are far below the noise of the distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from benchmarks.digits_runs import KEEP_HELP, DigitsRuns, digits_model, kept_samples, sample_errors, xl2_flops
+from benchmarks.environment import environment
+from benchmarks.pareto_settings import BASE, PUBLISHED
+from benchmarks.report.files import ResultsFile
+from benchmarks.report.other_tables import candidates as candidates_tables
+from benchmarks.tables import write_record
+from ddt_fast.checks import require_int
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.config import SamplingConfig
+from ddt_fast.data.digits import digits
+from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
+from ddt_fast.files import output_folder
+from ddt_fast.model import FusedDDT
+from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling.fast import fast_settings
+
+GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
+    "none": (1.0, (0.0, 1.0)),
+    "1.5 in (0.3, 1)": (1.5, (0.3, 1.0)),
+    "2 in (0.3, 1)": (2.0, (0.3, 1.0)),
+    "2 always": (2.0, (0.0, 1.0)),
+    "4 in (0.3, 1)": (4.0, (0.3, 1.0)),
+}
+"""By name: scale and interval."""
+
+FRECHET_GUIDANCE = "2 in (0.3, 1)"
+"""The published one."""
+
+TRUTH = replace(BASE, num_steps=155, solver="lms", order=4)
+"""`benchmarks.pareto` finds it within 1e-5 of one of twice the steps."""
+
+MULTISTEP = replace(BASE, num_steps=35, solver="lms", order=3)
+EVERY_SECOND = replace(MULTISTEP, refresh_every=2, state_forecast="quadratic")
+
+
+def candidates() -> Iterator[tuple[str, SamplingConfig]]:
+    """Names and settings; guidance is another's matter."""
+    yield "Euler 250, published", PUBLISHED
+    yield "Euler 250, K 2 held", replace(PUBLISHED, refresh_every=2)
+    yield "Euler 250, even steps, --fast", fast_settings(replace(BASE, num_steps=250))
+    for steps in (250, 100, 50):
+        yield f"Euler {steps}, --fast", fast_settings(replace(PUBLISHED, num_steps=steps))
+    for steps in (55, 35):
+        yield f"multistep 3, {steps}, K 2 linear", replace(EVERY_SECOND, num_steps=steps, state_forecast="linear")
+    for steps in (55, 50, 45, 40, 35, 30, 25):
+        yield f"multistep 3, {steps}, K 2 quadratic", replace(EVERY_SECOND, num_steps=steps)
+    # What one gets who does not ask for even steps.
+    yield "multistep 3, 55, K 2 quadratic, last step 0.04", replace(EVERY_SECOND, num_steps=55, last_step=0.04)
+    for steps in (55, 35):
+        yield f"multistep 3, {steps}, --fast", fast_settings(replace(MULTISTEP, num_steps=steps))
+    yield "multistep 4, 25, everything", replace(MULTISTEP, num_steps=25, order=4)
+
+
+FRECHET_REFERENCE = ("multistep 4, 55, everything", replace(BASE, num_steps=55, solver="lms", order=4))
+"""Stands for the truth where there are many samples."""
+
+FRECHET_CANDIDATES = ("Euler 250, --fast", "multistep 3, 55, K 2 quadratic", "multistep 3, 35, K 2 quadratic")
+BLOCKS = 10
+"""Of the many samples: differences between blocks are the standard errors."""
+
+
+def guided(config: SamplingConfig, name: str) -> SamplingConfig:
+    """Settings with the guidance of that name."""
+    scale, interval = GUIDANCE[name]
+    return replace(config, guidance_scale=scale, guidance_interval=interval)
+
+
+def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
+    """Every candidate at every guidance setting."""
+    rows = []
+    for name in GUIDANCE:
+        truth = runs(guided(TRUTH, name))
+        for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}"):
+            config = guided(settings, name)
+            errors = asdict(sample_errors(runs(config), truth))
+            rows.append({"guidance": name, "candidate": candidate, "tflop_xl2": _tflop(config)} | errors)
+    return rows
+
+
+def frechet_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
+    """The reference, then the candidates: distance, and its difference from the reference's, with standard errors."""
+    real = gaussian_statistics(_pixels(digits()[0]))
+    settings = dict(candidates())
+    rows: list[dict[str, Any]] = []
+    reference: Any = None
+    for name, config in (FRECHET_REFERENCE, *((name, settings[name]) for name in FRECHET_CANDIDATES)):
+        config = guided(config, FRECHET_GUIDANCE)
+        pixels = _pixels(runs(config))
+        distance = frechet_distance(*gaussian_statistics(pixels), *real)
+        blocks = np.array([frechet_distance(*gaussian_statistics(p), *real) for p in np.array_split(pixels, BLOCKS)])
+        row = {"candidate": name, "tflop_xl2": _tflop(config), "frechet": distance, "frechet_sd": _deviation(blocks)}
+        if reference is None:
+            reference = (distance, blocks)
+        else:
+            row |= {"difference": distance - reference[0], "difference_sd": _deviation(blocks - reference[1])}
+        rows.append(row)
+    return rows
+
+
+def _pixels(samples: Tensor) -> Any:
+    """(N, 64), clipped as a saved image is."""
+    return samples.double().clamp(-1, 1).flatten(1).numpy()
+
+
+def _deviation(blocks: Any) -> float:
+    """Standard error of the mean over the blocks."""
+    return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
+
+
+def _tflop(config: SamplingConfig) -> float:
+    return xl2_flops(SamplingPlan.from_config(config)) / 1e12
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, write, print."""
+    parser = CommandParser(prog="python -m benchmarks.candidates", description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", default="benchmarks/results")
+    parser.add_argument("--samples", type=int, default=256, help="samples whose errors are measured")
+    parser.add_argument("--frechet-samples", type=int, default=5_120, help="of the Fréchet distances; 650 or more")
+    parser.add_argument("--keep", help=KEEP_HELP)
+    options = parser.parse_args(arguments)
+    require_int("--samples", options.samples, 1)
+    require_int("--frechet-samples", options.frechet_samples, 65 * BLOCKS)
+    folder = output_folder(options.output_dir)
+    keep: Path | None = kept_samples(options.keep)
+    model = FusedDDT.from_reference(digits_model())
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "samples": options.samples,
+        "frechet_samples": options.frechet_samples,
+        "frechet_guidance": FRECHET_GUIDANCE,
+        "errors": error_rows(DigitsRuns(model, options.samples, keep)),
+        "frechet": frechet_rows(DigitsRuns(model, options.frechet_samples, keep)),
+    }
+    path = folder / "candidates.json"
+    write_record(path, record)
+    print("\n\n".join(candidates_tables(ResultsFile(path))))
+
+
+if __name__ == "__main__":
+    run_command(main)
