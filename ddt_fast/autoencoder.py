@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,20 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
             f"autoencoder {name} could not be loaded: {reason}; wanted a local folder of an AutoencoderKL or a hub id "
             f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it where there is a network)"
         ) from error
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """cuDNN's convolutions within give the same bits at every call: a job that was stopped and goes on shall encode or
+    decode as an unbroken one would have. The settings are put back."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark = False  # it picks algorithms by their time
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 class Decoder:

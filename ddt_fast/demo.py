@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check_address(options.host, options.port)
     device = choose_device(options.device)
     models = load_models(options.checkpoint, options.preset, device, options.dtype)
+    _end_as_interrupted()
     with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # pictures that are shown, and gone with the server
         launch(
@@ -55,6 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             share=options.share,
             max_queue=options.max_queue,
         )
+
+
+def _end_as_interrupted() -> None:
+    """Make a signal that ends the process, or its terminal, an interrupt, after which the pictures' folder goes; one
+    that is ignored, as under nohup, stays so."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _check_address(host: str, port: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 
+from ddt_fast.checks import require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, write_json
 from ddt_fast.model.reference import DDT
@@ -100,7 +101,7 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
         ValueError: no model there, or damaged files.
         OSError: it cannot be written.
     """
-    folder = Path(folder)
+    folder = require_path("folder", folder)
     is_pipeline = (folder / "model_index.json").is_file()
     experiment = read_settings((folder / "transformer" if is_pipeline else folder) / CONFIG_NAME)
     provenance = read_provenance(folder)

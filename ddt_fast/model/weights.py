@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddt_fast.checks import require, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder, read_json
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
@@ -62,7 +63,7 @@ def save_model(
         OSError: it cannot be written.
     """
     entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
-    with atomic_folder(Path(folder), OWNED_NAMES) as temporary:
+    with atomic_folder(require_path("folder", folder), OWNED_NAMES) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n")
         files = {WEIGHTS_NAME: model.state_dict(), RAW_NAME: raw, PROJECTOR_NAME: projector}
         try:
@@ -94,8 +95,7 @@ def load_model(
         ValueError: missing or corrupt file, a .ckpt with more than tensors in it (nothing of it is run), or weights and
             configuration that disagree.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, torch.float64")
+    require_float("dtype", dtype)
     if weights not in get_args(WeightSet):
         raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(WeightSet))}")
     source = resolve_checkpoint(path)
@@ -112,6 +112,13 @@ def load_model(
         warnings.warn(f"{source.name} says nothing of {guessed}: taken from preset {preset} by its shape", stacklevel=2)
     model = build_model(config, tensors, source)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def require_float(name: str, dtype: object) -> None:
+    """A dtype that weights may have."""
+    allowed = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    valid = isinstance(dtype, torch.dtype) and dtype in allowed
+    require(valid, name, dtype, ", ".join(map(str, allowed)))
 
 
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
@@ -157,9 +164,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     pipeline's folder this is its transformer.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: nothing there, or no path.
     """
-    local = Path(path)
+    local = require_path("checkpoint", path)
     if local.is_dir():
         return _model_folder(local)
     if local.exists():
@@ -197,7 +204,7 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
         if preset is not None:
             raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
         raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]

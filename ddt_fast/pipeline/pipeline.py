@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
-from ddt_fast.checks import require_kind
+from ddt_fast.checks import require_arguments, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.generation.images import to_uint8
@@ -121,7 +121,8 @@ class DDTPipeline(SavedPipeline):
         self._cuda_graphs = False
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`: a device, a dtype, or both."""
+        """As `DiffusionPipeline.to`: a device, a dtype, or both, and silence_dtype_warnings; ValueError for others."""
+        require_arguments("to", kwargs, ("device", "dtype", "silence_dtype_warnings"))
         self._engine = self._sampler = None  # before others take their memory
         return super().to(*args, **kwargs)
 
@@ -164,8 +165,9 @@ class DDTPipeline(SavedPipeline):
             guidance_scale, guidance_interval, refresh_every, timeshift, last_step, solver, order, diffusion,
                 diffusion_scale, refresh_steps, num_refreshes, state_forecast, guidance_every, guidance_forecast,
                 cuda_graphs: as `SamplingConfig`; None for the scheduler's, and last_step 0 for 1 / steps.
-            generator: CPU generators: one per image, or one that is drawn from for one image after the other; None for
-                torch's own. One that was seeded gives the image that its seed has everywhere in ddt_fast.
+            generator: one per image, or one that is drawn from for one image after the other; None for torch's own of
+                the CPU. One of the CPU that was seeded gives the image that its seed has everywhere in ddt_fast; one of
+                the pipeline's own device draws there, and gives images of its own.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
                 H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws.
             return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
@@ -179,7 +181,8 @@ class DDTPipeline(SavedPipeline):
 
         Raises:
             ValueError: an unknown or ambiguous class, a setting that is not allowed, sizes that do not fit the model,
-                or another number of generators than of images.
+                another number of generators than of images, or generators on a device that is neither the CPU nor the
+                pipeline's.
         """
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(get_args(OutputType))}")
@@ -208,7 +211,7 @@ class DDTPipeline(SavedPipeline):
         config = self._sampling_config({name: value for name, value in given.items() if value is not None})
         callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
         labels = torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(num_images_per_label)  # type: ignore[arg-type]
-        generators = per_sample(generator, len(labels))
+        generators = per_sample(generator, len(labels), self.transformer.device)
         shape = self._latent_shape(height, width)
         noise = normal(shape, generators) if latents is None else self._checked_latents(latents, len(labels), shape)
 

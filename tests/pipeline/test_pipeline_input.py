@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddt_fast.class_names import ClassNames, imagenet_id2label
+from ddt_fast.pipeline.scheduler import per_sample
 from pipeline_cases import digits, seeded
 
 
@@ -104,8 +105,21 @@ def test_cuda_graphs_without_cuda(pipe):
         pipe.enable_cuda_graphs()
 
 
-@pytest.mark.gpu
-def test_generators_on_the_gpu():
-    pipe = digits().to("cuda")
-    with pytest.raises(ValueError, match=r"generator is on cuda.*wanted torch\.Generator"):
-        pipe([3], 2, generator=torch.Generator("cuda"))
+class Elsewhere(torch.Generator):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda:1")
+
+
+def test_generators_elsewhere_are_refused(pipe):
+    with pytest.raises(ValueError, match=r"generator is on cuda:1; wanted torch\.Generator\('cpu'\), whose .* machine$"):
+        pipe([3], 2, generator=Elsewhere())
+    with pytest.raises(ValueError, match="generator is on cuda:1; wanted"):
+        pipe.scheduler.step(torch.zeros(1, 1, 8, 8), 0.0, torch.zeros(1, 1, 8, 8), generator=Elsewhere())
+    own, other = Elsewhere(), seeded(0)[0]
+    assert per_sample([own, own], 2, torch.device("cuda:1")) == [own, own]
+    assert per_sample([other, other], 2, torch.device("cuda:1")) == [other, other]
+    with pytest.raises(ValueError, match=r"is on cuda:1; wanted .* machine, or one on cuda:0, where samples are drawn"):
+        per_sample(own, 2, torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="generators are on cpu and cuda:1; wanted all on one device"):
+        per_sample([own, other], 2, torch.device("cuda:1"))

@@ -1,0 +1,36 @@
+"""What a pipeline's own parts share: keyword arguments that a part has not are refused, where diffusers passes over
+them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from diffusers.configuration_utils import ConfigMixin
+
+from ddt_fast.checks import require_arguments, require_kind
+
+UPLOAD_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
+"""What diffusers' `save_pretrained` takes for an upload."""
+
+
+class Component(ConfigMixin):  # type: ignore[misc]
+    """A diffusers `ConfigMixin` with exact keyword arguments."""
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`, through which `from_pretrained` goes too: an object of these settings.
+
+        Args:
+            config: the settings by name.
+            return_unused_kwargs: return a pair, the second part of which are keyword arguments that are no settings.
+            kwargs: settings that go before those in config.
+
+        Raises:
+            ValueError: an argument that is no setting and that would not be returned, or a value that is not allowed.
+        """
+        require_kind("config", config, Mapping)
+        if not return_unused_kwargs:
+            require_arguments(cls.__name__, kwargs, list(signature(cls).parameters))
+        return super().from_config(config, return_unused_kwargs, **kwargs)
