@@ -136,7 +136,7 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
         raw, projector = (
             _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
         )
-        sets = LightningWeights(_read_folder(source), raw, projector, [])
+        sets = LightningWeights(read_folder(source), raw, projector, [])
     else:
         sets = LightningWeights(_read_safetensors(source), {}, {}, [])
     if config is not None:
@@ -253,26 +253,44 @@ def _read_chosen(source: Path, which: WeightSet) -> dict[str, Tensor]:
     if source.suffix == ".ckpt":
         return read_lightning(source).take(which, source)
     if which == "ema":
-        return _read_folder(source) if source.is_dir() else _read_safetensors(source)
+        return read_folder(source) if source.is_dir() else _read_safetensors(source)
     if not (source / RAW_NAME).is_file():
         raise ValueError(f"checkpoint {source} holds no raw weights; take its ema weights")
     return _read_safetensors(source / RAW_NAME)
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, which diffusers splits into several files where they are large."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return _read_safetensors(folder / WEIGHTS_NAME)
-    places = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
-        raise ValueError(f"{folder / INDEX_NAME} does not say which files of its folder hold the weights")
-    parts = [_read_safetensors(folder / file) for file in sorted(set(places.values()))]
+def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """The weights of a folder, which diffusers splits into several files where they are large; those of a variant have
+    its name in theirs. Memory-mapped.
+
+    Raises:
+        ValueError: none, damaged ones, or an index that names anything but safetensors in the folder.
+    """
+    whole, index = WEIGHTS_NAME, INDEX_NAME
+    if variant is not None:
+        whole = whole.replace(".safetensors", f".{variant}.safetensors")
+        index = index.replace(".json", f".{variant}.json")
+    if not (folder / index).is_file():
+        return _read_safetensors(folder / whole)
+    parts = [_read_safetensors(folder / file) for file in shard_names(folder / index)]
     return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names; ValueError unless all are safetensors in its own folder."""
+    places = read_json(index).get("weight_map")
+    files = places.values() if isinstance(places, dict) else [None]
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} says that weights are in {file!r}; wanted .safetensors files of its folder")
+    return sorted(set(files))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
     try:
         return load_file(file)
     except SafetensorError as error:

@@ -65,7 +65,8 @@ class SavedPipeline(DiffusionPipeline):
                 `DiffusionPipeline.from_pretrained`; for a model folder torch_dtype, vae and id2label.
 
         Raises:
-            ValueError: an argument that there is not, nothing there, parts of other classes, weights that are not safetensors or do not fit.
+            ValueError: an argument that there is not, nothing there, parts of other classes, settings that are not
+                allowed, weights that are not safetensors or do not fit.
             OSError: files that are missing or cannot be read.
         """
         folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
@@ -90,7 +91,13 @@ class SavedPipeline(DiffusionPipeline):
         require_arguments("from_pretrained of a pipeline", kwargs, _OF_PIPELINES)
         check_pipeline(folder)
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        try:
+            pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        except (ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:  # diffusers may raise anything on a damaged config.json
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder} could not be loaded: {type(error).__name__}: {reason}") from error
         pipe.provenance = read_provenance(folder)
         return pipe
 

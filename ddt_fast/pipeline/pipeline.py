@@ -72,6 +72,9 @@ class DDTPipeline(SavedPipeline):
             if vae.config["latent_channels"] != config.in_channels:
                 channels = f"{vae.config['latent_channels']} channels, the transformer takes {config.in_channels}"
                 raise ValueError(f"the vae's latents have {channels}; wanted as many")
+            scaling = vae.config["scaling_factor"]
+            if not (isinstance(scaling, (int, float)) and 0 < scaling < float("inf")):
+                raise ValueError(f"the vae has scaling_factor {scaling!r}; wanted a positive number")
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
         if id2label is None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ddt_fast.checks import require_arguments, require_path
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
+from ddt_fast.files import read_json
 from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import CONFIG_NAME, build_model, read_folder
 from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component
 from ddt_fast.pipeline.folder import check_weights
 
@@ -77,7 +79,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
                 or a hub id.
 
         Raises:
-            ValueError: an argument that there is not, no safetensors there, weights that do not fit config.json, or a corrupt one.
+            ValueError: an argument that there is not, no safetensors there, weights that do not fit config.json, or a
+                corrupt one.
             OSError: nothing there.
         """
         name = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
@@ -88,6 +91,7 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         folder = Path(name, kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_weights(folder)
+            _check_fits(folder, kwargs)
         try:
             kwargs |= {"use_safetensors": True, "output_loading_info": True}
             loaded: Any = super().from_pretrained(str(name), **kwargs)
@@ -178,9 +182,26 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         return cast(tuple[Tensor, Tensor], self.reference(x, t, y, state))
 
 
+def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
+    """ValueError unless the weights in a folder are of its settings, before a model of a wrong one's size is made.
+
+    Args:
+        folder: of config.json and safetensors.
+        given: arguments of `from_pretrained`: settings that go before those in the folder, and the variant.
+    """
+    entries = {**read_json(folder / CONFIG_NAME), **given}
+    if entries.get("quantization_config") and not given.get("quantization_config"):
+        raise ValueError(f"{folder / CONFIG_NAME}: quantization_config is set; wanted weights that are not quantised")
+    if missing := [field.name for field in fields(DDTConfig) if field.name not in entries]:
+        raise ValueError(f"{folder / CONFIG_NAME} is not a valid configuration: it lacks {', '.join(missing)}")
+    settings_of({"data": None, "sampling": None, **entries})
+    config = DDTConfig(**{field.name: entries[field.name] for field in fields(DDTConfig)})
+    build_model(config, read_folder(folder, given.get("variant")), folder)
+
+
 def settings_of(config: Mapping[str, Any]) -> tuple[DataConfig, SamplingConfig]:
     """The data and sampling settings in a transformer's config; ValueError for wrong ones."""
     try:
         return DataConfig(**(config["data"] or {})), SamplingConfig(**(config["sampling"] or {}))
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json is not a valid configuration: {error}") from error

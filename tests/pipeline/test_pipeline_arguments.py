@@ -76,6 +76,7 @@ def test_uploads_of_parts_go_through_diffusers(pipe, monkeypatch):
         monkeypatch.setattr(f"{place}.create_repo", lambda *_, **__: Repo)
     monkeypatch.setattr("diffusers.utils.hub_utils.populate_model_card", lambda card: card)
     monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: Card())
+
     def take(_self, folder, repo, **_):
         uploaded.append((repo, sorted(path.name for path in Path(folder).iterdir())))
 

@@ -112,7 +112,9 @@ class Elsewhere(torch.Generator):
 
 
 def test_generators_elsewhere_are_refused(pipe):
-    with pytest.raises(ValueError, match=r"generator is on cuda:1; wanted torch\.Generator\('cpu'\), whose .* machine$"):
+    with pytest.raises(
+        ValueError, match=r"generator is on cuda:1; wanted torch\.Generator\('cpu'\), whose .* machine$"
+    ):
         pipe([3], 2, generator=Elsewhere())
     with pytest.raises(ValueError, match="generator is on cuda:1; wanted"):
         pipe.scheduler.step(torch.zeros(1, 1, 8, 8), 0.0, torch.zeros(1, 1, 8, 8), generator=Elsewhere())
