@@ -54,7 +54,7 @@ def require_arguments(function: str, given: Iterable[str], allowed: Collection[s
     """Keyword arguments that the function has; of one that it has not the message names the nearest, or all."""
     unknown = next((name for name in given if name not in allowed), None)
     if unknown is not None:
-        nearest = difflib.get_close_matches(unknown, allowed, n=1)
+        nearest = difflib.get_close_matches(unknown, allowed, n=1, cutoff=0.5)
         hint = f"nearest: {nearest[0]}" if nearest else f"allowed: {', '.join(allowed)}"
         raise ValueError(f"{function} has no argument {unknown!r}; {hint}")
 

@@ -231,7 +231,7 @@ def _fetch(name: str, options: dict[str, Any]) -> Path:
         raise ValueError(f"{missing}, and no hub id such as user/model")
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, TypeError) as error:
         raise ValueError(f"{missing}, and could not be had from the Hub: {str(error).splitlines()[0]}") from error
 
 

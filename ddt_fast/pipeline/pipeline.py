@@ -25,6 +25,7 @@ from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
+from ddt_fast.wording import counted
 
 logger = logging.get_logger(__name__)
 
@@ -213,12 +214,12 @@ class DDTPipeline(SavedPipeline):
         }
         config = self._sampling_config({name: value for name, value in given.items() if value is not None})
         callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        labels = torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(num_images_per_label)  # type: ignore[arg-type]
-        generators = per_sample(generator, len(labels), self.transformer.device)
-        shape = self._latent_shape(height, width)
-        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, len(labels), shape)
-
-        sampler = self._sampler_for(config, len(labels), *shape[1:])
+        wanted = self.get_label_ids(class_labels)  # type: ignore[arg-type]
+        count, shape = len(wanted) * num_images_per_label, self._latent_shape(height, width)
+        sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
+        labels = torch.tensor(wanted).repeat_interleave(num_images_per_label)
+        generators = per_sample(generator, count, self.transformer.device)
+        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, count, shape)
         self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
         callback.times = torch.tensor([step.t for step in sampler.plan.steps])
         with self.progress_bar(total=self._num_timesteps) as bar:
@@ -256,9 +257,7 @@ class DDTPipeline(SavedPipeline):
         return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
     def _checked_latents(self, latents: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
-        if not isinstance(latents, Tensor) or latents.shape != (count, *shape):
-            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"latents are {seen}; wanted {(count, *shape)} for {count} images")
+        _require_latents("latents are", latents, (count, *shape), f" for {counted(count, 'image')}")
         return latents
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
@@ -342,10 +341,18 @@ class _Callback:
         if not isinstance(returned, Mapping):
             raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; wanted None or a dict")
         latents = returned.get("latents", x)
-        if not isinstance(latents, Tensor) or latents.shape != x.shape:
-            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"callback_on_step_end returned latents {seen}; wanted {tuple(x.shape)}")
+        _require_latents("callback_on_step_end returned latents", latents, tuple(x.shape))
         x.copy_(latents)
+
+
+def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose: str = "") -> None:
+    """ValueError unless these are numbers of this shape."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"{what} a {type(latents).__name__}; wanted a tensor {shape}{purpose}")
+    if latents.shape != shape:
+        raise ValueError(f"{what} {tuple(latents.shape)}; wanted {shape}{purpose}")
+    if not latents.is_floating_point() or latents.layout != torch.strided or latents.is_meta:
+        raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; wanted dense floats")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:
