@@ -185,7 +185,8 @@ def _model_folder(folder: Path) -> Path:
     for place in (folder, folder / "transformer"):
         if any((place / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
             return place
-    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}")
+    hint = f"; name {folder / 'model'}" if (folder / "model" / WEIGHTS_NAME).is_file() else ""
+    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}{hint}")
 
 
 def has_config(checkpoint: Path) -> bool:
