@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from ddt_fast.checks import require_path
+from ddt_fast.checks import require_name, require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, write_json
 from ddt_fast.model.reference import DDT
@@ -123,6 +123,7 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
         OSError: it cannot be written.
     """
     folder = require_path("folder", folder)
+    require_name("license", license, "none, or its identifier on the Hub, such as mit")
     is_pipeline = (folder / "model_index.json").is_file()
     experiment = read_settings((folder / "transformer" if is_pipeline else folder) / CONFIG_NAME)
     provenance = read_provenance(folder)

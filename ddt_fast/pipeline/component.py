@@ -3,19 +3,32 @@ them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
 
-from ddt_fast.checks import require_arguments, require_kind
+from ddt_fast.checks import require, require_arguments, require_kind
 
 UPLOAD_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
 """What diffusers' `save_pretrained` takes for an upload."""
 
 
-class Component(ConfigMixin):  # type: ignore[misc]
+def require_variant(variant: object) -> None:
+    """None, or what may be a part of file names."""
+    valid = variant is None or (isinstance(variant, str) and re.fullmatch(r"\w[\w.-]{0,63}", variant))
+    require(bool(valid), "variant", variant, "none, or up to 64 letters, digits and ._-, such as fp16")
+
+
+def require_shard_size(size: object) -> None:
+    """A number of bytes, or a string, which diffusers reads."""
+    valid = isinstance(size, str) or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
+    require(valid, "max_shard_size", size, "a number of bytes, 1 or more, or a size such as 5GB")
+
+
+class Component(ConfigMixin):
     """A diffusers `ConfigMixin` with exact keyword arguments."""
 
     @classmethod

@@ -15,14 +15,14 @@ from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ddt_fast.autoencoder import load_vae
-from ddt_fast.checks import require_arguments, require_path
+from ddt_fast.autoencoder import default_dtype_kept, load_vae
+from ddt_fast.checks import require_arguments, require_name, require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
 from ddt_fast.model.lightning import WeightSet
 from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
-from ddt_fast.pipeline.component import UPLOAD_OPTIONS
+from ddt_fast.pipeline.component import UPLOAD_OPTIONS, require_shard_size, require_variant
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
@@ -75,6 +75,7 @@ class SavedPipeline(DiffusionPipeline):
             raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
         if (code := kwargs.pop("custom_pipeline", None)) is not None:
             raise ValueError(f"custom_pipeline is {code!r}; allowed: none, no code is fetched or run")
+        require_variant(kwargs.get("variant"))
         for option in ("torch_dtype", "dtype"):
             given = kwargs.get(option)
             for dtype in given.values() if isinstance(given, Mapping) else [given]:
@@ -92,7 +93,8 @@ class SavedPipeline(DiffusionPipeline):
         check_pipeline(folder)
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
         try:
-            pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+            with default_dtype_kept():
+                pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
         except (ValueError, OSError, MemoryError):
             raise
         except Exception as error:  # diffusers may raise anything on a damaged config.json
@@ -183,6 +185,10 @@ class SavedPipeline(DiffusionPipeline):
         folder = require_path("save_directory", save_directory)
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        require_variant(variant)
+        if max_shard_size is not None:
+            require_shard_size(max_shard_size)
+        require_name("license", license, "none, or its identifier on the Hub, such as mit")
         if not self.transformer.is_plain:
             raise ValueError(
                 "the transformer is adapted or quantised; wanted one whose adapters are merged or unloaded"
@@ -220,8 +226,13 @@ class SavedPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
     ) -> Any:
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        try:
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise OSError(f"{repo_id} could not be uploaded: {error}") from error
 
 
 def _fetch(name: str, options: dict[str, Any]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -70,7 +70,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         self._velocities: list[Tensor] = []
         self.set_timesteps(self.sampling_config.num_steps)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | PathLike[Any], push_to_hub: bool = False, **kwargs: Any) -> None:
         """As diffusers' `SchedulerMixin.save_pretrained`: write scheduler_config.json into the folder.
 
         Args:

@@ -15,12 +15,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
+from ddt_fast.autoencoder import default_dtype_kept
 from ddt_fast.checks import require_arguments, require_path
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
 from ddt_fast.files import read_json
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import CONFIG_NAME, build_model, read_folder
-from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component
+from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component, require_shard_size, require_variant
 from ddt_fast.pipeline.folder import check_weights
 
 _OF_SAVING = (
@@ -86,6 +87,7 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         name = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
+        require_variant(kwargs.get("variant"))
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
         folder = Path(name, kwargs.get("subfolder") or "")
@@ -94,7 +96,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
             _check_fits(folder, kwargs)
         try:
             kwargs |= {"use_safetensors": True, "output_loading_info": True}
-            loaded: Any = super().from_pretrained(str(name), **kwargs)
+            with default_dtype_kept():
+                loaded: Any = super().from_pretrained(str(name), **kwargs)
         except TypeError as error:  # config.json lacks an argument of __init__
             raise ValueError(f"{folder}: config.json is not a valid configuration: {error}") from error
         except RuntimeError as error:
@@ -141,6 +144,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         folder = require_path("save_directory", save_directory)
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        require_variant(variant)
+        require_shard_size(max_shard_size)
         if folder.is_file():
             raise ValueError(f"save_directory {folder} is a file; wanted a folder")
         super().save_pretrained(

@@ -40,6 +40,34 @@ def test_saving_a_pipeline(pipe, tmp_path, argument, hint):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "../../x"}, r"variant is '\.\./\.\./x'; allowed: none, or up to 64 letters"),
+        ({"variant": 3}, "variant is 3"),
+        ({"max_shard_size": []}, r"max_shard_size is \[\]; allowed: a number of bytes"),
+        ({"max_shard_size": 0}, "max_shard_size is 0"),
+        ({"license": 3}, "license is 3; allowed: none, or its identifier"),
+    ],
+)
+def test_saving_with_values_that_are_not_allowed(pipe, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.save_pretrained(tmp_path / "a", **arguments)
+    if "license" not in arguments:
+        with pytest.raises(ValueError, match=message):
+            pipe.transformer.save_pretrained(tmp_path / "a", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_without_a_network(pipe, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Name or service not known")
+
+    monkeypatch.setattr("ddt_fast.pipeline.loading.create_repo", fail)
+    with pytest.raises(OSError, match="user/ddt could not be uploaded: Name or service not known"):
+        pipe.push_to_hub("user/ddt")
+
+
 @pytest.mark.parametrize("part", ["transformer", "scheduler"])
 def test_saving_a_part(pipe, tmp_path, part):
     save = getattr(pipe, part).save_pretrained
