@@ -18,7 +18,7 @@ StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
 
 MAX_STEPS = 100_000
-"""Every step has its place in tables; with more of them, float32 could not tell neighbouring times apart."""
+"""A plan lists every step: a file that asks for a billion shall not hang whoever reads it."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class SavedPipeline(DiffusionPipeline):
             OSError: files that are missing or cannot be read.
         """
         folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        require_arguments("from_pretrained", kwargs, {*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS})
+        require_arguments("from_pretrained", kwargs, list(dict.fromkeys((*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS))))
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
         if (code := kwargs.pop("custom_pipeline", None)) is not None:
