@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo, snapshot_download
@@ -34,6 +35,8 @@ _FETCHED = [
     *(f"{folder}config.json" for folder in ("", "transformer/", "vae/")),
     *(f"{folder}{_WEIGHTS}.{kind}" for folder in ("", "transformer/", "vae/") for kind in ("safetensors", "json")),
 ]
+_DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+"""By the name that this diffusers takes; older ones pass over the new one."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OF_MODELS = ("torch_dtype", "dtype", "vae", "id2label", "preset", "weights")
 _OF_PIPELINES = (
@@ -91,6 +94,9 @@ class SavedPipeline(DiffusionPipeline):
             return cls.from_single_file(folder, **kwargs)
         require_arguments("from_pretrained of a pipeline", kwargs, _OF_PIPELINES)
         check_pipeline(folder)
+        dtypes = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+        if dtypes != (None, None):
+            kwargs[_DTYPE] = dtypes[0] or dtypes[1]
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
         try:
             with default_dtype_kept():
