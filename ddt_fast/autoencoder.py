@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,14 +23,42 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": cache_only(name)}
         # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
-        vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, use_safetensors=True, **options)
+        with default_dtype_kept():
+            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, use_safetensors=True, **options)
         return vae.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers may raise anything on a damaged config.json
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"autoencoder {name} could not be loaded: {reason}; wanted a local folder of an AutoencoderKL or a hub id "
             f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it where there is a network)"
         ) from error
+
+
+@contextmanager
+def default_dtype_kept() -> Iterator[None]:
+    """For loading with diffusers, which makes another dtype torch's default meanwhile, and leaves it so when it
+    fails."""
+    before = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """cuDNN's convolutions within give the same bits at every call: a job that was stopped and goes on shall encode or
+    decode as an unbroken one would have. The settings are put back."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark = False  # it picks algorithms by their time
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 class Decoder:

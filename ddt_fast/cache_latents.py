@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from ddt_fast.autoencoder import Encoder
+from ddt_fast.autoencoder import Encoder, deterministic_convolutions
+from ddt_fast.checks import require_path
 from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
 from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import list_images
@@ -75,8 +76,8 @@ def encode_image_folder(
     output: str | Path,
     *,
     image_size: int = 256,
-    autoencoder: str = "stabilityai/sd-vae-ft-ema",
-    repa_encoder: str | None = None,
+    autoencoder: str | Path = "stabilityai/sd-vae-ft-ema",
+    repa_encoder: str | Path | None = None,
     dtype: str = "float16",
     compute_dtype: str = "float32",
     flips: bool = False,
@@ -120,9 +121,12 @@ def encode_image_folder(
         raise ValueError(f"--num-workers is {workers}; allowed: 0 or more")
     if compute_dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--compute-dtype is {compute_dtype!r}; allowed: float32, bfloat16")
-    if Path(output).resolve().is_relative_to(Path(images).resolve()):
+    source, autoencoder = require_path("--images", images), str(require_path("--autoencoder", autoencoder))
+    if repa_encoder is not None:
+        repa_encoder = str(require_path("--repa-encoder", repa_encoder))
+    if require_path("--output", output).resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output folder {output} lies inside the image folder; name another")
-    folder = list_images(Path(images))
+    folder = list_images(source)
     cache = output_folder(output)
     check_owned(cache)
     if folder.ignored and ranks.rank == 0:
@@ -161,16 +165,13 @@ def encode_image_folder(
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
     """The shards of a stopped and restarted run shall be those of an unbroken one, bit for bit."""
-    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark = False  # it picks algorithms by their time
-    cudnn.deterministic = True
+    threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums over threads depend on their number, which torchrun changes
     try:
-        yield
+        with deterministic_convolutions():
+            yield
     finally:
-        cudnn.benchmark, cudnn.deterministic = before
         torch.set_num_threads(threads)
 
 

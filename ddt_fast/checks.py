@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from numbers import Integral
+from pathlib import Path
 from typing import Any, get_args
 
 
@@ -36,6 +39,24 @@ def require_kind(name: str, value: object, kind: type) -> None:
     """An instance of the class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is a {type(value).__name__}; wanted {kind.__name__}")
+
+
+def require_path(name: str, value: object) -> Path:
+    """A path, which a string may be, with a name."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name} is a {type(value).__name__}; wanted a path")
+    if not str(value):
+        raise ValueError(f"{name} has an empty name; name one")
+    return Path(value)
+
+
+def require_arguments(function: str, given: Iterable[str], allowed: Collection[str]) -> None:
+    """Keyword arguments that the function has; of one that it has not the message names the nearest, or all."""
+    unknown = next((name for name in given if name not in allowed), None)
+    if unknown is not None:
+        nearest = difflib.get_close_matches(unknown, allowed, n=1, cutoff=0.5)
+        hint = f"nearest: {nearest[0]}" if nearest else f"allowed: {', '.join(allowed)}"
+        raise ValueError(f"{function} has no argument {unknown!r}; {hint}")
 
 
 def require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

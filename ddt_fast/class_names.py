@@ -86,8 +86,9 @@ class ClassNames:
     def labels(self, wanted: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
         """As `label`, for one class or for several, at least one."""
         if isinstance(wanted, Tensor):
-            if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1:
-                raise ValueError(f"classes are {tuple(wanted.shape)} {wanted.dtype}; wanted (N,) whole numbers")
+            if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1 or wanted.is_meta:
+                seen = f"{tuple(wanted.shape)} {wanted.dtype} on {wanted.device}"
+                raise ValueError(f"classes are {seen}; wanted (N,) whole numbers")
             wanted = wanted.reshape(-1).tolist()
         # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
         several: list[Any] = [wanted]

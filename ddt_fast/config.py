@@ -17,6 +17,9 @@ Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
 StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
 
+MAX_STEPS = 100_000
+"""A plan lists every step: a file that asks for a billion shall not hang whoever reads it."""
+
 
 @dataclass(frozen=True)
 class DDTConfig:
@@ -95,7 +98,7 @@ class SamplingConfig:
     """How a sample is drawn. Times run from t = 0 (noise) to t = 1 (data).
 
     Args:
-        num_steps: solver steps.
+        num_steps: solver steps, up to 100,000.
         guidance_scale: w in v = v_uncond + w (v_cond - v_uncond); 1 needs no unconditional branch.
         guidance_interval: (low, high): guided where low < t < high, strictly; conditional velocity elsewhere.
         timeshift: times are t / (t + (1 - t) timeshift); above 1 spends more steps near the noise.
@@ -136,6 +139,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require_int("num_steps", self.num_steps, 1)
+        require(self.num_steps <= MAX_STEPS, "num_steps", self.num_steps, f"a whole number, 1 to {MAX_STEPS}")
         require_number("guidance_scale", self.guidance_scale, 0, float("inf"))
         interval = self.guidance_interval
         require(

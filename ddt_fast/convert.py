@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ddt_fast.checks import require_choice
+from ddt_fast.checks import require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
@@ -103,14 +103,13 @@ def convert_checkpoint(
             `out` that would have to replace something else.
         OSError: files that cannot be read or written.
     """
-    if not str(out):
-        raise ValueError("OUT has an empty name; name a folder or a .ckpt")
+    given, out = require_path("SOURCE", source), require_path("OUT", out)
     if weights is not None:
         require_choice("--weights", weights, WeightChoice)
     if isinstance(skip, str):
         raise ValueError(f"--skip is {skip!r}; wanted a list of packages")
-    run = newest_checkpoint(Path(source))
-    source, out = run or resolve_checkpoint(source), Path(out)
+    run = newest_checkpoint(given)
+    source = run or resolve_checkpoint(source)
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
     if preset is not None and config is not None:
@@ -119,7 +118,7 @@ def convert_checkpoint(
         raise ValueError("--skip is for a SOURCE that is a .ckpt")
     if run is not None and (preset or config) is not None:
         raise ValueError(f"--preset and --config are for a SOURCE without settings; {run} has its own")
-    settings = _Settings(preset, None if config is None else Path(config))
+    settings = _Settings(preset, None if config is None else require_path("--config", config))
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":
         _export(source, out, weights, settings)
     elif source.suffix == ".ckpt" or run is not None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jsonargparse
@@ -14,6 +16,7 @@ from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
 from ddt_fast.presets import PRESETS
 from ddt_fast.webdemo.models import load_models
 from ddt_fast.webdemo.requests import Limits
+from ddt_fast.webdemo.running import end_work
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -41,20 +44,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
         value = getattr(options, name)
         if not 1 <= value <= highest:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 to {highest}")
-    launch = _server()
-    _check_address(options.host, options.port)
-    device = choose_device(options.device)
-    models = load_models(options.checkpoint, options.preset, device, options.dtype)
-    with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # pictures that are shown, and gone with the server
-        launch(
-            models,
-            Limits(options.max_images, options.max_steps),
-            host=options.host,
-            port=options.port,
-            share=options.share,
-            max_queue=options.max_queue,
-        )
+    with _interrupted_by_signals(), tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+        # Read when gradio is imported, and later. Pictures that are shown lie there, and are gone with the server.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        launch = _server()
+        _check_address(options.host, options.port)
+        device = choose_device(options.device)
+        models = load_models(options.checkpoint, options.preset, device, options.dtype)
+        try:
+            launch(
+                models,
+                Limits(options.max_images, options.max_steps),
+                host=options.host,
+                port=options.port,
+                share=options.share,
+                max_queue=options.max_queue,
+            )
+        finally:
+            end_work()
+
+
+@contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """A signal that ends the process, or its terminal, is an interrupt within; one that is ignored, as under nohup,
+    stays so."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_address(host: str, port: int) -> None:

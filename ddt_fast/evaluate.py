@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ddt_fast.checks import require_int
+from ddt_fast.checks import require_int, require_path
 from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.digits_score import score_digits
@@ -100,13 +100,13 @@ def score_samples(
     """
     check_metrics(metrics)
     require_int("--batch-size", batch_size, 1)
-    report_file = _output_file("--output", str(output), ".json")
+    report_file = _output_file("--output", output, ".json")
     picture = report_file.with_suffix(".png")
     if picture.is_dir():
         raise ValueError(f"{picture} is a folder; a file of that name is to be written")
     statistics = None
     if save_statistics is not None:
-        statistics = _output_file("--save-statistics", str(save_statistics), ".npz")
+        statistics = _output_file("--save-statistics", save_statistics, ".npz")
     place = choose_device(device)
     if samples is None:
         if reference is not None or statistics is not None:
@@ -139,10 +139,10 @@ def score_samples(
     return report
 
 
-def _output_file(option: str, name: str, suffix: str) -> Path:
-    path = Path(name)
+def _output_file(option: str, name: str | Path, suffix: str) -> Path:
+    path = require_path(option, name)
     if path.suffix != suffix or path.is_dir():
-        raise ValueError(f"{option} is {name!r}; wanted the name of a {suffix} file")
+        raise ValueError(f"{option} is {str(name)!r}; wanted the name of a {suffix} file")
     output_folder(path.parent)
     return path
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ddt_fast.checks import require_path
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
@@ -133,11 +135,7 @@ def check_replaceable(path: Path, owned: str) -> None:
 
 def output_folder(name: str | Path) -> Path:
     """The folder of that name, created where it is missing; ValueError when it is unnamed or cannot be written."""
-    if not isinstance(name, (str, Path)):
-        raise ValueError(f"the output folder is a {type(name).__name__}; wanted a path")
-    if not str(name):
-        raise ValueError("the output folder has an empty name; name one")
-    folder = Path(name)
+    folder = require_path("the output folder", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

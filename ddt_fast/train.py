@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonargparse
 import yaml
 
-from ddt_fast.checks import require_kind
+from ddt_fast.checks import require_kind, require_path
 from ddt_fast.command import CommandParser, choose_device, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder
@@ -71,6 +71,8 @@ def train_model(
     chosen = choose_device(device)
     require_kind("experiment", experiment, Experiment)
     folder = output_folder(output_dir)
+    if resume is not None:
+        require_path("--resume", resume)
     if overwrite and resume is not None:
         raise ValueError("--overwrite and --resume exclude each other; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:

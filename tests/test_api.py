@@ -83,6 +83,8 @@ def test_a_notebooks_day(tmp_path, capsys):
     assert sys.excepthook is excepthook
     with pytest.raises(ValueError, match="holds an earlier run"):
         ddt_fast.train_model(quick, run)
+    with pytest.raises(ValueError, match=r"run: the folder holds no .*; name .*/run/model"):
+        ddt_fast.load_model(run)
     card = (run / "model" / "README.md").read_text()
     score = json.loads((run / "training.json").read_text())["scores"]["guided"]["frechet"]
     for fact in ("| steps | 3 |", "| batch_size | 16 |", f"| pixel Fréchet distance | {score:.6g} |"):

@@ -77,6 +77,65 @@ def test_convert_checkpoint(tmp_path, out, arguments, message):
     assert not (tmp_path / out).exists()
 
 
+IMAGES = {"samples": "images.npz", "reference": "images.npz", "features": "pixels", "output": "metrics.json"}
+PLACES = {
+    "load_model": {"path": EMBEDDED_CHECKPOINT},
+    "generate": {"checkpoint": EMBEDDED_CHECKPOINT, "output_dir": "out"},
+    "score_samples": IMAGES,
+    "convert_checkpoint": {"source": EMBEDDED_CHECKPOINT, "out": "released.ckpt"},
+    "encode_image_folder": {"images": "images", "output": "latents"},
+    "study_refreshes": {"checkpoint": EMBEDDED_CHECKPOINT, "output_dir": "study"},
+    "write_model_card": {"folder": "model"},
+    "train_model": {"experiment": PRESETS["digits"], "output_dir": "run"},
+}
+
+
+@pytest.mark.parametrize("wrong", [3, b"place", ["place"], ""], ids=repr)
+@pytest.mark.parametrize(
+    ("function", "argument", "name"),
+    [
+        ("load_model", "path", "checkpoint"),
+        ("generate", "checkpoint", "checkpoint"),
+        ("generate", "output_dir", "the output folder"),
+        ("generate", "evaluate", "a source of images"),
+        ("score_samples", "samples", "a source of images"),
+        ("score_samples", "reference", "a source of images"),
+        ("score_samples", "output", "--output"),
+        ("score_samples", "save_statistics", "--save-statistics"),
+        ("convert_checkpoint", "source", "SOURCE"),
+        ("convert_checkpoint", "out", "OUT"),
+        ("convert_checkpoint", "config", "--config"),
+        ("encode_image_folder", "images", "--images"),
+        ("encode_image_folder", "output", "--output"),
+        ("encode_image_folder", "autoencoder", "--autoencoder"),
+        ("encode_image_folder", "repa_encoder", "--repa-encoder"),
+        ("study_refreshes", "checkpoint", "checkpoint"),
+        ("study_refreshes", "output_dir", "the output folder"),
+        ("write_model_card", "folder", "folder"),
+        ("train_model", "output_dir", "the output folder"),
+        ("train_model", "resume", "--resume"),
+    ],
+)
+def test_what_is_no_path(tmp_path, monkeypatch, function, argument, name, wrong):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.png").touch()
+    monkeypatch.chdir(tmp_path)
+    said = "has an empty name; name one" if wrong == "" else f"is a {type(wrong).__name__}; wanted a path"
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
+    assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}
+
+
+@pytest.mark.parametrize("name", ["from_pretrained", "from_single_file", "save_pretrained"])
+def test_what_is_no_path_to_a_pipeline(name):
+    pipe = ddt_fast.DDTPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
+    for part in (pipe, pipe.transformer, pipe.scheduler) if name == "save_pretrained" else (pipe, pipe.transformer):
+        if hasattr(part, name):
+            with pytest.raises(ValueError, match="is a int; wanted a path"):
+                getattr(part, name)(3)
+
+
 def test_the_others(tmp_path):
     with pytest.raises(ValueError, match="experiment is a str; wanted Experiment"):
         ddt_fast.train_model("digits", tmp_path / "run")

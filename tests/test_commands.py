@@ -301,7 +301,7 @@ def test_train_answers_mistakes_in_one_line(tmp_path, capsys, arguments, message
         (["--seeds", "1", "--first-seed", "3"], "--seeds and --first-seed are both given"),
         (["--num-images", "1000000000000000"], "out of memory"),
         (["--classes", "99999999999999999999"], "class 99999999999999999999 does not exist"),
-        (["--checkpoint", ""], "holds no"),
+        (["--checkpoint", ""], "checkpoint has an empty name; name one"),
         (["--timeshift", "1e300"], "timeshift 1e+300"),
         (["--output-dir", ""], "the output folder has an empty name"),
         (["--output-dir", "{folder}/mine"], "holds mine.txt, which ddt-fast did not write"),

@@ -13,6 +13,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from ddt_fast.checks import require_path
 from ddt_fast.evaluation.inception import Inception
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -53,7 +54,7 @@ def load_inception(
     Raises:
         ValueError: the file is missing, cannot be downloaded, or holds something else.
     """
-    file = _find_weights() if path is None else Path(path)
+    file = _find_weights() if path is None else require_path("--inception-weights", path)
     if not file.is_file():
         raise ValueError(f"Inception weights {file} {'are no file' if file.exists() else 'do not exist'}")
     with file.open("rb") as stream:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ddt_fast.checks import require_int
+from ddt_fast.checks import require_int, require_path
 from ddt_fast.data.image_folder import EXTENSIONS, center_crop
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 
@@ -142,7 +142,7 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
     Raises:
         ValueError: it is none of these, or is damaged.
     """
-    path = Path(path)
+    path = require_path("a source of images", path)
     if crop is not None:
         require_int("--center-crop", crop, 1)
     if path.is_dir():

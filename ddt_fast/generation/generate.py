@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from ddt_fast.autoencoder import Decoder
+from ddt_fast.autoencoder import Decoder, deterministic_convolutions
 from ddt_fast.checks import require, require_int, require_kind, whole_numbers
 from ddt_fast.command import choose_device, choose_dtype, parse_bytes
 from ddt_fast.config import Experiment, SamplingConfig
@@ -44,6 +44,7 @@ SHARD_IMAGES = 256
 """Images of a shard, in whole batches: a minute or less of work, and even shares for eight processes."""
 
 
+@deterministic_convolutions()
 def generate(
     checkpoint: str | Path = EMBEDDED_CHECKPOINT,
     output_dir: str | Path = "samples",
@@ -124,7 +125,6 @@ def generate(
     if place.type == "cuda":
         place = torch.device("cuda", place.index or 0)
         torch.cuda.set_device(place)
-        torch.backends.cudnn.deterministic = True  # a job that goes on shall decode as it would have
     source = resolve_checkpoint(checkpoint)
     experiment = experiment_of(source, preset)
     sampling = experiment.sampling if sampling is None else sampling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from ddt_fast.checks import require_name, require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, write_json
 from ddt_fast.model.reference import DDT
@@ -62,8 +64,8 @@ def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {name: training[name] for name in _RECIPE if name in training}
     if not recipe.get("repa_weight"):
         return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
-    if not _is_hub_id(recipe["repa_encoder"]):
-        recipe["repa_encoder"] = Path(recipe["repa_encoder"]).name
+    if not _is_hub_id(encoder := str(recipe.get("repa_encoder", ""))):
+        recipe["repa_encoder"] = Path(encoder).name
     return recipe
 
 
@@ -77,10 +79,30 @@ def read_provenance(folder: Path) -> Provenance:
     if folder.name == "model" and (folder.parent / _RECIPE_NAME).is_file():
         places.insert(0, folder.parent)
     training, metrics, recipe = (_first(places, name) for name in (_TRAINING_NAME, _METRICS_NAME, _RECIPE_NAME))
-    known = read_json(training) if training else {}
+    known = _read_objects(training, ("versions", "recipe", "scores"))
+    for kind in known.get("scores") or {}:
+        _require_object(f"{training}: scores: {kind}", known["scores"][kind])
     if recipe and training and "recipe" not in known:
         known["recipe"] = recipe_of(_read_recipe(recipe))
-    return Provenance(known, read_json(metrics) if metrics else {})
+    found = _read_objects(metrics, ("metrics", "samples", "reference"))
+    count = (found.get("samples") or {}).get("num_images")
+    if not (count is None or isinstance(count, int)):
+        raise ValueError(f"{metrics}: num_images is {count!r}; wanted a whole number")
+    return Provenance(known, found)
+
+
+def _read_objects(file: Path | None, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a JSON file holds, nothing where there is none; ValueError where a value of these names is no object."""
+    content = read_json(file) if file else {}
+    for name in names:
+        if content.get(name) is not None:
+            _require_object(f"{file}: {name}", content[name])
+    return content
+
+
+def _require_object(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is a {type(value).__name__}; wanted an object")
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
@@ -100,7 +122,8 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
         ValueError: no model there, or damaged files.
         OSError: it cannot be written.
     """
-    folder = Path(folder)
+    folder = require_path("folder", folder)
+    require_name("license", license, "none, or its identifier on the Hub, such as mit")
     is_pipeline = (folder / "model_index.json").is_file()
     experiment = read_settings((folder / "transformer" if is_pipeline else folder) / CONFIG_NAME)
     provenance = read_provenance(folder)
@@ -169,36 +192,37 @@ def _metrics(provenance: Provenance) -> list[str]:
     parts = []
     for kind, scores in (provenance.training.get("scores") or {}).items():
         rows = {title: scores[name] for name, title in _SCORES.items() if name in scores}
-        parts += [f"Samples drawn at the end of training, {kind}:", _table(rows)]
+        parts += [f"Samples drawn at the end of training, {_cell(kind)}:", _table(rows)]
     if values := provenance.metrics.get("metrics"):
         samples, reference = (provenance.metrics.get(role) or {} for role in ("samples", "reference"))
-        against = f", against {Path(reference['source']).name}" if reference.get("source") else ""
+        against = f", against {_cell(Path(str(reference['source'])).name)}" if reference.get("source") else ""
         count = f"{samples['num_images']:,} samples" if samples.get("num_images") else "Samples"
         parts += [f"{count}{against}:", _table(values)]
     return ["## Scores", *parts] if parts else []
 
 
 def _table(rows: Mapping[str, Any]) -> str:
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+    lines = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
+    """In one line that Markdown takes as it is: values may be of other people's files."""
+    if isinstance(value, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in value):
         return ", ".join(map(_cell, value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"([\\|\[\]<`])", r"\\\1", " ".join(text.split()))
 
 
 def _named(autoencoder: str) -> str:
     """A hub id as a link; of a local folder, which means nothing elsewhere, the last part."""
     if _is_hub_id(autoencoder):
         return f"[{autoencoder}](https://huggingface.co/{autoencoder})"
-    return f"the autoencoder {Path(autoencoder).name}"
+    return f"the autoencoder {_cell(Path(autoencoder).name)}"
 
 
 def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _num_parameters(model: DDTConfig) -> int:
@@ -213,7 +237,11 @@ def _first(places: list[Path], name: str) -> Path | None:
 def _read_recipe(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file} is no valid YAML: {error}") from error
     training = content.get("training") if isinstance(content, dict) else None
-    return training if isinstance(training, dict) else {}
+    training = training if isinstance(training, dict) else {}
+    for name, value in training.items():
+        if any(isinstance(part, (list, dict)) for part in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{file}: training.{name} is neither a value nor a list of values")
+    return training

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ddt_fast.checks import require, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder, read_json
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
@@ -62,7 +63,7 @@ def save_model(
         OSError: it cannot be written.
     """
     entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
-    with atomic_folder(Path(folder), OWNED_NAMES) as temporary:
+    with atomic_folder(require_path("folder", folder), OWNED_NAMES) as temporary:
         (temporary / CONFIG_NAME).write_text(json.dumps(entries, indent=2) + "\n")
         files = {WEIGHTS_NAME: model.state_dict(), RAW_NAME: raw, PROJECTOR_NAME: projector}
         try:
@@ -94,8 +95,7 @@ def load_model(
         ValueError: missing or corrupt file, a .ckpt with more than tensors in it (nothing of it is run), or weights and
             configuration that disagree.
     """
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype is {dtype!r}; allowed: torch.float32, torch.bfloat16, torch.float16, torch.float64")
+    require_float("dtype", dtype)
     if weights not in get_args(WeightSet):
         raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(WeightSet))}")
     source = resolve_checkpoint(path)
@@ -114,6 +114,13 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def require_float(name: str, dtype: object) -> None:
+    """A dtype that weights may have."""
+    allowed = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    valid = isinstance(dtype, torch.dtype) and dtype in allowed
+    require(valid, name, dtype, ", ".join(map(str, allowed)))
+
+
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
     """Everything that training can go on from: averaged and raw weights and REPA's projector, as far as they are there,
     from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU,
@@ -129,7 +136,7 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
         raw, projector = (
             _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
         )
-        sets = LightningWeights(_read_folder(source), raw, projector, [])
+        sets = LightningWeights(read_folder(source), raw, projector, [])
     else:
         sets = LightningWeights(_read_safetensors(source), {}, {}, [])
     if config is not None:
@@ -157,9 +164,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
     pipeline's folder this is its transformer.
 
     Raises:
-        ValueError: nothing there.
+        ValueError: nothing there, or no path.
     """
-    local = Path(path)
+    local = require_path("checkpoint", path)
     if local.is_dir():
         return _model_folder(local)
     if local.exists():
@@ -178,7 +185,8 @@ def _model_folder(folder: Path) -> Path:
     for place in (folder, folder / "transformer"):
         if any((place / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
             return place
-    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}")
+    hint = f"; name {folder / 'model'}" if (folder / "model" / WEIGHTS_NAME).is_file() else ""
+    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}{hint}")
 
 
 def has_config(checkpoint: Path) -> bool:
@@ -197,7 +205,7 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
         if preset is not None:
             raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
         raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]
@@ -246,26 +254,44 @@ def _read_chosen(source: Path, which: WeightSet) -> dict[str, Tensor]:
     if source.suffix == ".ckpt":
         return read_lightning(source).take(which, source)
     if which == "ema":
-        return _read_folder(source) if source.is_dir() else _read_safetensors(source)
+        return read_folder(source) if source.is_dir() else _read_safetensors(source)
     if not (source / RAW_NAME).is_file():
         raise ValueError(f"checkpoint {source} holds no raw weights; take its ema weights")
     return _read_safetensors(source / RAW_NAME)
 
 
-def _read_folder(folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder, which diffusers splits into several files where they are large."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return _read_safetensors(folder / WEIGHTS_NAME)
-    places = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
-        raise ValueError(f"{folder / INDEX_NAME} does not say which files of its folder hold the weights")
-    parts = [_read_safetensors(folder / file) for file in sorted(set(places.values()))]
+def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """The weights of a folder, which diffusers splits into several files where they are large; those of a variant have
+    its name in theirs. Memory-mapped.
+
+    Raises:
+        ValueError: none, damaged ones, or an index that names anything but safetensors in the folder.
+    """
+    whole, index = WEIGHTS_NAME, INDEX_NAME
+    if variant is not None:
+        whole = whole.replace(".safetensors", f".{variant}.safetensors")
+        index = index.replace(".json", f".{variant}.json")
+    if not (folder / index).is_file():
+        return _read_safetensors(folder / whole)
+    parts = [_read_safetensors(folder / file) for file in shard_names(folder / index)]
     return {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of weights names; ValueError unless all are safetensors in its own folder."""
+    places = read_json(index).get("weight_map")
+    files = places.values() if isinstance(places, dict) else [None]
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} says that weights are in {file!r}; wanted .safetensors files of its folder")
+    return sorted(set(files))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
+    if not file.is_file():
+        raise ValueError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
     try:
         return load_file(file)
     except SafetensorError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddt_fast.files import check_replaceable, read_json
+from ddt_fast.model.weights import shard_names
 
 INDEX_NAME = "model_index.json"
 PIPELINE_CLASS = "DDTPipeline"
@@ -51,8 +52,11 @@ def check_pipeline_replaceable(folder: Path) -> None:
 
 
 def check_weights(folder: Path) -> None:
-    """ValueError where a model's folder has weights as pickles only: they may hold code, and are not opened."""
+    """ValueError where a model's folder has weights as pickles only, or an index that names other files than
+    safetensors in it: pickles may hold code, and are not opened."""
     names = sorted(entry.name for entry in folder.iterdir())
+    for index in folder.glob("*.index*.json"):
+        shard_names(index)
     pickled = [name for name in names if name.endswith(_PICKLES)]
     if pickled and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ddt_fast.autoencoder import load_vae
+from ddt_fast.autoencoder import default_dtype_kept, load_vae
+from ddt_fast.checks import require_arguments, require_name, require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
 from ddt_fast.model.lightning import WeightSet
-from ddt_fast.model.weights import experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
+from ddt_fast.pipeline.component import UPLOAD_OPTIONS, require_shard_size, require_variant
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
@@ -31,7 +35,16 @@ _FETCHED = [
     *(f"{folder}config.json" for folder in ("", "transformer/", "vae/")),
     *(f"{folder}{_WEIGHTS}.{kind}" for folder in ("", "transformer/", "vae/") for kind in ("safetensors", "json")),
 ]
+_DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
+"""By the name that this diffusers takes; older ones pass over the new one."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+_OF_MODELS = ("torch_dtype", "dtype", "vae", "id2label", "preset", "weights")
+_OF_PIPELINES = (
+    *("torch_dtype", "dtype", "variant", "use_safetensors", "transformer", "vae", "scheduler", "id2label"),
+    *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
+    *("quantization_config", "custom_pipeline", "custom_revision", "trust_remote_code", "load_connected_pipeline"),
+)
+_OF_SAVING = ("save_directory", "safe_serialization", "variant", "max_shard_size", "push_to_hub", "license")
 
 
 class SavedPipeline(DiffusionPipeline):
@@ -55,26 +68,44 @@ class SavedPipeline(DiffusionPipeline):
                 `DiffusionPipeline.from_pretrained`; for a model folder torch_dtype, vae and id2label.
 
         Raises:
-            ValueError: nothing there, parts of other classes, weights that are not safetensors or do not fit.
+            ValueError: an argument that there is not, nothing there, parts of other classes, settings that are not
+                allowed, weights that are not safetensors or do not fit.
             OSError: files that are missing or cannot be read.
         """
+        folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
+        require_arguments("from_pretrained", kwargs, list(dict.fromkeys((*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS))))
         if kwargs.pop("use_safetensors", True) is False:
             raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
-        if kwargs.get("custom_pipeline") is not None:
-            raise ValueError(
-                f"custom_pipeline is {kwargs['custom_pipeline']!r}; allowed: none, no code is fetched or run"
-            )
+        if (code := kwargs.pop("custom_pipeline", None)) is not None:
+            raise ValueError(f"custom_pipeline is {code!r}; allowed: none, no code is fetched or run")
+        require_variant(kwargs.get("variant"))
+        for option in ("torch_dtype", "dtype"):
+            given = kwargs.get(option)
+            for dtype in given.values() if isinstance(given, Mapping) else [given]:
+                if dtype is not None:
+                    require_float(option, dtype)
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-        folder = Path(pretrained_model_name_or_path)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; from_single_file reads those")
         if not folder.is_dir():
             folder = _fetch(str(pretrained_model_name_or_path), hub)
         if not (folder / INDEX_NAME).is_file():
+            require_arguments("from_pretrained of a model folder", kwargs, _OF_MODELS)
             return cls.from_single_file(folder, **kwargs)
+        require_arguments("from_pretrained of a pipeline", kwargs, _OF_PIPELINES)
         check_pipeline(folder)
+        dtypes = kwargs.pop("dtype", None), kwargs.pop("torch_dtype", None)
+        if dtypes != (None, None):
+            kwargs[_DTYPE] = dtypes[0] or dtypes[1]
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
-        pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        try:
+            with default_dtype_kept():
+                pipe = super().from_pretrained(str(folder), use_safetensors=True, **kwargs)
+        except (ValueError, OSError, MemoryError):
+            raise
+        except Exception as error:  # diffusers may raise anything on a damaged config.json
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{folder} could not be loaded: {type(error).__name__}: {reason}") from error
         pipe.provenance = read_provenance(folder)
         return pipe
 
@@ -153,17 +184,22 @@ class SavedPipeline(DiffusionPipeline):
             kwargs: repo_id, private, token, commit_message and create_pr of an upload.
 
         Raises:
-            ValueError: the folder holds anything but a pipeline.
+            ValueError: an argument that there is not, or the folder holds anything but a pipeline.
             OSError: it cannot be written.
         """
+        require_arguments("save_pretrained", kwargs, (*_OF_SAVING, *UPLOAD_OPTIONS))
+        folder = require_path("save_directory", save_directory)
         if not safe_serialization:
             raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+        require_variant(variant)
+        if max_shard_size is not None:
+            require_shard_size(max_shard_size)
+        require_name("license", license, "none, or its identifier on the Hub, such as mit")
         if not self.transformer.is_plain:
             raise ValueError(
                 "the transformer is adapted or quantised; wanted one whose adapters are merged or unloaded"
             )
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
-        folder = Path(save_directory)
         check_pipeline_replaceable(folder)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
             super().save_pretrained(str(temporary), variant=variant, max_shard_size=max_shard_size)
@@ -196,8 +232,13 @@ class SavedPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
     ) -> Any:
-        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        try:
+            repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+            return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise OSError(f"{repo_id} could not be uploaded: {error}") from error
 
 
 def _fetch(name: str, options: dict[str, Any]) -> Path:
@@ -207,7 +248,7 @@ def _fetch(name: str, options: dict[str, Any]) -> Path:
         raise ValueError(f"{missing}, and no hub id such as user/model")
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, TypeError) as error:
         raise ValueError(f"{missing}, and could not be had from the Hub: {str(error).splitlines()[0]}") from error
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
-from ddt_fast.checks import require_kind
+from ddt_fast.checks import require_arguments, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.generation.images import to_uint8
@@ -25,6 +25,7 @@ from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
+from ddt_fast.wording import counted
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +73,9 @@ class DDTPipeline(SavedPipeline):
             if vae.config["latent_channels"] != config.in_channels:
                 channels = f"{vae.config['latent_channels']} channels, the transformer takes {config.in_channels}"
                 raise ValueError(f"the vae's latents have {channels}; wanted as many")
+            scaling = vae.config["scaling_factor"]
+            if not (isinstance(scaling, (int, float)) and 0 < scaling < float("inf")):
+                raise ValueError(f"the vae has scaling_factor {scaling!r}; wanted a positive number")
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
         if id2label is None:
@@ -121,7 +125,8 @@ class DDTPipeline(SavedPipeline):
         self._cuda_graphs = False
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.to`: a device, a dtype, or both."""
+        """As `DiffusionPipeline.to`: a device, a dtype, or both, and silence_dtype_warnings; ValueError for others."""
+        require_arguments("to", kwargs, ("device", "dtype", "silence_dtype_warnings"))
         self._engine = self._sampler = None  # before others take their memory
         return super().to(*args, **kwargs)
 
@@ -164,8 +169,9 @@ class DDTPipeline(SavedPipeline):
             guidance_scale, guidance_interval, refresh_every, timeshift, last_step, solver, order, diffusion,
                 diffusion_scale, refresh_steps, num_refreshes, state_forecast, guidance_every, guidance_forecast,
                 cuda_graphs: as `SamplingConfig`; None for the scheduler's, and last_step 0 for 1 / steps.
-            generator: CPU generators: one per image, or one that is drawn from for one image after the other; None for
-                torch's own. One that was seeded gives the image that its seed has everywhere in ddt_fast.
+            generator: one per image, or one that is drawn from for one image after the other; None for torch's own of
+                the CPU. One of the CPU that was seeded gives the image that its seed has everywhere in ddt_fast; one of
+                the pipeline's own device draws there, and gives images of its own.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
                 H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws.
             return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
@@ -179,7 +185,8 @@ class DDTPipeline(SavedPipeline):
 
         Raises:
             ValueError: an unknown or ambiguous class, a setting that is not allowed, sizes that do not fit the model,
-                or another number of generators than of images.
+                another number of generators than of images, or generators on a device that is neither the CPU nor the
+                pipeline's.
         """
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(get_args(OutputType))}")
@@ -207,12 +214,12 @@ class DDTPipeline(SavedPipeline):
         }
         config = self._sampling_config({name: value for name, value in given.items() if value is not None})
         callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        labels = torch.tensor(self.get_label_ids(class_labels)).repeat_interleave(num_images_per_label)  # type: ignore[arg-type]
-        generators = per_sample(generator, len(labels))
-        shape = self._latent_shape(height, width)
-        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, len(labels), shape)
-
-        sampler = self._sampler_for(config, len(labels), *shape[1:])
+        wanted = self.get_label_ids(class_labels)  # type: ignore[arg-type]
+        count, shape = len(wanted) * num_images_per_label, self._latent_shape(height, width)
+        sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
+        labels = torch.tensor(wanted).repeat_interleave(num_images_per_label)
+        generators = per_sample(generator, count, self.transformer.device)
+        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, count, shape)
         self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
         callback.times = torch.tensor([step.t for step in sampler.plan.steps])
         with self.progress_bar(total=self._num_timesteps) as bar:
@@ -250,9 +257,7 @@ class DDTPipeline(SavedPipeline):
         return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
     def _checked_latents(self, latents: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
-        if not isinstance(latents, Tensor) or latents.shape != (count, *shape):
-            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"latents are {seen}; wanted {(count, *shape)} for {count} images")
+        _require_latents("latents are", latents, (count, *shape), f" for {counted(count, 'image')}")
         return latents
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
@@ -336,10 +341,18 @@ class _Callback:
         if not isinstance(returned, Mapping):
             raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; wanted None or a dict")
         latents = returned.get("latents", x)
-        if not isinstance(latents, Tensor) or latents.shape != x.shape:
-            seen = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-            raise ValueError(f"callback_on_step_end returned latents {seen}; wanted {tuple(x.shape)}")
+        _require_latents("callback_on_step_end returned latents", latents, tuple(x.shape))
         x.copy_(latents)
+
+
+def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose: str = "") -> None:
+    """ValueError unless these are numbers of this shape."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"{what} a {type(latents).__name__}; wanted a tensor {shape}{purpose}")
+    if latents.shape != shape:
+        raise ValueError(f"{what} {tuple(latents.shape)}; wanted {shape}{purpose}")
+    if not latents.is_floating_point() or latents.layout != torch.strided or latents.is_meta:
+        raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; wanted dense floats")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:

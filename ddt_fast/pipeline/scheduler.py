@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any, Literal
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ddt_fast.checks import require_arguments, require_path
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
+from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
 
@@ -24,7 +27,7 @@ class DDTSchedulerOutput(BaseOutput):
     prev_sample: Tensor
 
 
-class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
     """How samples are drawn, unless a call of the pipeline says otherwise; and one step after another for own loops:
 
         scheduler.set_timesteps(50)
@@ -67,6 +70,26 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._velocities: list[Tensor] = []
         self.set_timesteps(self.sampling_config.num_steps)
 
+    def save_pretrained(self, save_directory: str | PathLike[Any], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As diffusers' `SchedulerMixin.save_pretrained`: write scheduler_config.json into the folder.
+
+        Args:
+            save_directory: the folder.
+            push_to_hub: upload it, too.
+            kwargs: repo_id, private, token, commit_message, create_pr and subfolder of an upload.
+
+        Raises:
+            ValueError: an argument that there is not, or a file of that name.
+            OSError: it cannot be written.
+        """
+        # diffusers' own push_to_hub hands over safe_serialization, which concerns weights.
+        allowed = ("save_directory", "push_to_hub", *UPLOAD_OPTIONS, "subfolder", "safe_serialization")
+        require_arguments("save_pretrained", kwargs, allowed)
+        folder = require_path("save_directory", save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory {folder} is a file; wanted a folder")
+        super().save_pretrained(str(folder), push_to_hub, **kwargs)
+
     @property
     def sampling_config(self) -> SamplingConfig:
         """The settings."""
@@ -105,10 +128,11 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             model_output: (B, ...) velocity at (sample, timestep), guided where guidance is wanted.
             timestep: the next one of `timesteps`; steps are taken in their order.
             sample: (B, ...) x.
-            generator: CPU generators of the "sde" solver, one or one a sample; None for torch's own.
+            generator: of the "sde" solver, one or one a sample, on the CPU or on the sample's device; None for torch's
+                own of the CPU.
 
         Raises:
-            ValueError: a timestep out of turn.
+            ValueError: a timestep out of turn, or generators elsewhere.
         """
         steps = self._plan.steps
         if self._index >= len(steps) or abs(float(timestep) - steps[self._index].t) > 1e-6:
@@ -120,7 +144,7 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         for weight, velocity in zip(coefficients.velocity_coefficients, self._velocities, strict=False):
             x = x + weight * velocity
         if coefficients.noise_coefficient:
-            generators = per_sample(generator, len(sample))
+            generators = per_sample(generator, len(sample), sample.device)
             x = x + coefficients.noise_coefficient * normal(sample.shape[1:], generators).to(x.device)
         self._index += 1
         return DDTSchedulerOutput(prev_sample=x) if return_dict else (x,)
@@ -134,12 +158,19 @@ class DDTScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return int(self.config["num_steps"])
 
 
-def per_sample(generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:
-    """One CPU generator a sample. One for all of them is drawn from for one sample after the other, so that the first
-    sample is the same whatever their number; None is torch's default generator.
+def per_sample(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
+) -> list[torch.Generator]:
+    """One generator a sample. One for all of them is drawn from for one sample after the other, so that the first
+    sample is the same whatever their number; None is torch's default generator of the CPU.
+
+    Args:
+        generator: on the CPU, or on the device.
+        count: of samples.
+        device: where samples are drawn.
 
     Raises:
-        ValueError: another number of generators, or one that is not on the CPU.
+        ValueError: another number of generators, or generators elsewhere or here and there.
     """
     if generator is None:
         generator = torch.default_generator
@@ -149,10 +180,15 @@ def per_sample(generator: torch.Generator | Sequence[torch.Generator] | None, co
     for one in generators:
         if not isinstance(one, torch.Generator):
             raise ValueError(f"generator is a {type(one).__name__}; wanted torch.Generator, one or one per image")
-        if one.device.type != "cpu":
+        if one.device.type != "cpu" and one.device != device:
+            own = "" if device.type == "cpu" else f", or one on {device}, where samples are drawn"
             raise ValueError(
-                f"generator is on {one.device}; wanted torch.Generator('cpu'), whose noise is the same on every machine"
+                f"generator is on {one.device}; wanted torch.Generator('cpu'), whose noise is the same on every "
+                f"machine{own}"
             )
     if len(generators) != count:
         raise ValueError(f"{len(generators)} generators for {count} images; wanted one, or one per image")
+    places = sorted({str(one.device) for one in generators})
+    if len(places) > 1:
+        raise ValueError(f"generators are on {' and '.join(places)}; wanted all on one device")
     return generators

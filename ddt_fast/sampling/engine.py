@@ -52,7 +52,8 @@ def sample(
         labels: (B,) int64, 0 to num_classes - 1.
         config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
             `sharing.resolve_refresh_steps` keeps what it found.
-        generators: one CPU generator a sample, from which the "sde" solver draws; unused by the other solvers.
+        generators: one a sample, all on the CPU or all on the model's device, from which the "sde" solver draws; unused
+            by the other solvers.
         progress: called after every step with the number of steps done and the current x (B, ..) float32, which the
             next step reads and overwrites: copy what is to be kept; what is written to it the run goes on from. It may
             raise `StopSampling`.
@@ -174,7 +175,7 @@ class Sampler:
                     assert generators is not None
                     drawn = normal(noise.shape[1:], generators)
                     # From page-locked memory the copy waits in the device's queue, and the host does not.
-                    drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+                    drawn = drawn.pin_memory() if (drawn.device.type, self.device.type) == ("cpu", "cuda") else drawn
                     self.buffers.noise[:count].copy_(drawn, non_blocking=True)
                 self._execute(kind)
                 if progress is not None:

@@ -23,5 +23,6 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, li
 
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise, (len(generators), *shape) float32 on the CPU; each sample from its own CPU generator."""
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+    """Standard normal noise, (len(generators), *shape) float32, each sample from its own generator, on whose device all
+    are."""
+    return torch.stack([torch.randn(tuple(shape), generator=one, device=one.device) for one in generators])

@@ -133,6 +133,8 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
     settings = experiment.training
     timesteps(experiment.sampling.num_steps, experiment.sampling.last_step, experiment.sampling.timeshift)
     with ExitStack() as stack:
+        # The caller's random numbers go on as if there had been no training.
+        stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(process_group(device))
         first = dist.get_rank() == 0
         group = patient_group()
@@ -146,7 +148,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
                 "training.repa_encoder": objective.encoder_sha256(),
             }
         checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, frozen, group)
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)  # of the CPU, where weights are initialised
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
         wait_for_all(group)  # what was fetched from the Hub came to some sooner than to others

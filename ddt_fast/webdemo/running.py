@@ -23,6 +23,12 @@ REPORT_SECONDS = 0.1
 _REPEAT_SECONDS = 0.5
 """After which the latest progress is yielded again: an iterator that waits inside cannot be closed."""
 
+_END_SECONDS = 30.0
+"""Longer than a step takes; work that goes on after it is left behind."""
+
+_at_work: dict[threading.Thread, threading.Event] = {}
+"""The threads at work, and what tells each of them to stop."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -81,8 +87,12 @@ def in_background(model: DemoModel, work: Callable[[Report], T]) -> Iterator[Pro
             pass
         except Exception as error:
             updates.put(error)
+        finally:
+            del _at_work[threading.current_thread()]
 
-    threading.Thread(target=run, name="draw", daemon=True).start()
+    thread = threading.Thread(target=run, name="draw", daemon=True)
+    _at_work[thread] = stop
+    thread.start()
     try:
         update: Progress | Finished[T] | Exception = Progress("starting")
         while True:
@@ -97,6 +107,14 @@ def in_background(model: DemoModel, work: Callable[[Report], T]) -> Iterator[Pro
                 return
     finally:
         stop.set()
+
+
+def end_work() -> None:
+    """End all work at its next report, and wait for that: a thread that is inside torch when Python ends takes the
+    process down."""
+    for thread, stop in list(_at_work.items()):
+        stop.set()
+        thread.join(_END_SECONDS)
 
 
 def _reporter(put: Callable[[Progress], None], stop: threading.Event) -> Report:

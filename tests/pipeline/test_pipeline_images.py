@@ -224,6 +224,20 @@ def test_the_scheduler_is_what_holds_unless_told(pipe):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"solver": "sde", "cuda_graphs": True}])
+def test_a_generator_of_the_gpu_draws_there(settings):
+    pipe = digits().to("cuda")
+    draw = lambda **more: pipe([3, 4], 4, output_type="latent", **settings, **more).images  # noqa: E731
+    drawn = [draw(generator=[torch.Generator("cuda").manual_seed(seed) for seed in (0, 1)]) for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert not torch.allclose(drawn[0], draw(generator=seeded(0, 1)))
+    if not settings:
+        generators = [torch.Generator("cuda").manual_seed(seed) for seed in (0, 1)]
+        noise = torch.stack([torch.randn(1, 8, 8, generator=one, device="cuda") for one in generators])
+        assert torch.equal(draw(latents=noise), drawn[0])
+
+
+@pytest.mark.gpu
 def test_cuda_graphs_draw_the_eager_images():
     pipe = digits().to("cuda")
     seen = []

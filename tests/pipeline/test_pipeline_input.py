@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddt_fast.class_names import ClassNames, imagenet_id2label
+from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from pipeline_cases import digits, seeded
 
 
@@ -70,6 +71,9 @@ def test_search_finds_what_contains_or_resembles_the_words():
         ({"generator": 5}, "generator is a int; wanted torch.Generator, or a list of them"),
         ({"height": 7}, "height is 7; allowed: a positive multiple of 2 pixels"),
         ({"width": -2}, "width is -2"),
+        ({"height": 2 * 10**9}, "one 2000000000x8 sample keeps .* between steps"),
+        ({"num_images_per_label": 10**9}, "batches of 2000000000 keep .* between steps, the device has"),
+        ({"num_inference_steps": 10**9}, "num_steps is 1000000000; allowed: a whole number, 1 to 100000"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; allowed: pil, np, pt, latent"),
         ({"num_images_per_label": 0}, "num_images_per_label is 0"),
         ({"num_inference_steps": 0}, "num_steps is 0"),
@@ -78,6 +82,11 @@ def test_search_finds_what_contains_or_resembles_the_words():
         ({"refresh_steps": (1, 2)}, "refresh_steps is"),
         ({"solver": "heun"}, "solver is 'heun'"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents are \(1, 1, 8, 8\); wanted \(2, 1, 8, 8\)"),
+        ({"latents": [1.0]}, r"latents are a list; wanted a tensor \(2, 1, 8, 8\) for 2 images"),
+        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.bool)}, "latents are torch.bool, .* wanted dense floats"),
+        ({"latents": torch.zeros(2, 1, 8, 8, device="meta")}, "latents are .*, on meta; wanted dense floats"),
+        ({"latents": torch.zeros(2, 1, 8, 8).to_sparse()}, r"latents are .*torch\.sparse_coo, .*; wanted dense floats"),
+        ({"class_labels": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes are .* on meta; wanted"),
         ({"callback_on_step_end": 3}, "callback_on_step_end is a int; wanted a function"),
         (
             {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
@@ -104,8 +113,24 @@ def test_cuda_graphs_without_cuda(pipe):
         pipe.enable_cuda_graphs()
 
 
-@pytest.mark.gpu
-def test_generators_on_the_gpu():
-    pipe = digits().to("cuda")
-    with pytest.raises(ValueError, match=r"generator is on cuda.*wanted torch\.Generator"):
-        pipe([3], 2, generator=torch.Generator("cuda"))
+class Elsewhere(torch.Generator):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda:1")
+
+
+def test_generators_elsewhere_are_refused(pipe):
+    with pytest.raises(
+        ValueError, match=r"generator is on cuda:1; wanted torch\.Generator\('cpu'\), whose .* machine$"
+    ):
+        pipe([3], 2, generator=Elsewhere())
+    inputs = torch.zeros(1, 1, 8, 8), 0.0, torch.zeros(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="generator is on cuda:1; wanted"):
+        DDTScheduler(num_steps=9, last_step=None, solver="sde").step(*inputs, generator=Elsewhere())
+    own, other = Elsewhere(), seeded(0)[0]
+    assert per_sample([own, own], 2, torch.device("cuda:1")) == [own, own]
+    assert per_sample([other, other], 2, torch.device("cuda:1")) == [other, other]
+    with pytest.raises(ValueError, match=r"is on cuda:1; wanted .* machine, or one on cuda:0, where samples are drawn"):
+        per_sample(own, 2, torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="generators are on cpu and cuda:1; wanted all on one device"):
+        per_sample([own, other], 2, torch.device("cuda:1"))
