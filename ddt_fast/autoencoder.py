@@ -23,8 +23,11 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     try:
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": cache_only(name)}
         # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
+        options |= {"low_cpu_mem_usage": False, "use_safetensors": True, "output_loading_info": True}
         with default_dtype_kept():
-            vae = AutoencoderKL.from_pretrained(name, low_cpu_mem_usage=False, use_safetensors=True, **options)
+            vae, info = AutoencoderKL.from_pretrained(name, **options)
+        if missing := info["missing_keys"]:  # which diffusers leaves uninitialised, with a warning
+            raise ValueError(f"{len(missing)} of its tensors are missing, such as {sorted(missing)[0]}")
         return vae.to(device).eval().requires_grad_(False)
     except MemoryError:
         raise
