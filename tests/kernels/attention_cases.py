@@ -51,8 +51,8 @@ def check_against_reference(
     def attention(*tensors: Tensor) -> Tensor:
         return reference.attention(*tensors, scale)
 
-    # PyTorch's CUDA kernels read 16 bytes at a time, unasked: an odd pitch would be a misaligned address, which ends the
-    # process's use of the GPU.
+    # PyTorch's CUDA kernels read 16 bytes at a time, unasked: an odd pitch is a misaligned address to them, after which
+    # the process cannot use the GPU any more.
     (plain,), plain_gradients = with_gradients(attention, [t.contiguous() for t in heads], [grad])
     (oracle,), oracles = with_gradients(attention, [t.double() for t in heads], [grad.double()])
     assert_as_accurate("output", out, plain, oracle)
