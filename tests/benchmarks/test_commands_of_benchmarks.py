@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_run import TRAINING_VARIANTS, Steps, install
-from benchmarks.training_step import VARIANTS
+from benchmarks.gpu_run import Steps, install
 from python_processes import run_python
 
 BARE = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in ("jsonargparse", "diffusers"))
@@ -73,25 +72,24 @@ def test_the_gpu_command_wants_a_gpu(tmp_path):
     assert done.stderr == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one\n"
 
 
-def make_wheel(folder, name="brought_along", tag="py3-none-any"):
-    """Of a package of one line."""
-    info = f"{name}-1.0.dist-info"
+def make_wheel(folder, tag="py3-none-any"):
+    """Of a module of one line, which says that it needs another."""
+    info = "brought_along-1.0.dist-info"
     files = {
-        f"{name}.py": "WORD = 'here'\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: never-heard-of\n",
+        "brought_along.py": "WORD = 'here'\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: brought_along\nVersion: 1.0\nRequires-Dist: another\n",
         f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: {tag}\n",
     }
-    record = "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD"))
-    folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / f"{name}-1.0-{tag}.whl", "w") as wheel:
-        for file, content in (files | {f"{info}/RECORD": record}).items():
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(folder / f"brought_along-1.0-{tag}.whl", "w") as wheel:
+        for file, content in files.items():
             wheel.writestr(file, content)
 
 
 def test_wheels_are_there_for_every_step(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
-    make_wheel(tmp_path / "wheels")
-    install(tmp_path / "wheels", tmp_path / "packages")
+    make_wheel(tmp_path)
+    install(tmp_path, tmp_path / "packages")
     assert importlib.util.find_spec("brought_along") is not None
     steps = Steps(tmp_path, 60, tmp_path / "packages")
     steps.run("imports", ["-c", "import brought_along; print(brought_along.WORD)"], "log.txt", 20.0)
@@ -107,10 +105,6 @@ def test_wheels_that_cannot_be_installed(tmp_path):
     done = run_python(*command, str(tmp_path))
     assert done.returncode == 2
     assert "cannot be installed: ERROR: brought_along-1.0-cp27-cp27m-win32.whl is not a supported wheel" in done.stderr
-
-
-def test_the_training_step_of_a_gpu_run_has_these_variants():
-    assert set(TRAINING_VARIANTS) <= {variant.name for variant in VARIANTS}
 
 
 def test_a_step_that_hangs_is_stopped_and_none_begins_too_late(tmp_path):
