@@ -127,7 +127,9 @@ def diffusers_variant(config: DDTConfig, side: int, batch: int, backward: bool) 
     @cache
     def model() -> nn.Module:
         torch.manual_seed(0)
-        return DiffusersDiT(config, side).eval().requires_grad_(backward).to(DEVICE, DTYPE)
+        with torch.device(DEVICE):  # a GPU draws XL/2's weights in no time
+            made = DiffusersDiT(config, side)
+        return made.eval().requires_grad_(backward).to(DEVICE, DTYPE)
 
     def check(model: nn.Module, x: Inputs) -> list[Tensor]:
         return checked(model, partial(_gradients, model) if backward else None, wrap(model), x)

@@ -3,14 +3,17 @@
 From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or later and triton 3.6 or later; no network,
 nothing to install. In this order, each step in a process of its own, so that what breaks one leaves the others alone:
 
-    tests     pytest -m gpu, 4 at a time with pytest-xdist  tests.txt
-    profile   with --profile: benchmarks.profile_steps      *_step.trace.json.gz, profile.json
-    suite     every module of benchmarks, by pytest         results.json, suite.txt (the profile's output too)
+    tests          pytest -m gpu, several at a time with pytest-xdist  tests.txt
+    profile        with --profile: benchmarks.profile_steps            *_step.trace.json.gz, profile.json
+    training_step  benchmarks.training_step, nothing compiled          training_step.json
+    suite          every module of benchmarks, by pytest               results.json, suite.txt (output of all but tests)
 
 steps.json says how each step ended. All files are under --output-dir (default: $OUT, else benchmarks/results/gpu) and
 are written as the run goes: one that is cut off leaves what it had. A step that takes longer than its share of
 --minutes is stopped. Without pytest the tests are left out, and the suite runs without it; without pytest-benchmark
-its tables are missing. What is missing is said at the beginning.
+its tables are missing; without jsonargparse training_step is left out, without it or diffusers some of the tests cannot
+be imported. What is missing is said at the beginning. Wheels of it that were brought along are installed, for this run
+alone, from the folder that --wheels names.
 
 --dry-run does the same on a machine without a GPU, on small shapes.
 """
@@ -25,6 +28,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,12 +44,15 @@ SHARES = {
 }
 """Of the suite's time, in the order of what is wanted most; what one module leaves goes to the next ones."""
 
-TESTS_SHARE, PROFILE_SECONDS = 0.25, 60.0
+TESTS_SHARE, PROFILE_SECONDS, TRAINING_SHARE = 0.25, 60.0, 0.15
 START_SECONDS, GRACE_SECONDS = 10.0, 30.0
 """Until a module of the suite measures, and for its last case to end."""
 
 STOP_SECONDS = 20.0
 """What it may take to stop a step; kept free at the end. No step starts with less left."""
+
+TRAINING_VARIANTS = ("reference, bf16 autocast", "FusedDDT, bf16")
+"""Beside the baseline, on a GPU: to compile takes minutes, and the suite's training cases do it on a smaller model."""
 
 WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensors", "triton", "scipy")
 
@@ -56,13 +63,14 @@ class Steps:
     Args:
         folder: where it is.
         seconds: that all of them may take, the stopping of the last one included.
+        packages: a folder of packages that they find first; or None.
     """
 
-    def __init__(self, folder: Path, seconds: float) -> None:
+    def __init__(self, folder: Path, seconds: float, packages: Path | None = None) -> None:
         self.folder = folder
         self.deadline = time.monotonic() + seconds - STOP_SECONDS
         self.done: list[dict[str, Any]] = []
-        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(packages or ""), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
     @property
@@ -120,6 +128,25 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
         return f"stopped after {seconds:.0f} s"
 
 
+def install(wheels: Path, target: Path) -> None:
+    """Install the wheels of a folder, and nothing that they depend on, into another folder, for this process too.
+
+    Raises:
+        ValueError: there are none, or pip does not take them.
+    """
+    files = [str(file.resolve()) for file in sorted(wheels.glob("*.whl"))]
+    if not files:
+        raise ValueError(f"--wheels is {wheels}, which holds no .whl file")
+    options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(f"the wheels in {wheels} cannot be installed: {reason[-1]}")
+    sys.path.insert(0, str(target))
+    importlib.invalidate_caches()
+
+
 def preflight(folder: Path, dry_run: bool) -> None:
     """Say what this machine has; exit code 2 where it has no GPU and this is no dry run."""
     try:
@@ -172,6 +199,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="+", default=list(SHARES), help=f"of {', '.join(SHARES)}")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose title has these words")
     parser.add_argument("--tests", default="tests", help="folder or file of the tests to run")
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install its wheels first, for this run alone")
     options = parser.parse_args()
     unknown = [name for name in options.modules if name not in SHARES]
     if unknown:
@@ -180,22 +208,42 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "results.json").exists():
         parser.error(f"{folder} holds results.json of another run; name another folder")
-    preflight(folder, options.dry_run)
     if options.commit:
         os.environ["DDT_FAST_COMMIT"] = options.commit
-    seconds = 60 * options.minutes
-    steps = Steps(folder, seconds)
+    with tempfile.TemporaryDirectory() as temporary:
+        packages = None if options.wheels is None else Path(temporary)
+        if packages is not None:
+            try:
+                install(options.wheels, packages)
+            except ValueError as error:
+                parser.error(str(error))
+        preflight(folder, options.dry_run)
+        run_steps(Steps(folder, 60 * options.minutes, packages), options)
+    print("\n".join(digest(folder / "results.json")))
+
+
+def run_steps(steps: Steps, options: argparse.Namespace) -> None:
+    """All of them, one after the other."""
+    folder, seconds = steps.folder, 60 * options.minutes
     has_pytest = importlib.util.find_spec("pytest") is not None
     if has_pytest:
         tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
-        if importlib.util.find_spec("xdist") and (os.cpu_count() or 1) >= 8:
-            tests += ["-n", "4"]  # most of their time is Triton's compiler, on the CPU
+        cores = os.cpu_count() or 1
+        if importlib.util.find_spec("xdist") and cores >= 8:
+            tests += ["-n", str(min(8, cores // 2))]  # most of their time is Triton's compiler, on the CPU
         steps.run("tests", tests, "tests.txt", TESTS_SHARE * seconds)
     else:
         steps.note("tests", "left out: pytest is not installed")
     if options.profile:
         command = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
         steps.run("profile", command, "suite.txt", PROFILE_SECONDS)
+    if importlib.util.find_spec("jsonargparse") is not None:
+        command = ["-m", "benchmarks.training_step", "--output", str(folder / "training_step.json")]
+        small = ["--batch-size", "1", "--calls", "1", "--only", "FusedDDT, bf16"]
+        command += small if options.dry_run else ["--only", *TRAINING_VARIANTS]
+        steps.run("training_step", command, "suite.txt", TRAINING_SHARE * seconds)
+    else:
+        steps.note("training_step", "left out: jsonargparse is not installed")
     with_pytest = has_pytest and importlib.util.find_spec("pytest_benchmark") is not None
     modules = [name for name in SHARES if name in options.modules]
     for i, name in enumerate(modules):
@@ -210,7 +258,6 @@ def main() -> None:
             *(["--only", options.only] * bool(options.only)),
         ]
         steps.run(name, command, "suite.txt", limit + GRACE_SECONDS)
-    print("\n".join(digest(folder / "results.json")))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("ddt-fast", "torch", "triton", "numpy", "diffusers", "safetensors", "pillow")
+PACKAGES = ("ddt-fast", "triton", "numpy", "diffusers", "safetensors", "pillow")
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
@@ -46,6 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
+            "torch": str(torch.__version__),  # with its build, which the package's metadata may leave out
             **{name: version for name in PACKAGES if (version := package_version(name)) is not None},
         },
         **source_commit(),

@@ -178,11 +178,11 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
     Raises:
         ValueError: files that are missing or damaged, or of another model.
     """
+    reader = StateReader(checkpoint / "state")
     try:
-        reader = StateReader(checkpoint / "state")
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(reader.failure or error)}") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -25,6 +25,9 @@ _MADE = {
 class StateReader(dcp.FileSystemReader):
     """Reads a state/ folder of tensors.
 
+    Attributes:
+        failure: what `read_metadata` raised last, which torch 2.11 does not pass on.
+
     Raises:
         pickle.UnpicklingError: its metadata names anything but tensors' places, or something that is no tensor, which
             torch would unpickle.
@@ -33,9 +36,17 @@ class StateReader(dcp.FileSystemReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._metadata_file = folder / ".metadata"
+        self.failure: Exception | None = None
 
     def read_metadata(self) -> metadata.Metadata:
         """The tensors' sizes and places."""
+        try:
+            return self._read_metadata()
+        except Exception as error:  # the unpickler may raise anything on damaged bytes
+            self.failure = error
+            raise
+
+    def _read_metadata(self) -> metadata.Metadata:
         with self._metadata_file.open("rb") as file:
             found = _Unpickler(file).load()
         if not isinstance(found, metadata.Metadata):

@@ -62,7 +62,13 @@ def launches_run(device: torch.device) -> bool:
 def inlined(x: torch.Tensor) -> bool:
     """Whether a call on x is being compiled for a CPU: it then is plain PyTorch, which Inductor fuses and autograd
     differentiates, and no operator, which is opaque to both. An exported graph keeps operators: it may go to a GPU."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return x.device.type == "cpu" and torch.compiler.is_compiling() and not _exporting()
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """torch.compiler.is_exporting(), really asked: torch 2.11 takes its answer for yes whenever it compiles."""
+    return torch.compiler.is_exporting()
 
 
 def without_autocast(x: torch.Tensor) -> torch.autocast:

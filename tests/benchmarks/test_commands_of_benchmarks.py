@@ -1,12 +1,15 @@
 """The benchmarks as they are run: by pytest, and by the one command for a GPU machine, here without one."""
 
 import gzip
+import importlib.util
 import json
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_run import Steps
+from benchmarks.gpu_run import Steps, install
 from python_processes import run_python
 
 BARE = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in ("jsonargparse", "diffusers"))
@@ -47,6 +50,7 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
+    assert steps.pop("training_step") == "left out: jsonargparse is not installed"
     assert steps == {"tests": "done", "profile": "done", "bench_kernels": "done"}, done.stdout
     assert len(json.loads((folder / "results.json").read_text())["cases"]) == 1
     for step in ("refresh", "reuse"):
@@ -66,6 +70,41 @@ def test_the_gpu_command_wants_a_gpu(tmp_path):
     done = run_python("benchmarks/gpu_run.py", "--output-dir", str(tmp_path))
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one\n"
+
+
+def make_wheel(folder, tag="py3-none-any"):
+    """Of a module of one line, which says that it needs another."""
+    info = "brought_along-1.0.dist-info"
+    files = {
+        "brought_along.py": "WORD = 'here'\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: brought_along\nVersion: 1.0\nRequires-Dist: another\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: {tag}\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(folder / f"brought_along-1.0-{tag}.whl", "w") as wheel:
+        for file, content in files.items():
+            wheel.writestr(file, content)
+
+
+def test_wheels_are_there_for_every_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    make_wheel(tmp_path)
+    install(tmp_path, tmp_path / "packages")
+    assert importlib.util.find_spec("brought_along") is not None
+    steps = Steps(tmp_path, 60, tmp_path / "packages")
+    steps.run("imports", ["-c", "import brought_along; print(brought_along.WORD)"], "log.txt", 20.0)
+    assert "\nhere\n" in (tmp_path / "log.txt").read_text()
+
+
+def test_wheels_that_cannot_be_installed(tmp_path):
+    command = ("benchmarks/gpu_run.py", "--dry-run", "--output-dir", str(tmp_path / "out"), "--wheels")
+    done = run_python(*command, str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"error: --wheels is {tmp_path}, which holds no .whl file")
+    make_wheel(tmp_path, tag="cp27-cp27m-win32")
+    done = run_python(*command, str(tmp_path))
+    assert done.returncode == 2
+    assert "cannot be installed: ERROR: brought_along-1.0-cp27-cp27m-win32.whl is not a supported wheel" in done.stderr
 
 
 def test_a_step_that_hangs_is_stopped_and_none_begins_too_late(tmp_path):

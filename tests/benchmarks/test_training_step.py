@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import training_step
+from benchmarks.gpu_run import TRAINING_VARIANTS
 from benchmarks.memory import measure_memory
 from benchmarks.training_step import REFERENCE, VARIANTS, Variant, measure
 from ddt_fast.config import DDTConfig
@@ -90,6 +91,10 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert result.stderr.startswith(f"error: {message}")
     assert len(result.stderr.splitlines()) == 1
     assert not output.exists()
+
+
+def test_the_variants_of_a_gpu_run_exist():
+    assert set(TRAINING_VARIANTS) < {variant.name for variant in VARIANTS}
 
 
 def test_the_command_writes_what_it_was_made_on(tmp_path, monkeypatch, capsys):

@@ -119,6 +119,7 @@ def test_a_sample_that_is_not_finite_is_named_wherever_it_is():
 def test_a_gpu_converts_beside_the_sampling_what_a_cpu_converts():
     device = torch.device("cuda")
     samples = torch.randn(7, 1, 8, 8, device=device)
+    torch.cuda.synchronize()
     convert = PixelConverter(device, Colours(), 3)
     convert(samples, np.arange(7))  # page-locked memory is had from the system once, which waits for all streams
     later = torch.cuda.Event()
