@@ -10,8 +10,8 @@ In units of one (B, N, H, D) tensor, what the two ops cost in a row, and what th
   puts the gradients of q, k and v side by side; here 14. v is never copied, attention's kernels write their gradients
   where those of qkv belong, and the norm's backward kernel works in that place.
 
-The kernels are those of the two ops (`qk_norm_rope_kernels.py`, `attention_kernels.py`), and so are the numbers, bit
-for bit. For inference call `qk_norm_rope_` and `attention`, which take no tensor but qkv and the output.
+The kernels are those of the two ops (`qk_norm_rope_kernels.py`, `attention_kernels.py`), rounding included. For
+inference call `qk_norm_rope_` and `attention`, which take no tensor but qkv and the output.
 """
 
 from typing import Any

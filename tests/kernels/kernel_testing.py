@@ -73,6 +73,23 @@ def check_compiles(
     assert all(torch.equal(a, b) for a, b in zip(made, outputs, strict=True))
 
 
+def check_replays(run: Callable[[], Sequence[Tensor]]) -> None:
+    """A CUDA graph of `run` makes, replayed, what it returned without a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        # Also compiles, which cannot be captured, and makes cuBLAS's workspace of this stream.
+        expected = [tensor.clone() for tensor in run()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = run()
+    for tensor in captured:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes fresh allocations of floats NaN, so that an element a kernel forgets to write cannot pass for right."""
 

@@ -5,7 +5,7 @@ import torch
 
 import ddt_kernels
 from ddt_kernels import norm_launch, reference
-from kernel_testing import check_compiles, poison_empty, with_gradients
+from kernel_testing import check_compiles, check_replays, poison_empty, with_gradients
 from norm_cases import OPS, check_against_reference, input_names, make_grads, make_inputs
 
 SHAPE = (2, 3, 20)
@@ -221,15 +221,7 @@ def test_cuda_graph_replays_forward_and_backward(op, per_token):
         made = [operator(op)(*forward), operator(f"{op}_backward")(*backward)]
         return [tensor for outputs in made for tensor in as_tuple(outputs)]
 
-    expected = run()  # also compiles, which cannot be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for tensor in captured:
-        tensor.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_replays(run)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ddt_kernels
 from ddt_kernels import reference, swiglu_launch
-from kernel_testing import check_compiles, poison_empty, with_gradients
+from kernel_testing import check_compiles, check_replays, poison_empty, with_gradients
 from swiglu_cases import LAYOUTS, NAMES, check_against_reference, make_grad, make_inputs
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -296,15 +296,4 @@ def test_cuda_graph_replays_forward_and_backward():
         y, gate_up = OPERATOR(*inputs, True)
         return [OPERATOR(*inputs, False)[0], y, gate_up, *BACKWARD(grad, *inputs, gate_up)]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = run()  # compiles, which cannot be captured, and makes cuBLAS's workspace
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = run()
-    for tensor in captured:
-        tensor.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_replays(run)

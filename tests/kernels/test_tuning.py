@@ -13,7 +13,7 @@ from attention_cases import make_grad as make_attention_grad
 from attention_cases import make_heads
 from ddt_kernels import attention_launch, runtime, swiglu_launch, tuning
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
-from kernel_testing import poison_empty, with_gradients
+from kernel_testing import check_replays, poison_empty, with_gradients
 from swiglu_cases import check_against_reference as check_swiglu
 from swiglu_cases import make_grad, make_inputs
 
@@ -310,17 +310,10 @@ def test_a_capture_after_a_call_takes_the_timed_choice(monkeypatch):
     def run():
         return [ddt_kernels.swiglu(*inputs), ddt_kernels.attention(q, k, v)]
 
-    expected = run()
+    run()
     assert len(tuning.choices()) == 2
     monkeypatch.setattr(tuning, "_milliseconds", None)  # timing again would call it
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    for tensor in captured:
-        tensor.zero_()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    check_replays(run)
 
 
 @pytest.mark.gpu
