@@ -120,3 +120,11 @@ def test_hooks_of_an_mlp_run():
     for _ in range(2):
         model(*arguments)[1].sum().backward()
     assert torch.equal(mlp.w2.weight_orig.grad == 0, mlp.w2.weight_mask == 0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_fused_model_samples_under_vmap():
+    model, (x, t, y) = make_model()
+    with torch.no_grad():
+        made = torch.vmap(lambda image: model(image[None], t[:1], y[:1])[1])(x)
+        torch.testing.assert_close(made, torch.stack([model(image[None], t[:1], y[:1])[1] for image in x]))
