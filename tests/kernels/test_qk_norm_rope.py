@@ -100,8 +100,9 @@ def test_in_place_under_vmap():
     made = torch.vmap(ddt_kernels.qk_norm_rope_, (2, 0, None, None, None))(batched, weights, *others)
     assert torch.equal(made, torch.stack(expected))
     assert torch.equal(qkv, torch.cat(expected))
-    with pytest.raises(ValueError, match="qk_norm_rope_: qkv is one for all of vmap's; wanted one for each, or qk_nor"):
-        torch.vmap(ddt_kernels.qk_norm_rope_, (None, 0, None, None, None))(qkv, weights, *others)
+    for one, axis in ((qkv, None), (qkv.expand(3, *qkv.shape), 0)):
+        with pytest.raises(ValueError, match="qk_norm_rope_: qkv is one for all of vmap's; wanted one for each, or qk"):
+            torch.vmap(ddt_kernels.qk_norm_rope_, (axis, 0, None, None, None))(one, weights, *others)
 
 
 def test_compiled_in_place_it_works_on_the_output_of_the_gemm_before():
