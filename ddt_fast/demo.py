@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 @contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
     """A signal that ends the process, or its terminal, is an interrupt within; one that is ignored, as under nohup,
-    stays so."""
+    stays so. Only a main thread can take signals."""
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
     try:

@@ -56,7 +56,8 @@ class FusedAttention(Attention):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        y = qkv_attention(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, self.backend)
+        norms = self.q_norm.weight, self.k_norm.weight
+        y = qkv_attention(qkv, *norms, cos, sin, self.backend, overwrite=_is_alone(self.qkv))
         return self.proj(y.flatten(2))
 
 
@@ -195,8 +196,14 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight is all there is to it: it is neither quantised nor adapted."""
-    return type(layer) is nn.Linear and type(layer.weight) in (nn.Parameter, Tensor)
+    """Whether its weight is all there is to it: it is neither quantised nor adapted, and no hook waits for its call."""
+    return _is_alone(layer) and type(layer.weight) in (nn.Parameter, Tensor)
+
+
+def _is_alone(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether nobody else sees its output: adapters in its place and hooks may keep it, or change its weight first."""
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    return type(layer) is nn.Linear and not hooked
 
 
 def _run_block(

@@ -112,8 +112,10 @@ def in_background(model: DemoModel, work: Callable[[Report], T]) -> Iterator[Pro
 def end_work() -> None:
     """End all work at its next report, and wait for that: a thread that is inside torch when Python ends takes the
     process down."""
-    for thread, stop in list(_at_work.items()):
+    at_work = dict(_at_work)
+    for stop in at_work.values():  # all before the first is waited for, or who waits for its model would begin
         stop.set()
+    for thread in at_work:
         thread.join(_END_SECONDS)
 
 

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda", "meta")
@@ -18,9 +19,11 @@ def fail(op: str, name: str, seen: object, wanted: object) -> NoReturn:
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A torch.Tensor."""
+    """A torch.Tensor without a tangent, which operators drop: torch would take the result for a constant."""
     if not isinstance(value, Tensor):
         fail(op, name, f"a {type(value).__name__}", "a torch.Tensor")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        fail(op, name, "a dual tensor of forward-mode differentiation", "reverse mode, or ddt_kernels.reference")
 
 
 def check_activations(op: str, name: str, x: Tensor, max_channels: int) -> None:

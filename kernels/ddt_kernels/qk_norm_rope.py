@@ -199,3 +199,14 @@ def _in_place_on_cpu(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tenso
 @_in_place_operator.register_fake
 def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> None:
     return None
+
+
+@_in_place_operator.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[None, None]:
+    """One after the other, as torch does by itself with operators that change nothing."""
+    if in_dims[0] is None or (arguments[0].stride(in_dims[0]) == 0 and info.batch_size > 1):
+        fail("qk_norm_rope_", "qkv", "one for all of vmap's", "one for each, or qk_norm_rope")
+    for i in range(info.batch_size):
+        sliced = zip(arguments, in_dims, strict=True)
+        _in_place_operator(*(value if axis is None else value.select(axis, i) for value, axis in sliced))
+    return None, None

@@ -133,19 +133,10 @@ def _backward_operator(
 
 
 @_backward_operator.register_kernel("cpu")
-def _(
-    grad_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = _plain_heads(qkv, q_weight, k_weight, cos, sin, eps)
+def _(grad_out: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, scale = arguments
+    qkv, q_weight, k_weight, cos, sin, eps = inputs
+    heads = _plain_heads(*inputs)
     grad_q, grad_k, grad_v = attention_backward(grad_out, out, lse, *heads, scale)
     grad_qkv, weights = qkv.new_empty(qkv.shape), []
     grad_qkv[:, :, 2] = grad_v

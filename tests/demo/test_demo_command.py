@@ -1,6 +1,7 @@
 """The demo's command answers mistakes in one line, a missing gradio among them."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,6 +13,8 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     line = error_line(capsys)
     assert line.startswith("error: the demo needs gradio (")
     assert line.endswith('; pip install "ddt-fast[demo]"')
+    with ThreadPoolExecutor(1) as thread:  # which takes no signals
+        assert thread.submit(error_line, capsys).result() == line
 
 
 @pytest.mark.parametrize(

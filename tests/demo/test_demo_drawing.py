@@ -202,6 +202,24 @@ def test_closing_ends_the_wait_for_a_model(model):
     assert not begun.is_set()
 
 
+def test_the_end_of_all_work_lets_none_begin(model, monkeypatch):
+    monkeypatch.setattr(running, "REPORT_SECONDS", 0)
+    begun = []
+
+    def endless(report):
+        begun.append(1)
+        while True:
+            report("working", 1, 2)
+            time.sleep(0.5)  # while it ends, the other one asks for the model many times
+
+    work = [in_background(model, endless) for _ in range(2)]
+    assert next(work[0]).text == "working"
+    assert "waiting" in next(work[1]).text
+    running.end_work()
+    assert begun == [1]
+    assert not any(thread.name == "draw" for thread in threading.enumerate())
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -66,10 +66,24 @@ CALLS = {
     ),
     "gated_residual": (lambda *a: ddt_kernels.gated_residual(*a), (ROWS, ROWS, MOD)),
     "qk_norm_rope": (lambda *a: ddt_kernels.qk_norm_rope(*a, *rotary_tables), ((2, 3, 3, 2, 8), WEIGHT, WEIGHT)),
+    "qkv_attention": (lambda *a: ddt_kernels.qkv_attention(*a, *rotary_tables), ((2, 3, 3, 2, 8), WEIGHT, WEIGHT)),
     "swiglu": (lambda *a: ddt_kernels.swiglu(*a), (ROWS, (5, 8), (5, 8))),
+    "swiglu_mlp": (lambda *a: ddt_kernels.swiglu_mlp(*a), (ROWS, (5, 8), (5, 8), (8, 5))),
     "attention": (lambda *a: ddt_kernels.attention(*a), ((2, 3, 2, 8),) * 3),
 }
 rotary_tables = rotary(3, 4)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_forward_mode_is_refused(op):
+    function, shapes = CALLS[op]
+    inputs = [torch.randn(shape) for shape in shapes]
+    for i, tensor in enumerate(inputs):
+        rest = lambda dual, i=i: function(*inputs[:i], dual, *inputs[i + 1 :])  # noqa: E731
+        with pytest.raises(ValueError, match="is a dual tensor of forward-mode differentiation; wanted reverse mode"):
+            torch.func.jvp(rest, (tensor,), (torch.ones_like(tensor),))
+    with torch.autograd.forward_ad.dual_level():
+        assert function(*inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -89,6 +89,22 @@ def test_in_place_compiles_without_graph_breaks():
     assert torch.equal(inputs["qkv"], expected)
 
 
+def test_in_place_under_vmap():
+    inputs = make_inputs((3, *SHAPE[1:]), torch.float32, strided=False)
+    qkv, q_weight, *others = inputs.values()
+    weights = torch.stack([q_weight, 2 * q_weight, 3 * q_weight])
+    expected = [
+        ddt_kernels.qk_norm_rope(sample[None], weight, *others) for sample, weight in zip(qkv, weights, strict=True)
+    ]
+    batched = qkv[:, None].movedim(0, 2)
+    made = torch.vmap(ddt_kernels.qk_norm_rope_, (2, 0, None, None, None))(batched, weights, *others)
+    assert torch.equal(made, torch.stack(expected))
+    assert torch.equal(qkv, torch.cat(expected))
+    for one, axis in ((qkv, None), (qkv.expand(3, *qkv.shape), 0)):
+        with pytest.raises(ValueError, match="qk_norm_rope_: qkv is one for all of vmap's; wanted one for each, or qk"):
+            torch.vmap(ddt_kernels.qk_norm_rope_, (axis, 0, None, None, None))(one, weights, *others)
+
+
 def test_compiled_in_place_it_works_on_the_output_of_the_gemm_before():
     inputs = make_inputs((2, 16, 2, 12), torch.float32)
     others = list(inputs.values())[1:]

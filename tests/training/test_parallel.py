@@ -99,9 +99,9 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_exchanged_once(one_of_tw
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_fused_block_is_trained_by_two_operators_and_its_norms(parallel, dtype):
     with process_group(CPU):
-        fused = Replica(TrainedDDT(FusedDDT(TINY)), dtype, parallel, compile=False)
+        fused = Replica(TrainedDDT(FusedDDT(TINY, "sdpa_flash")), dtype, parallel, compile=False)
         _, seen = operators_of(backward, fused, 3, True)
-    for name in ("swiglu_mlp", "swiglu_mlp_backward"):
+    for name in ("qkv_attention", "qkv_attention_backward", "swiglu_mlp", "swiglu_mlp_backward"):
         assert seen.count(name) == TINY.num_blocks
     assert seen.count("gated_residual_rms_norm_modulate") == 2 * TINY.num_blocks - 2
 

@@ -10,15 +10,23 @@ from ddt_fast.model.attention import AttentionBackend, attention, backend_for
 
 
 def qkv_attention(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, backend: AttentionBackend = "auto"
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    backend: AttentionBackend = "auto",
+    *,
+    overwrite: bool,
 ) -> Tensor:
     """softmax(q·kᵀ / √D)·v per sample and head, q and k RMS-normed and rotated first.
 
     Args:
-        qkv: (B, N, 3, H, D), a projection's output. Where no gradient will be asked for, its q and k are OVERWRITTEN.
+        qkv: (B, N, 3, H, D), a projection's output.
         q_weight, k_weight, cos, sin: as `ddt_kernels.qk_norm_rope` takes them.
         backend: as `attention` takes it. With gradients, and where ddt_kernels' own attention is what it comes to, all
             is one operator, which keeps qkv for the backward pass and not q, k and v beside it.
+        overwrite: nobody else reads qkv: where no gradient will be asked for, normed q and k take the place of its own.
 
     Returns: (B, N, H, D), qkv's dtype; see `attention`.
     Raises: ValueError, as `ddt_kernels.qk_norm_rope` and `attention` do.
@@ -27,9 +35,9 @@ def qkv_attention(
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_weight, k_weight))
     if qkv.device.type == "cpu" and torch.compiler.is_compiling():
         normed = ddt_kernels.qk_norm_rope(qkv, *others)  # plain PyTorch then, and Inductor decides what is kept
-    elif not gradient:
+    elif overwrite and not gradient:
         normed = ddt_kernels.qk_norm_rope_(qkv, *others)
-    elif _is_ours(qkv, backend):
+    elif gradient and _is_ours(qkv, backend):
         return ddt_kernels.qkv_attention(qkv, *others)
     else:
         normed = ddt_kernels.qk_norm_rope(qkv, *others)
