@@ -69,9 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _interrupted_by_signals() -> Iterator[None]:
     """A signal that ends the process, or its terminal, is an interrupt within; one that is ignored, as under nohup,
     stays so. Only a main thread can take signals."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        numbers = []
+    numbers = []
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has one
+        numbers = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
     try:
