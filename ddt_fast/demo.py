@@ -26,7 +26,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     limits = Limits()
     add = parser.add_argument
     add("--checkpoint", type=str, nargs="+", default=[], help="folders, files or hub ids, beside the package's digits")
-    add("--preset", type=str, choices=list(PRESETS), help="settings for a .ckpt or .safetensors without config.json")
+    add("--preset", choices=list(PRESETS), help="settings for a .ckpt or .safetensors without config.json")
     add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents, where there are units")
     add("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0: all, for others to reach")
