@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 import warnings
@@ -26,6 +27,11 @@ class CommandParser(jsonargparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[1], options, n=3)
+            message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists what there is"
         fail(message)
 
 

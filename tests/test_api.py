@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import ddt_fast
+from ddt_fast.__main__ import COMMANDS as NAMED
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 
@@ -23,6 +24,16 @@ COMMANDS = {
     "convert_checkpoint": "ddt_fast.convert",
     "study_refreshes": "ddt_fast.sharing",
 }
+
+
+def test_without_a_command_the_commands_are_named():
+    for arguments, said in (([], "no command"), (["train"], "'train' is no command of its own")):
+        command = [sys.executable, "-m", "ddt_fast", *arguments]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode == 2
+        assert found.stderr.startswith(f"error: {said}; wanted python -m ddt_fast.COMMAND, one of train, sample, ")
+        assert found.stderr.count("\n") == 1
+    assert {f"ddt_fast.{name}" for name in NAMED} == {*COMMANDS.values(), "ddt_fast.demo"}
 
 
 def parser_of(module):
