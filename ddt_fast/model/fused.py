@@ -44,9 +44,11 @@ from ddt_kernels import (
 
 class FusedSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
-        if all(_is_plain(layer) for layer in (self.w1, self.w2, self.w3)):
-            return swiglu_mlp(x, self.w1.weight, self.w3.weight, self.w2.weight)
-        return super().forward(x)
+        if not all(_is_plain(layer) for layer in (self.w1, self.w2, self.w3)):
+            return super().forward(x)
+        # To x's dtype, which they have but under torch.autocast: it casts for Linears, not for operators like this one.
+        w1, w3, w2 = (layer.weight.to(x.dtype) for layer in (self.w1, self.w3, self.w2))
+        return swiglu_mlp(x, w1, w3, w2)
 
 
 class FusedAttention(Attention):

@@ -55,6 +55,20 @@ def test_every_gradient_matches_the_reference(name):
         assert relative_error(actual[parameter], expected[parameter]) < 1e-4, parameter
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_under_autocast_it_errs_no_more_than_the_reference(device):
+    name = "tiny_h48_d24"
+    io = {key: tensor.to(device) for key, tensor in golden.tensors(name).items()}
+    exact = gradients(golden.model(name).to(device), io)
+    with torch.autocast(device, torch.bfloat16):
+        found = [gradients(model.to(device), io) for model in (golden.model(name), fused(name))]
+    plain, ours = (
+        relative_error(*(torch.cat([made[key].flatten() for key in exact]) for made in (one, exact))) for one in found
+    )
+    assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+    assert 0 < ours < 1.5 * plain
+
+
 def test_state_dict_is_the_released_one_both_ways():
     reference = golden.model("tiny_h48_d24")
     model = FusedDDT.from_reference(reference)
