@@ -10,7 +10,7 @@ from qk_norm_rope_cases import DIFFERENTIABLE, make_inputs
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [((2, 5, 3, 72), BF16), ((1, 70, 2, 72), BF16), ((1, 1, 2, 24), BF16), ((1, 33, 1, 80), BF16)]
-CASES += [((2, 9, 2, 128), BF16), ((1, 6, 3, 20), BF16), ((2, 5, 2, 72), FP16), ((2, 18, 2, 44), FP32)]
+CASES += [((2, 9, 2, 128), BF16), ((1, 6, 3, 20), BF16), ((2, 5, 2, 72), FP16), ((1, 18, 1, 44), FP32)]
 
 
 def random_grad(inputs, seed=1):
@@ -44,7 +44,7 @@ def test_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_matches_reference(dtype):
-    inputs = make_inputs((2, 21, 2, 72), dtype, strided=False)
+    inputs = make_inputs((1, 21, 2, 72), dtype, strided=False)
     grad, scale = random_grad(inputs), 72**-0.5
     out, lse = launch_forward(*inputs.values(), 1e-6, scale)
     made = (out, *launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale))
