@@ -99,7 +99,7 @@ def _server() -> Any:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError(f'the demo needs gradio ({error}); pip install "ddt-fast[demo]"') from error
+        raise ValueError(f'the demo needs gradio ({error}); pip install ".[demo]" in the checkout') from error
     from ddt_fast.webdemo.server import serve
 
     return serve

@@ -1,6 +1,6 @@
 """REPA, representation alignment (arXiv 2410.06940): tokens of an early block, projected, shall point as DINOv2's do.
 
-DINOv2 (arXiv 2304.07193) is loaded through transformers, an optional extra: pip install "ddt-fast[repa]".
+DINOv2 (arXiv 2304.07193) is loaded through transformers, an optional extra: pip install ".[repa]" in the checkout.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _load(name: str) -> Any:
         # Optional, and slow to import.
         from transformers import AutoConfig, AutoModel
     except (ImportError, RuntimeError) as error:
-        raise ValueError(f'DINOv2 needs transformers, pip install "ddt-fast[repa]": {error}') from error
+        raise ValueError(f'DINOv2 needs transformers, pip install ".[repa]" in the checkout: {error}') from error
     try:
         local = cache_only(name)
         config = AutoConfig.from_pretrained(name, local_files_only=local)

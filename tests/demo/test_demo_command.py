@@ -12,7 +12,7 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     line = error_line(capsys)
     assert line.startswith("error: the demo needs gradio (")
-    assert line.endswith('; pip install "ddt-fast[demo]"')
+    assert line.endswith('; pip install ".[demo]" in the checkout')
     with ThreadPoolExecutor(1) as thread:  # which takes no signals
         assert thread.submit(error_line, capsys).result() == line
 

@@ -22,7 +22,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed: tests/demo/run_in_chromium.sh", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: tests/demo/run_in_chromium.sh")
-pytest.importorskip("gradio", reason='gradio is not installed: pip install "ddt-fast[demo]"')
+pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 
 from ddt_fast.webdemo.page import CONCURRENT  # noqa: E402
 from demo_server import drawing_threads, served, wait_until  # noqa: E402

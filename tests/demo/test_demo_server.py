@@ -21,7 +21,7 @@ from ddt_fast.webdemo.models import load_models
 from demo_cases import embedded, error_line, fields, no_report, request
 from pipeline_cases import latent_folder
 
-gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install "ddt-fast[demo]"')
+gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 gradio_client = pytest.importorskip("gradio_client")
 
 from ddt_fast.webdemo.page import CONCURRENT  # noqa: E402

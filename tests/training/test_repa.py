@@ -229,7 +229,7 @@ def test_folders_that_hold_no_dinov2_are_refused(dinov2, tmp_path):
 
 def test_a_missing_transformers_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r'DINOv2 needs transformers, pip install "ddt-fast\[repa\]"'):
+    with pytest.raises(ValueError, match=r'DINOv2 needs transformers, pip install "\.\[repa\]" in the checkout'):
         DinoV2()
 
 
