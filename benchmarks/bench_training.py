@@ -23,11 +23,11 @@ from ddt_fast.data.latent_loader import LatentBatch
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.ema import EMA
+from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, process_group
+from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.throughput import training_flops
-from ddt_fast.training.trained import TrainedDDT
 from ddt_kernels import Cost
 
 SMALL = DDTConfig(4, 2, 192, 6, 6, 4, num_classes=1000)
@@ -40,12 +40,14 @@ COMPILED = ("DDT, torch.compile, this repository's step", "FusedDDT, torch.compi
 class Step:
     """This repository's training step on a copy of `reference`, as `ddt_fast.training.loop` does it."""
 
-    def __init__(self, experiment: Experiment, reference: TrainedDDT, engine: str, compile: bool, dtype: str) -> None:
+    def __init__(
+        self, experiment: Experiment, reference: TrainingModel, engine: str, compile: bool, dtype: str
+    ) -> None:
         denoiser, projector = copy.deepcopy((reference.denoiser, reference.projector))
         assert isinstance(denoiser, DDT)
         self.denoiser = FusedDDT.from_reference(denoiser) if engine == "fused" else denoiser
-        self.masters = TrainedDDT(self.denoiser, projector, experiment.training.repa_block)
-        self.replica = Replica(self.masters, getattr(torch, dtype), "ddp", compile)
+        self.masters = TrainingModel(self.denoiser, projector, experiment.training.repa_block)
+        self.replica = MixedPrecisionReplica(self.masters, getattr(torch, dtype), "ddp", compile)
         self.objective = Objective(experiment, DEVICE, (1, FEATURES))
         self.optimizer = torch.optim.AdamW(self.masters.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.ema = EMA(self.denoiser, EMA_DECAY)
@@ -58,7 +60,7 @@ class Step:
         losses = self.backward(inputs)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.replica.publish()
+        self.replica.copy_master_weights()
         self.ema.update(self.denoiser)
         return [losses]
 
@@ -74,7 +76,7 @@ class PlainStep(Step):
     """The same without this repository's machinery: one set of weights, autocast, AdamW and EMA parameter by
     parameter, as PyTorch does it unasked."""
 
-    def __init__(self, experiment: Experiment, reference: TrainedDDT) -> None:
+    def __init__(self, experiment: Experiment, reference: TrainingModel) -> None:
         super().__init__(experiment, reference, "reference", False, "float32")
         self.optimizer = torch.optim.AdamW(self.masters.parameters(), lr=1e-4, betas=(0.9, 0.95))
 
@@ -118,7 +120,7 @@ def training_case(name: str, model: DDTConfig, side: int, batch: int, variants: 
         stack.enter_context(process_group(torch.device("cpu")))
         torch.manual_seed(0)
         projector = Projector(model.hidden_size, FEATURES).to(DEVICE)
-        reference = TrainedDDT(random_model(model, lively_std(model), DEVICE).requires_grad_(True), projector)
+        reference = TrainingModel(random_model(model, lively_std(model), DEVICE).requires_grad_(True), projector)
         step = partial(Step, experiment, reference, dtype=dtype_name(DTYPE))
         made = {
             BASELINE: Variant(

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.shapes import dtype_name
 from benchmarks.timing import Clock, EventClock, Timing, record, timed
-from ddt_fast.model.cpu import cpu_has_bf16
+from ddt_fast.device import cpu_has_bf16
 from ddt_kernels import Cost
 
 

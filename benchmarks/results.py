@@ -40,7 +40,7 @@ from benchmarks.ceilings import Ceilings, measure_ceilings
 from benchmarks.environment import environment
 from benchmarks.measure import Result, measure
 from ddt_fast.files import read_json, write_json
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 FORMAT = 1
 
@@ -167,7 +167,7 @@ def summary(recorder: Recorder) -> Iterator[str]:
         for name, reason in result.missing.items():
             missing[name, reason] += 1
     for (name, reason), count in missing.items():
-        yield f"missing in {counted(count, 'case')}: {name}: {reason}"
+        yield f"missing in {plural(count, 'case')}: {name}: {reason}"
     for entry in recorder.session["not_measured"]:
         yield f"not measured: {entry['case']}: {entry['reason']}"
     if recorder.session["ceilings"] is not None:

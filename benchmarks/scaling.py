@@ -35,7 +35,8 @@ from benchmarks.scaling_figure import plot
 from benchmarks.scaling_measured import CPU_SIZES, GPU_SIZES, Sizes, measure, start_seconds, sweeps
 from benchmarks.tables import table, write_record
 from ddt_fast.checks import require_int, require_number
-from ddt_fast.command import CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.device import choose_device
 from ddt_fast.files import output_folder
 from ddt_fast.sample import SHARD_IMAGES
 from ddt_fast.training.parallel import process_group

@@ -31,20 +31,21 @@ from benchmarks.measure import relative_error
 from benchmarks.memory import measure_memory
 from benchmarks.models import as_vector, random_model, released_gradients
 from benchmarks.timing import interleave, timed
-from ddt_fast.command import choose_device, run_command
+from ddt_fast.command import run_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.device import choose_device
 from ddt_fast.files import write_json
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import clip_gradients
+from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, process_group
+from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.state import TrainingState
 from ddt_fast.training.throughput import peak_flops, training_flops
-from ddt_fast.training.trained import TrainedDDT
 
 B_SHAPED = DDTConfig(4, 2, hidden_size=384, num_heads=6, num_blocks=12, num_encoder_blocks=8, num_classes=1000)
 REFERENCE = "reference, fp32"
@@ -83,9 +84,9 @@ class Step:
     def __init__(self, variant: Variant, state: TrainingState, objective: Objective) -> None:
         self.variant, self.state, self.objective = variant, state, objective
         shared = state.masters
-        own = TrainedDDT(shared.denoiser, shared.projector, shared.block)
+        own = TrainingModel(shared.denoiser, shared.projector, shared.block)
         dtype = torch.float32 if variant.autocast else variant.dtype
-        self.replica = Replica(own, dtype, "ddp", variant.compile)
+        self.replica = MixedPrecisionReplica(own, dtype, "ddp", variant.compile)
         self.copies = 0
         if self.replica.compute is not own:
             self.copies = sum(p.numel() * p.element_size() for p in self.replica.compute.parameters())
@@ -114,7 +115,7 @@ class Step:
         clip_gradients(self.state.masters, None)
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
-        self.replica.publish()
+        self.replica.copy_master_weights()
         self.state.ema.update(self.state.masters.denoiser)
 
     def gradients(self, batch: LatentBatch) -> Tensor:
@@ -143,7 +144,7 @@ def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], 
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 projector = Projector(reference.config.hidden_size, FEATURES[1]) if repa else None
-            masters = TrainedDDT(denoiser, projector).to(device).requires_grad_(True).train()
+            masters = TrainingModel(denoiser, projector).to(device).requires_grad_(True).train()
             # A step changes next to nothing, so that all variants compute on the same weights.
             optimizer = torch.optim.AdamW(masters.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
             made[engine] = TrainingState(masters, EMA(masters.denoiser, 0.9999), optimizer)

@@ -3,7 +3,7 @@
 Everything a command does is one function here, with the same defaults and errors:
 
     python -m ddt_fast.train            train_model(experiment, output_dir)
-    python -m ddt_fast.sample           generate(checkpoint, output_dir), a job; sample(model, noise, labels, config)
+    python -m ddt_fast.sample           generate(checkpoint, output_dir)
     python -m ddt_fast.evaluate         score_samples(samples, reference)
     python -m ddt_fast.cache_latents    encode_image_folder(images, output)
     python -m ddt_fast.convert          convert_checkpoint(source, out)
@@ -12,6 +12,7 @@ Everything a command does is one function here, with the same defaults and error
 and beside them
 
     load_model(path), DDT, FusedDDT     the model
+    sampling.sample, sampling.Sampler   samples of a model in memory, as tensors
     DDTPipeline                         the model in diffusers
     write_model_card(folder)            the README.md of a model folder
 
@@ -24,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.weights import load_model
-from ddt_fast.sampling import sample
 
 if TYPE_CHECKING:
     from ddt_fast.cache_latents import encode_image_folder
@@ -48,7 +48,6 @@ __all__ = [
     "encode_image_folder",
     "generate",
     "load_model",
-    "sample",
     "score_samples",
     "study_refreshes",
     "train_model",

@@ -20,14 +20,15 @@ import torch
 
 from ddt_fast.autoencoder import Encoder, deterministic_convolutions
 from ddt_fast.checks import require_path
-from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_cache import MANIFEST, check_owned
+from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.files import output_folder
 from ddt_fast.ranks import process_ranks
 from ddt_fast.training.repa import DinoV2
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 def build_parser() -> CommandParser:
@@ -130,7 +131,7 @@ def encode_image_folder(
     cache = output_folder(output)
     check_owned(cache)
     if folder.ignored and ranks.rank == 0:
-        count = counted(len(folder.ignored), "file")
+        count = plural(len(folder.ignored), "file")
         print(
             f"warning: passed over as no images by their names: {count}, such as {folder.ignored[0]}", file=sys.stderr
         )
@@ -178,11 +179,11 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 def _report(manifest: dict[str, Any], output: Path) -> None:
     unreadable = manifest["unreadable"]
     if unreadable:
-        print(f"left out, since unreadable: {counted(len(unreadable), 'image')}")
+        print(f"left out, since unreadable: {plural(len(unreadable), 'image')}")
         for image in unreadable:
             print(f"  {image['file']}: {image['reason']}")
-    latents, shards = counted(manifest["count"], "latent"), counted(len(manifest["shards"]), "shard")
-    classes = counted(len(manifest["class_counts"]), "class")
+    latents, shards = plural(manifest["count"], "latent"), plural(len(manifest["shards"]), "shard")
+    classes = plural(len(manifest["class_counts"]), "class")
     empty = sum(count == 0 for count in manifest["class_counts"])
     note = f" ({empty} of them without a readable image)" if empty else ""
     print(f"{latents} of {classes}{note} in {shards}: {output}")

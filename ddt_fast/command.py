@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors with exit code 2, and the choice of device and dtype."""
+"""What the commands share: a parser whose errors are one line, exit code 2, and the reading of amounts of memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jsonargparse
-import torch
 from tqdm import tqdm
-
-from ddt_fast.checks import require
-from ddt_fast.model.cpu import cpu_has_bf16
-from ddt_fast.ranks import process_ranks
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CommandParser(jsonargparse.ArgumentParser):
@@ -63,35 +56,6 @@ def run_command(command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is the GPU of
-    this process's own. ValueError where it is not usable."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = process_ranks()
-    if name == "cuda" and ranks.world_size > 1:
-        name = f"cuda:{ranks.local_rank}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N") from error
-    if device.type == "meta":
-        raise ValueError("device 'meta' holds no numbers; allowed: auto, cpu, cuda, cuda:N")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
-    """The dtype called `name`. "auto" is bfloat16 for latent models where the device has units for it, else float32:
-    small pixel models gain nothing from it."""
-    if name != "auto":
-        require(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
-        return DTYPES[name]
-    has_units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
-    return torch.bfloat16 if latents and has_units else torch.float32
 
 
 def parse_bytes(text: str) -> int:

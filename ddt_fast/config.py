@@ -272,7 +272,7 @@ class TrainingConfig:
             faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
         label_dropout: chance that a label is replaced with the null class.
         repa_weight: of REPA's loss (arXiv 2410.06940), the paper's 0.5; 0 leaves REPA out.
-        repa_block: the encoder block whose output is aligned, counted from 1.
+        repa_block: the encoder block whose output is aligned, plural from 1.
         repa_encoder: DINOv2 (hub id or local folder) that features are computed with where the cache has none.
         engine: "fused", the model on ddt_kernels; "reference", plain PyTorch.
         dtype: of the forward and backward pass; weights, optimiser and EMA stay float32.

@@ -32,7 +32,7 @@ from ddt_fast.model.weights import (
 )
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.checkpoint import TRAINER, newest_checkpoint, read_checkpoint
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 WeightChoice = Literal["ema", "raw", "both"]
 
@@ -205,7 +205,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) 
             + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
         )
     if model.num_classes != experiment.model.num_classes:
-        print(f"settings: {counted(model.num_classes, 'class')}, by the shapes")
+        print(f"settings: {plural(model.num_classes, 'class')}, by the shapes")
     return Experiment(model, experiment.data, sampling=experiment.sampling)
 
 
@@ -225,7 +225,7 @@ def _report(source: Path, sets: LightningWeights) -> None:
         if tensors:
             count = sum(tensor.numel() for tensor in tensors.values())
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
-            print(f"{source}: {name}, {counted(len(tensors), 'tensor')}, {counted(count, 'parameter')}, {dtypes}")
+            print(f"{source}: {name}, {plural(len(tensors), 'tensor')}, {plural(count, 'parameter')}, {dtypes}")
     if sets.other:
         more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
         print(f"ignored: {', '.join(sets.other[:8])}{more}")

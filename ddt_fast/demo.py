@@ -13,7 +13,8 @@ from typing import Any
 
 import jsonargparse
 
-from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.presets import PRESETS
 from ddt_fast.webdemo.models import load_models
 from ddt_fast.webdemo.requests import Limits

@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddt_fast.checks import require_int, require_path
-from ddt_fast.command import CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.digits import digits
+from ddt_fast.device import choose_device
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.evaluation.features import (
     FeatureAccumulator,
@@ -24,7 +25,7 @@ from ddt_fast.evaluation.features import (
     PixelExtractor,
 )
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
-from ddt_fast.evaluation.report import PICTURE_IMAGES, Features, Watch, extractor_maker, report_table, write_report
+from ddt_fast.evaluation.report import PICTURE_IMAGES, Features, Progress, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, check_metrics, evaluate, gather
 from ddt_fast.evaluation.sources import CROP_HELP, Images, open_sources
 from ddt_fast.evaluation.statistics import save_statistics
@@ -121,15 +122,15 @@ def score_samples(
         make_extractor = extractor_maker(features, inception_weights, place)
         if statistics is not None and other is None:
             wanted = ["fid", "sfid"]
-            _save_statistics(statistics, gather(source, "samples", wanted, make_extractor, batch_size, Watch()))
+            _save_statistics(statistics, gather(source, "samples", wanted, make_extractor, batch_size, Progress()))
             return None
-        watch = Watch()
+        progress = Progress()
         wanted = [*metrics, *(["fid", "sfid"] if statistics is not None else [])]
-        found = gather(source, "samples", wanted, make_extractor, batch_size, watch)
+        found = gather(source, "samples", wanted, make_extractor, batch_size, progress)
         if statistics is not None:
             _save_statistics(statistics, found)
-        report = evaluate(found, other, metrics, make_extractor, batch_size, watch)
-        shown = watch.shown
+        report = evaluate(found, other, metrics, make_extractor, batch_size, progress)
+        shown = progress.shown
     print(report_table(report))
     write_report(report_file, report)
     if shown:

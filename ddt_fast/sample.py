@@ -5,8 +5,6 @@ Under torchrun the processes share the work. A job that was stopped, in whatever
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Sequence
 from dataclasses import replace
 from inspect import signature
@@ -20,7 +18,6 @@ from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.generate import ALL_PNG, SHARD_IMAGES, SOME_PNG, generate
 from ddt_fast.generation.scored import add_scoring_options
 from ddt_fast.model.attention import ATTENTION_BACKENDS
-from ddt_fast.sampling import sample as sample_function
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
 
@@ -92,15 +89,6 @@ def _steps(words: list[str]) -> tuple[int, ...] | Literal["dp"]:
         raise ValueError(f"--refresh-steps is {' '.join(words)}; allowed: step numbers, or dp")
     return tuple(int(word) for word in words)
 
-
-class _CallableModule(types.ModuleType):
-    """Importing this file binds it to the name ddt_fast.sample, which is also the library's function `sample`: both
-    work when the module can be called."""
-
-    __call__ = staticmethod(sample_function)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     run_command(main)

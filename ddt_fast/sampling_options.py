@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import jsonargparse
 
-from ddt_fast.command import DTYPES
 from ddt_fast.config import Diffusion, Experiment, SamplingConfig, Solver, StateForecast
+from ddt_fast.device import DTYPES
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.presets import PRESETS
 

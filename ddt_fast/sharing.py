@@ -20,15 +20,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from ddt_fast.checks import require_int, require_kind
-from ddt_fast.command import CommandParser, choose_device, choose_dtype, run_command
+from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.device import choose_device, choose_dtype
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
 from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
-from ddt_fast.sampling.sharing import optimal_refresh_schedule, step_errors, uniform_refresh_steps
+from ddt_fast.sampling.refresh import optimal_refresh_schedule, step_errors, uniform_refresh_steps
 from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 _OUTPUTS = ("similarity.png", "similarity.json")
 _SHADES = " .:-=+*#%@"
@@ -143,7 +144,7 @@ def study_refreshes(
     probed = time.perf_counter()
     study = _study(own, probe)
     print(
-        f"{source}: {counted(num_samples, 'sample')} of {counted(own.num_steps, 'step')} probed in "
+        f"{source}: {plural(num_samples, 'sample')} of {plural(own.num_steps, 'step')} probed in "
         f"{probed - started:.1f} s, schedule found in {time.perf_counter() - probed:.1f} s"
     )
     print(_report(study))

@@ -11,8 +11,9 @@ import jsonargparse
 import yaml
 
 from ddt_fast.checks import require_kind, require_path
-from ddt_fast.command import CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
+from ddt_fast.device import choose_device
 from ddt_fast.files import output_folder
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks

@@ -61,11 +61,11 @@ def drawn(monkeypatch) -> list[int]:
     sizes: list[int] = []
     call = Sampler.__call__
 
-    def counted(self, noise, *rest, **more):
+    def plural(self, noise, *rest, **more):
         sizes.append(len(noise))
         return call(self, noise, *rest, **more)
 
-    monkeypatch.setattr(Sampler, "__call__", counted)
+    monkeypatch.setattr(Sampler, "__call__", plural)
     return sizes
 
 

@@ -147,5 +147,5 @@ def test_the_others(tmp_path):
         ddt_fast.study_refreshes(output_dir=tmp_path / "study", num_samples=1.5)
     model = ddt_fast.load_model(EMBEDDED_CHECKPOINT)
     with pytest.raises(ValueError, match="config is a type; wanted SamplingConfig"):
-        ddt_fast.sample(model, torch.zeros(1, 1, 8, 8), torch.tensor([1]), SamplingConfig)
+        ddt_fast.sampling.sample(model, torch.zeros(1, 1, 8, 8), torch.tensor([1]), SamplingConfig)
     assert list(tmp_path.iterdir()) == []

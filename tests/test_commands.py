@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import ddt_fast
-import golden_data as golden
 from ddt_fast.command import run_command
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
@@ -377,10 +375,3 @@ def test_weights_without_config_sample_with_a_preset(tmp_path):
     save_file(DDT(PRESETS["digits"].model).state_dict(), tmp_path / "bare.safetensors")
     arguments = ["--checkpoint", str(tmp_path / "bare.safetensors"), "--preset", "digits"]
     assert sample(tmp_path / "out", *arguments, "--num-images", "2", "--num-steps", "2")["arr_0"].shape == (2, 8, 8, 3)
-
-
-def test_library_function_survives_the_command_of_its_name():
-    io = golden.tensors("tiny_h48_d24")
-    config = ddt_fast.SamplingConfig(num_steps=1)
-    result = ddt_fast.sample(golden.model("tiny_h48_d24"), io["xT"], io["y"], config)
-    assert isinstance(result, torch.Tensor)

@@ -79,11 +79,11 @@ def looked_at(monkeypatch) -> list[int]:
     sizes: list[int] = []
     take = scored.Scoring.take
 
-    def counted(self, positions, images):
+    def plural(self, positions, images):
         sizes.append(len(images))
         take(self, positions, images)
 
-    monkeypatch.setattr(scored.Scoring, "take", counted)
+    monkeypatch.setattr(scored.Scoring, "take", plural)
     return sizes
 
 

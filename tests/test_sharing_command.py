@@ -14,7 +14,7 @@ from ddt_fast import sharing
 from ddt_fast.command import run_command
 from ddt_fast.model import DDT
 from ddt_fast.presets import PRESETS
-from ddt_fast.sampling.sharing import optimal_refresh_steps, uniform_refresh_steps
+from ddt_fast.sampling.refresh import optimal_refresh_steps, uniform_refresh_steps
 
 
 def run(tmp_path, *arguments: str) -> dict:

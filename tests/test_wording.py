@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from ddt_fast.wording import counted
     ],
 )
 def test_one_is_singular(number, noun, text):
-    assert counted(number, noun) == text
+    assert plural(number, noun) == text

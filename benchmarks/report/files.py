@@ -228,7 +228,7 @@ class ResultsFile:
         env = self.environment
         cpu = env.object("cpu")
         flags = ", ".join(map(str, cpu.values("flags")))
-        hardware = f"{cpu.text('model')}, {counted(env.integer('threads'), 'thread')}, {flags}"
+        hardware = f"{cpu.text('model')}, {plural(env.integer('threads'), 'thread')}, {flags}"
         if self.gpu:
             names = [gpu.text("name") for gpu in env.objects("gpus")]
             driver = f", driver {env.text('driver')}" if env.has("driver") else ""
@@ -249,7 +249,7 @@ class ResultsFile:
         )
 
 
-def counted(number: int, what: str) -> str:
+def plural(number: int, what: str) -> str:
     """ "1 thread", "2 threads"."""
     return f"{number} {what}" + "s" * (number != 1)
 

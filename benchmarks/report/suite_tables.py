@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks.report.files import CaseResult, Results, ResultsFile, Variant, counted
+from benchmarks.report.files import CaseResult, Results, ResultsFile, Variant, plural
 from benchmarks.tables import significant, table
 
 NO_GPU = "**No GPU run exists yet:** nothing here was measured on a GPU."
@@ -104,7 +104,7 @@ def notes(file: ResultsFile, group: str) -> Iterator[str]:
                     names[reason][name] += 1
         entries = []
         for reason, found in names.items():
-            who = ", ".join(f"{name} ({counted(number, 'case')})" for name, number in found.items())
+            who = ", ".join(f"{name} ({plural(number, 'case')})" for name, number in found.items())
             entries.append(f"{who}: {reason}")
         if entries:
             yield f"{words}: {'; '.join(entries)}."

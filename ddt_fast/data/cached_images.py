@@ -12,7 +12,7 @@ from torch import Tensor
 from ddt_fast.data.image_folder import UnreadableImageError, list_images, read_image
 from ddt_fast.data.latent_cache import names_sha256
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 class CachedImages:
@@ -34,7 +34,7 @@ class CachedImages:
         folder = list_images(root)
         if len(folder.files) != settings.num_images:
             raise ValueError(
-                f"{root} holds {counted(len(folder.files), 'image')}; the cache was made from {settings.num_images}"
+                f"{root} holds {plural(len(folder.files), 'image')}; the cache was made from {settings.num_images}"
             )
         if names_sha256(folder.files) != settings.images_sha256:
             raise ValueError(f"{root} holds other file names than the image folder that the cache was made from")

@@ -18,7 +18,7 @@ from ddt_fast.autoencoder import Encoder
 from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError, read_image
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
 from ddt_fast.training.repa import DinoV2
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def encode_images(
     todo = [shard for shard in own if shard not in finished]
     who = f"rank {rank} of {world_size}: " if world_size > 1 else ""
     if finished:
-        tqdm.write(f"{who}{len(finished)} of {counted(len(own), 'shard')} finished already", file=sys.stderr)
+        tqdm.write(f"{who}{len(finished)} of {plural(len(own), 'shard')} finished already", file=sys.stderr)
     if todo:
         _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:

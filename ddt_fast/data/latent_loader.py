@@ -23,7 +23,7 @@ from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_cache import MANIFEST
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.verification import wrong_shards
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _U64 = np.uint64
@@ -276,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
         rate, busy = measure(loader, options.seconds)
     shape = "x".join(str(size) for size in dataset.shape)
-    classes = counted(dataset.num_classes, "class")
-    print(f"{counted(len(dataset), 'latent')} of {shape}, {classes}, scaled by {dataset.scaling_factor:g}")
+    classes = plural(dataset.num_classes, "class")
+    print(f"{plural(len(dataset), 'latent')} of {shape}, {classes}, scaled by {dataset.scaling_factor:g}")
     more = []
     if dataset.feature_shape:
         more.append("features of " + "x".join(str(size) for size in dataset.feature_shape))
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if more:
         print("with " + " and ".join(more))
     cpus = len(os.sched_getaffinity(0))
-    print(f"{rate:.0f} img/s with {counted(options.num_threads, 'thread')}, {busy:.2f} of {counted(cpus, 'CPU')} busy")
+    print(f"{rate:.0f} img/s with {plural(options.num_threads, 'thread')}, {busy:.2f} of {plural(cpus, 'CPU')} busy")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 NUM_SPLITS = 10
 
@@ -43,7 +43,7 @@ class DigitsScore:
 
     def __str__(self) -> str:
         return (
-            f"{counted(self.num_samples, 'sample')}: class accuracy {self.accuracy:.2%} (held-out real digits "
+            f"{plural(self.num_samples, 'sample')}: class accuracy {self.accuracy:.2%} (held-out real digits "
             f"{self.accuracy_real:.2%}); pixel Fréchet distance {self.frechet:.3f} (real halves "
             f"{self.frechet_real:.3f}, ratio {self.frechet / self.frechet_real:.2f}); nearest training image "
             f"{self.nearest:.3f} (real to real {self.nearest_real:.3f}, ratio {self.nearest / self.nearest_real:.2f})"
@@ -62,7 +62,7 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
     if samples.shape[1:] != (1, 8, 8) or labels.shape != samples.shape[:1]:
         raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; wanted (N, 1, 8, 8), (N,)")
     if len(samples) < 65:
-        raise ValueError(f"{counted(len(samples), 'sample')}; allowed: 65 or more")
+        raise ValueError(f"{plural(len(samples), 'sample')}; allowed: 65 or more")
     real, generated = _real_digits(), _pixels(samples)
     count = min(len(samples), len(real.pixels) // 2)
     frechet, frechet_real = [], []

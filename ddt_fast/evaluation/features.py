@@ -18,7 +18,7 @@ from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics, write_npz
 from ddt_fast.provenance import device_name
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 _MAX_PIXEL_DIM = 4096
 
@@ -91,9 +91,7 @@ class PixelExtractor:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         if (dims := images.shape[2] * images.shape[3]) > _MAX_PIXEL_DIM:
-            raise ValueError(
-                f"pixel features of {counted(dims, 'pixel')} are too many; allowed: up to {_MAX_PIXEL_DIM}"
-            )
+            raise ValueError(f"pixel features of {plural(dims, 'pixel')} are too many; allowed: up to {_MAX_PIXEL_DIM}")
         return images.to(self.device).float().mean(1).flatten(1) / 127.5 - 1, None
 
     def probabilities(self, pool: Tensor) -> None:
@@ -212,7 +210,7 @@ class FeatureAccumulator:
             raise ValueError(f"image {repeated[0]} was added twice")
         if self.keep_features is True and len(self._feature_indices) < len(self):
             raise ValueError(
-                f"{len(self) - len(self._feature_indices)} of {counted(len(self), 'image')} have no features"
+                f"{len(self) - len(self._feature_indices)} of {plural(len(self), 'image')} have no features"
             )
         features = None
         if self._features:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt_fast.evaluation.inception import full_float32
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 _BLOCK = 4096
 _SPARE_CANDIDATES = 4
@@ -42,7 +42,7 @@ def precision_recall(
     """
     given, real = _features("samples", samples, k), _features("reference", reference, k)
     if given.shape[1] != real.shape[1]:
-        raise ValueError(f"samples have {counted(given.shape[1], 'number')} each, the reference {real.shape[1]}")
+        raise ValueError(f"samples have {plural(given.shape[1], 'number')} each, the reference {real.shape[1]}")
     real = real.to(given.device)
     centre = real.double().mean(0)
     with full_float32():

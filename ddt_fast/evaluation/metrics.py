@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.manifold import precision_recall
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 __all__ = [
     "fixed_permutation",
@@ -89,7 +89,7 @@ def inception_score(probabilities: Array, splits: int = 10, permute: bool = True
     count = len(probabilities)
     if not 1 <= splits <= count:
         raise ValueError(
-            f"{counted(count, 'image')} cannot be split into {counted(splits, 'part')}; allowed: 1 to {count}"
+            f"{plural(count, 'image')} cannot be split into {plural(splits, 'part')}; allowed: 1 to {count}"
         )
     # Written so that NaN fails it.
     if not (probabilities.min() >= 0 and np.abs(probabilities.sum(1, dtype=np.float64) - 1).max() < 1e-3):

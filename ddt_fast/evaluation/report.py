@@ -16,7 +16,7 @@ from ddt_fast.checks import require_choice
 from ddt_fast.evaluation.features import Extractor, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.sources import Images
 from ddt_fast.files import atomic_file
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 Features = Literal["inception", "pixels"]
 PICTURE_IMAGES = 100
@@ -40,7 +40,7 @@ def extractor_maker(features: Features, weights: str | None, device: torch.devic
     return functools.cache(lambda: InceptionExtractor(weights, device))
 
 
-class Watch:
+class Progress:
     """Shows how far reading is, and keeps images for the picture, evenly spread."""
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ def report_table(report: dict[str, Any]) -> str:
         if (found := report.get(role)) is not None:
             count = found["num_images"]
             size = f" of {found['width']}x{found['height']}" if found["width"] else ""
-            images = f"{counted(count, 'image')}{size}" if count else "statistics"
+            images = f"{plural(count, 'image')}{size}" if count else "statistics"
             lines.append(f"{role:<18}{found['source']}: {images}")
     for name, title in _ROWS.items():
         if name in values:

@@ -31,7 +31,7 @@ from ddt_fast.evaluation.metrics import (
 from ddt_fast.evaluation.sources import Images, ImageSource, Source, open_source
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.provenance import environment
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
 NUM_SPLITS = 10
@@ -167,9 +167,7 @@ def gather(
     if source.pool is not None:
         # A file that has a Gaussian for FID alone does not say of how many images; its images may be some of them.
         if source.spatial is None and own.spatial is not None and "sfid" in metrics:
-            warnings.warn(
-                f"{path} holds no mu_s, sigma_s: sFID uses its {counted(images.count, 'image')}", stacklevel=2
-            )
+            warnings.warn(f"{path} holds no mu_s, sigma_s: sFID uses its {plural(images.count, 'image')}", stacklevel=2)
         own = replace(own, pool=source.pool, statistics_count=source.statistics_count)
     if source.spatial is not None:
         own = replace(own, spatial=source.spatial)
@@ -234,7 +232,7 @@ def computable(
         for name in wanted:
             own, other = _num_dimensions(samples, name), _num_dimensions(reference, name)
             if None not in (own, other) and own != other:
-                raise ValueError(f"samples have {counted(own or 0, 'feature')}, the reference {other}; wanted as many")
+                raise ValueError(f"samples have {plural(own or 0, 'feature')}, the reference {other}; wanted as many")
     return wanted, missing
 
 
@@ -258,7 +256,7 @@ def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str
             if found.count is None:
                 return f"{role}: {found.source} holds no {names}, and no images"
             if found.count < 2:
-                return f"{role}: {counted(found.count, 'image')}; 2 or more are needed"
+                return f"{role}: {plural(found.count, 'image')}; 2 or more are needed"
             return "these features have none for sFID"
     return None
 
@@ -268,7 +266,7 @@ def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -
         if found.features is None:
             return f"{role}: {found.source} holds statistics alone, no images"
         if len(found.features) < fewest:
-            return f"{role}: {counted(len(found.features), 'image')}; {fewest} or more are needed"
+            return f"{role}: {plural(len(found.features), 'image')}; {fewest} or more are needed"
     return None
 
 
@@ -278,7 +276,7 @@ def _without_classes(samples: FeatureSet) -> str | None:
     if samples.probabilities is None:
         return "these features have no class probabilities"
     if len(samples.probabilities) < NUM_SPLITS:
-        return f"samples: {counted(len(samples.probabilities), 'image')}; {NUM_SPLITS} or more are needed"
+        return f"samples: {plural(len(samples.probabilities), 'image')}; {NUM_SPLITS} or more are needed"
     return None
 
 
@@ -290,7 +288,7 @@ def _warn_of_doubts(samples: FeatureSet, reference: FeatureSet, fid: bool) -> No
         count, pool = found.statistics_count, found.pool
         if fid and count is not None and pool is not None and count < FEWEST_FOR_FID <= len(pool.mu):
             warnings.warn(
-                f"FID of {counted(count, 'image')} ({role}) is far too high: its bias falls with their number, and "
+                f"FID of {plural(count, 'image')} ({role}) is far too high: its bias falls with their number, and "
                 "published values are of 50,000 samples",
                 stacklevel=4,
             )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt_fast.files import atomic_file
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RunningStatistics:
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance; ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"a covariance of {counted(self.count, 'row')} does not exist; wanted 2 or more")
+            raise ValueError(f"a covariance of {plural(self.count, 'row')} does not exist; wanted 2 or more")
         return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
     def _shift_mean(self, count: int, mean: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class RunningStatistics:
             self.mean = torch.zeros_like(mean)
             self.scatter = mean.new_zeros(len(mean), len(mean))
         if mean.shape != self.mean.shape:
-            raise ValueError(f"features have {counted(len(mean), 'number')}, those before {len(self.mean)}")
+            raise ValueError(f"features have {plural(len(mean), 'number')}, those before {len(self.mean)}")
         total = self.count + count
         delta = mean.to(self.mean.device) - self.mean
         shift = delta * (self.count * count / total) ** 0.5

@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from ddt_fast.autoencoder import Decoder, deterministic_convolutions
 from ddt_fast.checks import require, require_int, require_kind, whole_numbers
-from ddt_fast.command import choose_device, choose_dtype, parse_bytes
+from ddt_fast.command import parse_bytes
 from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8
 from ddt_fast.evaluation.report import Features
 from ddt_fast.files import output_folder
 from ddt_fast.generation.background import OnImages
@@ -25,7 +26,6 @@ from ddt_fast.generation.seeds import IntArray, Job, assign_labels
 from ddt_fast.generation.shards import Images, differences
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import AttentionBackend, resolve_backend
-from ddt_fast.model.cpu import cpu_has_int8
 from ddt_fast.model.packed import pack_bf16
 from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
@@ -33,9 +33,9 @@ from ddt_fast.provenance import device_name, environment, weights_sha256
 from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
+from ddt_fast.sampling.refresh import resolve_refresh_steps
 from ddt_fast.sampling.schedule_cache import schedule_cache_path
-from ddt_fast.sampling.sharing import resolve_refresh_steps
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 ALL_PNG, SOME_PNG = 1000, 100
 """Jobs of up to ALL_PNG images write all as PNGs too, larger ones SOME_PNG, unless told."""
@@ -194,9 +194,9 @@ def generate(
     _say(ranks, f"{source}: {sampling.solver}, guidance {sampling.guidance_scale:g} in ({interval})")
     _say(
         ranks,
-        f"{counted(len(job), 'image')}, {counted(len(plan.steps), 'step')}, per image: "
-        f"{counted(plan.network_evaluations, 'network evaluation')}, "
-        f"{counted(plan.encoder_evaluations, 'encoder run')}, {tera * 1e3:.3g} GFLOP",
+        f"{plural(len(job), 'image')}, {plural(len(plan.steps), 'step')}, per image: "
+        f"{plural(plan.network_evaluations, 'network evaluation')}, "
+        f"{plural(plan.encoder_evaluations, 'encoder run')}, {tera * 1e3:.3g} GFLOP",
     )
     if generation.found:
         print(f"{ranks.who}{generation.found}")
@@ -366,7 +366,7 @@ def _job(draws: _Draws, experiment: Experiment) -> tuple[Job, dict[str, Any]]:
         default_count = draws.seeds_per_class * num_chosen
     count = default_count if draws.num_images is None else draws.num_images
     if seeds and len(seeds) != count:
-        raise ValueError(f"--seeds gives {counted(len(seeds), 'seed')} for {counted(count, 'image')}; wanted one each")
+        raise ValueError(f"--seeds gives {plural(len(seeds), 'seed')} for {plural(count, 'image')}; wanted one each")
     require(
         draws.first_seed is None or type(draws.first_seed) is int, "--first-seed", draws.first_seed, "a whole number"
     )

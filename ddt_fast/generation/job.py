@@ -36,7 +36,7 @@ from ddt_fast.generation.shards import (
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling.engine import Sampler
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 _PRECIOUS_MINUTES = 10
 """Finished samples that took longer are not replaced unasked."""
@@ -149,8 +149,8 @@ class Generation:
             return f"{self.output_dir} holds these samples already, finished {when}; --overwrite makes them again"
         if not self._found:
             return ""
-        total = counted(len(self._found) + len(self.todo), "shard")
-        size = counted(self.shards.shard_size, "image")
+        total = plural(len(self._found) + len(self.todo), "shard")
+        size = plural(self.shards.shard_size, "image")
         return f"found {len(self._found)} of {total} of {size}; going on with the others"
 
     def found_made_with(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 Images = NDArray[np.uint8]
 _LOCAL_HEADER = struct.Struct("<26x2H")  # what precedes the two lengths in a zip's local header is not needed
@@ -38,7 +38,7 @@ def write_npz(path: Path, shape: tuple[int, int, int, int], images: Iterable[Ima
                 count += len(part)
                 stream.write(np.ascontiguousarray(part).data)
         if count != shape[0]:
-            raise ValueError(f"{counted(count, 'image')}; wanted {shape[0]}")
+            raise ValueError(f"{plural(count, 'image')}; wanted {shape[0]}")
         for name, array in arrays.items():
             with archive.open(_member(name), "w") as stream:
                 np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)

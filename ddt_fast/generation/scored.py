@@ -22,7 +22,7 @@ import torch
 from ddt_fast.command import CommandParser
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, kind_of_features
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE
-from ddt_fast.evaluation.report import Features, Watch, extractor_maker, report_table, write_report
+from ddt_fast.evaluation.report import Features, Progress, extractor_maker, report_table, write_report
 from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
 from ddt_fast.evaluation.sources import CROP_HELP, Source, open_sources
 from ddt_fast.evaluation.statistics import Gaussian
@@ -33,7 +33,7 @@ from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import IntArray
 from ddt_fast.generation.shards import Images, fingerprint
 from ddt_fast.ranks import Ranks
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 REPORT = "metrics.json"
 _FEATURES = r"features-[0-9a-f]{12}-rank-\d+-of-\d+\.npz"
@@ -209,9 +209,9 @@ class Scoring:
                 self._file(self._ranks.rank).unlink(missing_ok=True)  # too late: the scores are there
             return
         try:
-            watch = Watch()
-            samples = self._all_features(watch)
-            found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, watch)
+            progress = Progress()
+            samples = self._all_features(progress)
+            found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, progress)
             print(report_table(found))
             write_report(report, {**found, "generation": job})
             print(f"wrote {report}")
@@ -220,7 +220,7 @@ class Scoring:
                 if re.fullmatch(_FEATURES, entry.name):
                     entry.unlink(missing_ok=True)
 
-    def _all_features(self, watch: Watch) -> FeatureSet:
+    def _all_features(self, progress: Progress) -> FeatureSet:
         """Of all samples: this process's, those that others saved, and the rest from samples.npz."""
         missing = np.ones(self._count, dtype=bool)
         missing[self._accumulator.indices] = False
@@ -232,13 +232,13 @@ class Scoring:
         if len(places):
             samples = self._output_dir / SAMPLES
             if not self._was_finished:
-                print(f"features of {len(places)} of {counted(self._count, 'image')} are taken from {samples}")
+                print(f"features of {len(places)} of {plural(self._count, 'image')} are taken from {samples}")
             for start in range(0, len(places), _BATCH):
                 part = places[start : start + _BATCH]
                 # Opened anew, because pages of a map that stays open count as memory of this process.
                 images = open_images(samples)[part]
                 self.take(part, images)
-                watch("samples", images, len(places))
+                progress("samples", images, len(places))
         found = self._accumulator.finish(str(self._output_dir / SAMPLES))
         # The time of other processes is not known.
         return replace(found, seconds=self._seconds) if self._taken == self._count else found

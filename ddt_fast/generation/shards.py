@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ddt_fast.files import atomic_file, read_json, write_json, writing
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 Images = NDArray[np.uint8]
 _JOB = "job.json"
@@ -169,7 +169,7 @@ def describe_other(path: Path, settings: dict[str, Any]) -> str:
     """How many shards a folder of another job holds, and in what its settings differ from these."""
     theirs = read_json(path / _JOB).get("settings", {}) if (path / _JOB).exists() else {}
     changed = "; ".join(differences(theirs, settings)) if theirs else f"its {_JOB} is missing"
-    return f"{path} holds {counted(_count_shards(path), 'finished shard')} of a job with other settings ({changed})"
+    return f"{path} holds {plural(_count_shards(path), 'finished shard')} of a job with other settings ({changed})"
 
 
 def _count_shards(path: Path) -> int:

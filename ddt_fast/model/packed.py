@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddt_fast.device import cpu_has_bf16
 from ddt_fast.model.attention import attention
-from ddt_fast.model.cpu import cpu_has_bf16, pack_bf16_weight, packed_bf16_linear
+from ddt_fast.model.cpu import pack_bf16_weight, packed_bf16_linear
 from ddt_fast.model.fused import FusedAttention, FusedBlock, FusedDDT, FusedSwiGLU
 from ddt_kernels import reference as plain
 

@@ -24,7 +24,7 @@ from ddt_fast.files import atomic_folder, read_json
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "assets" / "digits"
 """The model that comes with the package."""
@@ -311,7 +311,7 @@ def settle_config(
         if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:
             return name, replace(preset.model, num_classes=seen["num_classes"])
     whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
-    shape = f"{counted(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
+    shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "
         "size and number of encoder blocks are unknown; pass config"
@@ -358,18 +358,18 @@ def _check_tensors(wanted: dict[str, torch.Size], weights: Mapping[str, Tensor],
     missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     wrong = [name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape]
     problems = [
-        f"{counted(len(names), 'tensor')} {what} (such as {names[0]})"
+        f"{plural(len(names), 'tensor')} {what} (such as {names[0]})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
     counts = sorted(name for name in weights if not weights[name].is_floating_point())
     if counts:
         problems.append(
-            f"{counted(len(counts), 'tensor')} without fractions (such as {counts[0]}: {weights[counts[0]].dtype})"
+            f"{plural(len(counts), 'tensor')} without fractions (such as {counts[0]}: {weights[counts[0]].dtype})"
         )
     if wrong:
         name = min(wrong)
         shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"
-        problems.append(f"{counted(len(wrong), 'tensor')} of another shape (such as {name}: {shapes})")
+        problems.append(f"{plural(len(wrong), 'tensor')} of another shape (such as {name}: {shapes})")
     if problems:
         raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(problems)}")

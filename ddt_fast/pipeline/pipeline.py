@@ -25,7 +25,7 @@ from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 logger = logging.get_logger(__name__)
 
@@ -257,7 +257,7 @@ class DDTPipeline(SavedPipeline):
         return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
     def _checked_latents(self, latents: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
-        _require_latents("latents are", latents, (count, *shape), f" for {counted(count, 'image')}")
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
         return latents
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:

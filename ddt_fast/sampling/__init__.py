@@ -2,6 +2,6 @@
 
 from ddt_fast.sampling.engine import Sampler, sample
 from ddt_fast.sampling.plan import SamplingPlan
-from ddt_fast.sampling.sharing import optimal_refresh_steps
+from ddt_fast.sampling.refresh import optimal_refresh_steps
 
 __all__ = ["Sampler", "SamplingPlan", "optimal_refresh_steps", "sample"]

@@ -22,7 +22,7 @@ from ddt_fast.sampling.buffers import Buffers, check_memory
 from ddt_fast.sampling.graphs import CapturedSteps
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
-from ddt_fast.sampling.sharing import resolve_refresh_steps
+from ddt_fast.sampling.refresh import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
 from ddt_kernels import guided_step_
 

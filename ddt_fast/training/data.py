@@ -13,7 +13,7 @@ from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.latent_loader import LatentLoader
 from ddt_fast.data.verification import verify_together
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 
 def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
@@ -42,7 +42,7 @@ def open_loader(experiment: Experiment, device: torch.device, group: dist.Proces
             channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
             features=training.repa_weight > 0 and data.images is None,
         )
-        classes = f"{data.folder} holds {counted(dataset.num_classes, 'class')}"
+        classes = f"{data.folder} holds {plural(dataset.num_classes, 'class')}"
         if dataset.num_classes > model.num_classes:
             raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: as many or more")
         if dataset.num_classes < model.num_classes and dist.get_rank() == 0:

@@ -54,7 +54,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
     """
     settings = experiment.training
     with open_run(experiment, output_dir, device, resume) as run:
-        state, window = run.state, Window(settings, device)
+        state, means = run.state, RunningMeans(settings, device)
         while state.step < settings.max_steps and not run.stop.agreed():
             state.step += 1
             for group in state.optimizer.param_groups:
@@ -63,20 +63,20 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
             norm = clip_gradients(state.masters, settings.max_grad_norm)
             state.optimizer.step()
             state.optimizer.zero_grad()
-            run.replica.publish()
+            run.replica.copy_master_weights()
             state.ema.update(state.masters.denoiser)
 
-            window.add(losses, norm)
+            means.add(losses, norm)
             run.advance()
             last = state.step == settings.max_steps
             if state.step % settings.log_every == 0 or last:
-                run.report(window.metrics(state.step) | run.throughput.read())
+                run.report(means.metrics(state.step) | run.throughput.read())
             if state.step % settings.checkpoint_every == 0 and not last:
-                window.check(state.step)
+                means.check(state.step)
                 run.save()
             if settings.sample_every and state.step % settings.sample_every == 0 and not last:
                 run.draw()
-        window.check(state.step)
+        means.check(state.step)
         run.save(wait=True)
         if state.step < settings.max_steps:
             return TrainingResult(state.step, None, {})
@@ -84,7 +84,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
 
 
 def learning_rate(settings: TrainingConfig, step: int) -> float:
-    """Of the given step, counted from 1: rising linearly over the warm-up, then constant."""
+    """Of the given step, plural from 1: rising linearly over the warm-up, then constant."""
     return settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
 
 
@@ -97,7 +97,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).view(1)
 
 
-class Window:
+class RunningMeans:
     """Means over the steps since the last line of the log; nothing waits for the device before they are asked for."""
 
     def __init__(self, settings: TrainingConfig, device: torch.device) -> None:

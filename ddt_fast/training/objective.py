@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddt_fast.config import Experiment
 from ddt_fast.data.latent_loader import LatentBatch
-from ddt_fast.training.parallel import Replica
+from ddt_fast.training.parallel import MixedPrecisionReplica
 from ddt_fast.training.repa import DinoV2, repa_loss
 
 
@@ -102,7 +102,7 @@ class Objective:
         """Checksum of the weights of REPA's encoder; None where features are not computed here."""
         return None if self._encoder is None else self._encoder.sha256()
 
-    def backward(self, replica: Replica, batch: LatentBatch, step: int) -> Tensor:
+    def backward(self, replica: MixedPrecisionReplica, batch: LatentBatch, step: int) -> Tensor:
         """Leave the gradients of one step in the replica's masters.
 
         Args:

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ddt_fast.model.fused import FusedDDT
-from ddt_fast.training.trained import TrainedDDT
+from ddt_fast.training.model import TrainingModel
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def wait_for_all(group: dist.ProcessGroup) -> None:
         dist.barrier(group)
 
 
-class Replica:
+class MixedPrecisionReplica:
     """Master weights in float32, and a module that computes their gradients in `dtype`, alone or with other processes.
 
     With "ddp" and bfloat16 the module is a bfloat16 copy whose gradients are moved to the masters after every backward
@@ -75,7 +75,7 @@ class Replica:
         compute: what to call, within `part`.
     """
 
-    def __init__(self, masters: TrainedDDT, dtype: torch.dtype, parallel: str, compile: bool) -> None:
+    def __init__(self, masters: TrainingModel, dtype: torch.dtype, parallel: str, compile: bool) -> None:
         device = next(masters.parameters()).device
         self.masters = masters
         masters.dtype = dtype
@@ -140,13 +140,13 @@ class Replica:
         return done
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def copy_master_weights(self) -> None:
         """Hand the masters' weights, after an optimiser step, to the module that computes."""
         if self._copied:
             torch._foreach_copy_(list(self._module.parameters()), list(self.masters.parameters()))
 
 
-def _shard(model: TrainedDDT, dtype: torch.dtype, device: torch.device) -> None:
+def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> None:
     # FSDP warns that the outputs of some layers are views, which must not be changed in place; none is.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch.distributed.fsdp.*")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -157,7 +157,10 @@ def _shard(model: TrainedDDT, dtype: torch.dtype, device: torch.device) -> None:
 
 
 # DDP wants the types themselves, which `from __future__ import annotations` turns into strings.
-Replica._average_hook.__annotations__ |= {"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]}
+MixedPrecisionReplica._average_hook.__annotations__ |= {
+    "bucket": dist.GradBucket,
+    "return": torch.futures.Future[Tensor],
+}
 
 
 class StopSignal:

@@ -31,14 +31,14 @@ from ddt_fast.training.curves import plot_curves
 from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.log import NullLog, TrainingLog
+from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
-from ddt_fast.training.parallel import Replica, StopSignal, patient_group, process_group, wait_for_all
+from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patient_group, process_group, wait_for_all
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
 from ddt_fast.training.state import TrainingState
 from ddt_fast.training.throughput import Throughput, training_flops
-from ddt_fast.training.trained import TrainedDDT
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Run:
     device: torch.device
     loader: LatentLoader
     objective: Objective
-    replica: Replica
+    replica: MixedPrecisionReplica
     state: TrainingState
     stop: StopSignal
     throughput: Throughput
@@ -152,7 +152,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
         masters = build_model(experiment, device, objective.feature_size)
         average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
         wait_for_all(group)  # what was fetched from the Hub came to some sooner than to others
-        replica = Replica(masters, getattr(torch, settings.dtype), settings.parallel, settings.compile)
+        replica = MixedPrecisionReplica(masters, getattr(torch, settings.dtype), settings.parallel, settings.compile)
         optimizer = torch.optim.AdamW(
             masters.parameters(),
             lr=settings.learning_rate,
@@ -168,7 +168,7 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
             load_state(checkpoint, state)
             state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
             loader.load_state_dict(numbers["data"])
-            replica.publish()
+            replica.copy_master_weights()
         size = experiment.data.sample_size
         flops = training_flops(experiment.model, size, size, masters.projector is not None)
         run = Run(
@@ -208,11 +208,11 @@ def open_log(experiment: Experiment, folder: Path, first_step: int) -> TrainingL
     )
 
 
-def build_model(experiment: Experiment, device: torch.device, feature_size: int | None) -> TrainedDDT:
+def build_model(experiment: Experiment, device: torch.device, feature_size: int | None) -> TrainingModel:
     """The model to train, float32, freshly initialised; with a projector where there are features."""
     settings, config = experiment.training, experiment.model
     reference = DDT(config)
     denoiser: DDTBase = reference if settings.engine == "reference" else FusedDDT.from_reference(reference)
     denoiser.gradient_checkpointing = settings.gradient_checkpointing
     projector = None if feature_size is None else Projector(config.hidden_size, feature_size)
-    return TrainedDDT(denoiser, projector, settings.repa_block).to(device)
+    return TrainingModel(denoiser, projector, settings.repa_block).to(device)

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import Decoder
-from ddt_fast.command import choose_dtype
 from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels

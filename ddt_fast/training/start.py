@@ -8,10 +8,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddt_fast.model.weights import read_weight_sets
-from ddt_fast.training.trained import TrainedDDT
+from ddt_fast.training.model import TrainingModel
 
 
-def read_start(checkpoint: str, model: TrainedDDT) -> dict[str, Tensor]:
+def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
     """Load the weights that training starts from into the model, REPA's projector too where both have one.
 
     A released .ckpt holds trained weights and their average; where there is only an average, as in most model folders,

@@ -14,7 +14,7 @@ from ddt_fast.config import DDTConfig
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.training.ema import EMA
-from ddt_fast.training.trained import TrainedDDT
+from ddt_fast.training.model import TrainingModel
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TrainingState:
         step: steps done.
     """
 
-    masters: TrainedDDT
+    masters: TrainingModel
     ema: EMA
     optimizer: torch.optim.AdamW
     step: int = 0

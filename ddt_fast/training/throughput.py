@@ -32,7 +32,7 @@ for Hopper and Blackwell are for sparse matrices, twice these."""
 def training_flops(config: DDTConfig, height: int, width: int, projector: bool) -> int:
     """Matrix-multiplication FLOPs that training takes per image: forward, and twice that for backward.
 
-    Not counted: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
+    Not plural: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
     cached features do not need.
 
     Args:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents
-from ddt_fast.command import choose_dtype
 from ddt_fast.config import SamplingConfig
+from ddt_fast.device import choose_dtype
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.model.weights import has_config
 from ddt_fast.pipeline import DDTPipeline

@@ -175,7 +175,7 @@ def qkv_attention_cost(
     batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, backward: bool = False
 ) -> Cost:
     """Bytes and FLOPs of one call, or of its backward pass, which makes q and k again. q and k between the kernels, and
-    their gradients, are not counted among the bytes."""
+    their gradients, are not plural among the bytes."""
     shape = (batch, tokens, heads, head_dim)
     attended = attention_cost(*shape, dtype, backward)
     normed = qk_norm_rope_cost(*shape, dtype, backward)

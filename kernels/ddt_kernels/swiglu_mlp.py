@@ -118,7 +118,7 @@ def swiglu_mlp_cost(
 ) -> Cost:
     """Bytes and FLOPs of one call on (batch, tokens, channels) whose result is as wide, or of its backward pass.
 
-    training: the forward also writes what the backward pass reads. swiglu's result between the GEMMs is not counted.
+    training: the forward also writes what the backward pass reads. swiglu's result between the GEMMs is not plural.
     """
     rows, weight = batch * tokens, width * channels
     first = swiglu_cost(batch, tokens, channels, width, dtype, training, backward)

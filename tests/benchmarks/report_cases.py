@@ -176,14 +176,14 @@ def candidates():
 
 
 def scaling():
-    def row(at, measured, counted):
-        ratios = {"measured_ratio": measured, "counted_ratio": counted, "measured_over_counted": measured / counted}
+    def row(at, measured, plural):
+        ratios = {"measured_ratio": measured, "counted_ratio": plural, "measured_over_counted": measured / plural}
         return {"at": at, **ratios, "seconds": {"median": 0.777}}
 
     sweeps = ("image size", "batch", "depth", "refresh", "training batch")
     rows = [row("256 px", 1.0, 1.0), row("512 px", 5.0, 4.0), {"at": "1024 px", "skipped": "out of memory"}]
     measured = {"dtype": "float32", "model": {"hidden_size": 256}} | dict.fromkeys(sweeps, rows)
-    return {"environment": ENVIRONMENT, "counted": {}, "measured": measured, "simulated": []}
+    return {"environment": ENVIRONMENT, "plural": {}, "measured": measured, "simulated": []}
 
 
 def results(folder, **files):

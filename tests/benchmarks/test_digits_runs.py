@@ -5,7 +5,8 @@ import torch
 
 from benchmarks import digits_runs
 from benchmarks.digits_runs import DigitsRuns, digits_model, kept_samples, sample_errors
-from ddt_fast import SamplingConfig, sample
+from ddt_fast import SamplingConfig
+from ddt_fast.sampling import sample
 
 CONFIG = SamplingConfig(num_steps=2, guidance_scale=1.0, last_step=None)
 

@@ -124,7 +124,7 @@ def test_the_pieces_of_a_step_are_all_of_its_products():
             ((floors.DECODER,), flops.decoder),
         ):
             products = [piece for piece in floors.of_parts(pieces, *parts) if "norm" not in piece.kind]
-            # The activation of the MLP is counted too, the embedding of t is not.
+            # The activation of the MLP is plural too, the embedding of t is not.
             total = sum(piece.count * piece.cost.flops for piece in products)
             assert total == pytest.approx(batch * expected, rel=2e-3)
         kinds = floors.seconds_by_kind(pieces)

@@ -1,4 +1,4 @@
-"""The training-step benchmark on a tiny model: what is compared, what is refused, and how memory is counted."""
+"""The training-step benchmark on a tiny model: what is compared, what is refused, and how memory is plural."""
 
 import json
 import subprocess

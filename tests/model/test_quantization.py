@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
+from ddt_fast.device import cpu_has_bf16, cpu_has_int8
 from ddt_fast.model import quantization
-from ddt_fast.model.cpu import ZERO_POINT, cpu_has_bf16, cpu_has_int8, pack_int8_weight
+from ddt_fast.model.cpu import ZERO_POINT, pack_int8_weight
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.packed import CPUAttention
 from ddt_fast.model.quantization import (

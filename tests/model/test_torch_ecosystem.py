@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 
 import golden_data as golden
-from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model, sample
+from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 
 NAME = "tiny_h48_d24"

@@ -16,8 +16,8 @@ from ddt_fast import load_model
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
 from ddt_fast.training.loop import train
-from ddt_fast.training.parallel import Replica, process_group
-from ddt_fast.training.trained import TrainedDDT
+from ddt_fast.training.model import TrainingModel
+from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
 from dispatched import operators_of
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def replica(parallel, dtype):
     model = DDT(TINY)
     for parameter in model.parameters():  # fresh ones are 0 in the last layer, and so is every gradient before it
         torch.nn.init.normal_(parameter, std=0.2)
-    return Replica(TrainedDDT(model), dtype, parallel, compile=False)
+    return MixedPrecisionReplica(TrainingModel(model), dtype, parallel, compile=False)
 
 
 def batch(seed):
@@ -99,7 +99,7 @@ def test_bfloat16_gradients_are_added_up_in_float32_and_exchanged_once(one_of_tw
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_fused_block_is_trained_by_two_operators_and_its_norms(parallel, dtype):
     with process_group(CPU):
-        fused = Replica(TrainedDDT(FusedDDT(TINY, "sdpa_flash")), dtype, parallel, compile=False)
+        fused = MixedPrecisionReplica(TrainingModel(FusedDDT(TINY, "sdpa_flash")), dtype, parallel, compile=False)
         _, seen = operators_of(backward, fused, 3, True)
     for name in ("qkv_attention", "qkv_attention_backward", "swiglu_mlp", "swiglu_mlp_backward"):
         assert seen.count(name) == TINY.num_blocks

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddt_kernels
-from ddt_fast.model.cpu import cpu_has_bf16
+from ddt_fast.device import cpu_has_bf16
 
 AttentionBackend = Literal[
     "auto",

@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ddt_fast.command import DTYPES, CommandParser, choose_device, run_command
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.model.attention import AttentionBackend, attention, available_backends, resolve_backend
-from ddt_fast.wording import counted
+from ddt_fast.wording import plural
 
 Shape = tuple[int, int, int, int]
 
@@ -157,7 +158,7 @@ def main() -> None:
     shapes = args.shapes or SHAPES["cuda" if device.type == "cuda" else "cpu"]
     if any(min(shape) < 1 for shape in shapes):
         raise ValueError(f"--shapes is {shapes}; allowed: B, N, H and D of 1 or more")
-    threads = f"{counted(torch.get_num_threads(), 'thread')} of {platform.machine()}"
+    threads = f"{plural(torch.get_num_threads(), 'thread')} of {platform.machine()}"
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
     print(f"{hardware}, torch {torch.__version__}, median of {args.rounds}, interleaved")
     said = ""

@@ -13,13 +13,13 @@ from ddt_fast.model.reference import DDT
 from ddt_fast.training.repa import Projector
 
 
-class TrainedDDT(nn.Module):
+class TrainingModel(nn.Module):
     """A DDT whose forward pass also gives what REPA compares with DINOv2's features.
 
     Args:
         denoiser: the DDT.
         projector: of the output of one of its encoder blocks; None without REPA.
-        block: which one, counted from 1.
+        block: which one, plural from 1.
 
     Attributes:
         dtype: of the computation; inputs are cast to it, but for the time.

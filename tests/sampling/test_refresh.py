@@ -18,14 +18,14 @@ from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling import probe as probing
 from ddt_fast.sampling import sharing
 from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
-from ddt_fast.sampling.schedule_cache import schedule_cache_path, schedule_key
-from ddt_fast.sampling.sharing import (
+from ddt_fast.sampling.refresh import (
     optimal_refresh_schedule,
     optimal_refresh_steps,
     resolve_refresh_steps,
     step_errors,
     uniform_refresh_steps,
 )
+from ddt_fast.sampling.schedule_cache import schedule_cache_path, schedule_key
 from ddt_fast.sampling.solvers import lagrange_weights
 
 SHARING = "tiny_sharing_h32"

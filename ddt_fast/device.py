@@ -1,0 +1,68 @@
+"""The device and the dtype to compute with, and what a CPU has units for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ddt_fast.checks import require
+from ddt_fast.ranks import process_ranks
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is the GPU of
+    this process's own. ValueError where it is not usable."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = process_ranks()
+    if name == "cuda" and ranks.world_size > 1:
+        name = f"cuda:{ranks.local_rank}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N") from error
+    if device.type == "meta":
+        raise ValueError("device 'meta' holds no numbers; allowed: auto, cpu, cuda, cuda:N")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
+    """The dtype called `name`. "auto" is bfloat16 for latent models where the device has units for it, else float32:
+    small pixel models gain nothing from it."""
+    if name != "auto":
+        require(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
+        return DTYPES[name]
+    has_units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    return torch.bfloat16 if latents and has_units else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has bf16 units (AVX512-BF16, AMX, or Arm's BF16): bf16 GEMMs are then about twice as fast as
+    fp32; elsewhere they are slower."""
+    capabilities = cpu_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu_has_int8() -> bool:
+    """Whether this CPU has int8 units (VNNI, AMX, or Arm's I8MM), without which `quantize_int8` gains nothing."""
+    capabilities = cpu_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """The instruction sets of this CPU by name, such as avx512_bf16."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return torch.cpu.get_capabilities()
+    amx = torch.cpu._is_amx_tile_supported()
+    return {
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
+        "avx512_vnni": torch.cpu._is_vnni_supported(),
+        "amx_bf16": amx,
+        "amx_int8": amx,
+    }
