@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     if options.jobs < 1:
-        parser.error(f"--jobs is {options.jobs}; wanted at least 1")
+        parser.error(f"--jobs is {options.jobs}; expected at least 1")
     try:
         import triton
     except ImportError:

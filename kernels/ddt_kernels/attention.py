@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddt_kernels import reference
 from ddt_kernels.attention_launch import MAX_HEAD_DIM, launch_backward, launch_forward
-from ddt_kernels.checks import DEVICES, FLOATS, check_like, check_positive, check_tensor, check_unit_stride, fail
+from ddt_kernels.checks import check_kind, check_like, check_positive, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.runtime import inlined
 
@@ -53,14 +53,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 def _check_heads(op: str, name: str, x: Tensor) -> None:
     check_tensor(op, name, x)
     if x.ndim != 4:
-        fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, H, D)")
-    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        fail(op, name, f"{x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
-    if x.device.type not in DEVICES:
-        fail(op, name, f"on {x.device}", "a CPU or CUDA tensor")
+        fail(op, name, f"has shape {tuple(x.shape)}", "shape (B, N, H, D)")
+    check_kind(op, name, x)
     B, N, H, D = x.shape
     if min(B, N, H) < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
-        fail(op, name, f"of shape {tuple(x.shape)}", f"B, N and H at least 1, D divisible by 4 in 4..{MAX_HEAD_DIM}")
+        fail(op, name, f"has shape {tuple(x.shape)}", f"B, N and H at least 1, D a multiple of 4 in 4..{MAX_HEAD_DIM}")
     check_unit_stride(op, name, x)
 
 
@@ -68,8 +65,8 @@ def check_strides(op: str, name: str, x: Tensor) -> None:
     """Within a tile, and from head to head, the kernels count elements in 32 bits."""
     _, N, H, _ = x.shape
     if (N > 1 and x.stride(1) >= MAX_TOKEN_STRIDE) or (H > 1 and (H - 1) * x.stride(2) >= 2**31):
-        wanted = f"a token stride below {MAX_TOKEN_STRIDE} and heads within 2^31 elements: call .contiguous()"
-        fail(op, name, f"strided {tuple(x.stride())}", wanted)
+        expected = f"a token stride below {MAX_TOKEN_STRIDE} and heads within 2^31 elements: call .contiguous()"
+        fail(op, name, f"has strides {tuple(x.stride())}", expected)
 
 
 @torch.library.custom_op("ddt_kernels::attention", mutates_args=(), device_types="cuda")

@@ -1,5 +1,5 @@
-"""Argument checks shared by the public functions. A user's mistake is a ValueError raised before any launch, naming the
-op, the argument, what was seen and what was wanted. The good path is a few comparisons: no string is built on it.
+"""Argument checks shared by the public functions. A user's mistake is a ValueError raised before any launch; it names
+the op, the argument, what was given and what is expected. A correct call costs a few comparisons and builds no string.
 """
 
 import math
@@ -13,53 +13,58 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 DEVICES = ("cpu", "cuda", "meta")
 
 
-def fail(op: str, name: str, seen: object, wanted: object) -> NoReturn:
-    """Raises the ValueError all checks raise."""
-    raise ValueError(f"{op}: {name} is {seen}; wanted {wanted}")
+def fail(op: str, name: str, given: str, expected: str) -> NoReturn:
+    """Raises the ValueError of every check. given: a verb and the rest, such as "has shape (2, 3)"."""
+    raise ValueError(f"{op}: {name} {given}; expected {expected}")
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A torch.Tensor without a tangent, which operators drop: torch would take the result for a constant."""
+    """A torch.Tensor without a tangent: operators drop tangents, so torch would take the result for a constant."""
     if not isinstance(value, Tensor):
-        fail(op, name, f"a {type(value).__name__}", "a torch.Tensor")
+        fail(op, name, f"is a {type(value).__name__}", "a torch.Tensor")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        fail(op, name, "a dual tensor of forward-mode differentiation", "reverse mode, or ddt_kernels.reference")
+        fail(op, name, "is a dual tensor of forward-mode differentiation", "reverse mode, or ddt_kernels.reference")
+
+
+def check_kind(op: str, name: str, x: Tensor) -> None:
+    """bf16, fp16 or fp32, or fp64 on a CPU; on a CPU, CUDA or (for `aot`) meta device."""
+    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
+        fail(op, name, f"is {x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
+    if x.device.type not in DEVICES:
+        fail(op, name, f"is on {x.device}", "a CPU or CUDA tensor")
 
 
 def check_activations(op: str, name: str, x: Tensor, max_channels: int) -> None:
     """x must be a non-empty (B, N, C) with C ≤ max_channels, unit last stride, bf16, fp16, fp32 (or fp64 on a CPU)."""
     check_tensor(op, name, x)
     if x.ndim != 3:
-        fail(op, name, f"of shape {tuple(x.shape)}", "shape (B, N, C)")
-    if x.dtype not in FLOATS and not (x.dtype == torch.float64 and x.device.type == "cpu"):
-        fail(op, name, f"{x.dtype} on {x.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
-    if x.device.type not in DEVICES:
-        fail(op, name, f"on {x.device}", "a CPU or CUDA tensor")
+        fail(op, name, f"has shape {tuple(x.shape)}", "shape (B, N, C)")
+    check_kind(op, name, x)
     B, N, C = x.shape
     if B < 1 or N < 1 or not 1 <= C <= max_channels:
-        fail(op, name, f"of shape {tuple(x.shape)}", f"B and N at least 1, C in 1..{max_channels}")
+        fail(op, name, f"has shape {tuple(x.shape)}", f"B and N at least 1, C in 1..{max_channels}")
     check_unit_stride(op, name, x)
 
 
 def check_unit_stride(op: str, name: str, tensor: Tensor) -> None:
     """The last dimension must be contiguous; the others may have any stride."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        fail(op, name, f"strided {tuple(tensor.stride())}", "a last stride of 1")
+        fail(op, name, f"has strides {tuple(tensor.stride())}", "a last stride of 1")
 
 
 def check_same_kind(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
     """Same dtype and device as `like`, the op's first argument."""
     if tensor.dtype != like.dtype:
-        fail(op, name, tensor.dtype, f"{like.dtype}, as the first argument")
+        fail(op, name, f"is {tensor.dtype}", f"{like.dtype}, like the first argument")
     if tensor.device != like.device:
-        fail(op, name, f"on {tensor.device}", f"{like.device}, as the first argument")
+        fail(op, name, f"is on {tensor.device}", f"{like.device}, like the first argument")
 
 
 def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """Same shape, dtype and device as x, unit last stride."""
     check_tensor(op, name, tensor)
     if tensor.shape != x.shape:
-        fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(x.shape)}, as the first argument")
+        fail(op, name, f"has shape {tuple(tensor.shape)}", f"{tuple(x.shape)}, like the first argument")
     check_same_kind(op, name, tensor, x)
     check_unit_stride(op, name, tensor)
 
@@ -74,10 +79,10 @@ def check_modulation(
     check_tensor(op, name, modulation)
     B, N, C = x.shape
     if modulation.shape != (*history, B, tokens, C) or tokens not in (1, N):
-        seen = f"of shape {tuple(modulation.shape)}"
+        given = f"has shape {tuple(modulation.shape)}"
         if tokens in (1, N):
-            fail(op, name, seen, f"{(*history, B, tokens, C)}, of one granularity with the other modulations")
-        fail(op, name, seen, f"{(*history, B, 1, C)} (per sample) or {(*history, B, N, C)} (per token)")
+            fail(op, name, given, f"{(*history, B, tokens, C)}, the same for all modulations")
+        fail(op, name, given, f"{(*history, B, 1, C)} (per sample) or {(*history, B, N, C)} (per token)")
     check_same_kind(op, name, modulation, x)
     check_unit_stride(op, name, modulation)
 
@@ -85,40 +90,40 @@ def check_modulation(
 def check_forecast(op: str, forecast: object, history: int, x: Tensor) -> None:
     """(weights, step) on x's device: (steps, history) fp32, contiguous, and an int32 or int64 of shape () or (1,)."""
     if not isinstance(forecast, tuple) or len(forecast) != 2:
-        seen = f"a {type(forecast).__name__}" if not isinstance(forecast, tuple) else f"a tuple of {len(forecast)}"
-        fail(op, "forecast", seen, "a tuple (weights, step)")
+        kind = f"tuple of {len(forecast)}" if isinstance(forecast, tuple) else type(forecast).__name__
+        fail(op, "forecast", f"is a {kind}", "a tuple (weights, step)")
     weights, step = forecast
-    names = "forecast's weights", "forecast's step"
+    names = "forecast[0] (weights)", "forecast[1] (step)"
     for name, tensor in zip(names, forecast, strict=True):
         check_tensor(op, name, tensor)
         if tensor.device != x.device:
-            fail(op, name, f"on {tensor.device}", f"{x.device}, as the first argument")
+            fail(op, name, f"is on {tensor.device}", f"{x.device}, like the first argument")
     if weights.ndim != 2 or weights.shape[0] < 1 or weights.shape[1] != history:
-        seen = f"of shape {tuple(weights.shape)}"
-        fail(op, names[0], seen, f"(steps, {history}), a column for each cached modulation")
+        given = f"has shape {tuple(weights.shape)}"
+        fail(op, names[0], given, f"(steps, {history}), a column for each cached modulation")
     if weights.dtype != torch.float32:
-        fail(op, names[0], weights.dtype, "torch.float32")
+        fail(op, names[0], f"is {weights.dtype}", "torch.float32")
     if not weights.is_contiguous():
-        fail(op, names[0], f"strided {weights.stride()}", "a contiguous tensor")
+        fail(op, names[0], f"has strides {weights.stride()}", "a contiguous tensor")
     if step.dtype not in (torch.int32, torch.int64):
-        fail(op, names[1], step.dtype, "torch.int32 or torch.int64")
+        fail(op, names[1], f"is {step.dtype}", "torch.int32 or torch.int64")
     if step.shape not in ((), (1,)):
-        fail(op, names[1], f"of shape {tuple(step.shape)}", "() or (1,)")
+        fail(op, names[1], f"has shape {tuple(step.shape)}", "() or (1,)")
 
 
 def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
     """(C,), contiguous, on x's device, x's dtype or float32 (a master weight)."""
     check_tensor(op, name, weight)
     if weight.shape != x.shape[-1:]:
-        fail(op, name, f"of shape {tuple(weight.shape)}", f"{tuple(x.shape[-1:])}")
+        fail(op, name, f"has shape {tuple(weight.shape)}", f"{tuple(x.shape[-1:])}")
     if weight.dtype not in (x.dtype, torch.float32):
-        fail(op, name, weight.dtype, f"{x.dtype} or torch.float32")
+        fail(op, name, f"is {weight.dtype}", f"{x.dtype} or torch.float32")
     if weight.device != x.device:
-        fail(op, name, f"on {weight.device}", f"{x.device}, as the first argument")
+        fail(op, name, f"is on {weight.device}", f"{x.device}, like the first argument")
     check_unit_stride(op, name, weight)
 
 
 def check_positive(op: str, name: str, value: float) -> None:
     """A finite number above 0."""
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        fail(op, name, repr(value), "a finite number above 0")
+        fail(op, name, f"is {value!r}", "a finite number above 0")

@@ -253,9 +253,9 @@ def guided_step_coefficients(
     c_v, c_d = tuple(velocity_coefficients), tuple(difference_coefficients)
     op = "guided_step_coefficients"
     if not 1 <= len(c_v) <= MAX_VELOCITIES:
-        fail(op, "velocity_coefficients", f"{len(c_v)} long", f"1 to {MAX_VELOCITIES}")
+        fail(op, "velocity_coefficients", f"has length {len(c_v)}", f"1 to {MAX_VELOCITIES}")
     if len(c_d) > MAX_DIFFERENCES:
-        fail(op, "difference_coefficients", f"{len(c_d)} long", f"at most {MAX_DIFFERENCES}")
+        fail(op, "difference_coefficients", f"has length {len(c_d)}", f"at most {MAX_DIFFERENCES}")
     padding = (0.0,) * (MAX_DIFFERENCES - len(c_d)), (0.0,) * (MAX_VELOCITIES - len(c_v))
     return (x_coefficient, noise_coefficient, *c_d, *padding[0], *c_v, *padding[1])
 
@@ -299,15 +299,15 @@ def _check(
     for name, tensor in (named | {name: given for name, given in optional.items() if given is not None}).items():
         check_tensor(op, name, tensor)
     if x.ndim != 4 or x.numel() == 0:
-        fail(op, "x", f"of shape {tuple(x.shape)}", "shape (B, C, H, W), not empty")
+        fail(op, "x", f"has shape {tuple(x.shape)}", "shape (B, C, H, W), not empty")
     if x.device.type not in DEVICES:
-        fail(op, "x", f"on {x.device}", "a CPU or CUDA tensor")
+        fail(op, "x", f"is on {x.device}", "a CPU or CUDA tensor")
     B, C, H, W = x.shape
     p = patch_size
     if not isinstance(p, int) or p < 1 or H % p or W % p:
-        fail(op, "patch_size", p, f"a positive divisor of H {H} and W {W}")
+        fail(op, "patch_size", f"is {p}", f"a positive divisor of H {H} and W {W}")
     if v_cond.dtype not in FLOATS:
-        fail(op, "v_cond", v_cond.dtype, "bfloat16, float16 or float32")
+        fail(op, "v_cond", f"is {v_cond.dtype}", "bfloat16, float16 or float32")
     _check_tensor(op, "x", x, x, x.shape)
     tokens = (B, (H // p) * (W // p), C * p * p)
     for name, velocity in (("v_cond", v_cond), ("v_uncond", v_uncond)):
@@ -320,13 +320,13 @@ def _check(
         rows = max(coefficients.shape[0], 1) if coefficients.ndim else 1
         _check_tensor(op, "coefficients", coefficients, x, (rows, ROW))
         if step.dtype not in (torch.int32, torch.int64):
-            fail(op, "step", step.dtype, "torch.int32 or torch.int64")
+            fail(op, "step", f"is {step.dtype}", "torch.int32 or torch.int64")
         _check_tensor(op, "step", step, x, () if step.ndim == 0 else (1,), step.dtype)
     histories = (("velocity_history", velocity_history, 3), ("difference_history", difference_history, 2))
     for name, history, depth in histories:
         if history is not None:
             if history.ndim != 5 or not 1 <= history.shape[0] <= depth:
-                fail(op, name, f"of shape {tuple(history.shape)}", f"{('1 to ' + str(depth), *x.shape)}")
+                fail(op, name, f"has shape {tuple(history.shape)}", f"(1 to {depth}, {', '.join(map(str, x.shape))})")
             _check_tensor(op, name, history, x, (history.shape[0], *x.shape))
     if noise is not None:
         _check_tensor(op, "noise", noise, x, x.shape)
@@ -342,15 +342,15 @@ def _check_tensor(
     contiguous: bool = True,
 ) -> None:
     if tensor.shape != tuple(shape):
-        fail(op, name, f"of shape {tuple(tensor.shape)}", f"{tuple(shape)}")
+        fail(op, name, f"has shape {tuple(tensor.shape)}", f"{tuple(shape)}")
     if tensor.dtype != dtype:
-        fail(op, name, tensor.dtype, dtype)
+        fail(op, name, f"is {tensor.dtype}", dtype)
     if tensor.device != x.device:
-        fail(op, name, f"on {tensor.device}", f"{x.device}, as x")
+        fail(op, name, f"is on {tensor.device}", f"{x.device}, like x")
     if contiguous and not tensor.is_contiguous():
-        fail(op, name, f"strided {tensor.stride()}", "a contiguous tensor")
+        fail(op, name, f"has strides {tensor.stride()}", "a contiguous tensor")
     if tensor.requires_grad and torch.is_grad_enabled():
-        fail(op, name, "to be differentiated", "torch.no_grad() around: this op has no gradient")
+        fail(op, name, "requires a gradient", "torch.no_grad() around it: this op has no gradient")
 
 
 @torch.library.custom_op(

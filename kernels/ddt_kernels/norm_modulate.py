@@ -166,9 +166,9 @@ def _with_forecast(
 ) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled():
         named = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
-        for name, tensor in (named | {"forecast's weights": forecast[0]}).items():
+        for name, tensor in (named | {"forecast[0] (weights)": forecast[0]}).items():
             if tensor is not None and tensor.requires_grad:
-                fail(op, name, "to be differentiated", "torch.no_grad() around: a forecast has no gradient")
+                fail(op, name, "requires a gradient", "torch.no_grad() around it: a forecast has no gradient")
     function = operators.forecast_norm_modulate_on_cpu if inlined(x) else operators.forecast_norm_modulate
     return function(x, branch, gate, weight, shift, scale, *forecast, eps)
 
@@ -190,8 +190,8 @@ def _history(op: str, name: str, modulation: Tensor, x: Tensor) -> int:
     """K of a forecast's modulation (K, B, N or 1, C)."""
     if modulation.ndim != 4 or modulation.shape[0] not in (2, 3):
         B, N, C = x.shape
-        seen = f"of shape {tuple(modulation.shape)}"
-        fail(op, name, seen, f"(K, {B}, 1 or {N}, {C}) with K 2 or 3, as there is a forecast")
+        given = f"has shape {tuple(modulation.shape)}"
+        fail(op, name, given, f"(K, {B}, 1 or {N}, {C}), K 2 or 3, with a forecast")
     return modulation.shape[0]
 
 
@@ -259,7 +259,7 @@ def gated_residual_cost(
 
 def _check_history(op: str, backward: bool, history: int) -> None:
     if history not in ((1,) if backward else (1, 2, 3)):
-        fail(op, "history", history, "1: a forecast has no backward pass" if backward else "1, 2 or 3")
+        fail(op, "history", f"is {history}", "1: a forecast has no backward pass" if backward else "1, 2 or 3")
 
 
 def _cost(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.checks import DEVICES, FLOATS, check_positive, check_tensor, fail
+from ddt_kernels.checks import check_kind, check_positive, check_tensor, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.qk_norm_rope_launch import launch_backward, launch_forward
 from ddt_kernels.runtime import inlined
@@ -58,7 +58,7 @@ def qk_norm_rope_(
     if torch.is_grad_enabled():
         for name, tensor in (("qkv", qkv), ("q_weight", q_weight), ("k_weight", k_weight)):
             if tensor.requires_grad:
-                fail(op, name, "to be differentiated", "torch.no_grad() around, or qk_norm_rope")
+                fail(op, name, "requires a gradient", "torch.no_grad() around it, or qk_norm_rope")
     (_in_place_on_cpu if inlined(qkv) else _in_place_operator)(qkv, q_weight, k_weight, cos, sin, eps)
     return qkv
 
@@ -78,34 +78,31 @@ def check_inputs(
     for name, tensor in named.items():
         check_tensor(op, name, tensor)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
-        fail(op, "qkv", f"of shape {tuple(qkv.shape)}", "shape (B, N, 3, H, D)")
+        fail(op, "qkv", f"has shape {tuple(qkv.shape)}", "shape (B, N, 3, H, D)")
     B, N, _, H, D = qkv.shape
     if B < 1 or N < 1 or H < 1 or D % 4 or not 4 <= D <= max_head_dim:
-        wanted = f"B, N and H at least 1, D a multiple of 4 in 4..{max_head_dim}"
-        fail(op, "qkv", f"of shape {tuple(qkv.shape)}", wanted)
-    if qkv.dtype not in FLOATS and not (qkv.dtype == torch.float64 and qkv.device.type == "cpu"):
-        fail(op, "qkv", f"{qkv.dtype} on {qkv.device}", "bfloat16, float16 or float32 (float64 on a CPU only)")
-    if qkv.device.type not in DEVICES:
-        fail(op, "qkv", f"on {qkv.device}", "a CPU or CUDA tensor")
+        expected = f"B, N and H at least 1, D a multiple of 4 in 4..{max_head_dim}"
+        fail(op, "qkv", f"has shape {tuple(qkv.shape)}", expected)
+    check_kind(op, "qkv", qkv)
     if qkv.stride(4) != 1 or (H > 1 and qkv.stride(3) != D) or qkv.stride(2) != H * D:
-        fail(op, "qkv", f"strided {qkv.stride()}", f"its last three dimensions contiguous, strides {(H * D, D, 1)}")
+        fail(op, "qkv", f"has strides {qkv.stride()}", f"its last three dimensions contiguous, strides {(H * D, D, 1)}")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (D,):
-            fail(op, name, f"of shape {tuple(weight.shape)}", f"{(D,)}")
+            fail(op, name, f"has shape {tuple(weight.shape)}", f"{(D,)}")
         if weight.dtype not in (qkv.dtype, torch.float32):
-            fail(op, name, weight.dtype, f"{qkv.dtype} or torch.float32")
+            fail(op, name, f"is {weight.dtype}", f"{qkv.dtype} or torch.float32")
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (N, D // 2):
-            fail(op, name, f"of shape {tuple(table.shape)}", f"{(N, D // 2)}, one angle per token and pair")
+            fail(op, name, f"has shape {tuple(table.shape)}", f"{(N, D // 2)}, one angle per token and pair")
         if table.dtype != torch.float32:
-            fail(op, name, table.dtype, "torch.float32")
+            fail(op, name, f"is {table.dtype}", "torch.float32")
         if table.requires_grad:
-            fail(op, name, "to be differentiated", "a table without gradient")
+            fail(op, name, "requires a gradient", "a table without one")
     for name, tensor in (("q_weight", q_weight), ("k_weight", k_weight), ("cos", cos), ("sin", sin)):
         if tensor.device != qkv.device:
-            fail(op, name, f"on {tensor.device}", f"{qkv.device}, as the first argument")
+            fail(op, name, f"is on {tensor.device}", f"{qkv.device}, like the first argument")
         if not tensor.is_contiguous():
-            fail(op, name, f"strided {tensor.stride()}", "a contiguous tensor")
+            fail(op, name, f"has strides {tensor.stride()}", "a contiguous tensor")
     check_positive(op, "eps", eps)
 
 
@@ -113,7 +110,7 @@ def _check_no_overlap(op: str, qkv: Tensor) -> None:
     extent = qkv.shape[2] * qkv.shape[3] * qkv.shape[4]
     for stride, size in sorted((qkv.stride(axis), qkv.shape[axis]) for axis in (0, 1) if qkv.shape[axis] > 1):
         if stride < extent:
-            fail(op, "qkv", f"strided {qkv.stride()}, which overlaps itself", "memory of its own for every element")
+            fail(op, "qkv", f"has strides {qkv.stride()}, which overlap", "elements that share no memory")
         extent += stride * (size - 1)
 
 
@@ -128,7 +125,7 @@ def qk_norm_rope_cost(
 ) -> Cost:
     """Bytes and FLOPs of one call (or of its backward pass); weights in `dtype` too. in_place: of qk_norm_rope_."""
     if backward and in_place:
-        raise ValueError("qk_norm_rope_cost: in_place is True for a backward pass; wanted False, it has none")
+        raise ValueError("qk_norm_rope_cost: in_place is True for a backward pass; expected False, it has none")
     tensor = batch * tokens * heads * head_dim
     # Backward: q and k of qkv, all of both gradients. v is copied, unless in place.
     activations = 8 if backward else 4 if in_place else 6
@@ -205,7 +202,7 @@ def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[None, None]:
     """One after the other, as torch does by itself with operators that change nothing."""
     if in_dims[0] is None or (arguments[0].stride(in_dims[0]) == 0 and info.batch_size > 1):
-        fail("qk_norm_rope_", "qkv", "one for all of vmap's", "one for each, or qk_norm_rope")
+        fail("qk_norm_rope_", "qkv", "is shared by all calls of vmap", "one each, or qk_norm_rope")
     for i in range(info.batch_size):
         sliced = zip(arguments, in_dims, strict=True)
         _in_place_operator(*(value if axis is None else value.select(axis, i) for value, axis in sliced))

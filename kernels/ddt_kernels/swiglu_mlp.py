@@ -35,7 +35,7 @@ def swiglu_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     check_inputs(op, x, w1, w3)
     check_tensor(op, "w2", w2)
     if w2.ndim != 2 or w2.shape[1] != w1.shape[0] or w2.shape[0] < 1:
-        fail(op, "w2", f"of shape {tuple(w2.shape)}", f"shape (O, {w1.shape[0]}), as w1 has rows")
+        fail(op, "w2", f"has shape {tuple(w2.shape)}", f"shape (O, {w1.shape[0]}), one column per row of w1")
     check_same_kind(op, "w2", w2, x)
     check_unit_stride(op, "w2", w2)
     if inlined(x):

@@ -49,7 +49,7 @@ def timing_enabled() -> bool:
     """What DDT_KERNELS_AUTOTUNE says; a ValueError if it is neither 0 nor 1."""
     value = os.environ.get(VARIABLE, "1")
     if value not in ("0", "1"):
-        raise ValueError(f"{VARIABLE} is {value!r}; wanted 0 (never time configurations) or 1 (time them once)")
+        raise ValueError(f"{VARIABLE} is {value!r}; expected 0 (never time configurations) or 1 (time them once)")
     return value == "1"
 
 

@@ -1,10 +1,12 @@
 """Attention as the tests see it: heads in the layouts callers have, and the checks against the reference."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from kernel_testing import assert_as_accurate, with_gradients
+from kernel_testing import check_against_reference
 
 Shape = tuple[int, int, int, int]  # B, N, H, D
 LAYOUTS = ("packed", "contiguous", "heads first", "odd pitch")
@@ -37,30 +39,30 @@ def make_heads(
     return [(randn(B, N, H, 2 * D + 1) * s).to(dtype).to(device)[..., 1 : D + 1] for s in scales]
 
 
-def make_grad(heads: list[Tensor]) -> Tensor:
+def make_grad(heads: Sequence[Tensor]) -> Tensor:
     """A gradient for the output, contiguous."""
     shape, like = heads[0].shape, heads[0]
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like.dtype).to(like.device)
 
 
-def check_against_reference(
-    heads: list[Tensor], grad: Tensor, out: Tensor, gradients: list[Tensor], scale: float | None = None
+def check_attention(
+    heads: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    gradients: Mapping[str, Tensor],
+    scale: float | None = None,
 ) -> None:
     """The tolerance rule, for the output and the three gradients."""
 
-    def attention(*tensors: Tensor) -> Tensor:
-        return reference.attention(*tensors, scale)
-
     # PyTorch's CUDA kernels read 16 bytes at a time, unasked: an odd pitch is a misaligned address to them, after which
     # the process cannot use the GPU any more.
-    (plain,), plain_gradients = with_gradients(attention, [t.contiguous() for t in heads], [grad])
-    (oracle,), oracles = with_gradients(attention, [t.double() for t in heads], [grad.double()])
-    assert_as_accurate("output", out, plain, oracle)
-    for name, made, by_torch, exact in zip("qkv", gradients, plain_gradients, oracles, strict=True):
-        assert_as_accurate(f"gradient of {name}", made, by_torch, exact)
+    def attention(*tensors: Tensor) -> Tensor:
+        return reference.attention(*(tensor.contiguous() for tensor in tensors), scale)
+
+    check_against_reference(attention, dict(zip("qkv", heads, strict=True)), outputs, grads, gradients)
 
 
-def check_logsumexp(heads: list[Tensor], lse: Tensor, scale: float | None = None) -> None:
+def check_logsumexp(heads: Sequence[Tensor], lse: Tensor, scale: float | None = None) -> None:
     """Within 1e-5 of exact, absolutely and relatively: exp2 and log2 are approximate to 2 ulps of fp32."""
     exact = reference.attention_logsumexp(heads[0].double(), heads[1].double(), scale)
     assert lse.dtype == torch.float32

@@ -1,10 +1,19 @@
-"""What the kernel tests share: the tolerance rule, NaN-filled allocations, gradients of a function."""
+"""What the kernel tests share: the tolerance rule, gradients of a function, compilation, NaN-filled allocations."""
 
-from collections.abc import Callable, Iterable, Sequence
+import importlib.util
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+COMPILES = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None,
+    reason="needs triton, in a process that does not interpret",
+)
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
 
 
 def assert_as_accurate(name: str, actual: Tensor, plain: Tensor, oracle: Tensor) -> None:
@@ -23,14 +32,62 @@ def assert_as_accurate(name: str, actual: Tensor, plain: Tensor, oracle: Tensor)
     assert rms <= 2 * plain_rms + ulp / 2 * size, f"{name}: rms error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
 
 
+def as_list(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """What a function of one or of several outputs returned."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def total_bytes(tensors: Iterable[object]) -> int:
+    """Bytes of the tensors among the arguments."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def assert_all_equal(made: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """Bit for bit."""
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
 def with_gradients(
     function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], grads: Iterable[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, gradients in every input) for the given gradients of the outputs."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-    outputs = function(*leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs = as_list(function(*leaves))
     return [output.detach() for output in outputs], list(torch.autograd.grad(outputs, leaves, list(grads)))
+
+
+def check_against_reference(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    gradients: Mapping[str, Tensor] | None = None,
+    fixed: Collection[str] = (),
+) -> None:
+    """The tolerance rule, for what should be function(*inputs.values()) and for the gradients given by name.
+
+    grads: of the outputs; without them the outputs alone are checked. fixed: inputs that have no gradient; the oracle
+    takes them as they are.
+    """
+    names = [name for name in inputs if name not in fixed]
+
+    def run(cast: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        def call(*leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return function(*(dict(inputs) | dict(zip(names, leaves, strict=True))).values())
+
+        leaves = [cast(inputs[name]) for name in names]
+        if not grads:
+            return as_list(call(*leaves)), []
+        return with_gradients(call, leaves, [cast(grad) for grad in grads])
+
+    plain, plain_gradients = run(lambda tensor: tensor)
+    oracle, oracle_gradients = run(torch.Tensor.double)
+    for index, results in enumerate(zip(outputs, plain, oracle, strict=True)):
+        assert_as_accurate(f"output {index}", *results)
+    if gradients is not None:
+        for name, *results in zip(names, plain_gradients, oracle_gradients, strict=True):
+            if name in gradients:
+                assert_as_accurate(f"gradient of {name}", gradients[name], *results)
 
 
 def compiled_results(
@@ -50,7 +107,7 @@ def compiled_results(
         return *with_gradients(compiled, inputs, grads), operators
     with torch.no_grad():
         outputs = compiled(*inputs)
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs), [], operators
+    return as_list(outputs), [], operators
 
 
 def check_compiles(
@@ -65,12 +122,12 @@ def check_compiles(
     for compiled, opaque in ((function, False), (operator, True)):
         made, made_gradients, operators = compiled_results(compiled, inputs, grads)
         assert bool(operators) == opaque, operators
-        assert all(torch.equal(a, b) for a, b in zip(made, outputs, strict=True))
+        assert_all_equal(made, outputs)
         for a, b in zip(made_gradients, gradients, strict=True):
             torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if opaque else {}))
     made, _, operators = compiled_results(function, inputs)
     assert not operators
-    assert all(torch.equal(a, b) for a, b in zip(made, outputs, strict=True))
+    assert_all_equal(made, outputs)
 
 
 def check_replays(run: Callable[[], Sequence[Tensor]]) -> None:
@@ -87,7 +144,7 @@ def check_replays(run: Callable[[], Sequence[Tensor]]) -> None:
         tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_all_equal(captured, expected)
 
 
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,14 @@
 """qk_norm_rope as the tests see it: inputs, reference, tolerance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from kernel_testing import assert_as_accurate, with_gradients
+from kernel_testing import check_against_reference
 
-DIFFERENTIABLE = ("qkv", "q_weight", "k_weight")
+FIXED = ("cos", "sin")
 
 
 def make_inputs(
@@ -44,28 +44,20 @@ def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     return grad.to(inputs["qkv"].dtype).to(inputs["qkv"].device)
 
 
-def check_against_reference(
+def check_qk_norm_rope(
     inputs: dict[str, Tensor],
-    grad: Tensor | None,
-    output: Tensor,
-    gradients: Sequence[Tensor] = (),
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor] = (),
+    gradients: Mapping[str, Tensor] | None = None,
     eps: float = 1e-6,
 ) -> None:
-    """The tolerance rule, for the output and, given its gradient, for the gradients; v and its gradient exactly."""
-    tables = (inputs["cos"], inputs["sin"])
-    leaves = [inputs[name] for name in DIFFERENTIABLE]
+    """The tolerance rule, for q and k and, given a gradient of the output, for the gradients; v and its own exactly."""
 
-    def function(*tensors: Tensor) -> Tensor:
-        return reference.qk_norm_rope(*tensors, *tables, eps)
+    def heads(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return reference.qk_norm_rope(*tensors, eps).unbind(2)
 
-    wide = [tensor.double() for tensor in leaves]
-    seed = make_grad(inputs) if grad is None else grad
-    plain, plain_gradients = with_gradients(function, leaves, [seed])
-    oracle, oracle_gradients = with_gradients(function, wide, [seed.double()])
-    for index, name in enumerate("qk"):
-        assert_as_accurate(name, *(tensors.select(2, index) for tensors in (output, plain[0], oracle[0])))
-    assert torch.equal(output[:, :, 2], inputs["qkv"][:, :, 2])
-    if grad is not None:
-        for name, *results in zip(DIFFERENTIABLE, gradients, plain_gradients, oracle_gradients, strict=True):
-            assert_as_accurate(f"gradient of {name}", *results)
-        assert torch.equal(gradients[0][:, :, 2], grad[:, :, 2])
+    by_head = [part for grad in grads for part in grad.unbind(2)]
+    check_against_reference(heads, inputs, outputs[0].unbind(2), by_head, gradients, FIXED)
+    assert torch.equal(outputs[0][:, :, 2], inputs["qkv"][:, :, 2])
+    if gradients is not None:
+        assert torch.equal(gradients["qkv"][:, :, 2], grads[0][:, :, 2])

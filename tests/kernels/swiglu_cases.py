@@ -1,12 +1,7 @@
-"""swiglu and swiglu_mlp as their tests see them: inputs and the comparison with the reference."""
-
-from collections.abc import Callable
+"""swiglu and swiglu_mlp as their tests see them: inputs and gradients."""
 
 import torch
 from torch import Tensor
-
-from ddt_kernels import reference
-from kernel_testing import assert_as_accurate, with_gradients
 
 NAMES = ("x", "w1", "w3")
 LAYOUTS = ("contiguous", "rows", "transposed")
@@ -51,15 +46,3 @@ def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     x, last = inputs["x"], inputs.get("w2", inputs["w1"])
     grad = torch.randn(*x.shape[:-1], last.shape[0], generator=torch.Generator().manual_seed(1))
     return grad.to(x.dtype).to(x.device)
-
-
-def check_against_reference(inputs: dict[str, Tensor], grad: Tensor, y: Tensor, gradients: dict[str, Tensor]) -> None:
-    """The tolerance rule, for the output and every gradient given; swiglu_mlp's where there is a w2."""
-    tensors = list(inputs.values())
-    function: Callable[..., Tensor] = reference.swiglu_mlp if "w2" in inputs else reference.swiglu
-    (plain,), plain_gradients = with_gradients(function, tensors, [grad])
-    (oracle,), oracles = with_gradients(function, [t.double() for t in tensors], [grad.double()])
-    assert_as_accurate("y", y, plain, oracle)
-    for index, name in enumerate(inputs):
-        if name in gradients:
-            assert_as_accurate(f"gradient of {name}", gradients[name], plain_gradients[index], oracles[index])

@@ -1,20 +1,17 @@
-"""Attention as a user meets it: operators, gradients, compilation, mistakes, costs."""
-
-import os
+"""What attention and qkv_attention promise besides: the log-sum-exp, packed layouts, what is kept, tiles."""
 
 import pytest
 import torch
 
 import ddt_kernels
-from attention_cases import LAYOUTS, check_against_reference, check_logsumexp, make_grad, make_heads
+from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
 from ddt_kernels import attention_launch, reference
 from ddt_kernels.compilation import SHARED_MEMORY_LIMIT, compile_case
-from kernel_testing import check_compiles, check_replays, poison_empty, with_gradients
+from kernel_testing import BF16, COMPILES, DTYPES, FP32, FP64, assert_all_equal, with_gradients
+from operators import QKV_ATTENTION
 
 SHAPE = (2, 5, 3, 12)
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
-FORWARD, BACKWARD = torch.ops.ddt_kernels.attention.default, torch.ops.ddt_kernels.attention_backward.default
+FORWARD = torch.ops.ddt_kernels.attention.default
 
 
 def attend(q, k, v):
@@ -32,12 +29,8 @@ def test_the_reference_is_attention():
 
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_cpu(dtype, layout):
+def test_the_logsumexp_on_a_cpu(dtype, layout):
     heads = make_heads(SHAPE, dtype, layout)
-    grad = make_grad(heads)
-    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
-    assert out.is_contiguous()
-    check_against_reference(heads, grad, out, gradients)
     check_logsumexp(heads, FORWARD(*heads, 12**-0.5)[1])
 
 
@@ -57,101 +50,43 @@ def test_scale_defaults_to_the_inverse_root_of_the_head_dim():
     torch.testing.assert_close(ddt_kernels.attention(*heads, scale=0.7), reference.attention(*heads, 0.7))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-def test_opcheck(dtype):
-    heads = [tensor.requires_grad_() for tensor in make_heads(SHAPE, dtype)]
-    torch.library.opcheck(FORWARD, (*heads, 0.3))
-    heads = [tensor.detach() for tensor in heads]
-    torch.library.opcheck(BACKWARD, (make_grad(heads), *FORWARD(*heads, 0.3), *heads, 0.3))
+def two_ops(qkv, *others):
+    return ddt_kernels.attention(*ddt_kernels.qk_norm_rope(qkv, *others).unbind(2))
 
 
-@pytest.mark.parametrize("module", [reference, ddt_kernels], ids=["reference", "operator"])
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_gradcheck(module, scale):
-    heads = [tensor.requires_grad_() for tensor in make_heads((2, 3, 2, 4), FP64, "contiguous")]
-    assert torch.autograd.gradcheck(lambda *tensors: module.attention(*tensors, scale), heads)
-
-
-def test_compiles_without_graph_breaks():
-    heads = make_heads(SHAPE, FP32)
-    scale = SHAPE[-1] ** -0.5
-    check_compiles(ddt_kernels.attention, lambda *h: FORWARD(*h, scale)[0], heads, [make_grad(heads)])
-
-
-def test_exports():
-    class Module(torch.nn.Module):
-        def forward(self, q, k, v):
-            return ddt_kernels.attention(q, k, v)
-
-    graph = torch.export.export(Module(), tuple(make_heads(SHAPE, FP32))).graph
-    assert any(node.target == FORWARD for node in graph.nodes)
-
-
-def test_the_logsumexp_is_not_differentiable():
-    heads = [tensor.requires_grad_() for tensor in make_heads(SHAPE, FP32)]
-    out, lse = FORWARD(*heads, 0.3)
-    assert out.requires_grad
-    assert not lse.requires_grad
-
-
-def test_second_derivatives_are_refused():
-    heads = [tensor.requires_grad_() for tensor in make_heads(SHAPE, FP32)]
-    (grad,) = torch.autograd.grad(ddt_kernels.attention(*heads).square().sum(), heads[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        torch.autograd.grad(grad.sum(), heads[:1])
-
-
-def test_the_gradient_of_a_sum_has_no_strides_to_rely_on():
-    heads = [tensor.requires_grad_() for tensor in make_heads(SHAPE, FP64)]
-    made, expected = (torch.autograd.grad(f(*heads).sum(), heads) for f in (ddt_kernels.attention, attend))
+@DTYPES
+@pytest.mark.parametrize("layout", QKV_ATTENTION.layouts)
+def test_on_a_cpu_qkv_attention_is_the_two_ops_bit_for_bit(dtype, layout):
+    inputs = QKV_ATTENTION.inputs(dtype, layout)
+    leaves, grads = QKV_ATTENTION.leaves(inputs), QKV_ATTENTION.make_grads(inputs)
+    made, expected = (
+        with_gradients(QKV_ATTENTION.of_leaves(function, inputs), leaves, grads)
+        for function in (ddt_kernels.qkv_attention, two_ops)
+    )
     for a, b in zip(made, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        assert_all_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("q", lambda t: t[0], r"q is of shape \(5, 3, 12\); wanted shape \(B, N, H, D\)"),
-        ("q", lambda t: t.int(), r"q is torch.int32 on cpu; wanted bfloat16, float16 or float32"),
-        ("q", lambda t: t.double().to("meta"), r"q is torch.float64 on meta; wanted bfloat16, float16 or float32"),
-        ("q", lambda t: t[:, :0], r"q is of shape \(2, 0, 3, 12\); wanted B, N and H at least 1, D divisible by 4"),
-        ("q", lambda t: t[..., :10], r"q is of shape \(2, 5, 3, 10\); wanted .* D divisible by 4 in 4..128"),
-        ("q", lambda t: t[..., :0], r"q is of shape \(2, 5, 3, 0\); wanted .* in 4..128"),
-        ("q", lambda t: t.new_zeros(2, 5, 3, 132), r"q is of shape \(2, 5, 3, 132\); wanted .* in 4..128"),
-        ("q", lambda t: t.mT.contiguous().mT, r"q is strided \(180, 36, 1, 3\); wanted a last stride of 1"),
-        ("k", lambda t: t[:, :4], r"k is of shape \(2, 4, 3, 12\); wanted \(2, 5, 3, 12\), as the first argument"),
-        ("k", lambda t: t.half(), r"k is torch.float16; wanted torch.float32, as the first argument"),
-        ("k", lambda t: t.to("meta"), r"k is on meta; wanted cpu, as the first argument"),
-        ("k", lambda t: t.mT.contiguous().mT, r"k is strided \(180, 36, 1, 3\); wanted a last stride of 1"),
-        ("v", lambda t: t[..., :8], r"v is of shape \(2, 5, 3, 8\); wanted \(2, 5, 3, 12\)"),
-        ("v", lambda t: t.bfloat16(), r"v is torch.bfloat16; wanted torch.float32"),
-        ("v", lambda t: t.to("meta"), r"v is on meta; wanted cpu"),
-        ("v", lambda t: t.mT.contiguous().mT, r"v is strided"),
-        ("scale", lambda _: 0.0, r"scale is 0.0; wanted a finite number above 0"),
-        ("scale", lambda _: -1.0, r"scale is -1.0; wanted a finite number above 0"),
-        ("scale", lambda _: float("inf"), r"scale is inf; wanted a finite number above 0"),
-        ("scale", lambda _: float("nan"), r"scale is nan; wanted a finite number above 0"),
-    ],
-)
-def test_mistakes_are_value_errors(name, change, message):
-    arguments = dict(zip("qkv", make_heads(SHAPE, FP32, "contiguous"), strict=True)) | {"scale": 0.3}
-    arguments[name] = change(arguments[name])
-    with pytest.raises(ValueError, match=f"attention: {message}"):
-        ddt_kernels.attention(**arguments)
+def test_qkv_attention_keeps_three_tensors_instead_of_six():
+    inputs = QKV_ATTENTION.inputs(layout="contiguous")
+    heads = inputs["qkv"][:, :, 0].numel()
 
+    def kept(function):
+        # As in a layer: qkv is a GEMM's output, which is alive for as long as something keeps it.
+        qkv, *weights = QKV_ATTENTION.leaves(inputs)
+        storages = {}
 
-def test_cost_is_what_the_operators_read_and_write():
-    heads = make_heads(SHAPE, BF16)
-    made = FORWARD(*heads, 0.3)
-    grad = make_grad(heads)
-    for backward, tensors in (
-        (False, [*heads, *made]),
-        (True, [grad, *made, *heads, *BACKWARD(grad, *made, *heads, 0.3)]),
-    ):
-        cost = ddt_kernels.attention_cost(*SHAPE, BF16, backward=backward)
-        assert cost.bytes_moved == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        products = 5 if backward else 2
-        assert cost.flops == products * 2 * (2 * 3) * (5 * 5) * 12
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = QKV_ATTENTION.of_leaves(function, inputs)(qkv * 1, *weights)
+        assert out.requires_grad
+        return sum(size for size in storages.values() if size >= heads) / heads
+
+    assert kept(ddt_kernels.qkv_attention) == 3 + 1
+    assert kept(two_ops) == 6 + 1
 
 
 def test_heads_are_split_where_it_saves_columns():
@@ -165,10 +100,9 @@ def test_heads_are_split_where_it_saves_columns():
         assert all(width == 0 or (width >= 16 and width & (width - 1) == 0) for width in (main, tail))
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreting process can compile nothing")
+@COMPILES
 def test_two_programs_share_an_sm_of_a_hopper():
     """What the forward's speed is argued from (attention_kernels.py)."""
-    pytest.importorskip("triton")
     case = next(case for case in attention_launch.aot_cases() if case.configuration == "D 72 bfloat16 N 1024")
     (binary,) = [row for row in compile_case(case, 90) if "[128x64," in row.configuration]
     assert binary.problems == ()
@@ -179,43 +113,26 @@ def test_two_programs_share_an_sm_of_a_hopper():
 
 
 @pytest.mark.gpu
-@DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "shape", [(3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)]
-)
-def test_on_a_gpu(shape, dtype, layout, monkeypatch):
-    poison_empty(monkeypatch)
-    heads = make_heads(shape, dtype, layout, device="cuda")
-    grad = make_grad(heads)
-    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
-    check_against_reference(heads, grad, out, gradients)
-    check_logsumexp(heads, FORWARD(*heads, shape[-1] ** -0.5)[1])
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", [16, 20, 72, 80, 96, 128])
 def test_every_width_on_a_gpu(head_dim):
     heads = make_heads((2, 200, 3, head_dim), BF16, device="cuda")
-    grad = make_grad(heads)
-    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
-    check_against_reference(heads, grad, out, gradients)
+    grads = [make_grad(heads)]
+    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
+    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_logsumexp_on_a_gpu(dtype, layout):
+    for shape in ((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)):
+        heads = make_heads(shape, dtype, layout, device="cuda")
+        check_logsumexp(heads, FORWARD(*heads, shape[-1] ** -0.5)[1])
 
 
 @pytest.mark.gpu
 def test_gradients_repeat_bit_for_bit_on_a_gpu():
     heads = make_heads((4, 256, 16, 72), BF16, device="cuda")
     runs = [with_gradients(ddt_kernels.attention, heads, [make_grad(heads)])[1] for _ in range(3)]
-    assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
-
-
-@pytest.mark.gpu
-def test_cuda_graph_replays_forward_and_backward():
-    heads = make_heads((4, 256, 16, 72), BF16, device="cuda")
-    grad = make_grad(heads)
-
-    def run():
-        made = FORWARD(*heads, 0.1)
-        return [*made, *BACKWARD(grad, *made, *heads, 0.1)]
-
-    check_replays(run)
+    for other in runs[1:]:
+        assert_all_equal(runs[0], other)

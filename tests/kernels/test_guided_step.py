@@ -6,7 +6,7 @@ import torch
 import ddt_kernels
 from ddt_kernels import guided_step_coefficients, reference
 from guided_step_cases import check_against_reference, fresh, make_inputs, results
-from kernel_testing import poison_empty
+from kernel_testing import BF16, DTYPES, poison_empty, total_bytes
 
 SHAPE = (2, 3, 4, 6)
 OPERATOR = torch.ops.ddt_kernels.guided_step.default
@@ -38,7 +38,7 @@ def test_opcheck(variant):
 
 @EVERY_VARIANT
 def test_on_a_cpu_the_reference_runs(variant):
-    inputs = make_inputs(SHAPE, 2, torch.bfloat16, **variant)
+    inputs = make_inputs(SHAPE, 2, BF16, **variant)
     expected = call(reference.guided_step, inputs)
     assert_equal(call(ddt_kernels.guided_step, inputs), expected)
     assert_equal(call(ddt_kernels.guided_step_, inputs), expected)
@@ -113,11 +113,11 @@ def test_a_run_with_every_kind_of_step_is_the_samplers_own_arithmetic():
 def test_coefficient_rows():
     assert guided_step_coefficients((0.1,)) == (1, 0, 0, 0, 0.1, 0, 0, 0)
     assert guided_step_coefficients((1, 2, 3, 4), (5, 6), 7, 8) == (7, 8, 5, 6, 1, 2, 3, 4)
-    with pytest.raises(ValueError, match="velocity_coefficients is 0 long; wanted 1 to 4"):
+    with pytest.raises(ValueError, match="velocity_coefficients has length 0; expected 1 to 4"):
         guided_step_coefficients(())
-    with pytest.raises(ValueError, match="velocity_coefficients is 5 long; wanted 1 to 4"):
+    with pytest.raises(ValueError, match="velocity_coefficients has length 5; expected 1 to 4"):
         guided_step_coefficients([1] * 5)
-    with pytest.raises(ValueError, match="difference_coefficients is 3 long; wanted at most 2"):
+    with pytest.raises(ValueError, match="difference_coefficients has length 3; expected at most 2"):
         guided_step_coefficients([1], [1] * 3)
 
 
@@ -129,43 +129,35 @@ def test_a_step_outside_the_table_is_an_index_error_on_a_cpu(step):
 
 
 MISTAKES = [
-    ("x", lambda t: t[0], r"x is of shape \(3, 4, 6\); wanted shape \(B, C, H, W\), not empty"),
-    ("x", lambda t: t[:0], r"x is of shape \(0, 3, 4, 6\); wanted shape \(B, C, H, W\), not empty"),
-    ("x", lambda t: t.half(), r"x is torch.float16; wanted torch.float32"),
-    ("x", lambda t: t.mT.contiguous().mT, r"x is strided .*; wanted a contiguous tensor"),
-    ("x", lambda t: t[..., :5], r"patch_size is 2; wanted a positive divisor of H 4 and W 5"),
-    ("x", lambda t: t.clone().requires_grad_(), r"x is to be differentiated; wanted torch.no_grad"),
-    ("v_cond", lambda t: t[:, :5], r"v_cond is of shape \(2, 5, 12\); wanted \(2, 6, 12\)"),
-    ("v_cond", lambda t: t.double(), r"v_cond is torch.float64; wanted bfloat16, float16 or float32"),
-    ("v_cond", lambda t: t.mT.contiguous().mT, r"v_cond is strided \(72, 1, 6\); wanted a last stride of 1"),
-    ("v_cond", lambda t: t.to("meta"), r"v_cond is on meta; wanted cpu, as x"),
-    ("v_uncond", lambda t: t[:1], r"v_uncond is of shape \(1, 6, 12\); wanted \(2, 6, 12\)"),
-    ("v_uncond", lambda t: t.half(), r"v_uncond is torch.float16; wanted torch.float32"),
-    ("v_uncond", lambda t: t.clone().requires_grad_(), r"v_uncond is to be differentiated"),
-    ("coefficients", lambda t: t[0], r"coefficients is of shape \(8,\); wanted \(8, 8\)"),
-    ("coefficients", lambda t: t[:, :7], r"coefficients is of shape \(3, 7\); wanted \(3, 8\)"),
-    ("coefficients", lambda t: t[:0], r"coefficients is of shape \(0, 8\); wanted \(1, 8\)"),
-    ("coefficients", lambda t: t.double(), r"coefficients is torch.float64; wanted torch.float32"),
-    ("step", lambda t: None, r"coefficients is of shape \(3, 8\); wanted \(8,\)"),
-    ("step", lambda t: t.repeat(2), r"step is of shape \(2,\); wanted \(1,\)"),
-    ("step", lambda t: t.float(), r"step is torch.float32; wanted torch.int32 or torch.int64"),
-    ("step", lambda t: t.to("meta"), r"step is on meta; wanted cpu"),
-    (
-        "velocity_history",
-        lambda t: t[0],
-        r"velocity_history is of shape \(2, 3, 4, 6\); wanted \('1 to 3', 2, 3, 4, 6\)",
-    ),
-    ("velocity_history", lambda t: t.repeat(4, 1, 1, 1, 1), r"velocity_history is of shape \(4, 2, 3, 4, 6\)"),
-    (
-        "velocity_history",
-        lambda t: t[..., :3],
-        r"velocity_history is of shape \(1, 2, 3, 4, 3\); wanted \(1, 2, 3, 4, 6\)",
-    ),
-    ("velocity_history", lambda t: t.half(), r"velocity_history is torch.float16; wanted torch.float32"),
-    ("difference_history", lambda t: t.repeat(3, 1, 1, 1, 1), r"wanted \('1 to 2', 2, 3, 4, 6\)"),
-    ("difference_history", lambda t: t.mT.contiguous().mT, r"difference_history is strided .*; wanted a contiguous"),
-    ("noise", lambda t: t[:1], r"noise is of shape \(1, 3, 4, 6\); wanted \(2, 3, 4, 6\)"),
-    ("noise", lambda t: t.bfloat16(), r"noise is torch.bfloat16; wanted torch.float32"),
+    ("x", lambda t: t[0], r"x has shape \(3, 4, 6\); expected shape \(B, C, H, W\), not empty"),
+    ("x", lambda t: t[:0], r"x has shape \(0, 3, 4, 6\); expected shape \(B, C, H, W\), not empty"),
+    ("x", lambda t: t.half(), r"x is torch.float16; expected torch.float32"),
+    ("x", lambda t: t.mT.contiguous().mT, r"x has strides .*; expected a contiguous tensor"),
+    ("x", lambda t: t[..., :5], r"patch_size is 2; expected a positive divisor of H 4 and W 5"),
+    ("x", lambda t: t.clone().requires_grad_(), r"x requires a gradient; expected torch.no_grad"),
+    ("v_cond", lambda t: t[:, :5], r"v_cond has shape \(2, 5, 12\); expected \(2, 6, 12\)"),
+    ("v_cond", lambda t: t.double(), r"v_cond is torch.float64; expected bfloat16, float16 or float32"),
+    ("v_cond", lambda t: t.mT.contiguous().mT, r"v_cond has strides \(72, 1, 6\); expected a last stride of 1"),
+    ("v_cond", lambda t: t.to("meta"), r"v_cond is on meta; expected cpu, like x"),
+    ("v_uncond", lambda t: t[:1], r"v_uncond has shape \(1, 6, 12\); expected \(2, 6, 12\)"),
+    ("v_uncond", lambda t: t.half(), r"v_uncond is torch.float16; expected torch.float32"),
+    ("v_uncond", lambda t: t.clone().requires_grad_(), r"v_uncond requires a gradient"),
+    ("coefficients", lambda t: t[0], r"coefficients has shape \(8,\); expected \(8, 8\)"),
+    ("coefficients", lambda t: t[:, :7], r"coefficients has shape \(3, 7\); expected \(3, 8\)"),
+    ("coefficients", lambda t: t[:0], r"coefficients has shape \(0, 8\); expected \(1, 8\)"),
+    ("coefficients", lambda t: t.double(), r"coefficients is torch.float64; expected torch.float32"),
+    ("step", lambda t: None, r"coefficients has shape \(3, 8\); expected \(8,\)"),
+    ("step", lambda t: t.repeat(2), r"step has shape \(2,\); expected \(1,\)"),
+    ("step", lambda t: t.float(), r"step is torch.float32; expected torch.int32 or torch.int64"),
+    ("step", lambda t: t.to("meta"), r"step is on meta; expected cpu"),
+    ("velocity_history", lambda t: t[0], r"velocity_history has shape .*; expected \(1 to 3, 2, 3, 4, 6\)"),
+    ("velocity_history", lambda t: t.repeat(4, 1, 1, 1, 1), r"velocity_history has shape \(4, 2, 3, 4, 6\)"),
+    ("velocity_history", lambda t: t[..., :3], r"velocity_history has shape .*; expected \(1, 2, 3, 4, 6\)"),
+    ("velocity_history", lambda t: t.half(), r"velocity_history is torch.float16; expected torch.float32"),
+    ("difference_history", lambda t: t.repeat(3, 1, 1, 1, 1), r"expected \(1 to 2, 2, 3, 4, 6\)"),
+    ("difference_history", lambda t: t.mT.contiguous().mT, r"difference_history has strides .*; expected a contiguous"),
+    ("noise", lambda t: t[:1], r"noise has shape \(1, 3, 4, 6\); expected \(2, 3, 4, 6\)"),
+    ("noise", lambda t: t.bfloat16(), r"noise is torch.bfloat16; expected torch.float32"),
 ]
 
 
@@ -180,7 +172,7 @@ def test_mistakes_are_value_errors(op, name, change, message):
 
 @pytest.mark.parametrize("patch_size", [0, -2, 3])
 def test_patch_size_must_divide(patch_size):
-    with pytest.raises(ValueError, match=f"patch_size is {patch_size}; wanted a positive divisor of H 4 and W 6"):
+    with pytest.raises(ValueError, match=f"patch_size is {patch_size}; expected a positive divisor of H 4 and W 6"):
         ddt_kernels.guided_step(*make_inputs(SHAPE, 2).values(), patch_size=patch_size)
 
 
@@ -190,19 +182,19 @@ def test_patch_size_must_divide(patch_size):
 @pytest.mark.parametrize("noise", [False, True])
 def test_cost_is_what_the_operator_reads_and_writes(guided, differences, velocities, noise):
     kind = {"guided": guided, "velocities": velocities, "differences": differences, "noise": noise}
-    inputs = make_inputs(SHAPE, 2, torch.bfloat16, steps=None, **kind)
+    inputs = make_inputs(SHAPE, 2, BF16, steps=None, **kind)
     read = [tensor for tensor in inputs.values() if tensor is not None]
     written = [inputs["x"], *([inputs["velocity_history"]] if velocities else [])]
     if differences and guided:  # its oldest entry is written, never read
         read.append(inputs["difference_history"][1:])
-    cost = ddt_kernels.guided_step_cost(*SHAPE, torch.bfloat16, **kind)
-    assert cost.bytes_moved == sum(t.numel() * t.element_size() for t in read + written)
+    cost = ddt_kernels.guided_step_cost(*SHAPE, BF16, **kind)
+    assert cost.bytes_moved == total_bytes(read + written)
     assert 3 * inputs["x"].numel() <= cost.flops <= 20 * inputs["x"].numel()
 
 
 @pytest.mark.gpu
 @EVERY_VARIANT
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@DTYPES
 @pytest.mark.parametrize(("shape", "patch_size"), [((5, 4, 32, 32), 2), ((1, 1, 3, 5), 1), ((2, 3, 24, 20), 4)])
 def test_on_a_gpu(shape, patch_size, dtype, variant, monkeypatch):
     poison_empty(monkeypatch)
@@ -215,7 +207,7 @@ def test_on_a_gpu(shape, patch_size, dtype, variant, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_cuda_graph_walks_the_table_without_the_host():
-    inputs = make_inputs((4, 4, 32, 32), 2, torch.bfloat16, velocities=3, differences=2, steps=5, device="cuda")
+    inputs = make_inputs((4, 4, 32, 32), 2, BF16, velocities=3, differences=2, steps=5, device="cuda")
     inputs["coefficients"] /= 4
     inputs["step"].zero_()
     static, eager = fresh(inputs), fresh(inputs)

@@ -8,17 +8,13 @@ import pytest
 import torch
 
 import ddt_kernels
-from attention_cases import check_against_reference as check_attention
-from attention_cases import make_grad as make_attention_grad
-from attention_cases import make_heads
-from ddt_kernels import attention_launch, runtime, swiglu_launch, tuning
+from attention_cases import check_attention, make_grad, make_heads
+from ddt_kernels import attention_launch, reference, runtime, swiglu_launch, tuning
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
-from kernel_testing import check_replays, poison_empty, with_gradients
-from swiglu_cases import check_against_reference as check_swiglu
-from swiglu_cases import make_grad, make_inputs
+from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty, with_gradients
+from swiglu_cases import make_inputs
 
 GPU = torch.device("cuda", 0)
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +97,7 @@ def test_the_variable_switches_timing_off(gpu, monkeypatch):
 @pytest.mark.parametrize("value", ["", "2", "off", "true"])
 def test_any_other_value_is_an_error(gpu, monkeypatch, value):
     monkeypatch.setenv(tuning.VARIABLE, value)
-    with pytest.raises(ValueError, match=f"DDT_KERNELS_AUTOTUNE is '{value}'; wanted 0 .* or 1"):
+    with pytest.raises(ValueError, match=f"DDT_KERNELS_AUTOTUNE is '{value}'; expected 0 .* or 1"):
         choose()
 
 
@@ -270,7 +266,7 @@ def test_every_swiglu_candidate_on_a_gpu(index, monkeypatch):
     poison_empty(monkeypatch)
     monkeypatch.setattr(swiglu_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
     inputs = swiglu_inputs()
-    check_swiglu(inputs, make_grad(inputs), ddt_kernels.swiglu(*inputs.values()), {})
+    check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
 
 
 @pytest.mark.gpu
@@ -281,19 +277,19 @@ def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch
     poison_empty(monkeypatch)
     monkeypatch.setattr(attention_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
     heads = make_heads((2, tokens, 4, head_dim), BF16, device="cuda")
-    grad = make_attention_grad(heads)
-    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
-    check_attention(heads, grad, out, gradients)
+    grads = [make_grad(heads)]
+    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
+    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
 
 
 @pytest.mark.gpu
 def test_tuned_on_a_gpu():
     inputs = swiglu_inputs()
-    check_swiglu(inputs, make_grad(inputs), ddt_kernels.swiglu(*inputs.values()), {})
+    check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
     heads = make_heads((4, 256, 16, 72), BF16, device="cuda")
-    grad = make_attention_grad(heads)
-    (out,), gradients = with_gradients(ddt_kernels.attention, heads, [grad])
-    check_attention(heads, grad, out, gradients)
+    grads = [make_grad(heads)]
+    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
+    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
     swiglu, attention = tuning.choices()
     assert (swiglu.op, attention.op) == ("swiglu", "attention")
     for choice in (swiglu, attention):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from attention_cases import LAYOUTS, check_against_reference, check_logsumexp, make_grad, make_heads
+from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
 from ddt_kernels import attention_launch
+from kernel_testing import BF16, FP16, FP32
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Every split of the head (one dot, two, either padded) and every kind of N: below a tile, whole tiles, more.
 SHAPES = [
     (2, 24, 2, 72),
@@ -21,17 +21,18 @@ FP32_SHAPES = [(2, 24, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 128)]
 
 
 def run(heads, scale=None):
-    """(out, lse, [gradients]) by the CUDA launchers, for make_grad's gradient."""
+    """(out, lse, {name: gradient}) by the CUDA launchers, for make_grad's gradient."""
     scale = heads[0].shape[-1] ** -0.5 if scale is None else scale
     out, lse = attention_launch.launch_forward(*heads, scale)
-    return out, lse, list(attention_launch.launch_backward(make_grad(heads), out, lse, *heads, scale))
+    gradients = attention_launch.launch_backward(make_grad(heads), out, lse, *heads, scale)
+    return out, lse, dict(zip("qkv", gradients, strict=True))
 
 
 def check(heads, scale=None):
     out, lse, gradients = run(heads, scale)
     check_logsumexp(heads, lse, scale)
-    check_against_reference(heads, make_grad(heads), out, gradients, scale)
-    assert all(tensor.is_contiguous() for tensor in (out, lse, *gradients))
+    check_attention(heads, [out], [make_grad(heads)], gradients, scale)
+    assert all(tensor.is_contiguous() for tensor in (out, lse, *gradients.values()))
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_large_logits(dtype, arch):
     out, lse, gradients = run(heads)
     assert lse.max() < -500  # so that 2^-lse is infinite in fp32
     check_logsumexp(heads, lse)
-    check_against_reference(heads, make_grad(heads), out, gradients)
+    check_attention(heads, [out], [make_grad(heads)], gradients)
 
 
 def test_a_tile_can_raise_the_maximum():
@@ -117,7 +118,7 @@ def test_samples_and_heads_do_not_leak():
     for tensor in heads:
         tensor[1, :, 1] = float("nan")
     out, lse, gradients = run(heads)
-    for made, expected in zip((out, *gradients), (clean[0], *clean[2]), strict=True):
+    for made, expected in zip((out, *gradients.values()), (clean[0], *clean[2].values()), strict=True):
         assert made[1, :, 1].isnan().all()
         made[1, :, 1] = expected[1, :, 1]
         assert torch.equal(made, expected)

@@ -5,8 +5,8 @@ import torch
 
 from ddt_kernels.guided_step import launch_guided_step
 from guided_step_cases import check_against_reference, fresh, make_inputs, results
+from kernel_testing import BF16, DTYPES
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPE = (2, 3, 6, 10)
 
 
@@ -28,7 +28,7 @@ def test_matches_reference(guided, differences, velocities, in_place):
     check_against_reference(inputs, 2, launch(inputs, 2, in_place))
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@DTYPES
 @pytest.mark.parametrize(
     ("shape", "patch_size"), [((1, 1, 3, 5), 1), ((2, 4, 8, 8), 2), ((1, 5, 8, 12), 4), ((3, 3, 16, 14), 2)]
 )

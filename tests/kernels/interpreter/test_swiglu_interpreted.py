@@ -1,30 +1,38 @@
-"""swiglu's kernels, forward and backward, against the reference, every configuration on small shapes."""
+"""The kernels of swiglu, every configuration on small shapes, and of swiglu_mlp, forward and backward, against the
+reference."""
 
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from ddt_kernels import swiglu_launch
-from ddt_kernels.swiglu_launch import launch_backward, launch_forward
-from kernel_testing import assert_as_accurate
-from swiglu_cases import LAYOUTS, check_against_reference, make_grad, make_inputs
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+from ddt_kernels import reference, swiglu_launch
+from ddt_kernels.swiglu_launch import (
+    launch_backward,
+    launch_backward_activation,
+    launch_forward,
+    launch_mlp_backward,
+    launch_mlp_forward,
+)
+from kernel_testing import BF16, FP16, FP32, assert_as_accurate, check_against_reference
+from swiglu_cases import LAYOUTS, make_grad, make_inputs, make_mlp_inputs
 
 
 def check(inputs, tf32=False):
+    """Of swiglu_mlp where there is a w2."""
+    mlp = "w2" in inputs
+    forward, backward = (launch_mlp_forward, launch_mlp_backward) if mlp else (launch_forward, launch_backward)
     F = inputs["w1"].shape[0]
     grad = make_grad(inputs)
-    y, gate_up = launch_forward(*inputs.values(), True, tf32)
-    inference, nothing = launch_forward(*inputs.values(), False, tf32)
-    assert torch.equal(y, inference)
+    output, gate_up = forward(*inputs.values(), True, tf32)
+    inference, nothing = forward(*inputs.values(), False, tf32)
+    assert torch.equal(output, inference)
     assert nothing.numel() == 0
     for half, name in zip(gate_up.split(F, -1), ("w1", "w3"), strict=True):
         x, weight = inputs["x"], inputs[name]
         assert_as_accurate(f"x · {name}ᵀ", half, linear(x, weight), linear(x.double(), weight.double()))
-    grad_x, grad_weights = launch_backward(grad, *inputs.values(), gate_up)
-    grad_w1, grad_w3 = grad_weights.chunk(2)
-    check_against_reference(inputs, grad, y, {"x": grad_x, "w1": grad_w1, "w3": grad_w3})
+    grad_x, grad_weights, *grad_w2 = backward(grad, *inputs.values(), gate_up)
+    gradients = dict(zip(inputs, (grad_x, *grad_weights.chunk(2), *grad_w2), strict=True))
+    check_against_reference(reference.swiglu_mlp if mlp else reference.swiglu, inputs, [output], [grad], gradients)
 
 
 @pytest.fixture(params=[80, 90, 100])
@@ -100,3 +108,38 @@ def test_saturated_gates():
     inputs = make_inputs((1, 16, 16, 16), FP32)
     inputs["x"] = inputs["x"] * 400  # exp(-gate) overflows
     check(inputs)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("shape", "out", "dtype"),
+    [
+        ((2, 20, 72, 170), 72, BF16),
+        ((1, 37, 64, 72), 24, BF16),
+        ((1, 24, 85, 37), 85, BF16),
+        ((2, 9, 72, 48), 72, FP16),
+        ((2, 20, 72, 170), 72, FP32),
+    ],
+)
+def test_mlp_matches_reference(arch, shape, out, dtype, monkeypatch):
+    monkeypatch.setattr(swiglu_launch, "target_arch", lambda device: arch)
+    check(make_mlp_inputs(shape, dtype, out=out))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mlp_on_strided_inputs(layout):
+    check(make_mlp_inputs((2, 12, 40, 48), BF16, layout=layout))
+
+
+def test_y_in_the_place_of_its_gradient_changes_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    gate_up, grad_y = (torch.randn(33, columns, generator=generator) for columns in (1400, 700))
+    alone = launch_backward_activation(grad_y, gate_up)
+    y = torch.full_like(grad_y, float("nan"))
+    beside = launch_backward_activation(grad_y, gate_up, y)
+    over = launch_backward_activation(grad_y, gate_up, grad_y)
+    assert torch.equal(alone, beside)
+    assert torch.equal(alone, over)
+    assert torch.equal(y, grad_y)
+    gate, up = gate_up.chunk(2, -1)
+    torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up)
