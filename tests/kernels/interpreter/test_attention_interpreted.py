@@ -17,7 +17,7 @@ SHAPES = [
     (1, 64, 2, 96),
     (2, 5, 1, 20),
 ]
-FP32_SHAPES = [(2, 24, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 128)]
+FP32_SHAPES = [(2, 9, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 64)]
 
 
 def run(heads, scale=None):
@@ -72,9 +72,10 @@ def test_fp32(shape):
     check(make_heads(shape, FP32))
 
 
-@pytest.mark.parametrize("arch", [80, 90], indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(2, 24, 2, 72), (1, 24, 1, 72)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "arch"), [((2, 24, 2, 72), 80), ((2, 24, 2, 72), 90), ((1, 24, 1, 72), 90)], indirect=["arch"]
+)
 def test_layouts(shape, layout, arch, loads):
     check(make_heads(shape, BF16, layout))
     assert loads == [arch == 90 and layout != "odd pitch"] * 3
@@ -87,16 +88,18 @@ def test_heads_shared_by_expansion_are_read_by_pointers(arch, loads):
     assert loads == [False] * 3
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
-def test_scale(dtype):
-    check(make_heads((1, 24, 2, 72), dtype), scale=0.3)
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 24, 2, 72), BF16), ((1, 24, 1, 24), FP32)])
+def test_scale(shape, dtype):
+    check(make_heads(shape, dtype), scale=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # NumPy, about rows past N
-@pytest.mark.parametrize(("arch", "dtype"), [(80, BF16), (90, BF16), (90, FP32)], indirect=["arch"])
-def test_large_logits(dtype, arch):
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim"), [(80, BF16, 72), (90, BF16, 72), (90, FP32, 64)], indirect=["arch"]
+)
+def test_large_logits(dtype, head_dim, arch):
     """Scores in the thousands: exp overflows without the running maximum, and so does 2^-lse past N in the backward."""
-    q, k, v = make_heads((1, 40, 1, 72), dtype, size=1000.0)
+    q, k, v = make_heads((1, 40, 1, head_dim), dtype, size=1000.0)
     heads = [q.abs(), -k.abs(), v]
     out, lse, gradients = run(heads)
     assert lse.max() < -500  # so that 2^-lse is infinite in fp32

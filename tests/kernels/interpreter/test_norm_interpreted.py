@@ -39,9 +39,9 @@ def test_matches_reference(op, shape, per_token, dtype):
     check_launched(op, make_inputs(op, shape, per_token, dtype))
 
 
-@EVERY_OP
 @GRANULARITIES
-def test_contiguous_inputs(op, per_token):
+def test_contiguous_inputs(per_token):
+    op = "gated_residual_rms_norm_modulate"  # which has them all
     check_launched(op, make_inputs(op, (1, 2, 72), per_token, BF16, strided=False))
 
 
@@ -74,9 +74,15 @@ def check_forecast(op, inputs, forecast):
 
 @EVERY_FORECAST_OP
 @GRANULARITIES
-@HISTORIES
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 5, 72), BF16), ((1, 2, 341), FP16), ((1, 2, 1152), BF16), ((2, 3, 64), FP32)]
+    ("history", "shape", "dtype"),
+    [
+        (2, (2, 5, 72), BF16),
+        (3, (2, 5, 72), BF16),
+        (2, (1, 2, 341), FP16),
+        (3, (1, 2, 1152), BF16),
+        (3, (2, 3, 64), FP32),
+    ],
 )
 def test_forecast_matches_reference(op, per_token, history, shape, dtype):
     check_forecast(op, *make_forecast_inputs(op, shape, per_token, dtype, history))
@@ -97,16 +103,16 @@ def test_histories_of_strides_of_their_own(op, history):
 
 
 @EVERY_FORECAST_OP
-@HISTORIES
-@pytest.mark.parametrize(("step", "shape", "dtype"), [(0, (), torch.int32), (2, (1,), torch.int64)])
+@pytest.mark.parametrize(
+    ("history", "step", "shape", "dtype"), [(2, 0, (), torch.int64), (3, 2, (1,), torch.int32), (3, 0, (), torch.int32)]
+)
 def test_the_step_selects_the_row(op, history, step, shape, dtype):
     inputs, (weights, _) = make_forecast_inputs(op, (1, 2, 72), True, FP32, history)
     check_forecast(op, inputs, (weights, torch.full(shape, step, dtype=dtype)))
 
 
 @EVERY_FORECAST_OP
-@HISTORIES
-@pytest.mark.parametrize("step", [-1, 3])
+@pytest.mark.parametrize(("history", "step"), [(2, -1), (3, 3)])
 def test_a_step_outside_the_table_is_nan(op, history, step):
     inputs, (weights, _) = make_forecast_inputs(op, (1, 2, 72), True, FP32, history)
     for output in launch_with_forecast(op, inputs, (weights, torch.tensor([step]))):
@@ -114,9 +120,18 @@ def test_a_step_outside_the_table_is_nan(op, history, step):
 
 
 @EVERY_FORECAST_OP
-@GRANULARITIES
-@pytest.mark.parametrize("row", [(1.0, 0.0), (0.0, 1.0), (1.5, -0.5, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0)])
-def test_what_a_zero_weight_drops_may_be_nan(op, per_token, row):
+@pytest.mark.parametrize(
+    ("row", "per_token"),
+    [
+        ((1.0, 0.0), False),
+        ((0.0, 1.0), True),
+        ((1.5, -0.5, 0.0), False),
+        ((1.5, -0.5, 0.0), True),
+        ((0.0, 0.0, 1.0), True),
+        ((1.0, 0.0, 0.0), True),
+    ],
+)
+def test_what_a_zero_weight_drops_may_be_nan(op, row, per_token):
     inputs, (weights, step) = make_forecast_inputs(op, (1, 3, 72), per_token, BF16, len(row))
     weights[1] = torch.tensor(row)
     expected = launch_with_forecast(op, inputs, (weights, step))
