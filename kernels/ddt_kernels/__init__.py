@@ -1,8 +1,8 @@
 """Fused Triton kernels for adaLN transformers (DDT, DiT, SiT, LightningDiT), forward and backward.
 
 Public functions take and return tensors; on CUDA they launch Triton kernels, on a CPU they run `ddt_kernels.reference`,
-the same functions in plain PyTorch (triton need not be installed there). Each is a registered operator: autograd,
-torch.compile(fullgraph=True) and CUDA graphs work. Compiled for a CPU, all but guided_step are plain PyTorch in the
+the same functions in plain PyTorch, without triton. Each is a registered operator: autograd,
+torch.compile(fullgraph=True) and CUDA graphs work. Compiled for a CPU, all but guided_step become plain PyTorch in the
 graph, for Inductor to fuse. A user's mistake is a ValueError before any launch. `FUNCTION_cost` gives the bytes and
 FLOPs of a call; `python -m ddt_kernels.aot` compiles every kernel without a GPU.
 
@@ -10,29 +10,30 @@ The Triton dialect of this package
 ----------------------------------
 Sizes: B batch, N tokens, C channels, H heads, D head dim, F SwiGLU width, M = B·N rows, K a forecast's
 cached entries. Constexprs are UPPER CASE.
-Tiles are named with their shape, x_KRW being [K, R, W]; an op's letters are listed atop its file. `x_ptr` is a pointer,
-`x_sk, x_sb, x_sn` its strides in elements (entry, batch, token; the last stride is 1), `mask_…` what may be accessed.
-Row offsets are int64 (B·N·6C overflows int32), arithmetic, reductions and eps are fp32, every load and store that can
-leave its tensor is masked, unused pointers are None, one rounding per result, at the store. No atomics: sums over
-programs are fp32 partial sums added in a fixed order. The configuration is a pure function of shape and dtype, or
-the fastest of a few candidates, timed once (`tuning`; DDT_KERNELS_AUTOTUNE=0 never times).
+A tile's name ends in its shape: x_KRW is [K, R, W]; each op lists its letters at the top of its file. `x_ptr` is a
+pointer, `x_sk, x_sb, x_sn` its strides in elements (entry, batch, token; the last stride is 1), `mask_…` says which
+elements may be accessed. Row offsets are int64 (B·N·6C overflows int32); arithmetic, reductions and eps are fp32; every
+load and store that could leave its tensor is masked; unused pointers are None; each result is rounded once, at the
+store. No atomics: sums over programs are fp32 partial sums added in a fixed order. The configuration is a pure function
+of shape and dtype, or the fastest of a few candidates, timed once (`tuning`; DDT_KERNELS_AUTOTUNE=0 never times).
 
 How an op is built
 ------------------
-1. `reference.py`: the function and, if it is differentiable, FUNCTION_backward with the closed form.
+1. `reference.py`: the function and, if it is differentiable, FUNCTION_backward in closed form.
 2. Kernels (`from ddt_kernels.runtime import launch, tl, triton`, never `import triton`), with the formulas and the
-   reason for the layout atop the file; a launcher that allocates with new_empty, picks a configuration and calls
-   `runtime.launch`, or, where there are several to time, `tuning.choose`.
+   reason for the layout at the top of the file; a launcher that allocates with new_empty, picks a configuration and
+   calls `runtime.launch`, or `tuning.choose` if there are several configurations to time.
 3. Operators: torch.library.custom_op("ddt_kernels::FUNCTION", mutates_args=(), device_types="cuda") around the
    launcher, register_kernel("cpu") around the reference (contiguous results), register_fake, register_autograd; the
-   backward pass is an operator of its own. Save inputs only, where recomputing is free.
-4. The public function: checks (`checks.py`), then the operator, or where `runtime.inlined` says so the plain function.
-   FUNCTION_cost next to it. Both exported here.
+   backward pass is an operator of its own. Save only inputs where recomputing the rest is free.
+4. The public function: checks (`checks.py`), then the operator, or the plain function where `runtime.inlined` says so.
+   FUNCTION_cost next to it. Both are exported here.
 5. `aot_cases()` in the launcher's module: `compilation.AotCase`s that call the launcher on meta tensors; `aot` finds
    the function by its name.
-6. Tests: tests/kernels/test_OP.py (opcheck, gradcheck, compile, bad input, cost, gpu) and
-   tests/kernels/interpreter/test_OP_interpreted.py (launcher against reference); tolerances from `kernel_testing.py`.
-An op of one kernel fits in one file; past 400 lines, split it as norm_*.py are: kernels, launch, operators, modulate.
+6. Tests: an entry in tests/kernels/operators.py (opcheck, gradcheck, compile, bad arguments, cost, GPU), what is special
+   in tests/kernels/test_OP.py, and tests/kernels/interpreter/test_OP_interpreted.py (launcher against reference);
+   tolerances are in `kernel_testing.py`.
+An op with one kernel fits in one file; past 400 lines, split it like norm_*.py: kernels, launch, operators, modulate.
 """
 
 from ddt_kernels.attention import attention, attention_cost

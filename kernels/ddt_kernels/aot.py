@@ -2,8 +2,8 @@
 
 Needs no GPU. Prints one row per binary (kernel, configuration, arch, registers per thread, stack bytes, shared memory
 bytes, the tensor-core instruction found, whether tiles are moved by bulk tensor copies, verdict) and exits with 1 if
-any does not compile, spills registers, exceeds its chip's shared memory, or is a GEMM or attention without its chip's
-tensor-core instruction. 2: nothing to compile, or no way to.
+any fails to compile, spills registers, exceeds its chip's shared memory, or is a GEMM or attention without its chip's
+tensor-core instruction. Exit code 2: nothing to compile, or no way to compile.
 """
 
 import argparse
@@ -28,15 +28,15 @@ def op_modules() -> list[str]:
 
 
 def module_cases(module: str) -> list[AotCase]:
-    """What the module ships."""
+    """The cases the module ships."""
     cases: list[AotCase] = importlib.import_module(module).aot_cases()
     return cases
 
 
 def compile_task(task: tuple[str, int, int, str]) -> list[Compiled]:
-    """Compiles a module's case, by number, for an architecture, as far as its kernels' names contain a string.
+    """Compiles a module's case, given by its number, for an architecture: the kernels whose names contain a string.
 
-    Cases hold closures, which cannot cross a process boundary: workers look them up again.
+    Cases hold closures, which cannot cross a process boundary, so workers look them up again.
     """
     module, index, arch, kernel = task
     return compile_case(module_cases(module)[index], arch, kernel)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ddt_kernels.aot", description=summary, epilog=details)
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument(
-        "--arch", type=int, choices=ARCHITECTURES, action="append", help="repeat for several; all if none"
+        "--arch", type=int, choices=ARCHITECTURES, action="append", help="repeat for several; default: all"
     )
     parser.add_argument(
         "--jobs", type=int, default=min(os.cpu_count() or 1, 8), help="processes; default: one per core"
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("triton is not installed: pip install triton", file=sys.stderr)
         return 2
     if triton.knobs.runtime.interpret:
-        print("TRITON_INTERPRET is set: such a process can compile nothing. Unset it.", file=sys.stderr)
+        print("TRITON_INTERPRET is set, so this process cannot compile: unset it", file=sys.stderr)
         return 2
 
     modules = options.module or op_modules()

@@ -1,9 +1,9 @@
-"""Compiling kernels for GPUs that are not there, and reading the binaries.
+"""Compiles kernels for GPUs this machine does not have, and reads the binaries.
 
-An op file declares what it ships with a function `aot_cases()` returning `AotCase`s. A case calls one of the file's
-own launchers on meta tensors; every kernel the launcher might have launched is compiled instead, with exactly the
+An op's file declares what it ships in a function `aot_cases()` that returns `AotCase`s. A case calls one of the file's
+own launchers on meta tensors; every kernel the launcher could have launched is compiled instead, with exactly the
 arguments, specialisations and options of the real launch, once per architecture and candidate configuration: on meta
-tensors `tuning.choose` runs them all.
+tensors, `tuning.choose` runs them all.
 """
 
 import subprocess
@@ -25,9 +25,9 @@ ARCHITECTURES = tuple(SHARED_MEMORY_LIMIT)
 class AotCase:
     """One shipped configuration.
 
-    configuration: what tells it from the file's other cases: shape, dtype, granularity. Its rows add their tiles.
-    run: calls a launcher on meta tensors (`device="meta"`); what it returns is ignored.
-    tensor_cores: names of the kernels among those it launches that must use the chip's tensor cores.
+    configuration: what distinguishes it from the file's other cases: shape, dtype, granularity. Rows add their tiles.
+    run: calls a launcher on meta tensors (`device="meta"`); its result is ignored.
+    tensor_cores: names of the launched kernels that must use the chip's tensor cores.
     bulk_copies: names of those that must copy whole tiles (cp.async.bulk.tensor); checked from sm_90 on.
     archs: the architectures it ships for.
     """
@@ -43,7 +43,7 @@ class AotCase:
 class Compiled:
     """One kernel binary.
 
-    registers: per thread; stack: bytes per thread, more than 0 means spills; shared: bytes a block; problems: why it
+    registers: per thread; stack: bytes per thread, above 0 if it spills; shared: bytes per block; problems: why it
     must not ship, empty if it may.
     """
 
@@ -59,8 +59,8 @@ class Compiled:
 
 
 class _StandInDriver:
-    """Answers what Triton asks a driver before compiling. The device id is the architecture, since a kernel's compiled
-    variants are cached per device id (0 would be shared)."""
+    """Answers what Triton asks a driver before it compiles. The device id is the architecture, because a kernel's
+    compiled variants are cached per device id."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -91,7 +91,7 @@ def compiling_for(arch: int) -> Iterator[None]:
     """Inside, launchers on meta tensors see a GPU of this architecture."""
     from triton.runtime import driver
 
-    previous = driver._active  # `driver.active` would look for a GPU to answer, and fail without one
+    previous = driver._active  # `driver.active` would look for a GPU, and fail without one
     driver.set_active(_StandInDriver(arch))
     try:
         yield
@@ -100,7 +100,7 @@ def compiling_for(arch: int) -> Iterator[None]:
 
 
 def _tile(meta: dict[str, Any]) -> str:
-    """What tells candidates apart: block sizes (constexprs named BLOCK… or B and a letter), warps, stages."""
+    """What distinguishes candidates: block sizes (constexprs BLOCK…, BM and BN), warps, stages."""
     blocks = [str(value) for name, value in meta.items() if name.startswith("BLOCK") or name in ("BM", "BN")]
     if not blocks:
         return ""
@@ -109,9 +109,9 @@ def _tile(meta: dict[str, Any]) -> str:
 
 
 def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
-    """Compiles, for `arch`, every kernel the case launches whose name contains `only`.
+    """Compiles for `arch` every kernel the case launches whose name contains `only`.
 
-    A compiler error is a row with a problem, not an exception, and so is a case that launches nothing.
+    A compiler error becomes a row with a problem, not an exception; so does a case that launches nothing.
     """
     rows: list[Compiled] = []
     launched = []
@@ -155,7 +155,7 @@ def _inspect(binary: Any, name: str, configuration: str, case: AotCase, arch: in
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, stack bytes per thread) of the one kernel in a cubin, by the cuobjdump Triton ships."""
+    """(registers per thread, stack bytes per thread) of the one kernel in a cubin, read by Triton's cuobjdump."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,7 +1,7 @@
-"""`python -m ddt_kernels.floors`: what each op costs at least on an H200, at the shapes of DDT-XL/2.
+"""`python -m ddt_kernels.floors`: the least time each op can take on an H200, at the shapes of DDT-XL/2.
 
-Prints a Markdown table from the cost functions and two measured ceilings of the chip. Arithmetic, not a measurement: no
-op is run, no GPU is needed.
+Prints a Markdown table computed from the cost functions and two measured ceilings of the chip. It is arithmetic, not a
+measurement: it runs no op and needs no GPU.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ BATCH, TOKENS = 128, 256  # 32K rows; 256 px
 
 
 def floor_seconds(cost: Cost) -> float:
-    """The time below which no implementation can go: memory or tensor cores, whichever takes longer."""
+    """The least time any implementation can take: memory or tensor cores, whichever is slower."""
     return max(cost.bytes_moved / COPY_BYTES_PER_SECOND, cost.flops / GEMM_FLOPS_PER_SECOND)
 
 

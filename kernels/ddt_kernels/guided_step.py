@@ -5,15 +5,15 @@
     v  = v_cond + Σ_k c_d[k] · d_k                    d_k the k-th newest guidance difference
     x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise     v_0 = v, v_k the velocity of k steps ago
 
-Every solver and every guidance of a sampling plan is a row of eight coefficients (c_x, c_n, c_d[0..1], c_v[0..3]), and
-what a step remembers is two small tensors, newest first, which the op shifts itself: its elements are read for the sum
-anyway. So nothing on the host depends on the step: with a table of rows and a step counter on the device, one launch
-with fixed arguments serves every step of its kind, inside a CUDA graph too.
+A row of eight coefficients (c_x, c_n, c_d[0..1], c_v[0..3]) describes any solver and any guidance of a sampling plan.
+What a step remembers is two small tensors, newest first; the op shifts them itself, since it reads their elements for
+the sum anyway. So nothing on the host depends on the step: with a table of rows and a step counter on the device, one
+launch with fixed arguments serves every step of its kind, inside a CUDA graph too.
 
-Why it looks like this. The tensors are small (16 KB of x per sample at 256 px); what counts is one launch instead of
-about ten. Lanes run along the image, so x, noise and histories move in 16-byte accesses; the tokens, which the GEMM
-before has just left in the L2 cache, are gathered. Sizes are constexprs: a sampler has one, and the index arithmetic is
-shifts. A step outside the table reads no coefficients and yields NaN: checking it would need the host to wait.
+Why it looks like this. The tensors are small (16 KB of x per sample at 256 px), so what counts is one launch instead of
+about ten. Lanes run along the image, so x, noise and histories move in 16-byte accesses; the tokens, which the previous
+GEMM has just left in the L2 cache, are gathered. Sizes are constexprs: a sampler has only one, and the index arithmetic
+becomes shifts. A step outside the table reads no coefficients and gives NaN: checking it would make the host wait.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from ddt_kernels.compilation import AotCase
 from ddt_kernels.cost import Cost
 from ddt_kernels.runtime import cdiv, launch, tl, triton
 
-MAX_VELOCITIES, MAX_DIFFERENCES = 4, 2  # that a row has coefficients for, the newest included
+MAX_VELOCITIES, MAX_DIFFERENCES = 4, 2  # for which a row has coefficients, including the newest
 ROW = 2 + MAX_DIFFERENCES + MAX_VELOCITIES
 _BLOCK = 512
 
@@ -153,7 +153,7 @@ def launch_guided_step(
 
 
 def aot_cases() -> list[AotCase]:
-    """XL/2 at 256 px: Euler without and with guidance, and everything at once."""
+    """XL/2 at 256 px: Euler without and with guidance, and all options at once."""
     B, N = 4, 256
     x = torch.empty(B, 4, 32, 32, device="meta")
     tokens = torch.empty(2 * B, N, 16, dtype=torch.bfloat16, device="meta")
@@ -184,29 +184,28 @@ def guided_step(
 ) -> Tensor:
     """x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise, where v_0 = v_cond + Σ_k c_d[k] · d_k and d_0 = v_cond - v_uncond.
 
-    A coefficient of 0 means that its tensor counts for nothing, whatever it holds: histories may start uninitialised.
+    A tensor whose coefficient is 0 is ignored, whatever it holds: histories may start uninitialised.
 
     Args:
         x: (B, C, H, W) fp32, contiguous.
         v_cond: (B, H/p · W/p, C·p·p), the final layer's tokens, features in (channel, row, column) order; bf16, fp16 or
-            fp32; of any strides but for the last dimension.
-        v_uncond: as v_cond, if the unconditional branch was evaluated in this step; else None.
-        coefficients: (8,) fp32 without `step`, (steps, 8) with it, contiguous; rows as guided_step_coefficients makes
-            them.
-        step: int32 or int64, shape () or (1,), on x's device: the row to take. Never read by the host; outside the
-            table every result is NaN on a GPU and an IndexError on a CPU.
+            fp32; any strides except in the last dimension.
+        v_uncond: like v_cond, if this step evaluated the unconditional branch; else None.
+        coefficients: (8,) fp32 without `step`, (steps, 8) with it, contiguous; rows made by guided_step_coefficients.
+        step: int32 or int64, shape () or (1,), on x's device: the row to use. The host never reads it; outside the
+            table, every result is NaN on a GPU and an IndexError on a CPU.
         patch_size: p, which divides H and W.
-        velocity_history: (1 to 3, B, C, H, W) fp32, contiguous: the velocities before this step's, newest first.
-            Updated: this step's comes in front, the oldest leaves. None: only c_v[0] counts.
-        difference_history: (1 or 2, B, C, H, W) fp32, contiguous: the guidance differences, newest first. Updated if
-            v_uncond is given: this step's comes in front, the oldest leaves, then its entries are d_0, d_1. If it is
-            None, d_0 is this step's difference, or nothing without v_uncond.
+        velocity_history: (1 to 3, B, C, H, W) fp32, contiguous: earlier velocities, newest first. Updated: this
+            step's velocity is put in front, the oldest dropped. None: only c_v[0] is used.
+        difference_history: (1 or 2, B, C, H, W) fp32, contiguous: guidance differences, newest first. Updated if
+            v_uncond is given: this step's difference is put in front, the oldest dropped; its entries are then d_0,
+            d_1. None: d_0 is this step's difference, or nothing without v_uncond.
         noise: (B, C, H, W) fp32, contiguous, or None.
 
     Returns: x', a new tensor. Not differentiable.
 
-    Raises: ValueError on any other shape, dtype, device mix or stride, and where autograd would have to record it.
-    Source: classifier-free guidance, arXiv 2207.12598; linear multistep and Euler-Maruyama steps are linear in these.
+    Raises: ValueError on any other shape, dtype, device mix or stride, or if autograd would have to record it.
+    Source: classifier-free guidance, arXiv 2207.12598; linear multistep and Euler-Maruyama steps are linear.
     """
     state = (velocity_history, difference_history, noise)
     _check("guided_step", x, v_cond, v_uncond, coefficients, step, *state, patch_size)
@@ -248,7 +247,7 @@ def guided_step_coefficients(
             (w - 1,) for plain guidance of scale w.
         x_coefficient, noise_coefficient: c_x and c_n.
 
-    Raises: ValueError on too many coefficients, or no velocity's.
+    Raises: ValueError for too many coefficients, or no velocity coefficient.
     """
     c_v, c_d = tuple(velocity_coefficients), tuple(difference_coefficients)
     op = "guided_step_coefficients"
@@ -271,8 +270,8 @@ def guided_step_cost(
     differences: int = 0,
     noise: bool = False,
 ) -> Cost:
-    """Bytes and FLOPs of one call on tokens of `dtype`. guided: with v_uncond; velocities, differences: depths of the
-    histories given."""
+    """Bytes and FLOPs of one call on tokens of `dtype`. guided: with v_uncond; velocities, differences: the depths of
+    the histories given."""
     tensors = 2 + 2 * velocities + noise  # x, x', every past velocity read and written
     tensors += max(2 * differences - 1, 0) if guided else differences
     terms = 1 + velocities + noise + max(differences, guided)
@@ -344,7 +343,7 @@ def _check_tensor(
     if tensor.shape != tuple(shape):
         fail(op, name, f"has shape {tuple(tensor.shape)}", f"{tuple(shape)}")
     if tensor.dtype != dtype:
-        fail(op, name, f"is {tensor.dtype}", dtype)
+        fail(op, name, f"is {tensor.dtype}", f"{dtype}")
     if tensor.device != x.device:
         fail(op, name, f"is on {tensor.device}", f"{x.device}, like x")
     if contiguous and not tensor.is_contiguous():

@@ -11,12 +11,12 @@ from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
 from ddt_kernels.runtime import cdiv, launch, next_power_of_2, target_arch
 
-MAX_CHANNELS = 6144  # a row is held in the registers of one program; wider ones spill
+MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a row of C columns is cut into tiles of `main` and `tail` columns, and over how many warps."""
+    """How a row of C columns is split into tiles of `main` and `tail` columns, and over how many warps."""
 
     main: int
     tail: int
@@ -38,12 +38,13 @@ def backward_config(channels: int) -> TileConfig:
 
 
 def backward_register_limit(config: TileConfig, per_token: bool, arch: int) -> int | None:
-    """The `maxnreg` of the backward kernel. 255 is the hardware's own limit, but naming it changes what ptxas aims at.
+    """The `maxnreg` of the backward kernel. 255 is the hardware limit, but setting it changes what ptxas aims for.
 
-    Unnamed, ptxas may save registers by spilling two to four of them, which triton 3.6 shows where sums are kept per
-    sample: C 768 and 1536 on sm_90, C 1152 on sm_100. Named, it takes some 8 more and spills none. Up to nine columns
-    per thread (C 1152) sm_90 is left alone, which needs 64 and spills none: eight programs of four warps per SM, so all
-    1024 of `backward_rows_per_program` run at once. sm_100 takes 72: seven per SM, and 148 SMs, hold 1024 as well.
+    Unset, ptxas may save registers by spilling two to four of them; with triton 3.6 it does for per-sample sums, at
+    C 768 and 1536 on sm_90 and C 1152 on sm_100. Set, it uses about 8 more and spills none. Up to nine columns per
+    thread (C 1152), sm_90 needs no limit: it uses 64 registers and spills none, so eight programs of four warps fit on
+    an SM and all 1024 of `backward_rows_per_program` run at once. sm_100 uses 72: seven per SM, on 148 SMs, also hold
+    1024.
     """
     columns = (config.main + config.tail) / (32 * config.num_warps)
     return None if per_token or (arch < 100 and columns <= 9) else 255
@@ -55,12 +56,12 @@ def _tiles(channels: int) -> tuple[int, int]:
 
 
 def forward_rows_per_program(per_token: bool) -> int:
-    """Four rows share the modulations of their sample; nothing else is worth sharing."""
+    """Four rows share their sample's modulations; nothing else is worth sharing."""
     return 1 if per_token else 4
 
 
 def backward_rows_per_program(batch: int, tokens: int) -> int:
-    """Rows one backward program sums over: about 1024 programs until each has 32 rows, then as many as it takes.
+    """Rows each backward program sums over: about 1024 programs until each has 32 rows, then as many as needed.
 
     1024 programs are 8 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a gate are 4%
     of its traffic.
@@ -127,7 +128,7 @@ def launch_forward(
 
 @dataclass(frozen=True)
 class Gradients:
-    """What the backward kernels wrote; None where the op has no such input, shift empty where it is grad_y itself."""
+    """What the backward kernels wrote; None where the op has no such input; shift is empty where it equals grad_y."""
 
     x: Tensor | None
     branch: Tensor | None
@@ -148,7 +149,7 @@ def launch_backward(
     eps: float,
     norm: str,
 ) -> Gradients:
-    """Runs the backward kernels for the gradients of x' (grad_residual) and y (grad_y), whichever exist."""
+    """Runs the backward kernels, given the gradients of x' (grad_residual) and y (grad_y), or one of them."""
     like, modulation = (branch, gate) if scale is None else (x, scale)
     assert like is not None
     assert modulation is not None
@@ -193,20 +194,8 @@ def launch_backward(
     sum_weight = sum_scale
     if not per_token:
         sum_weight = like.new_empty((B, C), dtype=torch.float32) if weighted else None
-        columns = 128
-        launch(
-            modulation_gradients_kernel,
-            (B, cdiv(C, columns)),
-            like.device,
-            *(sum_shift, sum_scale, sum_gate, weight, scale, grad_shift, grad_scale, grad_gate, sum_weight),
-            *(splits, _strides(scale)[0]),
-            C=C,
-            NORM=norm,
-            GATED=gated,
-            SPLITS=16,
-            COLS=columns,
-            num_warps=4,
-        )
+        sums, gradients = (sum_shift, sum_scale, sum_gate), (grad_shift, grad_scale, grad_gate, sum_weight)
+        _launch_modulation_gradients(like.shape, like.device, norm, splits, weight, scale, sums, gradients)
     grad_weight = None
     if weight is not None:
         assert sum_weight is not None
@@ -214,12 +203,39 @@ def launch_backward(
     return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
 
 
+def _launch_modulation_gradients(
+    shape: torch.Size,
+    device: torch.device,
+    norm: str,
+    splits: int,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    sums: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> None:
+    """Adds up the backward kernel's partial sums (shift, scale, gate) to the per-sample gradients of shift, scale and
+    gate and each sample's share of the weight's."""
+    columns = 128
+    launch(
+        modulation_gradients_kernel,
+        (shape[0], cdiv(shape[2], columns)),
+        device,
+        *(*sums, weight, scale, *gradients, splits, _strides(scale)[0]),
+        C=shape[2],
+        NORM=norm,
+        GATED=sums[2] is not None,
+        SPLITS=16,
+        COLS=columns,
+        num_warps=4,
+    )
+
+
 def aot_cases() -> list[AotCase]:
-    """Everything at XL/2's width in bf16; elsewhere the op with the most live tensors, which spills first."""
+    """Every op at XL/2's width in bf16; at other widths the op with the most live tensors, which spills first."""
     cases = [case for per_token in (False, True) for case in _width_cases(1152, torch.bfloat16, per_token)]
     for channels, dtype in ((1152, torch.float32), (768, torch.bfloat16), (341, torch.bfloat16)):
         cases += _heaviest(_width_cases(channels, dtype, True))
-    for channels in (768, 1536):  # most columns per thread among the widths of real models
+    for channels in (768, 1536):  # the most columns per thread among real models' widths
         cases += _heaviest(_width_cases(channels, torch.bfloat16, False))[1:]
     for per_token in (False, True):
         cases += _heaviest(_width_cases(MAX_CHANNELS, torch.bfloat16, per_token))

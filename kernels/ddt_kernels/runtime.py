@@ -1,10 +1,10 @@
-"""Triton where it is installed, and the one way this package launches a kernel.
+"""Triton, if it is installed, and the one way this package launches a kernel.
 
-`from ddt_kernels.runtime import launch, tl, triton` works everywhere: without triton (macOS, for one) kernel
-definitions are still read, so the package imports and its CPU implementations run; launching such a kernel raises.
+`from ddt_kernels.runtime import launch, tl, triton` works everywhere. Without triton (on macOS, for example) kernel
+definitions can still be read, so the package imports and its CPU implementations run; launching a kernel raises.
 
-Every launch goes through `launch`, so that a launcher can also be run for its arguments alone: `ddt_kernels.aot` calls
-the launchers on meta tensors under `recording` and compiles exactly what a GPU would have been asked to run.
+Every launch goes through `launch`, so a launcher can also be run just to see its arguments: `ddt_kernels.aot` calls
+the launchers on meta tensors under `recording` and compiles exactly what a GPU would have run.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ try:
     import triton
     import triton.language as tl
 
-    _compiling = not triton.knobs.runtime.interpret  # asked where kernels are defined, as triton does
+    _compiling = not triton.knobs.runtime.interpret  # read when kernels are defined, as triton does
 except ImportError:
 
     class _UnavailableKernel:
@@ -28,7 +28,7 @@ except ImportError:
             raise RuntimeError(f"{self.__name__} is a Triton kernel and triton is not installed: pip install triton")
 
     class _UnavailableTriton:
-        """What reading a kernel definition needs: the decorator and the annotation."""
+        """All that reading a kernel definition needs: the decorator and the annotation."""
 
         jit = _UnavailableKernel
         constexpr = staticmethod(lambda value: value)
@@ -41,7 +41,7 @@ _recorder: Recorder | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Runs `kernel[grid](*args, **meta)` on `device`, whichever device is current.
+    """Runs `kernel[grid](*args, **meta)` on `device`, whatever the current device.
 
     CPU tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
     """
@@ -55,24 +55,24 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def launches_run(device: torch.device) -> bool:
-    """Whether a launch on `device` would now run compiled code on a GPU: not recorded, interpreted, or on a CPU."""
+    """Whether a launch on `device` would now run compiled code on a GPU, not be recorded, interpreted or run on a CPU."""
     return device.type == "cuda" and _recorder is None and _compiling
 
 
 def inlined(x: torch.Tensor) -> bool:
-    """Whether a call on x is being compiled for a CPU: it then is plain PyTorch, which Inductor fuses and autograd
-    differentiates, and no operator, which is opaque to both. An exported graph keeps operators: it may go to a GPU."""
+    """Whether a call on x is being compiled for a CPU. It is then plain PyTorch, which Inductor fuses and autograd
+    differentiates, instead of an operator opaque to both. An exported graph keeps operators: it may run on a GPU."""
     return x.device.type == "cpu" and torch.compiler.is_compiling() and not _exporting()
 
 
 @torch.compiler.assume_constant_result
 def _exporting() -> bool:
-    """torch.compiler.is_exporting(), really asked: torch 2.11 takes its answer for yes whenever it compiles."""
+    """torch.compiler.is_exporting(), evaluated: torch 2.11, while compiling, assumes that it returns True."""
     return torch.compiler.is_exporting()
 
 
 def without_autocast(x: torch.Tensor) -> torch.autocast:
-    """Around PyTorch's own GEMMs in an operator on x: torch.autocast shall not change the dtype it promises."""
+    """For PyTorch's own GEMMs in an operator on x: keeps torch.autocast from changing the promised dtype."""
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
 
 
@@ -88,9 +88,9 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def target_arch(device: torch.device) -> int:
-    """The compute capability kernels for `device` are compiled for, major · 10 + minor; 90 where it is interpreted.
+    """The compute capability that kernels for `device` are compiled for, major · 10 + minor; 90 when interpreted.
 
-    On meta tensors, that is under `recording`, it is what `ddt_kernels.aot` is compiling for.
+    On meta tensors, that is under `recording`, it is the one `ddt_kernels.aot` is compiling for.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -102,9 +102,9 @@ def target_arch(device: torch.device) -> int:
 
 
 def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
-    """A host-side descriptor of `tensor`, to be moved in blocks of that shape by the copy engine (TMA, sm_90 on).
+    """A host-side descriptor of `tensor`, which the copy engine (TMA, from sm_90) moves in blocks of that shape.
 
-    Reads outside the tensor are zeros, writes are dropped. `descriptor_fits` says which tensors can have one.
+    Reads outside the tensor give zeros, writes there are dropped. `descriptor_fits` says which tensors can have one.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -112,7 +112,7 @@ def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
 
 
 def descriptor_fits(tensor: torch.Tensor) -> bool:
-    """Whether the hardware can describe it: base and pitches multiples of 16 bytes, no overlap, unit last stride."""
+    """Whether the hardware can describe it: base and pitches are multiples of 16 bytes, no overlap, unit last stride."""
     size, columns = tensor.element_size(), tensor.shape[-1]
     aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
     pitches = tensor.stride()[:-1]

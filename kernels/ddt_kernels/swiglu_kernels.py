@@ -130,7 +130,7 @@ def swiglu_backward_kernel(
     grad_y_ptr,  # (M, F) contiguous
     gate_up_ptr,  # (M, 2F) contiguous, as is the gradient
     grad_gate_up_ptr,
-    y_ptr,  # out, (M, F) contiguous, may be grad_y_ptr; None if y is not wanted
+    y_ptr,  # out, (M, F) contiguous, may be grad_y_ptr; None to skip y
     M,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -1,14 +1,14 @@
-"""Choosing among an op's few configurations by timing them on the caller's tensors, once per shape and process.
+"""Chooses among an op's few configurations by timing them on the caller's tensors, once per shape and process.
 
-A launcher asks `choose` with its candidates, the one its cost model takes, and a function that launches one of them.
-The first call for a key times every candidate, which takes some 0.1 s beside compiling them, waits for the GPU and
-borrows 256 MB of its memory to flush the L2 cache between runs; the fastest is kept until the process ends. Nothing is
-timed while a CUDA graph is being captured: a call that comes first there takes the cost model's choice, so call an op
-once before capturing it.
+A launcher calls `choose` with its candidates, its cost model's choice, and a function that launches one of them. The
+first call for a key times every candidate, which takes about 0.1 s besides compiling them, waits for the GPU and borrows
+256 MB of its memory to flush the L2 cache between runs; the fastest is kept until the process ends. Nothing is timed
+while a CUDA graph is being captured: a first call there takes the cost model's choice, so call an op once before
+capturing it.
 
-DDT_KERNELS_AUTOTUNE=0 switches timing off: the choice is then the cost model's, a pure function of shape, dtype and
-chip, and results are the same bits on every rank and in every run. (Each configuration repeats bit for bit, but they
-add in different orders, and which one wins close races may differ.) 1, the default, switches it on; anything else is a
+DDT_KERNELS_AUTOTUNE=0 turns timing off: the choice is then the cost model's, a pure function of shape, dtype and chip,
+and results are the same bits on every rank and in every run. (Each configuration repeats bit for bit, but they add in
+different orders, and a close race may have different winners.) 1, the default, turns it on; anything else is a
 ValueError.
 """
 
@@ -28,7 +28,7 @@ Key = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found: the fastest of the candidates, and the median milliseconds of each of them."""
+    """The result of a timing: the fastest candidate, and the median milliseconds of each."""
 
     op: str
     device: torch.device
@@ -64,13 +64,13 @@ def choose(
     """The configuration to launch.
 
     Args:
-        op: the kernel's name. key: what else the choice depends on; together with op and device it determines the
-            candidates. Sizes that vary from call to call (rows) belong in buckets: each new key is timed.
-        candidates: what may be launched; default: the one of them to take where nothing can be timed.
-        run: launches one. It is called many times over, so it must write nothing but outputs that it does not read.
+        op: the kernel's name. key: what else the choice depends on; with op and device it determines the candidates.
+            Put sizes that vary from call to call (rows) in buckets: each new key is timed.
+        candidates: what may be launched; default: the one to take where nothing can be timed.
+        run: launches one. It is called many times, so it must write only outputs that it does not read.
 
-    On meta tensors (`ddt_kernels.aot`) it runs all candidates but the default, which the caller is about to run: what
-    may be chosen is compiled.
+    On meta tensors (`ddt_kernels.aot`) it runs all candidates except the default, which the caller is about to run:
+    whatever may be chosen gets compiled.
     """
     if device.type == "meta":
         for candidate in candidates:
