@@ -30,9 +30,9 @@ How an op is built
    FUNCTION_cost next to it. Both are exported here.
 5. `aot_cases()` in the launcher's module: `compilation.AotCase`s that call the launcher on meta tensors; `aot` finds
    the function by its name.
-6. Tests: an entry in tests/kernels/operators.py (opcheck, gradcheck, compile, bad arguments, cost, GPU), what is special
-   in tests/kernels/test_OP.py, and tests/kernels/interpreter/test_OP_interpreted.py (launcher against reference);
-   tolerances are in `kernel_testing.py`.
+6. Tests: an entry in tests/kernels/operators.py (opcheck, gradcheck, compile, bad arguments, cost, GPU); anything
+   special in tests/kernels/test_OP.py; tests/kernels/interpreter/test_OP_interpreted.py (launcher against reference).
+   Tolerances are in `kernel_testing.py`.
 An op with one kernel fits in one file; past 400 lines, split it like norm_*.py: kernels, launch, operators, modulate.
 """
 

@@ -3,9 +3,10 @@
     attention(q, k, v) = softmax(scale · q·kᵀ)·v, per sample and head
 
 q, k and v are (B, N, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so `.flatten(2)` is the
-(B, N, C) of the next GEMM: nothing is transposed or copied on either side. Autograd keeps the inputs, the output and
-the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and why the backward is ours and not
-PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's own flash attention, which keeps the same log-sum-exp.
+(B, N, C) that the next GEMM reads: nothing is transposed or copied on either side. Autograd keeps the inputs, the
+output and the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own
+backward pass instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same
+log-sum-exp.
 """
 
 from typing import Any
@@ -27,11 +28,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
 
     Args:
         q, k, v: (B, N, H, D), any N and H, D divisible by 4 and at most 128; bf16, fp16 or fp32 (fp64 on a CPU). Any
-            strides but for the last dimension's, which is 1. Fastest where all others are multiples of 16 bytes.
+            strides, except 1 for the last dimension. Fastest where all others are multiples of 16 bytes.
         scale: above 0; None: D**-0.5.
 
-    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable, once, in all three; all repeat bit for bit
-        once the shape's tile is chosen, which may differ between processes unless DDT_KERNELS_AUTOTUNE=0 (`tuning`).
+    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable once, in all three. All results repeat bit for bit
+        once the shape's tile is chosen; processes may choose differently unless DDT_KERNELS_AUTOTUNE=0 (`tuning`).
 
     Raises: ValueError on any other shape, dtype, device mix, scale, or a last stride other than 1.
     Source: Attention Is All You Need, arXiv 1706.03762; computed as in FlashAttention, arXiv 2205.14135, 2307.08691.
@@ -62,7 +63,7 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
 
 
 def check_strides(op: str, name: str, x: Tensor) -> None:
-    """Within a tile, and from head to head, the kernels count elements in 32 bits."""
+    """Refuses strides with which the kernels' 32-bit offsets, within a tile and from head to head, would overflow."""
     _, N, H, _ = x.shape
     if (N > 1 and x.stride(1) >= MAX_TOKEN_STRIDE) or (H > 1 and (H - 1) * x.stride(2) >= 2**31):
         expected = f"a token stride below {MAX_TOKEN_STRIDE} and heads within 2^31 elements: call .contiguous()"
@@ -136,8 +137,8 @@ def attention_cost(
 ) -> Cost:
     """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, heads, head_dim).
 
-    FLOPs are those of the products alone (two forward, five backward), as is the custom for attention: columns a kernel
-    pads or products it repeats do not count, neither does the softmax. Bytes include the fp32 log-sum-exp.
+    FLOPs are those of the products alone (two forward, five backward), as is usual for attention: padded columns,
+    repeated products and the softmax do not count. Bytes include the fp32 log-sum-exp.
     """
     head_tensors, products = (8, 5) if backward else (4, 2)
     rows = batch * tokens * heads

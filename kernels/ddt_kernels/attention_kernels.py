@@ -11,27 +11,27 @@ Backward, from q, k, v, out, its gradient do and lse, with p recomputed and delt
     ds = p·(do·vᵀ - delta);   dq = scale·ds·k  (a program per BM queries),   dv = pᵀ·do, dk = scale·dsᵀ·q  (per BN keys)
 
 Why it looks like this.
- - The head dim is two dots, MAIN + TAIL, wherever that is narrower than one padded dot: 72 = 64 + 8 of 16, where
-   padding to 128 multiplies zeros 44% of the time. q·kᵀ is the sum of two dots; p·v goes to two accumulators. Columns
-   past D are read as zeros, by the copy engine's bounds check or by a mask that is a constant.
- - Per score there is one EX2 (16 a clock and SM on sm_90) next to 320 FLOPs of MMA (4096 a clock): 0.063 against 0.078
+ - The head dim is covered by two dots, MAIN + TAIL, where that is narrower than one padded dot: 72 = 64 + 8 of 16,
+   while padding to 128 would spend 44% of the multiplications on zeros. q·kᵀ is the sum of two dots; p·v goes to two
+   accumulators. Columns past D are read as zeros, by the copy engine's bounds check or by a constant mask.
+ - Each score takes one EX2 (16 per clock and SM on sm_90) and 320 FLOPs of MMA (4096 per clock): 0.063 and 0.078
    clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 80 the tile is
    128x64 and registers are capped at 128 (120 to 128 used, no spill), which puts two programs of 8 warps on an SM, one
    multiplying while the other exponentiates. 128x128 needs 185 registers and would be alone.
- - All but the last, partial, tile of keys are computed without masks: that one is peeled off (absent if EVEN).
- - Backward has no atomics: two kernels, each owning what it writes, hence bitwise repeatable. The price is seven
-   products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for five padded to 96.
-   PyTorch's own backward passes were the alternative: its flash attention is not deterministic by default and takes
-   neither fp32 nor D 20, its others differ in what they take; and none of them runs where there is no GPU, while these
-   kernels are checked there. Rows past N are zeros, which need no mask, but for p in dq: 2^-lse may be infinite.
- - fp32 uses no tensor cores: TF32 would lose 13 bits and three TF32 products, whose operands have to be split in
-   registers, spill at any tile. CHUNK > 0 contracts over D in a loop that reads CHUNK columns of both at a time.
+ - All tiles of keys except the last, partial one are computed without masks; that one is peeled off (absent if EVEN).
+ - The backward pass has no atomics: two kernels, each the only writer of its outputs, so results repeat bit for bit.
+   The price is seven products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for
+   five padded to 96. PyTorch's own backward passes were the alternative: its flash attention is not deterministic by
+   default and takes neither fp32 nor D 20, the others differ in what they take, and none runs without a GPU, where
+   these kernels are checked. Rows past N are zeros, which need no mask, except for p in dq: 2^-lse may be infinite.
+ - fp32 uses no tensor cores: TF32 would lose 13 bits, and three TF32 products, whose operands have to be split in
+   registers, spill at any tile size. CHUNK > 0 contracts over D in a loop that reads CHUNK columns of both at a time.
 
 Within a kernel a tensor is a tuple (main, tail, stride_b, stride_n, stride_h): descriptors of [1, rows, 1, MAIN or
 TAIL] blocks over (B, N, H, D) if DESCRIPTORS, else a pointer, with strides in units of VECTOR elements, so that the
-compiler knows what divides them. (Passed one by one: Triton 3.6 launches no descriptor inside a tuple.) Tile suffixes:
-M queries, N keys, D = MAIN, T = TAIL; R and S are rows of either, C is CHUNK. Where there is no tail, any tile stands
-in for it.
+compiler knows what divides them. (They are passed one by one: Triton 3.6 cannot launch a descriptor inside a tuple.)
+Tile suffixes: M queries, N keys, D = MAIN, T = TAIL; R and S are rows of either, C is CHUNK. Without a tail, any tile
+stands in for it.
 """
 
 from ddt_kernels.runtime import tl, triton
@@ -43,7 +43,7 @@ def _load(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr, MASK_ROWS: tl.constexpr,
     MASK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, WIDTH] of head (b, h) from row `first` and `column` on, by pointers; zero outside where masked."""
+    """[ROWS, WIDTH] of head (b, h) from row `first` and `column` on, by pointers; zeros outside where masked."""
     row = tl.arange(0, ROWS)[:, None]
     col = column + tl.arange(0, WIDTH)[None, :]
     first_64 = tl.full([], 0, tl.int64) + first
@@ -65,7 +65,7 @@ def _load_head(
     ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
     DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(main, tail) tiles of ROWS rows from `first` on. Descriptors read zeros outside whether MASKED or not."""
+    """(main, tail) tiles of ROWS rows from `first` on. Descriptors read zeros outside, MASKED or not."""
     if DESCRIPTORS:
         b_32 = b.to(tl.int32)
         main = source[0].load([b_32, first, h, 0]).reshape([ROWS, MAIN])
@@ -118,7 +118,7 @@ def _store_head(
     ptr, value_RD, value_RT, b, h, first, N, pitch,
     ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a (B, N, H, D) whose tokens are `pitch` heads apart, and samples N tokens."""
+    """Stores rows of a (B, N, H, D) whose tokens are `pitch` heads apart, and whose samples are N tokens apart."""
     row = first + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, MAIN)[None, :]
     pointers = ptr + ((b * N + row) * pitch + h) * D
@@ -130,7 +130,7 @@ def _store_head(
 
 @triton.jit
 def _locate(H, blocks):
-    """(batch as int64, head, block) of this program: blocks of one head run together and share its keys in L2."""
+    """(batch as int64, head, block) of this program: the blocks of a head run together and share its keys in L2."""
     pid = tl.program_id(0)
     return (pid // blocks // H).to(tl.int64), pid // blocks % H, pid % blocks
 

@@ -1,4 +1,4 @@
-"""Launching the attention kernels: how a head is split, tile configurations, descriptors or pointers, outputs."""
+"""Launches the attention kernels: how a head is split, tile configurations, descriptors or pointers, outputs."""
 
 import math
 from collections.abc import Callable
@@ -32,8 +32,8 @@ class TileConfig:
     max_registers: int | None = None
 
 
-# fp32 multiplies without tensor cores, whose operands are registers: small tiles, and CHUNK columns of the head dim at
-# a time for q·kᵀ.
+# fp32 multiplies without tensor cores, with operands in registers: small tiles, and CHUNK columns of the head dim at a
+# time for q·kᵀ.
 FP32_CHUNK = 16
 FP32_QUERY_MAJOR, FP32_SMALL = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
 
@@ -51,7 +51,7 @@ def split_head(head_dim: int) -> tuple[int, int]:
 
 @cache
 def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> TileConfig:
-    """The forward kernel's tile where none is timed. half: bf16 or fp16; attention_kernels.py argues for sm_90's."""
+    """The forward kernel's tile if none is timed. half: bf16 or fp16. attention_kernels.py has the reasons on sm_90."""
     if not half:
         return FP32_QUERY_MAJOR if arch < 100 else FP32_SMALL  # triton 3.7 spills from the larger tile on sm_100
     if not descriptors:
@@ -65,11 +65,11 @@ def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> T
 
 @cache
 def forward_candidates(head_dim: int, half: bool, arch: int, descriptors: bool) -> tuple[TileConfig, ...]:
-    """That tile, and others to time it against; `aot_cases` compiles them all, without spills.
+    """That tile, and others to time against it; `aot_cases` compiles them all, without spills.
 
-    128x128, on one program per SM, takes half as many steps. Tiles of 64 queries waste less where there are few tokens,
-    and make twice as many programs where there are few heads. None without tensor cores, nor for the pointers of an
-    odd pitch on a chip that has descriptors; wider than 96, small tiles by pointer spill.
+    128x128, with one program per SM, takes half as many steps. Tiles of 64 queries waste less with few tokens, and make
+    twice as many programs with few heads. There are no others without tensor cores, or for odd pitches on a chip that
+    has descriptors; wider than 96, small tiles by pointer spill.
     """
     default = forward_config(head_dim, half, arch, descriptors)
     if descriptors:
@@ -99,7 +99,7 @@ def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors:
 
 
 def _pin_single_strides(tensor: Tensor) -> Tensor:
-    """The same elements; a dimension of size 1, whose stride says nothing, gets one that alignment tests accept."""
+    """The same elements; a dimension of size 1, whose stride has no meaning, gets one that alignment tests accept."""
     strides = [
         MAX_HEAD_DIM if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
@@ -107,13 +107,13 @@ def _pin_single_strides(tensor: Tensor) -> Tensor:
 
 
 def _describable(tensor: Tensor) -> bool:
-    """Whether its blocks can be described; an expanded dimension (stride 0) or overlapping rows cannot."""
+    """Whether its blocks can be described: not with an expanded dimension (stride 0) or overlapping rows."""
     return descriptor_fits(tensor) and min(tensor.stride()[:-1]) >= tensor.shape[-1]
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What all kernels of a call agree on."""
+    """What all kernels of a call have in common."""
 
     main: int
     tail: int
@@ -126,14 +126,14 @@ class _Call:
     def of(*tensors: Tensor) -> "_Call":
         first = tensors[0]
         arch, half = target_arch(first.device), first.element_size() == 2
-        # Consumer Blackwell (sm_120) has the copy engine but multiplies like sm_80, where descriptors spill.
+        # Consumer Blackwell (sm_120) has the copy engine but multiplies like sm_80, on which descriptors spill.
         descriptors = half and 90 <= arch < 120 and all(_describable(tensor) for tensor in tensors)
         main, tail = split_head(first.shape[-1]) if half else (max(16, next_power_of_2(first.shape[-1])), 0)
         pitches = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
         return _Call(main, tail, math.gcd(16 // first.element_size(), *pitches), half, descriptors, arch)
 
     def sources(self, *reads: tuple[Tensor, int]) -> list[Any]:
-        """The kernels' arguments for tensors, each read in tiles of so many rows: descriptors, or pointers."""
+        """The kernels' arguments for tensors, each with the rows of its tiles: descriptors or pointers."""
         if not self.descriptors:
             return [source for tensor, _ in reads for source in (tensor, None)]
         sources: list[Any] = []
@@ -143,11 +143,11 @@ class _Call:
         return sources
 
     def strides(self, *tensors: Tensor) -> list[int]:
-        """Their arguments for the same tensors' strides."""
+        """The kernels' arguments for those tensors' strides."""
         return [stride // self.vector for tensor in tensors for stride in tensor.stride()[:-1]]
 
     def meta(self, tensor: Tensor, config: TileConfig, walked: int) -> dict[str, Any]:
-        """Constexprs and options; `walked` is the size of the tiles a program's loop walks over."""
+        """Constexprs and options; `walked` is the size of the tiles that a program's loop walks over."""
         return {
             "BM": config.queries,
             "BN": config.keys,
@@ -200,9 +200,9 @@ def launch_backward(
     scale: float,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, N, H, D): contiguous, or the parts of `packed` (B, N, 3, H, D), which is."""
+    """Gradients of q, k and v, each (B, N, H, D): contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
     B, N, H, D = q.shape
-    # Autograd hands on gradients with any strides, even of 0 (that of a sum).
+    # Autograd passes gradients with any strides, even 0 (from a sum).
     grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
     call = _Call.of(grad_out, out, q, k, v)
     if packed is None:
@@ -240,7 +240,7 @@ def launch_backward(
 
 
 def aot_cases() -> list[AotCase]:
-    """bf16 at every width with a partial tile, which includes the code for whole ones; whatever else differs, once."""
+    """bf16 at every width, with a partial tile, which includes the code for whole ones; every other variant once."""
     cases = [case for head_dim in (64, 72, 80, 96, 128) for case in _cases(head_dim, torch.bfloat16)]
     cases += _cases(72, torch.bfloat16, tokens=1024)[:1] + _cases(72, torch.float16)[:1]
     cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90))  # sizes Triton turns into constants

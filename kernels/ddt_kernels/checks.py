@@ -74,7 +74,7 @@ def check_modulation(
 ) -> None:
     """(*history, B, tokens, C) for x's B and C, where tokens is N or 1; x's dtype and device, unit last stride.
 
-    `tokens` is the first modulation's: all modulations of a call share one granularity. history: (K,) of a forecast.
+    `tokens` is the first modulation's: all modulations of a call have the same granularity. history: a forecast's (K,).
     """
     check_tensor(op, name, modulation)
     B, N, C = x.shape

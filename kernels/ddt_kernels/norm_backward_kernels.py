@@ -1,5 +1,6 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
-"""The norm family's backward kernel and the one that adds up its partial sums. Formulas, reasons: `norm_kernels.py`."""
+"""The norm family's backward kernel, and the kernel that adds up its partial sums. Formulas and reasons:
+`norm_kernels.py`."""
 
 from ddt_kernels.norm_kernels import gain, load_stream, load_tile, row_sum, statistics, store_tile, tail_columns
 from ddt_kernels.runtime import tl, triton

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
-"""The norm family's Triton kernels: the forward one, and what it shares with `norm_backward_kernels.py`'s.
+"""The norm family's Triton kernels: the forward kernel, and what `norm_backward_kernels.py` shares with it.
 
-One forward and one backward kernel serve four ops, told apart by constexpr flags; `norm_launch.py` launches them:
+One forward and one backward kernel serve four ops, selected by constexpr flags; `norm_launch.py` launches them:
 
-    x'  = x + gate · branch                            GATED; rounded to the storage dtype, as its next reader sees it
+    x'  = x + gate · branch                            GATED; rounded to the storage dtype, as its next reader gets it
     n   = (x' - mean) · rstd                           NORM "rms" (mean = 0), "layer", or "none": stop at x'
     y   = n · weight · (1 + scale) + shift             one rounding, at the store
 
@@ -13,34 +13,35 @@ Backward, with u = weight · (1 + scale), g = dy · u and <·> the mean over C:
     dx  = dx',  dbranch = gate · dx',  dgate = branch · dx'
     dshift = dy,  dscale = dy·n·weight,  dweight = Σ dy·n·(1 + scale)
 
-Nothing but the inputs is saved for it: x', mean and rstd are recomputed from rows that have to be read anyway.
+Only the inputs are saved for it: x', mean and rstd are recomputed from rows that have to be read anyway.
 
 Why it looks like this. The passes are bound by memory, so all that counts is that every byte crosses once, in wide
-accesses, with enough of them in flight (about 23 KB per SM cover 700 ns at 4.3 TB/s on 132 SMs) and few instructions
-and barriers between.
- - C is not a power of two and Triton's tiles are. Padding 1152 to 2048 would spend 44% of all lanes on nothing. So a
-   row is two tiles: MAIN, the largest power of two ≤ C, never masked in columns, and TAIL, the rest rounded up (absent
-   if C is a power of two): 1152 = 1024 + 128, exactly. Both stay in registers: one read.
- - Rows are taken one at a time, so that their statistics are scalars, which have no layout. With several rows at once
-   the two tiles' row sums are vectors of two layouts, and the compiler, to add them, sends a whole tile through shared
+accesses, with enough of them in flight (about 23 KB per SM cover 700 ns at 4.3 TB/s on 132 SMs) and with few
+instructions and barriers in between.
+ - C is not a power of two, and Triton's tiles are. Padding 1152 to 2048 would waste 44% of all lanes. So a row is two
+   tiles: MAIN, the largest power of two ≤ C, whose columns are never masked, and TAIL, the rest rounded up (absent if C
+   is a power of two): 1152 = 1024 + 128, exactly. Both stay in registers: one read.
+ - Rows are processed one at a time, so their statistics are scalars, which have no layout. With several rows at once,
+   the two tiles' row sums are vectors with two layouts, and to add them the compiler sends a whole tile through shared
    memory (triton 3.6 and 3.8, in different places). Many programs per SM keep the loads in flight instead: at C = 1152
-   in bf16 on sm_90 the backward takes 47 to 80 registers a thread, 6 to 10 programs an SM, 46 KB and more; the forward
-   87 to 128, 16 or more programs, 37 KB and more.
- - A forward program is a single warp (C below 4096): its statistics are shuffles, no barrier, no shared memory. With
-   per-sample modulations it walks a few rows, which then find the modulations in L1; without, every row would fetch
-   three vectors from L2.
- - A backward program is several warps, so that a thread has few columns: sums over rows, which every parameter gradient
-   is, are then a few registers and no exchange at all. What crosses warps is two or three sums per row.
- - A program never crosses a sample. PER_TOKEN makes the modulations' token offset the row or zero; all else is equal.
+   in bf16 on sm_90, the backward kernel uses 47 to 80 registers per thread: 6 to 10 programs per SM, 46 KB or more in
+   flight; the forward kernel 87 to 128: 16 or more programs, 37 KB or more.
+ - A forward program is a single warp (C below 4096): its statistics are shuffles, without barriers or shared memory.
+   With per-sample modulations it walks a few rows, which then find the modulations in L1; otherwise every row would
+   fetch three vectors from L2.
+ - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
+   gradient is, then take a few registers and no exchange at all. Only two or three sums per row cross warps.
+ - A program never crosses a sample. PER_TOKEN makes the modulations' token offset the row or zero; the rest is equal.
  - Parameter gradients are deterministic: each backward program walks a fixed run of rows and leaves one fp32 partial
-   sum per column; per sample, the two sums Σdy and Σdy·n give dshift, dscale and dweight alike.
- - A forecast (HISTORY 2 or 3, forward only) reads that many cached entries of each modulation and sums them in fp32
-   registers, to be used unrounded: one more read an entry, no pass, nothing written. Its weights are a row of a device
-   table, taken by a device counter: nothing on the host depends on the step. Modulations are affine in the state and
-   weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its entry's loads:
-   no traffic, and whatever an unwritten entry holds counts for nothing. Its parameters come last, since ptxas's choice
-   of registers follows their order: without a forecast (HISTORY 1) every op takes as many as it would without these.
-   With one, C 1152 in bf16 on sm_90 takes 127 to 168 a thread, 12 programs an SM or more, each with as many more loads.
+   sum per column; per sample, the two sums Σdy and Σdy·n give all of dshift, dscale and dweight.
+ - A forecast (HISTORY 2 or 3, forward only) reads that many cached entries of each modulation, sums them in fp32
+   registers and uses the sum unrounded: one more read per entry, no extra pass, nothing written. Its weights are a row
+   of a device table, chosen by a device counter, so nothing on the host depends on the step. Modulations are affine in
+   the state and weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its
+   entry's loads: no traffic, and what an unwritten entry holds does not matter. Its parameters come last because
+   ptxas's choice of registers follows their order: without a forecast (HISTORY 1), every op uses as many as it would
+   without them. With one, C 1152 in bf16 on sm_90 uses 127 to 168 per thread: 12 or more programs per SM, each with
+   that many more loads in flight.
 
 Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset.
 """
@@ -66,7 +67,7 @@ def tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
-    """The weights of this step, three whatever HISTORY; NaN outside the table."""
+    """This step's weights, always three; NaN outside the table."""
     weights = (1.0, 0.0, 0.0)
     if HISTORY > 1:
         step = tl.load(step_ptr).to(tl.int64)
@@ -81,7 +82,7 @@ def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
 
 @triton.jit
 def _load_modulation(ptr, row, stride_k, weights, col, mask, HISTORY: tl.constexpr):
-    """A modulation, or the Σ_k weights[k] · entry k of a forecast, as fp32. An entry of weight 0 is not read."""
+    """A modulation, or a forecast's Σ_k weights[k] · entry k, as fp32. An entry with weight 0 is not read."""
     if HISTORY == 1:
         value = load_tile(ptr, row + col, mask)
     else:
@@ -97,7 +98,7 @@ def load_stream(
     x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col, mask, GATED: tl.constexpr,
     gate_sk=0, weights=None, HISTORY: tl.constexpr = 1,
 ):  # fmt: skip
-    """(x', branch, gate) as fp32; *_row are row offsets, col and mask say which columns. Not gated: x thrice."""
+    """(x', branch, gate) as fp32; *_row are row offsets, col and mask choose the columns. Not gated: x three times."""
     x = load_tile(x_ptr, x_row + col, mask)
     branch, gate = x, x
     if GATED:

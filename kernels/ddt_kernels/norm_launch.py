@@ -165,6 +165,7 @@ def launch_backward(
     def partial_sums(exists: bool) -> Tensor | None:
         return like.new_empty((B * splits, C), dtype=torch.float32) if exists else None
 
+    grad_residual, grad_y = (grad if grad is None else grad.contiguous() for grad in (grad_residual, grad_y))
     has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
     grad_x, grad_branch = empty(has_norm, B, N, C), empty(gated, B, N, C)
     grad_gate, grad_scale = empty(gated, *modulation.shape), empty(has_norm, *modulation.shape)
@@ -176,10 +177,21 @@ def launch_backward(
         (B * splits,),
         like.device,
         *(
-            None if grad_residual is None else grad_residual.contiguous(),
-            None if grad_y is None else grad_y.contiguous(),
+            grad_residual,
+            grad_y,
+            x,
+            branch,
+            gate,
+            weight,
+            scale,
+            grad_x,
+            grad_branch,
+            grad_gate,
+            grad_scale,
+            sum_shift,
+            sum_scale,
+            sum_gate,
         ),
-        *(x, branch, gate, weight, scale, grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
         *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
         C=C,
         MAIN=config.main,

@@ -1,16 +1,16 @@
-"""The norm family: a transformer block's element-wise passes between GEMMs, each reading and writing memory once.
+"""The norm family: a transformer block's element-wise passes between GEMMs. Each reads and writes memory once.
 
     rms_norm_modulate                   y  = rms_norm(x) · weight · (1 + scale) + shift
     gated_residual_rms_norm_modulate    x' = x + gate · branch;  y as above, of x'
     gated_residual_layer_norm_modulate  y  = layer_norm(x + gate · branch) · (1 + scale) + shift
     gated_residual                      x' = x + gate · branch
 
-Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), all of a call alike.
-Everything may be strided but for the last dimension: chunks of one adaLN GEMM's output are read in place. Autograd
-keeps inputs alone; the backward kernels recompute x' and the statistics. Kernels and formulas: `norm_kernels.py`.
+Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), the same for all in a
+call. All dimensions except the last may have any stride: chunks of one adaLN GEMM's output are read in place. Autograd
+keeps only inputs; the backward kernels recompute x' and the statistics. Kernels and formulas: `norm_kernels.py`.
 
-With `forecast`, the norms take each modulation as a history of K cached ones and read Σ_k weights[step, k] · cached[k]:
-what a sampler extrapolates between refreshes is never written.
+With `forecast`, the norms take each modulation as a history of K cached ones and use Σ_k weights[step, k] · cached[k]:
+what a sampler extrapolates between refreshes is never written to memory.
 """
 
 import torch
@@ -48,17 +48,17 @@ def rms_norm_modulate(
     Args:
         x: (B, N, C), C ≤ 6144; bf16, fp16 or fp32 (fp64 on a CPU).
         weight: (C,), x's dtype or fp32.
-        shift, scale: (B, 1, C) or (B, N, C), both alike, x's dtype.
+        shift, scale: (B, 1, C) or (B, N, C), both the same, x's dtype.
         eps: above 0.
-        forecast: (weights, step); shift and scale then are (K, B, 1 or N, C), K 2 or 3, and stand for
-            Σ_k weights[step, k] · shift[k], summed in fp32. An entry of weight 0 counts for nothing, whatever it holds.
+        forecast: (weights, step); shift and scale are then (K, B, 1 or N, C), K 2 or 3, and stand for
+            Σ_k weights[step, k] · shift[k], summed in fp32. An entry with weight 0 is ignored, whatever it holds.
             weights: (steps, K) fp32, contiguous. step: int32 or int64, shape () or (1,), never read by the host;
-            outside the table every result is NaN on a GPU and an IndexError on a CPU (compiled for one, a step past
+            outside the table, every result is NaN on a GPU and an IndexError on a CPU (compiled for a CPU, a step past
             the end is a RuntimeError and a negative one counts from the end). Both on x's device.
 
-    Returns: (B, N, C), x's dtype, contiguous. Differentiable, once, in all four tensors; with a forecast in none.
+    Returns: (B, N, C), x's dtype, contiguous. Differentiable once, in all four tensors; with a forecast, in none.
 
-    Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1, and with a forecast where
+    Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1, and with a forecast if
         autograd would have to record it.
     Source: the adaLN norm of DDT (arXiv 2504.05741); RMSNorm, arXiv 1910.07467.
     """
@@ -87,15 +87,15 @@ def gated_residual_rms_norm_modulate(
     """x' = x + gate · branch and y = rms_norm_modulate(x'), in one pass.
 
     Args:
-        x, branch: (B, N, C), as rms_norm_modulate's x.
-        gate, shift, scale: (B, 1, C) or (B, N, C), all alike, x's dtype.
+        x, branch: (B, N, C), like rms_norm_modulate's x.
+        gate, shift, scale: (B, 1, C) or (B, N, C), all the same, x's dtype.
         weight, eps: as in rms_norm_modulate.
-        forecast: as there, of gate too.
+        forecast: as in rms_norm_modulate, for gate too.
 
-    Returns: (x', y), each (B, N, C), x's dtype, contiguous; y is computed from x' as rounded to that dtype.
-        Differentiable, once, in all six tensors; with a forecast in none.
+    Returns: (x', y), each (B, N, C), x's dtype, contiguous; y is computed from x' rounded to that dtype.
+        Differentiable once, in all six tensors; with a forecast, in none.
 
-    Raises: ValueError as rms_norm_modulate.
+    Raises: ValueError as rms_norm_modulate does.
     Source: the residual and the next norm of a DDT block (arXiv 2504.05741).
     """
     op = "gated_residual_rms_norm_modulate"
@@ -121,11 +121,11 @@ def gated_residual_layer_norm_modulate(
     *,
     forecast: Forecast | None = None,
 ) -> Tensor:
-    """y = layer_norm(x + gate · branch) · (1 + scale) + shift, the norm without affine part, in one pass.
+    """y = layer_norm(x + gate · branch) · (1 + scale) + shift, the norm without an affine part, in one pass.
 
     Arguments, errors and result as in gated_residual_rms_norm_modulate, without a weight. x' is neither returned nor
-    written: nothing reads it after the final layer, and the backward pass, which has to read branch and gate, rebuilds
-    it from x for the bytes that reading a stored x' would cost.
+    written: nothing reads it after the final layer, and the backward pass, which reads branch and gate anyway, rebuilds
+    it from x for as many bytes as reading a stored x' would take.
 
     Source: the last residual and the final layer of DDT (arXiv 2504.05741).
     """
@@ -144,7 +144,7 @@ def gated_residual_layer_norm_modulate(
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
     """x' = x + gate · branch. Arguments and errors as in gated_residual_rms_norm_modulate.
 
-    Returns: (B, N, C), x's dtype, contiguous. Differentiable, once, in all three tensors.
+    Returns: (B, N, C), x's dtype, contiguous. Differentiable once, in all three tensors.
     """
     op = "gated_residual"
     check_activations(op, "x", x, MAX_CHANNELS)
@@ -206,7 +206,7 @@ def rms_norm_modulate_cost(
 ) -> Cost:
     """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, channels); the weight in `dtype` too.
 
-    A per-token gradient of shift is the gradient of y itself and costs nothing. history: a forecast's K; 1 without one.
+    A per-token gradient of shift is the gradient of y itself and costs nothing. history: a forecast's K, or 1 without.
     """
     _check_history("rms_norm_modulate_cost", backward, history)
     activations, modulations, vectors = (3, 2, 2) if backward else (2, 2, 1)
@@ -224,7 +224,7 @@ def gated_residual_rms_norm_modulate_cost(
     backward: bool = False,
     history: int = 1,
 ) -> Cost:
-    """As rms_norm_modulate_cost."""
+    """Like rms_norm_modulate_cost."""
     _check_history("gated_residual_rms_norm_modulate_cost", backward, history)
     activations, modulations, vectors = (6, 4, 2) if backward else (4, 3, 1)
     modulations += backward and not per_token
@@ -241,7 +241,7 @@ def gated_residual_layer_norm_modulate_cost(
     backward: bool = False,
     history: int = 1,
 ) -> Cost:
-    """As rms_norm_modulate_cost."""
+    """Like rms_norm_modulate_cost."""
     _check_history("gated_residual_layer_norm_modulate_cost", backward, history)
     activations, modulations = (5, 4) if backward else (3, 3)
     modulations += backward and not per_token
@@ -252,7 +252,7 @@ def gated_residual_layer_norm_modulate_cost(
 def gated_residual_cost(
     batch: int, tokens: int, channels: int, dtype: torch.dtype, per_token: bool, backward: bool = False
 ) -> Cost:
-    """As rms_norm_modulate_cost; x's gradient is that of x' itself and costs nothing."""
+    """Like rms_norm_modulate_cost; x's gradient is that of x' itself and costs nothing."""
     activations, modulations, flops = (3, 2, 3) if backward else (3, 1, 2)
     return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops)
 
@@ -274,8 +274,8 @@ def _cost(
     flops_per_element: int,
     history: int = 1,
 ) -> Cost:
-    """activations, modulations, vectors: how many (B, N, C), (B, N or 1, C) and (C,) tensors cross memory once; of a
-    forecast's modulations `history` entries each, and a row of fp32 weights."""
+    """activations, modulations, vectors: how many (B, N, C), (B, N or 1, C) and (C,) tensors cross memory once. With a
+    forecast, each modulation is `history` entries, and a row of fp32 weights is added."""
     elements = batch * tokens * channels
     modulation = elements if per_token else batch * channels
     moved = activations * elements + history * modulations * modulation + vectors * channels

@@ -1,10 +1,10 @@
-"""The norm family as registered operators, namespace `ddt_kernels::`. `norm_modulate.py` checks arguments, calls them.
+"""The norm family as registered operators, `ddt_kernels::…`. `norm_modulate.py` checks arguments and calls them.
 
-Each is functional and of fixed arity. The decorated function's body is the CUDA kernel, the CPU kernel is the
-reference, the fake kernel allocates, and the backward pass is an operator of its own, wrapped by two functions that say
-what is kept for it and which gradient goes where. Per token, shift's gradient is y's: the backward operators return an
-empty tensor for it (an operator may not return its input) and autograd passes y's gradient on. With a forecast, which
-is for inference, one operator serves all norms.
+Each is functional, with a fixed number of arguments. The decorated function's body is the CUDA kernel, the CPU kernel
+is the reference, the fake kernel allocates, and the backward pass is an operator of its own, wrapped by two functions
+that say what is kept for it and which gradient goes where. Per token, shift's gradient is y's: the backward operators
+return an empty tensor for it (an operator may not return its input) and autograd passes y's gradient on. For forecasts,
+which are for inference, one operator serves all norms.
 """
 
 from typing import Any
@@ -161,7 +161,7 @@ def _gated_residual_rms_norm_modulate_setup(ctx: Any, inputs: tuple[Any, ...], o
 def _gated_residual_rms_norm_modulate_autograd(
     ctx: Any, grad_residual: Tensor, grad_y: Tensor
 ) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: non-reentrant checkpoints unpack no tensor twice
+    saved = ctx.saved_tensors  # once: non-reentrant checkpoints unpack each tensor only once
     *grads, grad_shift, grad_scale = gated_residual_rms_norm_modulate_backward(grad_residual, grad_y, *saved, ctx.eps)
     return *grads, grad_y if _per_token(saved[0], saved[-1]) else grad_shift, grad_scale, None
 

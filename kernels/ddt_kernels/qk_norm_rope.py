@@ -1,7 +1,7 @@
-"""What an attention layer does to q and k between its qkv GEMM and the attention itself, in one pass over a packed qkv.
+"""What an attention layer does to q and k between its qkv GEMM and the attention, in one pass over a packed qkv.
 
     qk_norm_rope    (q, k, v) → (rope(rms_norm(q)), rope(rms_norm(k)), v), a new tensor, differentiable
-    qk_norm_rope_   the same in place, for inference: v is never touched, which leaves 2/3 of the bytes
+    qk_norm_rope_   the same in place, for inference: v is never touched, so 2/3 of the bytes
 
 Formulas, and why the kernels look as they do: `qk_norm_rope_kernels.py`; grids: `qk_norm_rope_launch.py`.
 """
@@ -29,13 +29,13 @@ def qk_norm_rope(
         (y_2i, y_2i+1) = (u_2i cos_i - u_2i+1 sin_i, u_2i sin_i + u_2i+1 cos_i)
 
     Args:
-        qkv: (B, N, 3, H, D), q, k and v in this order, as a qkv GEMM's output unflattened; D a multiple of 4, at most
-            256. bf16, fp16 or fp32 (fp64 on a CPU). The last three dimensions contiguous, the others of any stride.
+        qkv: (B, N, 3, H, D), q, k and v in this order, a qkv GEMM's output unflattened; D a multiple of 4, at most
+            256. bf16, fp16 or fp32 (fp64 on a CPU). The last three dimensions contiguous, any strides for the others.
         q_weight, k_weight: (D,), qkv's dtype or fp32.
         cos, sin: (N, D / 2) fp32, contiguous: one angle per token and pair. Not differentiable.
         eps: above 0.
 
-    Returns: (B, N, 3, H, D), qkv's dtype, contiguous. Differentiable, once, in qkv, q_weight and k_weight.
+    Returns: (B, N, 3, H, D), qkv's dtype, contiguous. Differentiable once, in qkv, q_weight and k_weight.
 
     Raises: ValueError on any other shape, dtype, device mix or stride, and if cos or sin requires a gradient.
     Source: DDT's attention (arXiv 2504.05741); RMSNorm, arXiv 1910.07467; rotary embeddings, arXiv 2104.09864.
@@ -47,9 +47,9 @@ def qk_norm_rope(
 def qk_norm_rope_(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float = 1e-6
 ) -> Tensor:
-    """qk_norm_rope in place, for inference. Arguments as there; returns qkv itself.
+    """qk_norm_rope in place, for inference. The same arguments; returns qkv itself.
 
-    Raises: ValueError as qk_norm_rope; also if two elements of qkv share memory, and where autograd would have to
+    Raises: ValueError as qk_norm_rope does; also if two elements of qkv share memory, or if autograd would have to
         record it: call it under torch.no_grad() or torch.inference_mode().
     """
     op = "qk_norm_rope_"
@@ -73,7 +73,7 @@ def check_inputs(
     eps: float,
     max_head_dim: int = MAX_HEAD_DIM,
 ) -> None:
-    """ValueError unless they are as `qk_norm_rope` takes them."""
+    """ValueError unless they are valid arguments of `qk_norm_rope`."""
     named = {"qkv": qkv, "q_weight": q_weight, "k_weight": k_weight, "cos": cos, "sin": sin}
     for name, tensor in named.items():
         check_tensor(op, name, tensor)
@@ -123,7 +123,7 @@ def qk_norm_rope_cost(
     backward: bool = False,
     in_place: bool = False,
 ) -> Cost:
-    """Bytes and FLOPs of one call (or of its backward pass); weights in `dtype` too. in_place: of qk_norm_rope_."""
+    """Bytes and FLOPs of one call (or of its backward pass); the weights in `dtype` too. in_place: of qk_norm_rope_."""
     if backward and in_place:
         raise ValueError("qk_norm_rope_cost: in_place is True for a backward pass; expected False, it has none")
     tensor = batch * tokens * heads * head_dim
@@ -200,7 +200,7 @@ def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
 
 @_in_place_operator.register_vmap
 def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[None, None]:
-    """One after the other, as torch does by itself with operators that change nothing."""
+    """One call after another, which torch does by itself for operators that mutate nothing."""
     if in_dims[0] is None or (arguments[0].stride(in_dims[0]) == 0 and info.batch_size > 1):
         fail("qk_norm_rope_", "qkv", "is shared by all calls of vmap", "one each, or qk_norm_rope")
     for i in range(info.batch_size):

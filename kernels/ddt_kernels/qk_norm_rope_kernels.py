@@ -8,25 +8,25 @@ Backward: a rotation is orthogonal, so du is dy turned back (sin becomes -sin); 
 
     dx = rstd · (g - n·<g·n>),   dweight = Σ du·n over B, N, H
 
-<·> is the mean over D. Nothing but the inputs is saved.
+<·> is the mean over D. Only the inputs are saved.
 
-Why it looks like this. The pass is bound by memory. A head needs a sum over D, which is no power of two, and of each
-of its elements the neighbour; a token needs tables and weights worth as many bytes as a few of its heads. So:
- - A head is cut like the norm family's rows, D = MAIN + TAIL. MAIN, the largest power of two ≤ D, is spread over LANES
-   lanes in 16-byte accesses, TAIL over the same lanes with at least a pair each, if need be beyond D: D 72 is 64 + 16
-   over 8 lanes, half of which have nothing of the tail to do. Both tiles then agree on which lane has which head, and
-   both members of a pair are one lane's: nothing goes through shared memory, and there is no barrier.
- - Tiles are loaded as [ROWS, MAIN] and taken apart, which moves nothing, into even and odd [ROWS, LANES, columns]: so
-   the sum over D is first each lane's own, over main and tail, then three shuffles for 8 lanes. With the lanes spelled
-   out the compiler has no better idea; given sums over [ROWS, MAIN] and [ROWS, TAIL] to add, it sent the main tile
+Why it looks like this. The pass is bound by memory. A head needs a sum over D, which is not a power of two, and each
+element's neighbour; a token needs tables and weights worth as many bytes as a few of its heads. So:
+ - A head is split like the norm family's rows, D = MAIN + TAIL. MAIN, the largest power of two ≤ D, is spread over
+   LANES lanes in 16-byte accesses, TAIL over the same lanes with at least a pair each, beyond D if necessary: D 72 is
+   64 + 16 over 8 lanes, half of which have no work in the tail. Both tiles then agree on which lane has which head, and
+   both members of a pair belong to one lane: nothing goes through shared memory, and there is no barrier.
+ - Tiles are loaded as [ROWS, MAIN] and split, without moving data, into even and odd [ROWS, LANES, columns]. So each
+   lane first sums its own part of D, over main and tail, then come three shuffles for 8 lanes. With the lanes written
+   out, the compiler finds nothing better; given sums over [ROWS, MAIN] and [ROWS, TAIL] to add, it sent the main tile
    through shared memory. (Loads have no third dimension: triton 3.6 and 3.8 would spread lanes in different orders.)
  - Rows are LANE_HEADS heads, then tokens: the lanes of a warp cover LANE_HEADS heads of a token or, if it has fewer,
    several tokens. A program walks GROUPS such groups of heads, q and k together, with the tables and weights in
-   registers, loaded once, each lane its own. In flight is a group's q and k per warp, at 64 registers.
+   registers, loaded once. Each warp has a group's q and k in flight, at 64 registers.
  - q and k are both loaded before either is stored: the compiler may not move a load across a store.
  - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient. A lane sums
-   its own columns of du·n in registers; lanes and warps meet once, at the end. One fp32 partial sum per program and
-   column, added in a fixed order: deterministic.
+   its own columns of du·n in registers; lanes and warps are combined once, at the end. Each program leaves one fp32
+   partial sum per column; these are added in a fixed order, so the result is deterministic.
 
 Tile suffixes: R rows, M main, T tail; 0 and 1 the even and odd members of pairs. Those of M are [R, LANES, columns].
 """
@@ -46,9 +46,9 @@ def _store(ptr, offset, value, mask):
 
 @triton.jit
 def _columns(FIRST: tl.constexpr, COUNT: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns [1, COUNT], VECTOR adjacent ones to a lane: accesses are as wide as alignment is known, no wider.
+    """Columns [1, COUNT], VECTOR adjacent ones per lane: accesses are as wide as the known alignment, no wider.
 
-    Not max_contiguous, which does the same: triton 3.6 lays lanes along the longest contiguous axis, and 1 is a tie.
+    max_contiguous would do the same, but triton 3.6 lays lanes along the longest contiguous axis, and 1 is a tie.
     """
     return tl.multiple_of(FIRST + tl.arange(0, COUNT)[None, :], [1, VECTOR])
 
@@ -61,7 +61,7 @@ def _lanes(x_RX, LANES: tl.constexpr):
 
 @triton.jit
 def _load_tables(ptr, row_R, mask_R, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr):
-    """Rows of D / 2 angles: [R, L, MAIN / 2 / L] and [R, L, TAIL / 2 / L]; without a tail the first twice."""
+    """Rows of D / 2 angles: [R, L, MAIN / 2 / L] and [R, L, TAIL / 2 / L]; without a tail, the first twice."""
     main = _lanes(_load(ptr, row_R + _columns(0, MAIN // 2, MAIN // 2 // LANES), mask_R), LANES)
     tail = main
     if TAIL > 0:
@@ -118,7 +118,7 @@ def _copy(
 
 @triton.jit
 def _mean(pairs_M, pairs_T, D: tl.constexpr, TAIL: tl.constexpr):
-    """The mean over D, [R, 1, 1], of what is given as sums of pairs. What the tail has beyond D is zero."""
+    """The mean over D, [R, 1, 1], given as sums of pairs. The tail is zero beyond D."""
     total_RL = tl.sum(pairs_M, axis=2)
     if TAIL > 0:
         total_RL += tl.sum(pairs_T, axis=2)
@@ -238,7 +238,7 @@ def _store_sums(ptr, even_M, odd_M, even_T, odd_T, D: tl.constexpr, MAIN: tl.con
 
 @triton.jit
 def qk_norm_rope_backward_kernel(
-    grad_out_ptr,  # (B, N, 3, H, D) contiguous, as is grad_qkv; the same tensor where v's gradient is not copied
+    grad_out_ptr,  # (B, N, 3, H, D) contiguous, as is grad_qkv; the same tensor if v's gradient is not copied
     qkv_ptr,
     q_weight_ptr,
     k_weight_ptr,

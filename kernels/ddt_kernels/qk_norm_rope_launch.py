@@ -1,4 +1,4 @@
-"""Launching qk_norm_rope's kernels: tile configurations, grids, outputs, the two-stage weight gradients."""
+"""Launches qk_norm_rope's kernels: tile configurations, grids, outputs, the two-stage weight gradients."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +15,9 @@ NUM_WARPS = 4
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How heads of D columns are cut into [rows, main] and [rows, tail] (qk_norm_rope_kernels.py says why).
+    """How heads of D columns are split into [rows, main] and [rows, tail] (qk_norm_rope_kernels.py says why).
 
-    lanes: how many a head is spread over; lane_heads: heads among a tile's rows, which are heads, then tokens.
+    lanes: the lanes a head is spread over; lane_heads: heads among a tile's rows, which are heads, then tokens.
     """
 
     main: int
@@ -33,7 +33,7 @@ class TileConfig:
 
 @cache
 def tile_config(heads: int, head_dim: int, element_size: int) -> TileConfig:
-    """Columns per lane: 16 bytes of MAIN, as far as every head starts aligned to that, and at least a pair of TAIL."""
+    """Columns per lane: 16 bytes of MAIN, if every head starts so aligned, and at least a pair of TAIL."""
     main = 1 << (head_dim.bit_length() - 1)
     vector = min(16 // element_size, head_dim & -head_dim)
     lanes = main // vector
@@ -44,12 +44,12 @@ def tile_config(heads: int, head_dim: int, element_size: int) -> TileConfig:
 
 
 def groups_per_program(tokens: int, heads: int, lane_heads: int) -> int:
-    """All of a token's heads, unless that makes too few programs to fill a GPU: then one group, for latency."""
+    """All of a token's heads, unless that makes too few programs to fill a GPU; then one group, for latency."""
     return cdiv(heads, lane_heads) if tokens >= 4096 else 1
 
 
 def tokens_per_program(batch: int, tokens: int, tile_tokens: int) -> int:
-    """Tokens one backward program sums over: about 512 runs until each has 16, then as many as it takes.
+    """Tokens each backward program sums over: about 512 runs until each has 16, then as many as needed.
 
     At 16 tokens of XL/2 the fp32 partial sums cost 0.4% of the pass's traffic.
     """
@@ -73,8 +73,8 @@ def _constants(qkv: Tensor, config: TileConfig) -> dict[str, object]:
 def launch_forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    """Runs the forward kernel into `out` and returns it: a (B, N, 3, H, D), v copied; a (B, N, 2, H, D), q and k alone;
-    or qkv itself, v untouched. The last three dimensions of `out` are contiguous."""
+    """Runs the forward kernel into `out` and returns it: a (B, N, 3, H, D), with v copied; a (B, N, 2, H, D), only q
+    and k; or qkv itself, with v untouched. The last three dimensions of `out` are contiguous."""
     B, N, _, H, D = qkv.shape
     config = tile_config(H, D, qkv.element_size())
     groups = groups_per_program(B * N, H, config.lane_heads)
@@ -104,7 +104,7 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the backward kernel; returns the gradients of qkv, q_weight and k_weight.
 
-    in_place: qkv's takes the place of grad_out, which is contiguous and whose v is left as it is.
+    in_place: qkv's overwrites grad_out, which is contiguous and whose v is left as it is.
     """
     B, N, _, H, D = qkv.shape
     config = tile_config(H, D, qkv.element_size())

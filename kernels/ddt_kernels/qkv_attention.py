@@ -1,17 +1,17 @@
-"""Everything between an attention layer's two GEMMs as one differentiable op, for the memory and traffic of training.
+"""Everything between an attention layer's two GEMMs as one differentiable op, to save memory and traffic in training.
 
     qkv_attention(qkv, …) = attention(*qk_norm_rope(qkv, …).unbind(2))
 
-In units of one (B, N, H, D) tensor, what the two ops cost in a row, and what this one does:
+The cost of the two ops in a row, and of this one, in units of one (B, N, H, D) tensor:
 
-- Kept for the backward pass, besides the output: 6 (qkv, and q, k, v once more as attention reads them); here 3, qkv
-  alone. The backward pass makes q and k again, by the forward kernel.
-- Moved to and from memory, beside what attention's own kernels read and write: 20, of which 6 are autograd's, which
-  puts the gradients of q, k and v side by side; here 14. v is never copied, attention's kernels write their gradients
-  where those of qkv belong, and the norm's backward kernel works in that place.
+- Kept for the backward pass, besides the output: 6 (qkv, and q, k and v again as attention reads them); here 3, just
+  qkv. The backward pass recomputes q and k with the forward kernel.
+- Moved to and from memory, besides what attention's own kernels read and write: 20, of which autograd takes 6 to put
+  the gradients of q, k and v side by side; here 14. v is never copied, attention's kernels write their gradients where
+  those of qkv belong, and the norm's backward kernel works there in place.
 
-The kernels are those of the two ops (`qk_norm_rope_kernels.py`, `attention_kernels.py`), rounding included. For
-inference call `qk_norm_rope_` and `attention`, which take no tensor but qkv and the output.
+The kernels are those of the two ops (`qk_norm_rope_kernels.py`, `attention_kernels.py`), with the same rounding. For
+inference call `qk_norm_rope_` and `attention`, which need no memory besides qkv and the output.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from ddt_kernels.qk_norm_rope import check_inputs, qk_norm_rope_cost
 from ddt_kernels.runtime import inlined
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]
-"""qkv, q_weight, k_weight, cos, sin and eps."""
+"""qkv, q_weight, k_weight, cos, sin, eps."""
 
 
 def qkv_attention(
@@ -39,13 +39,13 @@ def qkv_attention(
     eps: float = 1e-6,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q·kᵀ)·v with q and k RMS-normed over each head and rotated, v as it is.
+    """softmax(scale · q·kᵀ)·v with q and k RMS-normed over each head and rotated, and v as it is.
 
     Args:
         qkv, q_weight, k_weight, cos, sin, eps: as `qk_norm_rope` takes them, D at most 128.
         scale: above 0; None: D**-0.5.
 
-    Returns: (B, N, H, D), qkv's dtype, contiguous. Differentiable, once, in qkv, q_weight and k_weight: the output, its
+    Returns: (B, N, H, D), qkv's dtype, contiguous. Differentiable once, in qkv, q_weight and k_weight: the output, its
         fp32 log-sum-exp and the arguments are kept.
 
     Raises: ValueError on any other shape, dtype, device mix, stride or scale.
@@ -64,7 +64,7 @@ def qkv_attention(
 def _launch_heads(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k as attention takes them, in a new tensor, and v where it is."""
+    """q and k as attention reads them, in a new tensor, and v where it is."""
     B, N, _, H, D = qkv.shape
     out = qkv.new_empty((B, N, 2, H, D))
     q, k = qk_norm_rope_launch.launch_forward(qkv, q_weight, k_weight, cos, sin, eps, out).unbind(2)
@@ -74,7 +74,7 @@ def _launch_heads(
 def launch_forward(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the kernels of both ops."""
+    """(out, lse), by the kernels of both ops."""
     return attention_launch.launch_forward(*_launch_heads(qkv, q_weight, k_weight, cos, sin, eps), scale)
 
 
@@ -174,12 +174,12 @@ _operator.register_autograd(_autograd, setup_context=_setup)
 def qkv_attention_cost(
     batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, backward: bool = False
 ) -> Cost:
-    """Bytes and FLOPs of one call, or of its backward pass, which makes q and k again. q and k between the kernels, and
-    their gradients, are not plural among the bytes."""
+    """Bytes and FLOPs of one call, or of its backward pass, which recomputes q and k. The bytes do not count q and k
+    between the kernels, nor their gradients."""
     shape = (batch, tokens, heads, head_dim)
     attended = attention_cost(*shape, dtype, backward)
     normed = qk_norm_rope_cost(*shape, dtype, backward)
-    # Weights and tables, with the weights' gradients: what the norm moves beside its activations.
+    # Weights, their gradients and tables: what the norm moves besides its activations.
     small = normed.bytes_moved - (8 if backward else 6) * batch * tokens * heads * head_dim * dtype.itemsize
     again = qk_norm_rope_cost(*shape, dtype).flops if backward else 0
     return Cost(attended.bytes_moved + small, attended.flops + normed.flops + again)

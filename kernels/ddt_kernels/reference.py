@@ -1,9 +1,9 @@
-"""The package's functions in plain PyTorch: the CPU implementation, the oracle of the tests, the benchmarks' baseline.
+"""The package's functions in plain PyTorch: CPU implementation, the tests' oracle, the benchmarks' baseline.
 
-Shapes, dtypes and errors are those of the fused functions of the same name; nothing is checked here. The forward
-functions follow the model's rounding order (DDT, arXiv 2504.05741, as released): a norm's statistics are fp32, the
-normalised value is cast back to the input's dtype, then multiplied by the weight, then modulated. float64 inputs are
-computed in float64 throughout, which is what gradcheck and the tests' oracles use.
+Shapes and dtypes are those of the fused functions of the same name; nothing is checked here. The forward functions
+follow the model's rounding order (DDT, arXiv 2504.05741, as released): a norm's statistics are fp32, the normalised
+value is cast back to the input's dtype, then multiplied by the weight, then modulated. float64 inputs are computed in
+float64 throughout, for gradcheck and the tests' oracles.
 
 The backward functions are the closed forms the fused backward kernels compute, with fp32 arithmetic and one rounding
 per result.
@@ -59,14 +59,14 @@ def gated_residual_layer_norm_modulate(
 
 
 def forecast(history: Tensor, weights: Tensor, step: Tensor) -> Tensor:
-    """Σ_k weights[step, k] · history[k], in fp32, rounded to history's dtype; an entry of weight 0 may be anything.
+    """Σ_k weights[step, k] · history[k], in fp32, rounded to history's dtype; an entry with weight 0 may hold anything.
 
     history: (K, ...); weights: (steps, K); step: an integer tensor of shape () or (1,).
     """
     row = weights.index_select(0, step.reshape(1)).squeeze(0)
     if history.device.type != "cpu" or torch.compiler.is_compiling():
         return _combine(row, _wide(history).unbind()).to(history.dtype)
-    # A CPU reads its own weights for nothing, and without a kernel to fuse them, selects cost more than the sum does.
+    # A CPU reads its own weights for free, and without a kernel to fuse them, selects would cost more than the sum.
     total = torch.zeros(history.shape[1:], dtype=torch.promote_types(history.dtype, torch.float32))
     for weight, entry in zip(row.tolist(), history.unbind(), strict=True):
         if weight != 0:
@@ -81,18 +81,18 @@ def _reduce_to(gradient: Tensor, like: Tensor) -> Tensor:
     return gradient.to(like.dtype)
 
 
-def _normalize(x: Tensor, eps: float, centre: bool) -> tuple[Tensor, Tensor]:
+def _normalize(x: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
-    if centre:
+    if center:
         wide = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return wide * rstd, rstd
 
 
-def _norm_backward(grad_normed: Tensor, normed: Tensor, rstd: Tensor, centre: bool) -> Tensor:
-    """Gradient of normed = centred(x) · rstd(x): project out the directions the norm removes, then rescale."""
+def _norm_backward(grad_normed: Tensor, normed: Tensor, rstd: Tensor, center: bool) -> Tensor:
+    """Gradient of normed = centered(x) · rstd(x): projects out the directions the norm removes, then rescales."""
     projected = grad_normed - normed * (grad_normed * normed).mean(-1, keepdim=True)
-    if centre:
+    if center:
         projected = projected - grad_normed.mean(-1, keepdim=True)
     return projected * rstd
 
@@ -101,11 +101,11 @@ def rms_norm_modulate_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of rms_norm_modulate in x, weight, shift and scale (shift has scale's shape)."""
-    normed, rstd = _normalize(x, eps, centre=False)
+    normed, rstd = _normalize(x, eps, center=False)
     grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
     grad_normed = grad * factor * w
     return (
-        _norm_backward(grad_normed, normed, rstd, centre=False).to(x.dtype),
+        _norm_backward(grad_normed, normed, rstd, center=False).to(x.dtype),
         (grad * factor * normed).sum((0, 1)).to(weight.dtype),
         _reduce_to(grad, scale),
         _reduce_to(grad * normed * w, scale),
@@ -130,9 +130,9 @@ def gated_residual_rms_norm_modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gated_residual_rms_norm_modulate in x, branch, gate, weight, shift and scale."""
     residual = gated_residual(x, branch, gate)
-    normed, rstd = _normalize(residual, eps, centre=False)
+    normed, rstd = _normalize(residual, eps, center=False)
     grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
-    grad_stream = _wide(grad_residual) + _norm_backward(grad * factor * w, normed, rstd, centre=False)
+    grad_stream = _wide(grad_residual) + _norm_backward(grad * factor * w, normed, rstd, center=False)
     grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
     return (
         grad_stream.to(x.dtype),
@@ -149,15 +149,15 @@ def gated_residual_layer_norm_modulate_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gated_residual_layer_norm_modulate in x, branch, gate, shift and scale."""
     residual = gated_residual(x, branch, gate)
-    normed, rstd = _normalize(residual, eps, centre=True)
+    normed, rstd = _normalize(residual, eps, center=True)
     grad = _wide(grad_y)
-    grad_stream = _norm_backward(grad * (1 + _wide(scale)), normed, rstd, centre=True)
+    grad_stream = _norm_backward(grad * (1 + _wide(scale)), normed, rstd, center=True)
     grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
     return grad_stream.to(x.dtype), grad_branch, grad_gate, _reduce_to(grad, scale), _reduce_to(grad * normed, scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the adjacent pairs of x (B, N, H, D) by the angles of cos and sin (N, D / 2), in fp32."""
+    """Rotates the adjacent pairs of x (B, N, H, D) by the angles of cos and sin (N, D / 2), in fp32."""
     even, odd = _wide(x).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
@@ -180,9 +180,9 @@ def norm_rope_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of norm_rope in x and weight."""
-    normed, rstd = _normalize(x, eps, centre=False)
+    normed, rstd = _normalize(x, eps, center=False)
     grad = rotate(_wide(grad_y), cos, -sin)
-    grad_x = _norm_backward(grad * _wide(weight), normed, rstd, centre=False)
+    grad_x = _norm_backward(grad * _wide(weight), normed, rstd, center=False)
     return grad_x.to(x.dtype), (grad * normed).sum((0, 1, 2)).to(weight.dtype)
 
 
@@ -210,7 +210,7 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tens
 
 
 def _combine(coefficients: Tensor, values: Sequence[Tensor]) -> Tensor:
-    """Σ coefficients[k] · values[k]; a value whose coefficient is 0 may be anything."""
+    """Σ coefficients[k] · values[k]; a value whose coefficient is 0 may hold anything."""
     first, *rest = (torch.where(c == 0, 0.0, c * v) for c, v in zip(coefficients.unbind(), values, strict=False))
     return sum(rest, first)
 
@@ -262,7 +262,7 @@ def qkv_attention(
     eps: float = 1e-6,
     scale: float | None = None,
 ) -> Tensor:
-    """attention of what qk_norm_rope makes of a packed (B, N, 3, H, D): (B, N, H, D)."""
+    """attention after qk_norm_rope on a packed (B, N, 3, H, D): (B, N, H, D)."""
     q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, eps).unbind(2)
     return attention(q, k, v, scale)
 
@@ -279,7 +279,7 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
 
 
 def _swiglu_activation_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
-    # In place, since a CPU trains on this, and here is where its memory peaks.
+    # In place: training on a CPU runs this, and its memory peaks here.
     (gate, up), grad = _wide(gate_up).chunk(2, -1), _wide(grad_y)
     sigmoid = torch.sigmoid(gate)
     grad_gate = (grad * up).mul_(sigmoid).mul_((1 - sigmoid).mul_(gate).add_(1))

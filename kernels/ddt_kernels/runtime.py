@@ -55,7 +55,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def launches_run(device: torch.device) -> bool:
-    """Whether a launch on `device` would now run compiled code on a GPU, not be recorded, interpreted or run on a CPU."""
+    """Whether a launch on `device` would now run compiled code on a GPU: not recorded, interpreted or on a CPU."""
     return device.type == "cuda" and _recorder is None and _compiling
 
 
@@ -112,7 +112,7 @@ def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
 
 
 def descriptor_fits(tensor: torch.Tensor) -> bool:
-    """Whether the hardware can describe it: base and pitches are multiples of 16 bytes, no overlap, unit last stride."""
+    """Whether the hardware can describe it: base and pitches multiples of 16 bytes, no overlap, unit last stride."""
     size, columns = tensor.element_size(), tensor.shape[-1]
     aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
     pitches = tensor.stride()[:-1]

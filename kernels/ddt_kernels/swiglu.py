@@ -1,7 +1,7 @@
 """swiglu(x, w1, w3) = silu(x · w1ᵀ) · (x · w3ᵀ): two of an MLP's three GEMMs and its activation, in one kernel.
 
-The public function checks, then calls the operator `ddt_kernels::swiglu`, which under autograd also returns what the
-backward pass wants. Formulas, what is kept and why, and the kernels: `swiglu_kernels.py`.
+The public function checks its arguments, then calls the operator `ddt_kernels::swiglu`, which under autograd also
+returns what the backward pass needs. Formulas, what is kept and why, and the kernels: `swiglu_kernels.py`.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
     Args:
         x: (..., C); bf16, fp16 or fp32 (fp64 on a CPU). Leading dimensions that merge into one are read in place,
             others are copied first.
-        w1, w3: (F, C), the weights of nn.Linear(C, F, bias=False); x's dtype. Any C and F, but rows of other than a
-            multiple of 16 bytes keep the kernel from its fastest paths.
+        w1, w3: (F, C), the weights of nn.Linear(C, F, bias=False); x's dtype. Any C and F, but the fastest paths
+            need rows of a multiple of 16 bytes.
 
-    Returns: (..., F), x's dtype, contiguous. Differentiable, once, in all three tensors. Where autograd records it,
-        2F more columns are kept for the backward pass; torch.utils.checkpoint trades them for a second forward.
+    Returns: (..., F), x's dtype, contiguous. Differentiable once, in all three tensors. If autograd records it, 2F
+        more columns are kept for the backward pass; torch.utils.checkpoint trades them for a second forward pass.
 
-    fp32 is multiplied in fp32, unless torch.backends.cuda.matmul allows TF32. The weights' gradients are the two halves
-    of one (2F, C) tensor. The backward pass's last GEMMs are torch's, which obeys the same and its other switches.
+    fp32 is multiplied in fp32 unless torch.backends.cuda.matmul allows TF32. The weights' gradients are the two halves
+    of one (2F, C) tensor. The backward pass's last GEMMs are torch's, which obeys this switch and its others.
 
     Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1.
     Source: arXiv 2002.05202; the MLP of DDT (arXiv 2504.05741).
@@ -44,7 +44,7 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
 
 
 def check_inputs(op: str, x: Tensor, w1: Tensor, w3: Tensor) -> None:
-    """ValueError, in the name of `op`, unless they are what `swiglu` takes."""
+    """ValueError, in the name of `op`, unless they are valid arguments of `swiglu`."""
     for name, tensor in (("x", x), ("w1", w1), ("w3", w3)):
         check_tensor(op, name, tensor)
     if x.ndim < 2 or x.numel() == 0:
@@ -115,7 +115,7 @@ def _autograd(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     if grad_y is None:  # nothing downstream differentiates y
         return None, None, None, None
     x, w1, w3, gate_up = ctx.saved_tensors
-    if not ctx.keep:  # the operator was called directly: nothing was kept, so recompute it
+    if not ctx.keep:  # the operator was called directly and kept nothing: recompute it
         gate_up = swiglu_operator(x, w1, w3, True)[1]
     grad_x, grad_weights = swiglu_backward(grad_y, x, w1, w3, gate_up)
     grad_w1, grad_w3 = grad_weights.chunk(2)

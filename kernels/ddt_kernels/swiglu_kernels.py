@@ -7,38 +7,38 @@
     of a whole MLP, z = y · w2ᵀ:  dy = dz · w2,  dw2 = dzᵀ · y
 
 Forward: one dual GEMM. A tile of x is loaded once and multiplied into two accumulators; the activation is the epilogue;
-F columns are written, and (gate | up) packed, (M, 2F), if the backward pass will want it.
+F columns are written, and (gate | up) packed, (M, 2F), if the backward pass will need it.
 
-Keep or recompute? Per token at C = 1152, F = 3072 in bf16 on an H200: arithmetic from its ceilings (790 TFLOP/s,
-4.3 TB/s), no timings. The GEMMs that follow are 35.7 ns either way.
+Keep or recompute? Per token at C = 1152, F = 3072 in bf16 on an H200; this is arithmetic from its ceilings
+(790 TFLOP/s, 4.3 TB/s), not timings. The GEMMs that follow take 35.7 ns either way.
 
                        kept       forward          backward, before its GEMMs                      sum
     keep gate and up   12288 B    17.9 + 2.9 ns    7.1 ns: a pass over 5F columns                  63.6 ns
     recompute them         0 B    17.9 ns          17.9 to 22.2 ns: this GEMM again, its           71.5 to 75.8 ns
                                                    epilogue's 3F columns hidden or not
 
-Kept, because time is what is short: it saves 11 to 16% of the op for 344 KB a token over 28 blocks (5.6 GB for 64
-images of 256 px), where the rest of the network keeps about 1.1 MB. Who is short of memory instead puts
-torch.utils.checkpoint around the MLP, and gets the memory back for a second forward. The packed layout makes dx one
-GEMM over 2F with a single accumulation, and (dw1; dw3) another: both are cuBLAS's. They want w1 and w3 stacked; that
-copy moves 28 MB, 2% of dx's time at 16K rows, less than a second GEMM's rereading of dx, and rounds once less.
+They are kept, because time is the scarcer resource: this saves 11 to 16% of the op for 344 KB per token over 28 blocks
+(5.6 GB for 64 images of 256 px), where the rest of the network keeps about 1.1 MB. To save memory instead, put
+torch.utils.checkpoint around the MLP, at the price of a second forward pass. The packed layout makes dx one GEMM over
+2F with a single accumulation, and (dw1; dw3) another, both cuBLAS's. They need w1 and w3 stacked; that copy moves
+28 MB, 2% of dx's time at 16K rows, less than rereading dx in a second GEMM, and rounds once less.
 
-What swiglu_mlp does not keep is y, F more columns that dw2 wants: the backward kernel has gate and up in registers, and
-writes y over dy, which it alone reads. One more store in a pass of five columns, 1.4 ns a token, for 172 KB of it.
+swiglu_mlp does not keep y, F more columns that dw2 needs: the backward kernel has gate and up in registers, and writes
+y over dy, which no other program reads. That is one more store in a pass of five columns, 1.4 ns per token, for 172 KB.
 
-Why the forward looks like this (an H200's SM does 2048 bf16 multiply-adds in a cycle, L2 gives it 64 bytes at best):
+Why the forward looks like this (an H200's SM does 2048 bf16 multiply-adds per cycle; L2 gives it at most 64 bytes):
  - 128 x 128 twice is the widest tile Triton can hold: its two accumulators are 128 of a thread's 255 registers, as in
    a plain 128 x 256 GEMM. 64 channels of it are 1024 cycles and 48 KB, 48 bytes a cycle; 128 x 64 would need 64.
- - Programs stay on their SM and walk over the tiles in groups of GROUP tile rows, so that what runs at one time reads
-   few distinct bytes (10 MB at XL/2), once from memory, then from L2. On sm_90 the ring of four stages and the 32 KB
-   staged for the stores take 229,408 of 232,448 bytes.
+ - Programs stay on their SM and walk over the tiles in groups of GROUP tile rows, so that those running at one time
+   read few distinct bytes (10 MB at XL/2), once from memory, then from L2. On sm_90 the ring of four stages and the
+   32 KB staged for the stores take 229,408 of 232,448 bytes.
  - FLATTEN fuses the two loops, so that the next tile's first loads are in flight during the epilogue. On sm_100 it also
-   alternates between two pairs of accumulators in tensor memory, on sm_80 it keeps the kernel from spilling. It is off
+   alternates between two pairs of accumulators in tensor memory; on sm_80 it keeps the kernel from spilling. It is off
    where wgmma is used (sm_90): in the fused loop the compiler waits for the two accumulators one after the other, and
    ptxas (advisory C7515) then drains the tensor cores after every single wgmma. A test reads that off the binary.
-   Price: about 1000 cycles of 22,000 a tile, in which the ring refills.
- - From sm_90 on tiles move by descriptor (TMA), in both directions, wherever the pitch of rows is a multiple of 16
-   bytes. sm_80 has none and takes pointers, whose loads become cp.async, and so do odd pitches everywhere.
+   The price: about 1000 of a tile's 22,000 cycles, in which the ring refills.
+ - From sm_90 on, tiles move by descriptor (TMA), in both directions, if the row pitch is a multiple of 16 bytes. sm_80
+   has no TMA and uses pointers, whose loads become cp.async; odd pitches use pointers everywhere.
 
 Tile suffixes: M rows of x, F columns of y (rows of w1 and w3), K channels.
 """
@@ -51,7 +51,7 @@ def _load_tile(
     source, row, col, rows, row_stride, COLS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """Rows past the end repeat the last one (they are never stored); columns past the end are zero, as dots need."""
+    """Rows past the end repeat the last one (and are never stored); columns past the end are zero, as dots require."""
     if DESCRIPTOR:
         tile = source.load([row, col])
     else:
@@ -136,8 +136,8 @@ def swiglu_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Bound by memory: five columns of F cross once, six with y. Column blocks are neighbours in the grid: rows stream.
-    An element is read and written by the same thread, so y may take grad_y's place."""
+    """Bound by memory: five columns of F cross once, six with y. Column blocks are neighbours in the grid, so rows
+    stream. The same thread reads and writes an element, so y may overwrite grad_y."""
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     pid = tl.program_id(0)
     row_M = (pid // tiles_f * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]

@@ -1,4 +1,4 @@
-"""Launching the kernels of swiglu and swiglu_mlp: tile configurations, descriptors, outputs, and the plain GEMMs around
+"""Launches the kernels of swiglu and swiglu_mlp: tile configurations, descriptors, outputs, and the plain GEMMs around
 them."""
 
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from ddt_kernels.runtime import (
 from ddt_kernels.swiglu_kernels import swiglu_backward_kernel, swiglu_forward_kernel
 from ddt_kernels.tuning import choose
 
-GROUP = 16  # tile rows walked together: √(132 SMs · 2·BLOCK_F / BLOCK_M), which makes a wave's distinct bytes fewest
-L2_BYTES = 48  # what L2 delivers to an SM in a cycle while all of them ask
-TILE_OVERHEAD = 1000  # cycles in which a tile's pipeline fills and its epilogue ends
+GROUP = 16  # tile rows walked together: √(132 SMs · 2·BLOCK_F / BLOCK_M) minimises a wave's distinct bytes
+L2_BYTES = 48  # that L2 delivers to an SM per cycle while all SMs are reading
+TILE_OVERHEAD = 1000  # cycles for a tile's pipeline to fill and its epilogue to end
 
 
 @dataclass(frozen=True)
 class Chip:
-    """An architecture family: its streaming multiprocessors, and bf16 multiply-adds in each of them per cycle."""
+    """An architecture family: its streaming multiprocessors, and bf16 multiply-adds per cycle in each."""
 
     sms: int
     macs: int
@@ -39,7 +39,7 @@ CHIPS = {80: Chip(108, 1024), 90: Chip(132, 2048), 100: Chip(148, 4096)}  # A100
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A program's tile of both accumulators; per_sm: how many programs registers and shared memory let share an SM."""
+    """A program's tile of both accumulators; per_sm: how many programs fit on an SM by registers and shared memory."""
 
     block_m: int
     block_f: int
@@ -50,13 +50,13 @@ class TileConfig:
 
     @property
     def accumulators(self) -> int:
-        """fp32 registers a thread holds them in."""
+        """fp32 registers that a thread needs for them."""
         return 2 * self.block_m * self.block_f // (32 * self.num_warps)
 
 
 # The candidates of `tuning.choose`. Every one compiles without spills (`python -m ddt_kernels.aot --kernel swiglu`).
-# The widest first: it wins ties of the cost model. The pointer configurations fit the 99 KB a block may have on sm_86,
-# 89 and 120, which take sm_80's.
+# The widest comes first: it wins ties in the cost model. The pointer configurations fit the 99 KB of a block on sm_86,
+# 89 and 120, which use sm_80's.
 HALF_BY_DESCRIPTOR = (
     TileConfig(128, 128, 64, 8, 4),
     TileConfig(128, 64, 64, 8, 3, 2),
@@ -73,26 +73,26 @@ HALF_UNALIGNED = (TileConfig(64, 64, 32, 4, 2, 2),)  # odd pitches: 2-byte loads
 TF32_BY_DESCRIPTOR = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3, 2))
 TF32_BY_POINTER = (TileConfig(128, 64, 32, 8, 2), TileConfig(64, 64, 32, 4, 3))
 TF32_UNALIGNED = TF32_BY_POINTER[1:]
-IEEE = (TileConfig(64, 64, 16, 8, 3, 2),)  # no tensor core multiplies full fp32: plain FMAs
+IEEE = (TileConfig(64, 64, 16, 8, 3, 2),)  # tensor cores do not multiply full fp32: plain FMAs
 
 
 def _configs(dtype: torch.dtype, tf32: bool) -> tuple[tuple[TileConfig, ...], ...]:
-    """Those for tensors moved by descriptor, by pointer, and by pointer where pitches are odd."""
+    """Those for tensors moved by descriptor, by pointer, and by pointer with odd pitches."""
     if dtype != torch.float32:
         return HALF_BY_DESCRIPTOR, HALF_BY_POINTER, HALF_UNALIGNED
     return (TF32_BY_DESCRIPTOR, TF32_BY_POINTER, TF32_UNALIGNED) if tf32 else (IEEE, IEEE, IEEE)
 
 
 def family(arch: int) -> int:
-    """80, 90 (wgmma) or 100 (tcgen05); everything without either runs sm_80's code."""
+    """80, 90 (wgmma) or 100 (tcgen05); chips with neither run sm_80's code."""
     return {9: 90, 10: 100}.get(arch // 10, 80)
 
 
 @cache
 def forward_config(rows: int, channels: int, width: int, configs: tuple[TileConfig, ...], chip: Chip) -> TileConfig:
-    """The configuration of the least estimated time: tiles of the busiest SM · cycles of a tile.
+    """The configuration with the least estimated time: tiles on the busiest SM · cycles per tile.
 
-    A tile takes as long as its multiply-adds or as its loads from L2, whichever is longer, and some overhead. At
+    A tile takes as long as its multiply-adds or its loads from L2, whichever is slower, plus some overhead. At
     C = 1152, F = 3072 in bf16 on an H200 that means 128 x 128 from 257 rows on (nearly everywhere), 128 x 64 from 129,
     64 x 64 from 65, then 64 x 32. (fp32 halves the multiply-adds and doubles the bytes: the same ranking.)
     """
@@ -107,7 +107,7 @@ def forward_config(rows: int, channels: int, width: int, configs: tuple[TileConf
 
 
 def resident_programs(device: torch.device, chip: Chip, config: TileConfig) -> int:
-    """How many programs run at once: more would wait, fewer would idle."""
+    """How many programs run at once: more would wait, fewer would leave SMs idle."""
     sms = chip.sms
     if device.type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -118,7 +118,7 @@ def launch_forward(x: Tensor, w1: Tensor, w3: Tensor, keep: bool, tf32: bool) ->
     """Runs the forward kernel; returns y (..., F) and, if kept, (gate | up) (..., 2F), else an empty tensor.
 
     tf32: fp32 tensors may be rounded to TF32 for the tensor cores. An x whose leading dimensions do not merge into one
-    (a transpose of them, say) is copied: that moves 2·C columns beside a GEMM of C·2F.
+    (after a transpose, for example) is copied: that moves 2·C columns beside a GEMM of C·2F.
     """
     C, F = x.shape[-1], w1.shape[0]
     rows = x.reshape(-1, C)
@@ -134,7 +134,7 @@ def launch_forward(x: Tensor, w1: Tensor, w3: Tensor, keep: bool, tf32: bool) ->
     store_descriptors = load_descriptors and F * x.element_size() % 16 == 0
     by_descriptor, by_pointer, unaligned = _configs(x.dtype, tf32)
     configs = by_descriptor if load_descriptors else by_pointer if aligned else unaligned
-    if F * x.element_size() % 16:  # stores are element by element: where a thread has more of them, it spills
+    if F * x.element_size() % 16:  # stores are element by element: a thread with more of them spills
         configs = tuple(config for config in configs if config.accumulators <= 64)
 
     def run(config: TileConfig) -> None:
@@ -183,7 +183,7 @@ def launch_backward(grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: 
 
 
 def launch_mlp_forward(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, keep: bool, tf32: bool) -> tuple[Tensor, Tensor]:
-    """As `launch_forward`, for z = y · w2ᵀ (..., O) in the place of y."""
+    """Like `launch_forward`, with z = y · w2ᵀ (..., O) in place of y."""
     y, gate_up = launch_forward(x, w1, w3, keep, tf32)
     with without_autocast(x):
         return torch.nn.functional.linear(y, w2), gate_up
@@ -196,7 +196,7 @@ def launch_mlp_backward(
     C, F = x.shape[-1], w1.shape[0]
     grad_z = grad_z.reshape(-1, w2.shape[0])
     with without_autocast(x):
-        y = grad_z @ w2  # the gradient of y, until the kernel puts y there
+        y = grad_z @ w2  # the gradient of y, until the kernel overwrites it with y
         grad_gate_up = launch_backward_activation(y, gate_up.view(-1, 2 * F), y)
         grad_w2 = grad_z.T @ y
         del y
@@ -205,9 +205,9 @@ def launch_mlp_backward(
 
 
 def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
-    """(M, F) and (M, 2F), both contiguous, to the gradient of gate_up, by the backward kernel.
+    """The gradient of gate_up (M, 2F) from that of y (M, F), both contiguous, by the backward kernel.
 
-    y: where to write silu(gate) · up, if anywhere: (M, F) contiguous, grad_y itself perhaps.
+    y: where to write silu(gate) · up, if anywhere: (M, F) contiguous; may be grad_y itself.
     """
     M, F = grad_y.shape
     grad_gate_up = gate_up.new_empty(gate_up.shape)
@@ -227,7 +227,7 @@ def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None
 
 
 def aot_cases() -> list[AotCase]:
-    """Every candidate at XL/2's shape, and the digits model's widths, whose rows' pitches are odd."""
+    """Every candidate at XL/2's shape, and the digits model's widths, whose row pitches are odd."""
     half, full = torch.bfloat16, torch.float32
     cases = [
         *(_forward_case(16384, 1152, 3072, half, keep) for keep in (False, True)),

@@ -1,7 +1,7 @@
-"""swiglu_mlp(x, w1, w3, w2) = (silu(x · w1ᵀ) · (x · w3ᵀ)) · w2ᵀ: a whole MLP, for the memory that its training takes.
+"""swiglu_mlp(x, w1, w3, w2) = (silu(x · w1ᵀ) · (x · w3ᵀ)) · w2ᵀ: a whole MLP, to save memory in training.
 
-Forward it is `swiglu` and a cuBLAS GEMM. What it is for is the backward pass: w2's gradient wants swiglu's output, F
-columns that a Linear after `swiglu` would keep; here the backward kernel makes them again from what is kept anyway.
+The forward pass is `swiglu` and a cuBLAS GEMM. The point is the backward pass: w2's gradient needs swiglu's output, F
+columns that a Linear after `swiglu` would keep; here the backward kernel recomputes them from what is kept anyway.
 Formulas, what is kept and why, and the kernels: `swiglu_kernels.py`.
 """
 
@@ -22,11 +22,11 @@ def swiglu_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     """(silu(x · w1ᵀ) · (x · w3ᵀ)) · w2ᵀ; swiglu's result is rounded to x's dtype before the last GEMM.
 
     Args:
-        x, w1, w3: as `swiglu` takes them.
+        x, w1, w3: as in `swiglu`.
         w2: (O, F), the weight of nn.Linear(F, O, bias=False); x's dtype, unit last stride.
 
-    Returns: (..., O), x's dtype, contiguous. Differentiable, once, in all four tensors. Where autograd records it, 2F
-        columns are kept for the backward pass beside x: F fewer than by w2 after `swiglu`.
+    Returns: (..., O), x's dtype, contiguous. Differentiable once, in all four tensors. If autograd records it, 2F
+        columns are kept for the backward pass besides x: F fewer than with w2 after `swiglu`.
 
     Raises: ValueError on any other shape, dtype, device mix, or a last stride other than 1.
     Source: arXiv 2002.05202; the MLP of DDT (arXiv 2504.05741).
@@ -97,7 +97,7 @@ def _autograd(ctx: Any, grad_z: Tensor | None, _: Tensor | None) -> tuple[Tensor
     if grad_z is None:  # nothing downstream differentiates z
         return None, None, None, None, None
     x, w1, w3, w2, gate_up = ctx.saved_tensors
-    if not ctx.keep:  # the operator was called directly: nothing was kept, so recompute it
+    if not ctx.keep:  # the operator was called directly and kept nothing: recompute it
         gate_up = swiglu_operator(x, w1, w3, True)[1]
     grad_x, grad_weights, grad_w2 = swiglu_mlp_backward(grad_z, x, w1, w3, w2, gate_up)
     grad_w1, grad_w3 = grad_weights.chunk(2)
@@ -118,7 +118,7 @@ def swiglu_mlp_cost(
 ) -> Cost:
     """Bytes and FLOPs of one call on (batch, tokens, channels) whose result is as wide, or of its backward pass.
 
-    training: the forward also writes what the backward pass reads. swiglu's result between the GEMMs is not plural.
+    training: the forward also writes what the backward pass reads. swiglu's result between the GEMMs is not counted.
     """
     rows, weight = batch * tokens, width * channels
     first = swiglu_cost(batch, tokens, channels, width, dtype, training, backward)

@@ -1,9 +1,9 @@
 """Chooses among an op's few configurations by timing them on the caller's tensors, once per shape and process.
 
 A launcher calls `choose` with its candidates, its cost model's choice, and a function that launches one of them. The
-first call for a key times every candidate, which takes about 0.1 s besides compiling them, waits for the GPU and borrows
-256 MB of its memory to flush the L2 cache between runs; the fastest is kept until the process ends. Nothing is timed
-while a CUDA graph is being captured: a first call there takes the cost model's choice, so call an op once before
+first call for a key times every candidate, which takes about 0.1 s besides compiling them, waits for the GPU and
+borrows 256 MB of its memory to flush the L2 cache between runs; the fastest is kept until the process ends. Nothing is
+timed while a CUDA graph is being captured: a first call there takes the cost model's choice, so call an op once before
 capturing it.
 
 DDT_KERNELS_AUTOTUNE=0 turns timing off: the choice is then the cost model's, a pure function of shape, dtype and chip,
