@@ -1,12 +1,13 @@
 """The norm family's ops as the tests see them: inputs, references, launchers."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ddt_kernels import norm_launch, reference
-from kernel_testing import as_list, assert_as_accurate, check_against_reference
+from kernel_testing import check_against_reference
 
 OPS = (
     "rms_norm_modulate",
@@ -14,6 +15,13 @@ OPS = (
     "gated_residual_layer_norm_modulate",
     "gated_residual",
 )
+FORECAST_OPS = OPS[:3]
+Forecast = tuple[Tensor, Tensor]
+
+
+def norm_of(op: str) -> str:
+    """The launchers' name of the op's norm."""
+    return "rms" if "rms" in op else "layer" if "layer" in op else "none"
 
 
 def input_names(op: str) -> list[str]:
@@ -51,17 +59,16 @@ def make_grads(op: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     return [torch.randn(x.shape, generator=generator).to(x.dtype).to(x.device) for _ in range(count)]
 
 
-def launch_forward(op: str, i: dict[str, Tensor]) -> list[Tensor]:
+def launch_forward(op: str, i: dict[str, Tensor], forecast: Forecast | None = None) -> list[Tensor]:
     """The op's outputs, by its CUDA launcher."""
-    norm = "rms" if "rms" in op else "layer" if "layer" in op else "none"
     modulated = (i["x"], i.get("branch"), i.get("gate"), i.get("weight"), i.get("shift"), i.get("scale"))
-    outputs = norm_launch.launch_forward(*modulated, 1e-6, norm, op.startswith("gated") and norm != "layer")
-    return [output for output in outputs if output is not None]
+    stored = op in ("gated_residual", "gated_residual_rms_norm_modulate")
+    return [y for y in norm_launch.launch_forward(*modulated, 1e-6, norm_of(op), stored, forecast) if y is not None]
 
 
 def launch_backward(op: str, i: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
     """The gradients the op's CUDA launcher writes, by input name."""
-    norm = "rms" if "rms" in op else "layer" if "layer" in op else "none"
+    norm = norm_of(op)
     grad_y = None if norm == "none" else grads[-1]
     grad_residual = grads[0] if op in ("gated_residual", "gated_residual_rms_norm_modulate") else None
     x = None if norm == "none" else i["x"]
@@ -81,10 +88,6 @@ def check_launched(op: str, inputs: dict[str, Tensor]) -> None:
     check_against_reference(getattr(reference, op), inputs, outputs, grads, gradients)
 
 
-FORECAST_OPS = OPS[:3]
-Forecast = tuple[Tensor, Tensor]
-
-
 def make_forecast_inputs(
     op: str, shape: tuple[int, int, int], per_token: bool, dtype: torch.dtype, history: int, device: str = "cpu"
 ) -> tuple[dict[str, Tensor], Forecast]:
@@ -102,26 +105,8 @@ def make_forecast_inputs(
     )
 
 
-def with_forecast(op: str, inputs: dict[str, Tensor], forecast: Forecast) -> list[Tensor]:
-    """The op's outputs in plain PyTorch: the reference on combined modulations."""
-    combined = [t if t.ndim < 4 else reference.forecast(t, *forecast) for t in inputs.values()]
-    return as_list(getattr(reference, op)(*combined))
-
-
-def launch_with_forecast(op: str, i: dict[str, Tensor], forecast: Forecast) -> list[Tensor]:
-    """As launch_forward."""
-    norm = "rms" if "rms" in op else "layer"
-    modulated = (i["x"], i.get("branch"), i.get("gate"), i.get("weight"), i["shift"], i["scale"])
-    stored = op == "gated_residual_rms_norm_modulate"
-    return [y for y in norm_launch.launch_forward(*modulated, 1e-6, norm, stored, forecast) if y is not None]
-
-
-def check_forecast_against_reference(
-    op: str, inputs: dict[str, Tensor], forecast: Forecast, outputs: list[Tensor]
-) -> None:
-    """The tolerance rule; the oracle combines, and does everything else, in fp64."""
-    plain = with_forecast(op, inputs, forecast)
-    oracles = with_forecast(op, {name: t.double() for name, t in inputs.items()}, (forecast[0].double(), forecast[1]))
-    assert len(outputs) == len(oracles)
-    for index, output in enumerate(outputs):
-        assert_as_accurate(f"output {index}", output, plain[index], oracles[index])
+def with_forecast(op: str, forecast: Forecast) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """The op in plain PyTorch: the reference on combined modulations."""
+    return lambda *tensors: getattr(reference, op)(
+        *(t if t.ndim < 4 else reference.forecast(t, *forecast) for t in tensors)
+    )

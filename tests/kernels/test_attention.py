@@ -34,16 +34,6 @@ def test_the_logsumexp_on_a_cpu(dtype, layout):
     check_logsumexp(heads, FORWARD(*heads, 12**-0.5)[1])
 
 
-def test_a_packed_projection_trains():
-    """The layout the op exists for: one GEMM's output in, rows of the next GEMM out."""
-    qkv = torch.randn(2, 5, 3, 3, 12, dtype=FP64, requires_grad=True)
-    made, expected = (function(*qkv.unbind(2)).flatten(2) for function in (ddt_kernels.attention, attend))
-    assert made.shape == (2, 5, 36)
-    torch.testing.assert_close(made, expected)
-    gradients = [torch.autograd.grad(output.square().sum(), qkv)[0] for output in (made, expected)]
-    torch.testing.assert_close(*gradients)
-
-
 def test_scale_defaults_to_the_inverse_root_of_the_head_dim():
     heads = make_heads(SHAPE, FP32)
     assert torch.equal(ddt_kernels.attention(*heads), ddt_kernels.attention(*heads, scale=12**-0.5))

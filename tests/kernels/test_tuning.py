@@ -101,13 +101,9 @@ def test_any_other_value_is_an_error(gpu, monkeypatch, value):
         choose()
 
 
-def test_a_single_candidate_is_not_timed(gpu):
-    assert choose(candidates=("a",)) == "a"
-    assert gpu.timed == []
-
-
-def test_elsewhere_than_on_a_gpu_nothing_is_timed(gpu):
-    assert choose(device=torch.device("cpu")) == "a"
+@pytest.mark.parametrize("only", [{"candidates": ("a",)}, {"device": torch.device("cpu")}], ids=str)
+def test_one_candidate_or_no_gpu_is_not_timed(gpu, only):
+    assert choose(**only) == "a"
     assert gpu.timed == []
 
 

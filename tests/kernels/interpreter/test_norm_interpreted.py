@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from ddt_kernels import norm_launch
-from kernel_testing import BF16, FP16, FP32, assert_all_equal
+from kernel_testing import BF16, FP16, FP32, assert_all_equal, check_against_reference
 from norm_cases import (
     FORECAST_OPS,
     OPS,
-    check_forecast_against_reference,
     check_launched,
-    launch_with_forecast,
+    launch_forward,
     make_forecast_inputs,
     make_inputs,
+    with_forecast,
 )
 
 EVERY_OP = pytest.mark.parametrize("op", OPS)
@@ -69,7 +69,7 @@ def test_fp32_weight_with_bf16_activations():
 
 
 def check_forecast(op, inputs, forecast):
-    check_forecast_against_reference(op, inputs, forecast, launch_with_forecast(op, inputs, forecast))
+    check_against_reference(with_forecast(op, forecast), inputs, launch_forward(op, inputs, forecast))
 
 
 @EVERY_FORECAST_OP
@@ -115,7 +115,7 @@ def test_the_step_selects_the_row(op, history, step, shape, dtype):
 @pytest.mark.parametrize(("history", "step"), [(2, -1), (3, 3)])
 def test_a_step_outside_the_table_is_nan(op, history, step):
     inputs, (weights, _) = make_forecast_inputs(op, (1, 2, 72), True, FP32, history)
-    for output in launch_with_forecast(op, inputs, (weights, torch.tensor([step]))):
+    for output in launch_forward(op, inputs, (weights, torch.tensor([step]))):
         assert output.isnan().all()
 
 
@@ -134,10 +134,10 @@ def test_a_step_outside_the_table_is_nan(op, history, step):
 def test_what_a_zero_weight_drops_may_be_nan(op, row, per_token):
     inputs, (weights, step) = make_forecast_inputs(op, (1, 3, 72), per_token, BF16, len(row))
     weights[1] = torch.tensor(row)
-    expected = launch_with_forecast(op, inputs, (weights, step))
+    expected = launch_forward(op, inputs, (weights, step))
     for tensor in inputs.values():
         if tensor.ndim == 4:
             tensor[weights[1] == 0] = float("nan")
-    made = launch_with_forecast(op, inputs, (weights, step))
+    made = launch_forward(op, inputs, (weights, step))
     assert all(output.isfinite().all() for output in made)
     assert_all_equal(made, expected)
