@@ -1,4 +1,4 @@
-"""Attention as the tests see it: heads in the layouts callers have, and the checks against the reference."""
+"""Inputs for the attention tests, in the layouts callers use, and the checks against the reference."""
 
 from collections.abc import Mapping, Sequence
 

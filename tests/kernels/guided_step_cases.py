@@ -1,4 +1,4 @@
-"""guided_step as the tests see it: inputs and oracle."""
+"""Inputs for the guided_step tests, and the check against the reference."""
 
 import torch
 from torch import Tensor

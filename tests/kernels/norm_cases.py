@@ -1,4 +1,4 @@
-"""The norm family's ops as the tests see them: inputs, references, launchers."""
+"""Inputs, references and launchers for the tests of the norm family."""
 
 import inspect
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def launch_backward(op: str, i: dict[str, Tensor], grads: list[Tensor]) -> dict[
 
 def check_launched(op: str, inputs: dict[str, Tensor]) -> None:
     """The tolerance rule, for what the launchers write. They write no gradient of gated_residual's x and, per token, an
-    empty one of shift: those are the output's."""
+    empty one for shift, since both equal a gradient of an output."""
     grads = make_grads(op, inputs)
     outputs, gradients = launch_forward(op, inputs), launch_backward(op, inputs, grads)
     assert gradients.keys() == inputs.keys() - ({"x"} if op == "gated_residual" else set())

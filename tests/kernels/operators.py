@@ -1,4 +1,4 @@
-"""The differentiable operators, for the tests of what holds for all of them."""
+"""The differentiable operators, for the tests of properties they share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,10 +25,10 @@ class Operator:
 
     make: inputs by name, in order, from (shape, dtype, layout, device). make_grads: gradients of the outputs.
     saved: what the backward operator takes after those gradients, from the inputs and the operator's outputs.
-    constants: what the registered operator takes after the tensors, each of the possible ones.
+    constants: what the registered operator takes after the tensors; all its possible values.
     flops: bounds of the cost function, from the shape and whether it is the backward pass.
     fixed: inputs without gradient. outputs: of the public function; the registered operator may have more.
-    as_reference: on a CPU it is the reference bit for bit.
+    as_reference: on a CPU its results are the reference's, bit for bit. public_options: keywords for gradcheck.
     """
 
     name: str

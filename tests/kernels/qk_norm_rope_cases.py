@@ -1,4 +1,4 @@
-"""qk_norm_rope as the tests see it: inputs, reference, tolerance."""
+"""Inputs for the qk_norm_rope tests, and the check against the reference."""
 
 from collections.abc import Mapping, Sequence
 

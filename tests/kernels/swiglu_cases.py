@@ -1,4 +1,4 @@
-"""swiglu and swiglu_mlp as their tests see them: inputs and gradients."""
+"""Inputs and gradients for the tests of swiglu and swiglu_mlp."""
 
 import torch
 from torch import Tensor

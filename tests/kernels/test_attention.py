@@ -1,4 +1,4 @@
-"""What attention and qkv_attention promise besides: the log-sum-exp, packed layouts, what is kept, tiles."""
+"""attention and qkv_attention: the log-sum-exp, the default scale, what is kept for the backward pass, tiles."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""guided_step as a sampler meets it: what a step computes, operators, compilation, mistakes, costs."""
+"""guided_step: what a step computes, operators, compilation, bad arguments, costs."""
 
 import pytest
 import torch
@@ -163,7 +163,7 @@ NAMES = list(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
 @pytest.mark.parametrize("op", [ddt_kernels.guided_step, ddt_kernels.guided_step_])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_is_checked(op, name):
-    """Whatever the argument: no tensor, another dtype, another device, columns apart, a gradient."""
+    """Each argument is refused as a list, with another dtype, device or column stride, and with a gradient."""
     inputs = fresh(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
     tensor = inputs[name]
     cases = [(tensor.tolist(), r"is a \w+; expected a torch.Tensor")]

@@ -1,4 +1,4 @@
-"""Norms whose modulations are forecast from cached ones: what is summed, operators, compilation, mistakes, costs."""
+"""Norms whose modulations are forecast from cached ones: sums, operators, compilation, bad arguments, costs."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""How the norm family's launchers cut rows into tiles and tokens into programs."""
+"""How the norm family's launchers split rows into tiles and tokens into programs."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What holds for every differentiable operator: results, gradients, compilation, what is refused, costs, graphs."""
+"""Properties of every differentiable operator: results, gradients, compilation, refusals, costs, CUDA graphs."""
 
 import numpy as np
 import pytest
@@ -184,7 +184,7 @@ def arguments_of(ops):
 
 @pytest.mark.parametrize(("op", "name"), arguments_of(NAMED))
 def test_every_argument_is_checked(op, name):
-    """Whatever the argument: no tensor, another dtype, another device, columns apart, a dimension missing."""
+    """Each argument is refused as a list or number, with another dtype, device or column stride, and a dimension short."""
     inputs = op.inputs(FP32, "contiguous")
     tensor, first = inputs[name], next(iter(inputs))
     for wrong in (None, 1.0, [1.0], np.ones(3)):

@@ -1,4 +1,4 @@
-"""What qk_norm_rope promises besides, above all in place; its tiles."""
+"""qk_norm_rope: the in-place variant, the model's arithmetic, tiles."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Wrong shapes and strides, and what is refused besides, with the message: one table for the differentiable operators.
+"""Bad arguments and their messages: one table for the differentiable operators.
 
-What holds for every argument of every operator is in test_operators.py.
+Refusals that apply to every argument of every operator are in test_operators.py.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What swiglu and swiglu_mlp promise besides: what is kept for the backward pass; tiles and machine code."""
+"""swiglu and swiglu_mlp: what is kept for the backward pass, tiles, machine code."""
 
 import re
 import subprocess

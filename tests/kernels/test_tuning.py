@@ -1,4 +1,4 @@
-"""Choosing configurations: who is timed, when nobody is, what is remembered, and that whatever may win is compiled."""
+"""Choosing configurations: what is timed and when, what is remembered, and that every possible winner is compiled."""
 
 import os
 from contextlib import nullcontext
@@ -165,7 +165,7 @@ def swiglu_call(rows, channels, width, dtype=BF16, keep=True, tf32=False):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_whatever_swiglu_may_choose_is_compiled(arch):
+def test_every_tile_swiglu_can_choose_is_compiled(arch):
     shipped = set().union(*(swiglu_tiles(case.run, arch) for case in swiglu_launch.aot_cases()))
     for channels, width in ((1152, 3072), (64, 170), (128, 341), (341, 909), (341, 912), (72, 24)):
         for dtype, tf32 in ((BF16, False), (FP16, False), (FP32, False), (FP32, True)):
@@ -196,7 +196,7 @@ def attention_call(head_dim, dtype=BF16, batch=2, tokens=1000):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_whatever_attention_may_choose_is_compiled(arch):
+def test_every_tile_attention_can_choose_is_compiled(arch):
     """At that head dim or a wider one, which takes more registers."""
     shipped = {}
     for case in attention_launch.aot_cases():
