@@ -20,7 +20,7 @@ from kernel_testing import (
     total_bytes,
     with_gradients,
 )
-from operators import ATTENTION, NAMED, OPERATORS, QKV_ATTENTION, SWIGLU, SWIGLU_MLP, cost
+from operators import ATTENTION, NAMED, OPERATORS, QK_NORM_ROPE, QKV_ATTENTION, SWIGLU, SWIGLU_MLP, cost
 
 EVERY_OPERATOR = pytest.mark.parametrize("op", OPERATORS, ids=str)
 EVERY_NAME = pytest.mark.parametrize("op", NAMED, ids=lambda op: op.name)
@@ -184,17 +184,13 @@ def arguments_of(ops):
 
 @pytest.mark.parametrize(("op", "name"), arguments_of(NAMED))
 def test_every_argument_is_checked(op, name):
-    """Each argument is refused as a list or number, with another dtype, device or column stride, and a dimension short."""
+    """Refused: anything but a tensor; another dtype, device or column stride; one dimension less."""
     inputs = op.inputs(FP32, "contiguous")
     tensor, first = inputs[name], next(iter(inputs))
-    for wrong in (None, 1.0, [1.0], np.ones(3)):
-        message = rf"^{op.name}: {name} is a {type(wrong).__name__}; expected a torch.Tensor$"
-        with pytest.raises(ValueError, match=message):
-            op.public(*(inputs | {name: wrong}).values())
+    others = (None, 1.0, [1.0], np.ones(3))
+    cases = [(other, f"is a {type(other).__name__}; expected a torch.Tensor$") for other in others]
     strided = tensor.repeat_interleave(2, -1)[..., ::2]
-    cases = [
-        (strided, r"has strides \(.*\); expected (a last stride of 1|a contiguous tensor|its last three dimensions)")
-    ]
+    cases += [(strided, r"has strides \(.*\); expected (a last stride of 1|a contiguous tensor|its last three dim)")]
     if name == first:
         kinds = r"expected bfloat16, float16 or float32 \(float64 on a CPU only\)"
         cases += [(tensor.int(), f"is torch.int32 on cpu; {kinds}")]
@@ -206,17 +202,18 @@ def test_every_argument_is_checked(op, name):
         ]
     if not (op.name.startswith("swiglu") and name == "x"):  # which takes any number of dimensions
         cases += [(tensor[0], r"has shape \(.*\); expected ")]
-    for wrong, message in cases:
-        with pytest.raises(ValueError, match=f"^{op.name}: {name} {message}"):
-            op.public(*(inputs | {name: wrong}).values())
+    for function in (op.name, "qk_norm_rope_") if op == QK_NORM_ROPE else (op.name,):
+        for wrong, message in cases:
+            with pytest.raises(ValueError, match=f"^{function}: {name} {message}"):
+                getattr(ddt_kernels, function)(*(inputs | {name: wrong}).values())
 
 
 @pytest.mark.parametrize("op", [op for op in NAMED if "swiglu" not in op.name], ids=lambda op: op.name)
-@pytest.mark.parametrize("value", ["a", 0, -1e-6, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["a", None, 0, -1e-6, float("nan"), float("inf")])
 def test_eps_and_scale_are_finite_and_positive(op, value):
     inputs = op.inputs()
     names = {"gated_residual": (), "attention": ("scale",), "qkv_attention": ("eps", "scale")}.get(op.name, ("eps",))
-    for name in names:
+    for name in names if value is not None else {*names} - {"scale"}:  # whose default is None
         with pytest.raises(ValueError, match=f"^{op.name}: {name} is {value!r}; expected a finite number above 0$"):
             op.public(*inputs.values(), **{name: value})
 
