@@ -3,7 +3,7 @@
 The parameters and names of `reference.DDT`, merged on the way in, split on the way out:
 
 - a block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
-  norm after it are one pass, also across block boundaries; trained, whatever is between qkv and proj is one operator,
+  norm after it are one pass, also across block boundaries; in training, all between qkv and proj is one operator,
   and so is the whole MLP, for what they keep;
 - all modulations of the encoder are one GEMM on c, all of the decoder and the final layer one GEMM on the state.
 
@@ -210,7 +210,7 @@ class FusedDDT(DDTBase):
         forecast: Forecast | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left
-        undone: x + gate * branch belongs to whatever norm comes next."""
+        undone: x + gate * branch is part of the norm that comes next."""
         branch = gate = None
         for i, block in enumerate(blocks):
             *parts, next_gate = modulation[6 * i : 6 * i + 6]
@@ -235,12 +235,12 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight is all there is to it: it is neither quantised nor adapted, and no hook waits for its call."""
+    """Whether its weight is all that matters: it is neither quantised nor adapted, and no hook waits for its call."""
     return _is_alone(layer) and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def _is_alone(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether nobody else sees its output: adapters in its place and hooks may keep it, or change its weight first."""
+    """Whether nobody else sees its output: adapters and hooks may keep it, or change its weight first."""
     hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooked
 

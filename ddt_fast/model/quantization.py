@@ -213,8 +213,7 @@ def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def pack_int8_weight(weight: Tensor) -> Tensor | None:
-    """int8 weight (N, K) packed for `packed_int8_gemm`; None where there is no such GEMM, as there always is
-    torch._int_mm.
+    """int8 weight (N, K) packed for `packed_int8_gemm`; None where there is no such GEMM, and torch._int_mm serves.
 
     It needs x86's int8 units: without them oneDNN adds pairs of uint8 products in 16 bits, which saturate.
     """

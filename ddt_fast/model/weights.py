@@ -144,8 +144,10 @@ def _read_sets(source: Path) -> LightningWeights:
         return read_lightning(source)
     if not source.is_dir():
         return LightningWeights(_read_safetensors(source), {}, {}, [])
-    files = (source / RAW_NAME, source / PROJECTOR_NAME)
-    return LightningWeights(read_folder(source), *(_read_safetensors(f) if f.is_file() else {} for f in files), [])
+    raw, projector = (
+        _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
+    )
+    return LightningWeights(read_folder(source), raw, projector, [])
 
 
 def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
