@@ -193,7 +193,12 @@ def _card(experiment: Experiment, provenance: Provenance, is_pipeline: bool, lic
     model, data, training = experiment.model, experiment.data, provenance.training
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in DDT(model).parameters())
-    results = _eval_results(provenance.metrics)
+    reference = _reference(provenance.metrics)
+    results = [  # as the Hub's front matter has them: numbers against a named reference
+        EvalResult(_TASK, "image-folder", reference, metric_type=_cell(metric), metric_value=value)
+        for metric, value in (provenance.metrics.get("metrics") or {}).items()
+        if reference and isinstance(value, int | float)
+    ]
     card_data = ModelCardData(
         license=license,
         library_name="ddt-fast",
@@ -241,22 +246,13 @@ def _scores(provenance: Provenance) -> dict[str, Mapping[str, Any]]:
     if values := provenance.metrics.get("metrics"):
         count, reference = (provenance.metrics.get("samples") or {}).get("num_images"), _reference(provenance.metrics)
         title = f"{count:,} samples" if count else "Samples"
-        tables[title + (f", against {_cell(reference)}" if reference else "")] = values
+        tables[title + (f", against {reference}" if reference else "")] = values
     return tables
 
 
 def _reference(metrics: Mapping[str, Any]) -> str:
-    return Path(str((metrics.get("reference") or {}).get("source") or "")).name
-
-
-def _eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """The scores as the Hub's front matter has them: numbers against a named reference."""
-    name = _cell(_reference(metrics))
-    return [
-        EvalResult(_TASK, dataset_type="image-folder", dataset_name=name, metric_type=_cell(metric), metric_value=value)
-        for metric, value in (metrics.get("metrics") or {}).items()
-        if name and isinstance(value, (int, float))
-    ]
+    """What the scores are against, without its folder; "" if unknown."""
+    return _cell(Path(str((metrics.get("reference") or {}).get("source") or "")).name)
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -127,6 +127,7 @@ def test_random_configurations_agree_with_the_reference(
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiles_as_one_graph_forward_and_backward(dtype):
     io = golden.tensors("tiny_h48_d24")
@@ -143,6 +144,7 @@ def test_compiles_as_one_graph_forward_and_backward(dtype):
     assert relative_error(gradients[1], gradients[0]) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_blocks", "quantized"), [(5, False), (12, False), (5, True)])
 def test_parts_are_compiled_in_place_and_depth_costs_nothing(monkeypatch, num_blocks, quantized):
     # Dynamo alone: Inductor's C++ takes minutes, and benchmarks.cpu_sampling checks its numbers.

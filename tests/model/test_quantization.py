@@ -198,21 +198,15 @@ def test_what_cannot_be_done_is_an_error(call, message):
         ({"avx2": True, "amx_bf16": False, "avx_vnni": True}, False, True),
         ({"neon": True, "bf16": True}, True, False),
         ({}, False, False),
+        (None, True, False),  # a PyTorch without a table of them
     ],
 )
 def test_units_of_the_cpu(monkeypatch, units, bf16, int8):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
-    assert cpu_has_bf16() is bf16
-    assert cpu_has_int8() is int8
-
-
-def test_units_of_the_cpu_where_torch_has_no_table(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    for name, has in (
-        ("_is_avx512_bf16_supported", True),
-        ("_is_vnni_supported", False),
-        ("_is_amx_tile_supported", False),
-    ):
-        monkeypatch.setattr(torch.cpu, name, lambda has=has: has)
-    assert cpu_has_bf16()
-    assert not cpu_has_int8()
+    if units is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        has = {"_is_avx512_bf16_supported": True, "_is_vnni_supported": False, "_is_amx_tile_supported": False}
+        for name, supported in has.items():
+            monkeypatch.setattr(torch.cpu, name, lambda supported=supported: supported)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert (cpu_has_bf16(), cpu_has_int8()) == (bf16, int8)

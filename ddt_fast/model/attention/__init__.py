@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddt_fast.device import cpu_has_bf16
-from ddt_fast.model.attention.backends import BACKENDS, _sdpa, preferences, unavailable
+from ddt_fast.model.attention.backends import BACKENDS, preferences, sdpa, unavailable
 
 AttentionBackend = str
 """"auto", or the name of one of `BACKENDS`."""
@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto
     if torch.compiler.is_compiling() and backend == "auto" and q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and q.shape[1] <= FEW_TOKENS_COMPILED and _has_bf16():
             return _two_gemms(q, k, v)
-        return _sdpa(q, k, v)  # lets Inductor choose; left to PyTorch it is flash attention
+        return sdpa(q, k, v)  # lets Inductor choose; left to PyTorch it is flash attention
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return BACKENDS[backend_for(q, backend, gradient)].call(q, k, v)
 

@@ -32,8 +32,8 @@ class Backend:
 
     Attributes:
         call: q, k, v (B, N, H, D) → (B, N, H, D).
-        module: a package to look for, and to import unless `function` is None.
-        function: what `call` takes from that package.
+        module: a package to look for.
+        function: what `call` takes from that package: imported when first needed, see `_imported`.
         install: how to get it.
         capability: the oldest compute capability it runs on.
         before: the first that is too new.
@@ -44,7 +44,7 @@ class Backend:
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     module: str | None = None
-    function: str | None = "flash_attn_func"
+    function: str | None = None
     install: str = "a CUDA build of PyTorch"
     capability: tuple[int, int] = (8, 0)
     before: tuple[int, int] = (1000, 0)
@@ -53,13 +53,13 @@ class Backend:
     max_head_dim: int = 256
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def _sdpa_only(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(kernel):
-        return _sdpa(q, k, v)
+        return sdpa(q, k, v)
 
 
 def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -86,7 +86,6 @@ BACKENDS = {
     "triton": Backend(
         ddt_kernels.attention,
         "triton",
-        function=None,
         install="pip install triton",
         dtypes=(*HALF, torch.float32),
         multiple=4,
@@ -95,12 +94,14 @@ BACKENDS = {
     "flash_attn_2": Backend(
         partial(_flash_attn, "flash_attn_2"),
         "flash_attn",
+        "flash_attn_func",
         install="pip install flash-attn --no-build-isolation",
         multiple=1,
     ),
     "flash_attn_3": Backend(
         partial(_flash_attn, "flash_attn_3"),
         "flash_attn_interface",
+        "flash_attn_func",
         install="build hopper/ of github.com/Dao-AILab/flash-attention",
         capability=(9, 0),
         before=(10, 0),
@@ -108,6 +109,7 @@ BACKENDS = {
     "flash_attn_4": Backend(
         partial(_flash_attn, "flash_attn_4"),
         "flash_attn.cute",
+        "flash_attn_func",
         install="pip install --pre flash-attn-4",
         capability=(9, 0),
         max_head_dim=128,
