@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from benchmarks.cases import (
 )
 from benchmarks.peers import Peer, compiled, liger, liger_rms_norm_modulate, liger_swiglu, liger_swiglu_mlp
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, SHAPES, Shape, randn
-from ddt_fast.model.attention import CONCRETE_BACKENDS, AttentionBackend, attention, available_backends
+from ddt_fast.model.attention import CONCRETE_BACKENDS, attention, available_backends
 from ddt_fast.model.base import rotary_tables
 from ddt_kernels import Cost, reference
 
@@ -222,7 +222,7 @@ def attention_cases(shape: Shape) -> Iterator[Case]:
         return function(*qkv.unbind(2))
 
     def backend(name: str) -> Peer:
-        function = partial(attention, backend=cast(AttentionBackend, name))
+        function = partial(attention, backend=name)
 
         def peer(wrap: Callable[[Callable[..., Any]], Run]) -> Variant | str:
             reason = available_backends(DEVICE, DTYPE, shape.head_dim)[name]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Case, Inputs, Run, Variant, Workload, wider
-from benchmarks.models import Model, as_vector, lively_std, random_model, released_gradients
+from benchmarks.models import Model, as_vector, compiled_copy, lively_std, random_model, released_gradients
 from benchmarks.peers import COMPILE, MAX_AUTOTUNE, NEEDS_GPU, not_installed
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name, randn
 from ddt_fast.config import DDTConfig
@@ -88,7 +88,7 @@ def model_case(
         fused = FusedDDT.from_reference(reference)
         autotuned = Variant(**ddt(reference, compile_whole("max-autotune")))
         variants: dict[str, Variant | str] = {EAGER: Variant(**ddt(reference)), FUSED: Variant(**ddt(fused), ours=True)}
-        variants[FUSED_COMPILED] = Variant(**ddt(fused, lambda _: fused.compiled()), ours=True)
+        variants[FUSED_COMPILED] = Variant(**ddt(fused, lambda _: compiled_copy(fused)), ours=True)
         ways: dict[str, Variant | str] = {
             BY_BLOCK: Variant(**ddt(by_block := copy.deepcopy(reference), lambda _: compile_blocks(by_block))),
             COMPILE: Variant(**ddt(reference, compile_whole("default"))),

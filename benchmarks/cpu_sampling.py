@@ -30,13 +30,12 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.measure import relative_error
-from benchmarks.models import PUBLISHED, SETTINGS, WEIGHTS, Model, published_run, random_model
+from benchmarks.models import PUBLISHED, SETTINGS, WEIGHTS, Model, compiled_copy, published_run, random_model
 from benchmarks.step_costs import StepCosts, composed
 from benchmarks.timing import interleave, timed
 from ddt_fast.command import run_command
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.model.packed import pack_bf16
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
@@ -51,11 +50,11 @@ def variants(reference: DDT) -> dict[str, Model]:
     """Every way to run the model, the reference first."""
     fused = FusedDDT.from_reference(reference)
     eager = {"fp32": fused, "int8": quantize_int8(fused)}
-    eager["bf16"] = pack_bf16(FusedDDT.from_reference(reference).to(torch.bfloat16))
+    eager["bf16"] = FusedDDT.from_reference(reference).to(torch.bfloat16)
     models: dict[str, Model] = {REFERENCE: reference}
     for name in ("fp32", "bf16", "int8"):
         models[f"{name} eager"] = eager[name]
-        models[f"{name} compiled"] = eager[name].compiled()
+        models[f"{name} compiled"] = compiled_copy(eager[name])
     return models
 
 

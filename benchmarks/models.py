@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -45,6 +46,13 @@ def random_model(config: DDTConfig, std: float = 0.02, device: torch.device | st
 
 
 @torch.no_grad()
+def compiled_copy(model: FusedDDT) -> FusedDDT:
+    """A compiled copy that shares the model's weights."""
+    result = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    result.compile_parts()
+    return result
+
+
 def published_run(model: DDT, noise: Tensor, labels: Tensor, config: SamplingConfig) -> Tensor:
     """Euler as published: both branches in one batch of 2B at every step, whether guidance reads them or not;
     noise and result float32."""

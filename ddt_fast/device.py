@@ -14,8 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is the GPU of
-    this process's own. ValueError where it is not usable."""
+    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is this
+    process's own GPU. ValueError where it is not usable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = process_ranks()

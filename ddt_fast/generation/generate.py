@@ -26,7 +26,6 @@ from ddt_fast.generation.seeds import IntArray, Job, assign_labels
 from ddt_fast.generation.shards import Images, differences
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import AttentionBackend, resolve_backend
-from ddt_fast.model.packed import pack_bf16
 from ddt_fast.model.quantization import quantization_error, quantize_int8
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
 from ddt_fast.provenance import device_name, environment, weights_sha256
@@ -324,7 +323,7 @@ def _engine_model(
     backend = resolve_backend(attention, parameter.device, parameter.dtype, config.head_dim)
     model = FusedDDT.from_reference(reference, attention)
     if quantize is None:
-        return pack_bf16(model), f"{dtype}, attention {backend}"
+        return model, f"{dtype}, attention {backend}"
     quantized = quantize_int8(model)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)

@@ -1,4 +1,4 @@
-"""What every DDT shares: images outside, tokens inside, and the few steps in which samplers take it apart.
+"""What every DDT shares: images outside, tokens inside, and the few steps that samplers call one by one.
 
 Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, the widths of what the encoder and the decoder are
 modulated by. Source: arXiv 2504.05741.
@@ -26,11 +26,11 @@ Forecast = tuple[Tensor, Tensor]
 class DDTBase(nn.Module):
     """A condition encoder (x, t, y) → state and a velocity decoder (x, state) → v.
 
-    The decoder meets t and y only through the state, so everything it derives from the state (`decoder_modulations`)
-    can be kept for as long as the state is; and the encoder's own modulations (`condition`) depend on t and y alone.
+    The decoder sees t and y only through the state, so everything it derives from the state (`decoder_modulations`)
+    can be kept as long as the state; the encoder's own modulations (`condition`) depend on t and y alone.
 
     Attributes:
-        gradient_checkpointing: a forward pass that will be differentiated keeps the inputs of its blocks only, and
+        gradient_checkpointing: a forward pass that will be differentiated keeps only the inputs of its blocks, and
             backward runs each block again: less memory, a third more work.
     """
 
@@ -66,7 +66,7 @@ class DDTBase(nn.Module):
 
         Args:
             x, t, y: as `forward` takes them.
-            block: of how many encoder blocks, 1 to num_encoder_blocks, the output is wanted; None for none.
+            block: return the output of this encoder block, 1 to num_encoder_blocks; None for no output.
 
         Returns:
             velocity, state, and that output, (B, N, C).
@@ -124,7 +124,7 @@ class DDTBase(nn.Module):
     def _encode(
         self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`encode_tokens`, and the tokens after that many blocks, if any are wanted."""
+        """`encode_tokens`, and the tokens after that many blocks; None for None."""
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
@@ -153,7 +153,7 @@ class DDTBase(nn.Module):
         """
 
     def _call(self, block: nn.Module, *arguments: Any) -> Any:
-        """block(*arguments), its inner results kept for backward or not."""
+        """block(*arguments), checkpointed if asked for."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)
@@ -163,7 +163,7 @@ def rotary_tables(head_dim: int, rows: int, columns: int, device: torch.device |
     """cos and sin of the 2-D rotary embedding, each (rows * columns, head_dim / 2) float32, one angle a pair.
 
     Pairs alternate: even pairs turn with the column (x), odd pairs with the row (y), pairs 2k and 2k + 1 at frequency
-    10000^(-4k / head_dim). Positions span 0 to 16 whatever the size, so other resolutions see the same range.
+    10000^(-4k / head_dim). Positions span 0 to 16 at every size, so all resolutions see the same range.
     """
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
     x = torch.linspace(0, 16, columns, device=device)
@@ -177,7 +177,7 @@ def patchify(x: Tensor, config: DDTConfig) -> Tensor:
     """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), a token's features in (channel, row,
     column) order; ValueError for any other shape."""
     if x.ndim != 4 or x.shape[1] != config.in_channels:
-        raise ValueError(f"x has shape {tuple(x.shape)}; wanted (B, {config.in_channels}, height, width)")
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, {config.in_channels}, height, width)")
     config.num_tokens(*x.shape[2:])
     return F.unfold(x, kernel_size=config.patch_size, stride=config.patch_size).transpose(1, 2)
 
@@ -192,4 +192,4 @@ def check_state(state: Tensor, x: Tensor, config: DDTConfig) -> None:
     """ValueError unless `state` is (B, N, C) for x."""
     expected = (x.shape[0], config.num_tokens(*x.shape[2:]), config.hidden_size)
     if state.shape != expected:
-        raise ValueError(f"state has shape {tuple(state.shape)}; wanted {expected} for x {tuple(x.shape)}")
+        raise ValueError(f"state has shape {tuple(state.shape)}; expected {expected} for x {tuple(x.shape)}")

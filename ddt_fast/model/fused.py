@@ -3,7 +3,7 @@
 The parameters and names of `reference.DDT`, merged on the way in, split on the way out:
 
 - a block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
-  norm after it are one pass, also across block boundaries; trained, whatever is between qkv and proj is one operator,
+  norm after it are one pass, also across block boundaries; in training, all between qkv and proj is one operator,
   and so is the whole MLP, for what they keep;
 - all modulations of the encoder are one GEMM on c, all of the decoder and the final layer one GEMM on the state.
 
@@ -12,9 +12,9 @@ On a CPU every operation is ddt_kernels' plain PyTorch one.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeGuard, cast
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,7 @@ class FusedAttention(Attention):
 
 
 class FusedBlock(nn.Module):
-    """A block without adaLN_modulation. What runs it is handed in, since one compiled function serves all blocks; it is
-    called as a module for the sake of hooks, such as FSDP's."""
+    """A block without adaLN_modulation, which `FusedDDT` merges with those of the other blocks."""
 
     def __init__(self, config: DDTConfig, backend: AttentionBackend) -> None:
         super().__init__()
@@ -74,14 +73,44 @@ class FusedBlock(nn.Module):
         self.norm2 = RMSNorm(config.hidden_size)
         self.mlp = FusedSwiGLU(config)
 
-    def forward(self, run: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
-        return run(self, *arguments)
+    def forward(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        modulation: Sequence[Tensor],
+        rotary: Rotary,
+        forecast: Forecast | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x, branch) after the block from (x, branch, gate) before it: the stream is x + gate * branch, and x alone
+        before the first block, where branch and gate are None.
+
+        modulation: shift_msa, scale_msa, gate_msa, shift_mlp and scale_mlp. The block's own gate_mlp belongs to whoever
+        adds the branch, and is the next block's `gate`.
+        """
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation
+        if branch is None or gate is None:
+            y = rms_norm_modulate(x, self.norm1.weight, shift_msa, scale_msa, forecast=forecast)
+        else:
+            x, y = gated_residual_rms_norm_modulate(
+                x, branch, gate, self.norm1.weight, shift_msa, scale_msa, forecast=forecast
+            )
+        attended = self.attn(y, *rotary)
+        x, y = gated_residual_rms_norm_modulate(
+            x, attended, gate_msa, self.norm2.weight, shift_mlp, scale_mlp, forecast=forecast
+        )
+        return x, self.mlp(y)
 
 
 class FusedFinalLayer(nn.Module):
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.hidden_size, config.in_channels * config.patch_size**2)
+
+    def forward(
+        self, h: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, forecast: Forecast | None
+    ) -> Tensor:
+        return self.linear(gated_residual_layer_norm_modulate(h, branch, gate, shift, scale, forecast=forecast))
 
 
 class FusedDDT(DDTBase):
@@ -106,7 +135,6 @@ class FusedDDT(DDTBase):
         self.blocks = nn.ModuleList(FusedBlock(config, attention_backend) for _ in range(config.num_blocks))
         self.encoder_modulation = nn.Linear(c, self.condition_size)
         self.decoder_modulation = nn.Linear(c, self.modulation_size)
-        self._functions = _Functions()
         self.register_state_dict_post_hook(_split_modulations)
         self.register_load_state_dict_pre_hook(_merge_modulations)
         self.load_state_dict(DDT(config).state_dict())
@@ -121,16 +149,22 @@ class FusedDDT(DDTBase):
         fused.load_state_dict(model.state_dict())
         return fused.train(model.training).requires_grad_(parameter.requires_grad)
 
-    def compiled(self) -> FusedDDT:
-        """This model, its parameters shared, on functions that torch.compile compiles at their first calls, once for
-        each shape: the function that runs a block serves every block, so there is one block to compile, not all."""
-        model = copy.copy(self)
-        # Past dynamo's limit, 8, a function would run eagerly: one plan alone may call the block's in 8 ways.
+    def compile_parts(self) -> None:
+        """Compile in place: blocks, final layer, modulations and state, each at its first calls, once for each shape.
+        All blocks share one compiled function, so the depth of the model costs nothing; hooks run outside of it."""
+        # Past dynamo's limit, 8, a function would run eagerly: one plan alone may call a block in 8 ways.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 128)
-        compiled = [torch.compile(function, dynamic=False, fullgraph=True) for function in self._functions]
-        model._functions = _Functions(*cast(list[Any], compiled))
-        return model
+        parts: list[tuple[str, Sequence[nn.Module]]] = [
+            ("forward", self._blocks(slice(None))),
+            ("forward", [self.final_layer]),
+            ("decoder_modulations", [self]),
+            ("_state", [self]),
+        ]
+        for name, modules in parts:
+            compiled = torch.compile(getattr(type(modules[0]), name), dynamic=False, fullgraph=True)
+            for module in modules:
+                setattr(module, name, MethodType(compiled, module))  # which a deep copy binds to the copy
 
     @property
     def condition_size(self) -> int:
@@ -151,10 +185,13 @@ class FusedDDT(DDTBase):
         if split == len(blocks):
             return F.silu(t_embedding + s), features
         s, branch, gate = self._run(blocks[split:], s, chunks[6 * split :], rotary)
-        return self._functions.state(t_embedding, s, branch, gate), features
+        return self._state(t_embedding, s, branch, gate), features
+
+    def _state(self, t_embedding: Tensor, s: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+        return F.silu(t_embedding + gated_residual(s, branch, gate))
 
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        return self._functions.linear(self.decoder_modulation, state, out)
+        return _linear(self.decoder_modulation, state, out)
 
     def decode_tokens(
         self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
@@ -162,7 +199,7 @@ class FusedDDT(DDTBase):
         blocks = self._blocks(slice(self.config.num_encoder_blocks, None))
         *chunks, shift, scale = modulations.chunk(6 * len(blocks) + 2, dim=-1)
         h, branch, gate = self._run(blocks, self.x_embedder(tokens), chunks, rotary, forecast)
-        return self._functions.velocity(self.final_layer, h, branch, gate, shift, scale, forecast)
+        return self.final_layer(h, branch, gate, shift, scale, forecast)
 
     def _run(
         self,
@@ -173,11 +210,11 @@ class FusedDDT(DDTBase):
         forecast: Forecast | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left
-        undone: x + gate * branch belongs to whatever norm comes next."""
+        undone: x + gate * branch is part of the norm that comes next."""
         branch = gate = None
         for i, block in enumerate(blocks):
             *parts, next_gate = modulation[6 * i : 6 * i + 6]
-            x, branch = self._call(block, self._functions.block, x, branch, gate, parts, rotary, forecast)
+            x, branch = self._call(block, x, branch, gate, parts, rotary, forecast)
             gate = next_gate
         assert branch is not None
         assert gate is not None
@@ -198,64 +235,14 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight is all there is to it: it is neither quantised nor adapted, and no hook waits for its call."""
+    """Whether its weight is all that matters: it is neither quantised nor adapted, and no hook waits for its call."""
     return _is_alone(layer) and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def _is_alone(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether nobody else sees its output: adapters in its place and hooks may keep it, or change its weight first."""
+    """Whether nobody else sees its output: adapters and hooks may keep it, or change its weight first."""
     hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooked
-
-
-def _run_block(
-    block: FusedBlock,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    modulation: Sequence[Tensor],
-    rotary: Rotary,
-    forecast: Forecast | None,
-) -> tuple[Tensor, Tensor]:
-    """(x, branch) after a block, from (x, branch, gate) before it, branch and gate None before the first; modulation is
-    all but the block's own gate_mlp, which is the next gate."""
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation
-    if branch is None or gate is None:
-        y = rms_norm_modulate(x, block.norm1.weight, shift_msa, scale_msa, forecast=forecast)
-    else:
-        x, y = gated_residual_rms_norm_modulate(
-            x, branch, gate, block.norm1.weight, shift_msa, scale_msa, forecast=forecast
-        )
-    attended = block.attn(y, *rotary)
-    x, y = gated_residual_rms_norm_modulate(
-        x, attended, gate_msa, block.norm2.weight, shift_mlp, scale_mlp, forecast=forecast
-    )
-    return x, block.mlp(y)
-
-
-def _state(t_embedding: Tensor, s: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return F.silu(t_embedding + gated_residual(s, branch, gate))
-
-
-def _velocity(
-    layer: FusedFinalLayer,
-    h: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    forecast: Forecast | None,
-) -> Tensor:
-    return layer.linear(gated_residual_layer_norm_modulate(h, branch, gate, shift, scale, forecast=forecast))
-
-
-class _Functions(NamedTuple):
-    """What a forward pass consists of, in the order of execution; `FusedDDT.compiled` replaces them all."""
-
-    block: Callable[..., tuple[Tensor, Tensor]] = _run_block
-    state: Callable[..., Tensor] = _state
-    linear: Callable[..., Tensor] = _linear
-    velocity: Callable[..., Tensor] = _velocity
 
 
 def _released_names(config: DDTConfig) -> dict[str, list[tuple[str, int]]]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 _PROJECTOR_NAMES = [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
 _LIGHTNING_VERSION = "2.5.0.post0"
 
-# What hyperparameters and callbacks usually consist of: passed over without asking.
+# What hyperparameters and callbacks usually consist of; passed over without asking.
 _PASSED_OVER = re.compile(
     r"(argparse|collections|copyreg|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..*"
     r"|(jsonargparse|lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning)\..*"
@@ -47,8 +47,8 @@ class LightningWeights:
         projector: REPA's, by the names "0.weight", "0.bias", ... "4.bias" of an nn.Sequential with SiLUs between.
         other: names of everything else in the file.
 
-    Each may be empty, but not both ema and raw. Copy before changing in place: tensors may share their memory with each
-    other (equal weights are stored once) or with the file.
+    Each may be empty, but not both ema and raw. Copy before changing in place: tensors may share memory with each other
+    (equal weights are stored once) or with the file.
     """
 
     ema: dict[str, Tensor]
@@ -58,8 +58,6 @@ class LightningWeights:
 
     def take(self, which: WeightSet, file: Path) -> dict[str, Tensor]:
         """The weights asked for; ValueError where `file`, which they were read from, has none."""
-        if which not in get_args(WeightSet):
-            raise ValueError(f"weights is {which!r}; allowed: {', '.join(get_args(WeightSet))}")
         found: dict[str, Tensor] = getattr(self, which)
         if not found:
             other = "raw" if which == "ema" else "ema"
@@ -68,25 +66,25 @@ class LightningWeights:
 
 
 def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeights:
-    """Read a Lightning .ckpt. No code in it runs: only tensors are rebuilt, memory-mapped, in their own dtype; whatever
-    else it holds is passed over.
+    """Read a Lightning .ckpt. No code in it runs: only tensors are rebuilt, memory-mapped, in their own dtype;
+    everything else is passed over.
 
     Args:
         path: the file.
         skip: packages or "package.name" of further objects to pass over, where the file is refused because of them.
 
     Raises:
-        ValueError: missing or corrupt file, objects that no checkpoint needs (none of them is made), or no DDT in it.
+        ValueError: missing or corrupt file, objects that no checkpoint needs (none is made), or no DDT in it.
         OSError: it cannot be read.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"checkpoint {file} does not exist")
-    file.open("rb").close()  # one that may not be read is not a damaged one
+    file.open("rb").close()  # a file that may not be read is not a damaged one
     content = _unpickle(file, list(skip))
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint of Lightning: it holds no state_dict")
+        raise ValueError(f"checkpoint {file} is corrupt or not a Lightning checkpoint: it holds no state_dict")
     sets: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PREFIXES}
     other = [str(key) for key in content if key != "state_dict"]
     for name, tensor in state.items():
@@ -160,20 +158,20 @@ def check_projector(projector: dict[str, Tensor], hidden_size: int, file: Path) 
     that begin with the model's width."""
     if projector.keys() != set(_PROJECTOR_NAMES):
         wrong = sorted(projector.keys() ^ set(_PROJECTOR_NAMES))
-        what = "lacks" if wrong[0] in _PROJECTOR_NAMES else "has besides"
-        raise ValueError(f"the REPA projector in {file} {what} {wrong[0]}; wanted {', '.join(_PROJECTOR_NAMES)}")
+        what = "lacks" if wrong[0] in _PROJECTOR_NAMES else "also has"
+        raise ValueError(f"the REPA projector in {file} {what} {wrong[0]}; expected {', '.join(_PROJECTOR_NAMES)}")
     widths = [hidden_size]
     for name, bias in zip(_PROJECTOR_NAMES[::2], _PROJECTOR_NAMES[1::2], strict=True):
         shape = tuple(projector[name].shape)
         if len(shape) != 2 or shape[1] != widths[-1] or tuple(projector[bias].shape) != shape[:1]:
             seen = f"{name} is {shape}, {bias} {tuple(projector[bias].shape)}"
-            raise ValueError(f"the REPA projector in {file} does not fit: {seen}; wanted an input of {widths[-1]}")
+            raise ValueError(f"the REPA projector in {file} does not fit: {seen}; expected an input of {widths[-1]}")
         widths.append(shape[0])
     return tuple(widths)
 
 
 class _PassedOver:
-    """Takes the place of an object that is not needed: made from anything, it does nothing."""
+    """Stands in for an object that is not needed: made from anything, it does nothing."""
 
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)
@@ -184,7 +182,7 @@ class _PassedOver:
 
 
 class _PassedOverDict:
-    """Takes the place of a class of dictionaries; torch's unpickler fills plain ones only."""
+    """Stands in for a class of dictionaries, of which torch's unpickler fills plain ones only."""
 
     def __new__(cls, *_: Any) -> Any:
         return {}
@@ -206,7 +204,7 @@ def _unpickle(file: Path, skip: list[str]) -> Any:
         lines = str(error).splitlines() or [type(error).__name__]
         # torch's first line advises to load with weights_only=False.
         reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint, nothing of it was run: {reason}") from error
+        raise ValueError(f"checkpoint {file} is corrupt or not a checkpoint, nothing was run: {reason}") from error
 
 
 class _Refused(ValueError):
@@ -232,6 +230,6 @@ def _refusal(file: Path, names: list[str]) -> str:
         return f"{seen}; no checkpoint of a model needs that: do not trust this file"
     packages = " ".join(sorted({name.partition(".")[0] for name in names}))
     return (
-        f"{seen}; to take the weights alone and pass over those objects, which runs nothing of them: "
+        f"{seen}; to read the weights alone and pass over those objects, without running them: "
         f"python -m ddt_fast.convert {file} OUT --skip {packages}"
     )

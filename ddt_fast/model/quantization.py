@@ -1,26 +1,32 @@
 """8-bit inference on a CPU (W8A8).
 
-A Linear's weights become int8, one scale an output channel; what it is applied to becomes 8 bits at every call, one
-scale a token. Both are symmetric, the largest magnitude is 127. Products are summed exactly, in int32, and scaled:
+A Linear's weights become int8, one scale per output channel; its input becomes 8 bits at every call, one scale per
+token. Both are symmetric, the largest magnitude is 127. Products are summed exactly, in int32, and scaled:
 
     y[m, n] = scale_x[m] * scale_w[n] * sum_k x8[m, k] w8[n, k] + bias[n]
 
 The Linears of the blocks and the modulations are quantised; patch, time and label embedders, the final Linear, norms
-and attention are not. What attention and SwiGLU read is bfloat16 where the CPU has units for it, all else keeps the
+and attention are not. Attention and SwiGLU read bfloat16 where the CPU has units for it, everything else keeps the
 model's dtype.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddt_fast.model.cpu import ZERO_POINT, pack_int8_weight, packed_int8_gemm
-from ddt_fast.model.fused import FusedDDT, FusedSwiGLU
-from ddt_fast.model.packed import inner_dtype, on_linears
+from ddt_fast.device import cpu_capabilities, cpu_has_bf16
+from ddt_fast.model.attention import attention
+from ddt_fast.model.fused import FusedAttention, FusedBlock, FusedDDT, FusedSwiGLU
+from ddt_kernels import reference
+
+ZERO_POINT = 128
+"""What stands for 0 in the packed GEMM's activations."""
 
 _ZERO_ROW = 1e-30
 """Stands for the largest magnitude of a row of zeros, whose scale would be 0 / 127."""
@@ -40,14 +46,25 @@ def quantize_int8(model: FusedDDT) -> FusedDDT:
         A FusedDDT that can be called and sampled from. It cannot be trained, saved or loaded into: keep the original.
 
     Raises:
-        ValueError: no FusedDDT, one that is quantised already, or one on another device.
+        ValueError: not a FusedDDT, one that is quantised already, or one on another device.
     """
     if not isinstance(model, FusedDDT):
-        raise ValueError(f"int8 is for FusedDDT, not {type(model).__name__}; wanted FusedDDT.from_reference(model)")
+        raise ValueError(f"int8 is for FusedDDT, not {type(model).__name__}; use FusedDDT.from_reference(model)")
     if isinstance(model.encoder_modulation, Int8Linear):
         raise ValueError("the model is quantised already")
     _check_cpu(model.encoder_modulation.weight)
-    return on_linears(model, Int8Linear, Int8SwiGLU)
+    inner = torch.bfloat16 if cpu_has_bf16() else model.encoder_modulation.weight.dtype
+    # What deepcopy finds in its memo counts as copied: the layers to replace are, by what replaces them.
+    made: dict[int, Any] = {}
+    for layer in (model.encoder_modulation, model.decoder_modulation):
+        made[id(layer)] = Int8Linear(layer.weight, layer.bias)
+    for block in cast(list[FusedBlock], model.blocks):
+        made[id(block.attn)] = Int8Attention(block.attn, inner)
+        made[id(block.mlp)] = Int8SwiGLU(block.mlp, inner)
+    result = copy.deepcopy(model, made).eval().requires_grad_(False)
+    result.register_state_dict_pre_hook(_refuse_state_dict)
+    result.register_load_state_dict_pre_hook(_refuse_state_dict)
+    return result
 
 
 @torch.no_grad()
@@ -83,13 +100,11 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale.flatten())
         self.register_buffer("bias", None if bias is None else bias.detach().float())
 
-    def forward(self, x: Tensor, features: int = 1) -> Tensor:
-        """x (..., K), or with K its last `features` dimensions together → (..., N)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) → (..., N)."""
         _check_cpu(x)
-        lead = x.shape[: x.ndim - features]
-        rows, row_scale = quantize_rows(x.flatten(0, -1 - features), features, signed=self.packed is None)
-        sums = self._sums(rows.flatten(1))
-        row_scale = row_scale.flatten(1)
+        rows, row_scale = quantize_rows(x.flatten(0, -2), signed=self.packed is None)
+        sums = self._sums(rows)
         if torch.compiler.is_compiling():
             y = self._scaled(sums, row_scale)
         else:
@@ -98,7 +113,7 @@ class Int8Linear(nn.Module):
             parts = zip(sums.split(step), row_scale.split(step), y.split(step), strict=True)
             for part, part_scale, target in parts:
                 target.copy_(self._scaled(part, part_scale))
-        return y.unflatten(0, lead)
+        return y.unflatten(0, x.shape[:-1])
 
     def _sums(self, rows: Tensor) -> Tensor:
         """(M, K) → (M, N): with packed weights times `scale` and in `dtype`, else in int32."""
@@ -106,8 +121,8 @@ class Int8Linear(nn.Module):
             return packed_int8_gemm(rows, self.packed, self.scale, self.dtype)
         assert self.weight is not None
         if 1 in rows.shape:
-            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: other than this one,
-            # results are wrong without a word.
+            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: with any other than
+            # this one, results are silently wrong.
             rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
         return torch._int_mm(rows, self.weight)
 
@@ -118,16 +133,52 @@ class Int8Linear(nn.Module):
         return (y if self.bias is None else y + self.bias).to(self.dtype)
 
 
+class Int8Attention(nn.Module):
+    """FusedAttention in int8, on q, k and v of the dtype `inner`.
+
+    Queries and keys come out of their GEMM with the first of every rotary pair before all of the second: their products
+    are the same in any order, and halves are read in whole vectors, pairs are not.
+    """
+
+    q_weight: Tensor
+    k_weight: Tensor
+
+    def __init__(self, attn: FusedAttention, inner: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.backend = attn.num_heads, attn.backend
+        q, k, v = attn.qkv.weight.unflatten(0, (3, self.num_heads, -1))
+        self.qkv = Int8Linear(torch.stack([_pairs_apart(q, 1), _pairs_apart(k, 1), v]).flatten(0, 2), None, inner)
+        self.proj = Int8Linear(attn.proj.weight, attn.proj.bias)
+        self.register_buffer("q_weight", _pairs_apart(attn.q_norm.weight.detach(), 0))
+        self.register_buffer("k_weight", _pairs_apart(attn.k_norm.weight.detach(), 0))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = _norm_rope(q, self.q_weight, cos, sin), _norm_rope(k, self.k_weight, cos, sin)
+        return self.proj(attention(q, k, v, self.backend).flatten(2))
+
+
+def _pairs_apart(x: Tensor, dim: int) -> Tensor:
+    return torch.cat([x.unflatten(dim, (-1, 2)).select(dim + 1, i) for i in (0, 1)], dim)
+
+
+def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`ddt_kernels.reference.norm_rope` where the pairs of x (B, N, H, D) and weight (D,) are apart."""
+    first, second = reference.rms_norm(x, weight).float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
+
+
 class Int8SwiGLU(nn.Module):
-    """FusedSwiGLU in int8: w1 and w3 are one GEMM.
+    """FusedSwiGLU in int8: w1 and w3 are one GEMM, whose result has the dtype `inner`.
 
     Products of two numbers have long tails, and the largest of a token sets its scale. `_spread` of activations and of
     weights leaves their products as they are, and of this layer's rounding error about half.
     """
 
-    def __init__(self, mlp: FusedSwiGLU) -> None:
+    def __init__(self, mlp: FusedSwiGLU, inner: torch.dtype) -> None:
         super().__init__()
-        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None, inner_dtype(mlp.w1.weight))
+        self.w13 = Int8Linear(torch.cat([mlp.w1.weight, mlp.w3.weight]), None, inner)
         self.w2 = Int8Linear(_spread(mlp.w2.weight.detach().float()), None, mlp.w2.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,24 +196,78 @@ def _spread(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1) * count**-0.5
 
 
-def quantize_rows(x: Tensor, features: int = 1, signed: bool = True) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
     """8-bit numbers and their scales.
 
     Args:
-        x: (M, ...), a row's numbers in the last `features` dimensions.
-        features: 1 or more.
+        x: (M, K).
         signed: int8, -127 to 127; else uint8, 1 to 255, ZERO_POINT for 0.
 
     Returns:
-        numbers, shaped as x, and scales float32, one a row, such that (numbers - zero point) * scale is x to within
-        half a scale.
+        numbers (M, K) and scales (M, 1) float32 such that (numbers - zero point) * scale is x to within half a scale.
     """
     wide = x.float()
-    largest = wide.abs().amax(tuple(range(-features, 0)), keepdim=True).clamp_min(_ZERO_ROW)
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(_ZERO_ROW)
     numbers = (wide * (127 / largest)).round()
     return numbers.to(torch.int8) if signed else (numbers + ZERO_POINT).to(torch.uint8), largest / 127
+
+
+def pack_int8_weight(weight: Tensor) -> Tensor | None:
+    """int8 weight (N, K) packed for `packed_int8_gemm`; None where there is no such GEMM, and torch._int_mm serves.
+
+    It needs x86's int8 units: without them oneDNN adds pairs of uint8 products in 16 bits, which saturate.
+    """
+    units = any(cpu_capabilities().get(name, False) for name in ("avx512_vnni", "amx_int8"))
+    if not (units and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
+        return None
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+    return packed
+
+
+# torch._int_mm packs its weights at every call and returns int32, which takes another pass. oneDNN's GEMM on packed
+# weights takes uint8 activations, as the units do, and returns scaled sums: a tenth faster at the sizes of XL/2. An
+# operator of its own, because Inductor takes oneDNN's with constant weights alone.
+_library = torch.library.Library("ddt_fast", "DEF")
+_library.define("packed_int8_gemm(Tensor x, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
+_ZERO = torch.zeros(1, dtype=torch.int32)
+
+
+def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32.
+
+    Args:
+        x: (M, K) uint8, contiguous.
+        weight: (N, K), from `pack_int8_weight`.
+        scale: (N,) float32.
+        dtype: of the result, float32 or bfloat16.
+
+    Returns:
+        (M, N)
+    """
+    result: Tensor = torch.ops.ddt_fast.packed_int8_gemm(x, weight, scale, dtype)
+    return result
+
+
+def _packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        x, 1.0, ZERO_POINT, weight, scale, _ZERO, None, 1.0, 0, dtype, "none", [], ""
+    )
+    return result
+
+
+for _key in ("CPU", "MkldnnCPU"):  # a packed tensor's key is the latter
+    _library.impl("packed_int8_gemm", _packed_int8_gemm, _key)
+
+
+@torch.library.register_fake("ddt_fast::packed_int8_gemm", lib=_library)
+def _(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], scale.shape[0]), dtype=dtype)
 
 
 def _check_cpu(x: Tensor) -> None:
     if x.device.type != "cpu":
         raise ValueError(f"int8 is for models on a CPU, this one is on {x.device}; allowed there: float32, bfloat16")
+
+
+def _refuse_state_dict(*_: Any) -> NoReturn:
+    raise ValueError("a quantised model is neither saved nor loaded; save and load the one it was made from")

@@ -212,7 +212,7 @@ class DDT(DDTBase):
             weights, step = forecast
             wide = torch.promote_types(modulations.dtype, weights.dtype)
             weights = weights.index_select(0, step).to(wide).view(-1, 1, 1, 1)
-            # A weight of 0 makes its modulations count for nothing, whatever an earlier run left there.
+            # Where the weight is 0, the modulations may be anything an earlier run left there, even NaN.
             combined = torch.where(weights == 0, 0, weights * modulations).sum(0)
             modulations = combined.to(modulations.dtype)
         *blocks, final = modulations.split(

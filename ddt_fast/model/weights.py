@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
 import yaml
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddt_fast.checks import require, require_path
+from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder, read_json
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
@@ -56,7 +55,7 @@ def save_model(
 
     config.json holds the model's shape, and how its samples become images and are best drawn, so that a folder is all
     that sampling needs. Weights keep their dtype. For continued training, `raw`, the weights that the model's are the
-    average of, and REPA's `projector` go into files of their own; `read_weight_sets` gives them back.
+    average of, and REPA's `projector` go into files of their own; `read_weight_sets` reads them.
 
     Raises:
         ValueError: the folder holds anything but a model.
@@ -89,17 +88,16 @@ def load_model(
         device, dtype: where to put it, and the dtype of its weights.
         config: needed only where a bare weights file leaves open what its tensor shapes do not settle (patch size,
             number of encoder blocks) and no preset has these shapes; must agree with the folder's config.json if given.
-        weights: "ema", the averaged ones, a folder's own; "raw", those that training goes on from, where they are kept.
+        weights: "ema", the averaged ones, which every folder has; "raw", those that training continues from, if kept.
 
     Raises:
         ValueError: missing or corrupt file, a .ckpt with more than tensors in it (nothing of it is run), or weights and
             configuration that disagree.
     """
     require_float("dtype", dtype)
-    if weights not in get_args(WeightSet):
-        raise ValueError(f"weights is {weights!r}; allowed: {', '.join(get_args(WeightSet))}")
+    require_choice("weights", weights, WeightSet)
     source = resolve_checkpoint(path)
-    tensors = _read_chosen(source, weights)
+    tensors = _read_sets(source).take(weights, source)
     if has_config(source):
         saved = read_experiment(source).model
         if config is not None and config != saved:
@@ -109,7 +107,7 @@ def load_model(
     if config is None:
         preset, config = settle_config(tensors, source)
         guessed = f"patch size {config.patch_size}, {config.num_encoder_blocks} encoder blocks"
-        warnings.warn(f"{source.name} says nothing of {guessed}: taken from preset {preset} by its shape", stacklevel=2)
+        warnings.warn(f"{source.name} does not say {guessed}: taken from preset {preset} by its shape", stacklevel=2)
     model = build_model(config, tensors, source)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -122,23 +120,15 @@ def require_float(name: str, dtype: object) -> None:
 
 
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
-    """Everything that training can go on from: averaged and raw weights and REPA's projector, as far as they are there,
-    from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU,
-    memory-mapped, in their own dtype.
+    """Everything that training can continue from: averaged and raw weights and REPA's projector, those there are, from
+    a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU, memory-mapped, in
+    their own dtype.
 
     Raises:
         ValueError: missing or corrupt file, or weights or a projector that do not fit `config`, where it is given.
     """
     source = resolve_checkpoint(path)
-    if source.suffix == ".ckpt":
-        sets = read_lightning(source)
-    elif source.is_dir():
-        raw, projector = (
-            _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
-        )
-        sets = LightningWeights(read_folder(source), raw, projector, [])
-    else:
-        sets = LightningWeights(_read_safetensors(source), {}, {}, [])
+    sets = _read_sets(source)
     if config is not None:
         if has_config(source):
             _check_settings(asdict(read_experiment(source).model), asdict(config), source)
@@ -149,22 +139,33 @@ def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> Light
     return sets
 
 
+def _read_sets(source: Path) -> LightningWeights:
+    if source.suffix == ".ckpt":
+        return read_lightning(source)
+    if not source.is_dir():
+        return LightningWeights(_read_safetensors(source), {}, {}, [])
+    raw, projector = (
+        _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
+    )
+    return LightningWeights(read_folder(source), raw, projector, [])
+
+
 def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
     """A DDT that holds these very tensors; ValueError where they do not fit it, with `source` as their origin."""
     _check_settings(_settled_by_shapes(weights, source), _settled(config), source)
     with torch.device("meta"):
         model = DDT(config)
-    _check_tensors({name: tensor.shape for name, tensor in model.state_dict().items()}, weights, source)
+    _check_tensors(model.state_dict(), weights, source)
     model.load_state_dict(weights, assign=True)
     return model
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The local folder or file of a checkpoint; a name like "user/model" that is none is fetched from the Hub. Of a
-    pipeline's folder this is its transformer.
+    """The local folder or file of a checkpoint, in a pipeline's folder its transformer. A name like "user/model" that
+    does not exist here is fetched from the Hub.
 
     Raises:
-        ValueError: nothing there, or no path.
+        ValueError: nothing there, or not a path.
     """
     local = require_path("checkpoint", path)
     if local.is_dir():
@@ -172,12 +173,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if local.exists():
         return local
     if str(path).count("/") != 1 or local.suffix in (".ckpt", ".safetensors") or str(path).startswith((".", "/", "~")):
-        raise ValueError(f"checkpoint {path} does not exist; wanted a folder, a .safetensors or a .ckpt file")
+        raise ValueError(f"checkpoint {path} does not exist; allowed: a folder, a .safetensors or a .ckpt file")
     try:
         fetched = Path(snapshot_download(str(path), allow_patterns=_FETCHED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {path} is no local path and could not be had from the Hub: {reason}") from error
+        raise ValueError(f"checkpoint {path} is not a local path, nor fetched from the Hub: {reason}") from error
     return _model_folder(fetched)
 
 
@@ -250,22 +251,12 @@ def read_settings(file: Path) -> Experiment:
         raise ValueError(f"{file} is not a valid configuration: {error}") from error
 
 
-def _read_chosen(source: Path, which: WeightSet) -> dict[str, Tensor]:
-    if source.suffix == ".ckpt":
-        return read_lightning(source).take(which, source)
-    if which == "ema":
-        return read_folder(source) if source.is_dir() else _read_safetensors(source)
-    if not (source / RAW_NAME).is_file():
-        raise ValueError(f"checkpoint {source} holds no raw weights; take its ema weights")
-    return _read_safetensors(source / RAW_NAME)
-
-
 def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The weights of a folder, which diffusers splits into several files where they are large; those of a variant have
     its name in theirs. Memory-mapped.
 
     Raises:
-        ValueError: none, damaged ones, or an index that names anything but safetensors in the folder.
+        ValueError: none, damaged ones, or an index that names anything but safetensors of the folder.
     """
     whole, index = WEIGHTS_NAME, INDEX_NAME
     if variant is not None:
@@ -283,7 +274,7 @@ def shard_names(index: Path) -> list[str]:
     files = places.values() if isinstance(places, dict) else [None]
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} says that weights are in {file!r}; wanted .safetensors files of its folder")
+            raise ValueError(f"{index} says that weights are in {file!r}; expected .safetensors files of its folder")
     return sorted(set(files))
 
 
@@ -291,20 +282,20 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
     if not file.is_file():
-        raise ValueError(f"checkpoint {file} {'is no file' if file.exists() else 'does not exist'}")
+        raise ValueError(f"checkpoint {file} {'is not a file' if file.exists() else 'does not exist'}")
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"checkpoint {file} is corrupt or no checkpoint: {error}") from error
+        raise ValueError(f"checkpoint {file} is corrupt or not a checkpoint: {error}") from error
 
 
 def settle_config(
     weights: Mapping[str, Tensor], source: Path, presets: Mapping[str, Experiment] = PRESETS
 ) -> tuple[str, DDTConfig]:
-    """What the shapes of the weights settle, completed from the first preset that agrees with them, and its name.
+    """The name of the first preset that agrees with the shapes of the weights, and its config with their classes.
 
     Raises:
-        ValueError: none agrees, or no weights of a DDT, with `source` as their origin.
+        ValueError: none agrees, or these are not the weights of a DDT; `source` is named as their origin.
     """
     seen = _settled_by_shapes(weights, source)
     for name, preset in presets.items():
@@ -319,7 +310,7 @@ def settle_config(
 
 
 def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str, int]:
-    """What the shapes of a DDT's weights say of its settings, as `_settled` names it; ValueError for no DDT."""
+    """`_settled` of the model that has these weights; ValueError if no DDT has them."""
     try:
         hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
         return {
@@ -332,11 +323,11 @@ def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str,
     except KeyError as error:
         raise ValueError(f"checkpoint {source} holds no tensor {error}; it is not a DDT") from error
     except (ValueError, IndexError) as error:
-        raise ValueError(f"checkpoint {source} holds tensors of names or shapes that no DDT has: {error}") from error
+        raise ValueError(f"checkpoint {source} holds tensors whose names or shapes no DDT has: {error}") from error
 
 
 def _settled(config: DDTConfig) -> dict[str, int]:
-    """Those settings, or products of them, that the shapes of the weights say too."""
+    """The settings, or products of them, that the shapes of the weights determine."""
     return {
         "hidden_size": config.hidden_size,
         "hidden_size / num_heads": config.head_dim,
@@ -346,30 +337,25 @@ def _settled(config: DDTConfig) -> dict[str, int]:
     }
 
 
-def _check_settings(seen: Mapping[str, int], wanted: Mapping[str, int], source: Path) -> None:
-    differing = [
-        f"{name} {seen[name]} in {source}, {wanted[name]} in the config" for name in seen if seen[name] != wanted[name]
-    ]
-    if differing:
-        raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(differing)}")
+def _check_settings(seen: Mapping[str, int], config: Mapping[str, int], source: Path) -> None:
+    differing = [name for name in seen if seen[name] != config[name]]
+    _disagree(source, [f"{name} {seen[name]} in {source}, {config[name]} in the config" for name in differing])
 
 
-def _check_tensors(wanted: dict[str, torch.Size], weights: Mapping[str, Tensor], source: Path) -> None:
-    missing, unexpected = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    wrong = [name for name in wanted.keys() & weights.keys() if wanted[name] != weights[name].shape]
-    problems = [
-        f"{plural(len(names), 'tensor')} {what} (such as {names[0]})"
-        for what, names in (("missing", missing), ("unexpected", unexpected))
-        if names
-    ]
-    counts = sorted(name for name in weights if not weights[name].is_floating_point())
-    if counts:
-        problems.append(
-            f"{plural(len(counts), 'tensor')} without fractions (such as {counts[0]}: {weights[counts[0]].dtype})"
-        )
-    if wrong:
-        name = min(wrong)
-        shapes = f"{tuple(weights[name].shape)}, wanted {tuple(wanted[name])}"
-        problems.append(f"{plural(len(wrong), 'tensor')} of another shape (such as {name}: {shapes})")
+def _check_tensors(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: Path) -> None:
+    wrong = {
+        "missing tensor": sorted(expected.keys() - weights.keys()),
+        "unexpected tensor": sorted(weights.keys() - expected.keys()),
+        "integer tensor": [f"{n}: {t.dtype}" for n, t in sorted(weights.items()) if not t.is_floating_point()],
+        "wrongly shaped tensor": [
+            f"{name}: {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & weights.keys())
+            if weights[name].shape != expected[name].shape
+        ],
+    }
+    _disagree(source, [f"{plural(len(found), what)} (such as {found[0]})" for what, found in wrong.items() if found])
+
+
+def _disagree(source: Path, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"checkpoint {source} and its configuration disagree: {'; '.join(problems)}")

@@ -19,7 +19,6 @@ from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.model.packed import pack_bf16
 from ddt_fast.pipeline.loading import SavedPipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
@@ -287,7 +286,7 @@ class DDTPipeline(SavedPipeline):
             if not plain:
                 logger.warning("The transformer is adapted, quantised or has wide heads: it runs as it is, not fused.")
             # A copy, since sampling merges weights that have names of their own.
-            model = pack_bf16(FusedDDT.from_reference(reference).requires_grad_(False)) if plain else reference
+            model = FusedDDT.from_reference(reference).requires_grad_(False) if plain else reference
             self._engine = key, model, plain
         return self._engine[1:]
 

@@ -80,7 +80,7 @@ class Sampler:
         height, width: of what the model sees.
         memory_budget: bytes for what is kept between steps, decoder modulations and precomputed encoder modulations;
             None for what the device has.
-        compile_model: run `FusedDDT.compiled`: the first calls compile, the others are faster.
+        compile_model: `FusedDDT.compile_parts`, in place: the first calls compile, the others are faster.
 
     Attributes:
         plan: what is executed.
@@ -111,11 +111,11 @@ class Sampler:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.model = model
-        if compile_model:
-            if not isinstance(model, FusedDDT):
-                raise ValueError("compile_model is for FusedDDT; wanted FusedDDT.from_reference(model)")
-            self.model = model.compiled()
+        if compile_model and not isinstance(model, FusedDDT):
+            raise ValueError("compile_model is for FusedDDT; wanted FusedDDT.from_reference(model)")
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
+        if compile_model and isinstance(model, FusedDDT):
+            model.compile_parts()  # after refresh steps, which may be measured at another batch size
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget

@@ -41,7 +41,7 @@ class TrainingModel(nn.Module):
     def compile_parts(self) -> None:
         """Compile in place: a FusedDDT by its parts, whose blocks share one compiled function; the reference whole."""
         if isinstance(self.denoiser, FusedDDT):
-            self.denoiser = self.denoiser.compiled()
+            self.denoiser.compile_parts()
         else:
             self.compile(dynamic=False)
 

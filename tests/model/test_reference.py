@@ -1,4 +1,4 @@
-"""The reference model against numbers of the original implementation."""
+"""The models against numbers of the original implementation, and what the reference is by itself."""
 
 import json
 
@@ -6,15 +6,17 @@ import pytest
 import torch
 
 import golden_data as golden
+from ddt_fast.model import FusedDDT
 from ddt_fast.model.base import rotary_tables
 from ddt_fast.model.reference import DDT, rotate
 from ddt_fast.presets import PRESETS
 from golden_data import relative_error
 
 
+@pytest.mark.parametrize("make", [lambda model: model, FusedDDT.from_reference], ids=["DDT", "FusedDDT"])
 @pytest.mark.parametrize("name", golden.MODELS)
-def test_forward_matches_the_original(name):
-    model, io = golden.model(name), golden.tensors(name)
+def test_forward_matches_the_original(name, make):
+    model, io = make(golden.model(name)), golden.tensors(name)
     with torch.no_grad():
         velocity, state = model(io["x"], io["t"], io["y"])
         reused, same_state = model(io["x"], io["t_reuse"], io["y"], state)

@@ -75,7 +75,7 @@ def test_released_checkpoint_gives_its_ema_weights_or_the_raw_ones(tmp_path):
 def test_shapes_of_a_preset_need_no_config(tmp_path):
     config = replace(PRESETS["digits"].model, num_classes=7)
     save_file(DDT(config).state_dict(), tmp_path / "weights.safetensors")
-    with pytest.warns(UserWarning, match="says nothing of patch size 2, 3 encoder blocks"):
+    with pytest.warns(UserWarning, match="does not say patch size 2, 3 encoder blocks"):
         assert load_model(tmp_path / "weights.safetensors").config == config
     with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
         load_model(tmp_path / "weights.safetensors", dtype=torch.int8)
@@ -86,113 +86,94 @@ class Malicious:
         return (exec, ("raise SystemExit('code ran')",))
 
 
-def corrupt(folder, tmp_path, case):
-    """Break one thing; return what to load and what the error must say."""
-    weights = golden.weights(NAME)
-    if case == "missing path":
-        return tmp_path / "nothing", "does not exist"
-    if case == "missing weights":
-        (folder / WEIGHTS_NAME).unlink()
-        return folder, f"holds no {WEIGHTS_NAME}"
-    if case == "truncated":
-        content = (folder / WEIGHTS_NAME).read_bytes()
-        (folder / WEIGHTS_NAME).write_bytes(content[: len(content) // 2])
-        return folder, "corrupt"
-    if case == "no safetensors":
-        (folder / WEIGHTS_NAME).write_bytes(b"hello")
-        return folder, "corrupt"
-    if case == "broken json":
-        (folder / CONFIG_NAME).write_text("{")
-        return folder, "not a valid configuration"
-    if case == "json of the wrong kind":
-        (folder / CONFIG_NAME).write_text("[1]")
-        return folder, "not a valid configuration"
-    if case == "json lacks a key":
-        (folder / CONFIG_NAME).write_text(json.dumps({"in_channels": 4}))
-        return folder, "lacks 'patch_size'"
-    if case == "other shapes":
-        save_model(DDT(replace(golden.model_config(NAME), hidden_size=32)), folder, DATA, SAMPLING)
-        save_file(weights, folder / WEIGHTS_NAME)
-        return folder, "disagree: hidden_size 48 in .*/model, 32 in the config"
-    if case == "more blocks":
-        save_model(DDT(replace(golden.model_config(NAME), num_blocks=6)), folder, DATA, SAMPLING)
-        save_file(weights, folder / WEIGHTS_NAME)
-        return folder, "disagree: num_blocks 5 in .*/model, 6 in the config"
-    if case == "other names":
-        save_file({"extra": weights.pop("blocks.0.norm1.weight"), **weights}, folder / WEIGHTS_NAME)
-        return folder, r"disagree: 1 tensor missing \(such as .*; 1 tensor unexpected \(such as extra\)"
-    if case == "malicious pickle":
-        (tmp_path / "bad.ckpt").write_bytes(pickle.dumps(Malicious()))
-        return tmp_path / "bad.ckpt", "corrupt or no checkpoint, nothing of it was run"
-    if case == "malicious checkpoint":
-        lightning_checkpoint(tmp_path / "bad.ckpt", golden.model(NAME), surprise=Malicious())
-        return tmp_path / "bad.ckpt", r"more than tensors, and was not executed: it would call or make builtins\.exec"
-    if case == "checkpoint without ema":
-        torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, tmp_path / "other.ckpt")
-        return tmp_path / "other.ckpt", "holds no ema weights; take its raw weights"
-    if case == "unsettled shapes":
-        save_file(weights, tmp_path / "bare.safetensors")
-        return tmp_path / "bare.safetensors", "pass config"
-    if case == "another model":
-        save_file({"conv1.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
-        return tmp_path / "other.safetensors", "not a DDT"
-    if case == "integer weights":
-        save_file({name: tensor.to(torch.int8) for name, tensor in weights.items()}, folder / WEIGHTS_NAME)
-        return folder, r"tensors without fractions \(such as .*torch.int8"
-    if case == "integer order":
-        settings = json.loads((folder / CONFIG_NAME).read_text())
-        settings["sampling"]["order"] = 2.0
-        (folder / CONFIG_NAME).write_text(json.dumps(settings))
-        return folder, r"order is 2\.0"
-    if case == "deep json":
-        (folder / CONFIG_NAME).write_text("[" * 100_000)
-        return folder, "not a valid configuration"
-    if case == "state_dict of the wrong kind":
-        torch.save({"state_dict": [1]}, tmp_path / "odd.ckpt")
-        return tmp_path / "odd.ckpt", "corrupt"
-    if case == "odd keys":
-        torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, tmp_path / "odd.ckpt")
-        return tmp_path / "odd.ckpt", r"no ema_denoiser\.\* and no denoiser\.\* tensors"
-    if case == "odd shapes":
-        odd = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": torch.tensor(1.0)}
-        save_file(odd, tmp_path / "odd.safetensors")
-        return tmp_path / "odd.safetensors", r"odd\.safetensors holds tensors of names or shapes that no DDT has"
-    assert case == "unknown ending"
-    (tmp_path / "weights.bin").write_bytes(b"")
-    return tmp_path / "weights.bin", "ends in .bin; allowed: .safetensors, .ckpt"
+def shortened(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        "missing path",
-        "missing weights",
-        "truncated",
-        "no safetensors",
-        "broken json",
-        "json of the wrong kind",
-        "json lacks a key",
-        "other shapes",
-        "more blocks",
-        "other names",
-        "malicious pickle",
-        "malicious checkpoint",
-        "checkpoint without ema",
-        "unsettled shapes",
-        "another model",
-        "integer weights",
-        "integer order",
-        "deep json",
-        "state_dict of the wrong kind",
-        "odd keys",
-        "odd shapes",
-        "unknown ending",
-    ],
-)
-def test_broken_checkpoints_are_refused(folder, tmp_path, case):
-    path, message = corrupt(folder, tmp_path, case)
+def of_other_weights(folder, **changes):
+    """A folder whose config.json is that of another model."""
+    save_model(DDT(replace(golden.model_config(NAME), **changes)), folder, DATA, SAMPLING)
+    save_file(golden.weights(NAME), folder / WEIGHTS_NAME)
+
+
+def with_order(config, order):
+    settings = json.loads(config.read_text())
+    settings["sampling"]["order"] = order
+    config.write_text(json.dumps(settings))
+
+
+def renamed(weights):
+    return {"extra": weights.pop("blocks.0.norm1.weight"), **weights}
+
+
+def of_integers(weights):
+    return {name: tensor.to(torch.int8) for name, tensor in weights.items()}
+
+
+ODD = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": torch.tensor(1.0)}
+# How the folder f of a model is broken; how a single file f is made; and what the error says.
+BROKEN_FOLDERS = [
+    (lambda f: (f / WEIGHTS_NAME).unlink(), f"holds no {WEIGHTS_NAME}"),
+    (lambda f: shortened(f / WEIGHTS_NAME), "corrupt"),
+    (lambda f: (f / WEIGHTS_NAME).write_bytes(b"hello"), "corrupt"),
+    (lambda f: (f / CONFIG_NAME).write_text("{"), "not a valid configuration"),
+    (lambda f: (f / CONFIG_NAME).write_text("[1]"), "not a valid configuration"),
+    (lambda f: (f / CONFIG_NAME).write_text("[" * 100_000), "not a valid configuration"),
+    (lambda f: (f / CONFIG_NAME).write_text('{"in_channels": 4}'), "lacks 'patch_size'"),
+    (lambda f: with_order(f / CONFIG_NAME, 2.0), r"order is 2\.0"),
+    (lambda f: of_other_weights(f, hidden_size=32), "disagree: hidden_size 48 in .*/model, 32 in the config"),
+    (lambda f: of_other_weights(f, num_blocks=6), "disagree: num_blocks 5 in .*/model, 6 in the config"),
+    (
+        lambda f: save_file(renamed(golden.weights(NAME)), f / WEIGHTS_NAME),
+        r"disagree: 1 missing tensor \(such as .*; 1 unexpected tensor \(such as extra\)",
+    ),
+    (
+        lambda f: save_file(of_integers(golden.weights(NAME)), f / WEIGHTS_NAME),
+        r"integer tensors \(such as .*torch.int8",
+    ),
+]
+BROKEN_FILES = [
+    ("nothing", lambda f: None, "does not exist"),
+    ("weights.bin", lambda f: f.write_bytes(b""), "ends in .bin; allowed: .safetensors, .ckpt"),
+    ("bad.ckpt", lambda f: f.write_bytes(pickle.dumps(Malicious())), "not a checkpoint, nothing was run"),
+    (
+        "bad.ckpt",
+        lambda f: lightning_checkpoint(f, golden.model(NAME), surprise=Malicious()),
+        r"more than tensors, and was not executed: it would call or make builtins\.exec",
+    ),
+    (
+        "other.ckpt",
+        lambda f: torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, f),
+        "holds no ema weights; take its raw weights",
+    ),
+    ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "corrupt"),
+    (
+        "odd.ckpt",
+        lambda f: torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, f),
+        r"no ema_denoiser\.\* and no denoiser\.\* tensors",
+    ),
+    ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass config"),
+    ("other.safetensors", lambda f: save_file({"conv1.weight": torch.zeros(1)}, f), "not a DDT"),
+    (
+        "odd.safetensors",
+        lambda f: save_file(ODD, f),
+        r"odd\.safetensors holds tensors whose names or shapes no DDT has",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), BROKEN_FOLDERS)
+def test_broken_folders_are_refused(folder, damage, message):
+    damage(folder)
     with pytest.raises(ValueError, match=message):
-        load_model(path)
+        load_model(folder)
+
+
+@pytest.mark.parametrize(("name", "make", "message"), BROKEN_FILES)
+def test_broken_files_are_refused(tmp_path, name, make, message):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / name)
 
 
 def test_config_argument_must_agree_with_the_folder(folder):
@@ -202,5 +183,5 @@ def test_config_argument_must_agree_with_the_folder(folder):
 
 def test_hub_ids_that_cannot_be_fetched_are_one_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="no local path and could not be had from the Hub"):
+    with pytest.raises(ValueError, match="is not a local path, nor fetched from the Hub"):
         load_model("nobody/no-such-model")

@@ -1,5 +1,6 @@
 """`sample` against the original's runs, and its rules: one seed one image, exact savings, refused inputs."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -257,7 +258,7 @@ def test_compiled_model_gives_the_same_samples():
     model = FusedDDT.from_reference(golden.model("tiny_h48_d24"))
     config = SamplingConfig(num_steps=6, guidance_scale=1.0, refresh_every=3, state_forecast="linear")
     noise, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    sampler = Sampler(model, config, 3, 8, 8, compile_model=True)
+    sampler = Sampler(copy.deepcopy(model), config, 3, 8, 8, compile_model=True)
     assert sampler.engine == "eager, torch.compile"
     assert relative_error(sampler(noise, labels), sample(model, noise, labels, config)) < 1e-5
 
@@ -311,7 +312,7 @@ def test_two_compiled_samplers_stay_compiled(monkeypatch):
     )
     for count in (3, 2):
         noise, labels = torch.randn(count, 4, 8, 8), torch.arange(count)
-        compiled = Sampler(model, config, count, 8, 8, compile_model=True)(noise, labels)
+        compiled = Sampler(copy.deepcopy(model), config, count, 8, 8, compile_model=True)(noise, labels)
         assert relative_error(compiled, sample(model, noise, labels, config)) < 1e-5
 
 
