@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddt_fast.config import Experiment
-from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.data.loader import LatentBatch
+from ddt_fast.dinov2 import DinoV2
 from ddt_fast.training.parallel import MixedPrecisionReplica
-from ddt_fast.training.repa import DinoV2, repa_loss
+from ddt_fast.training.repa import repa_loss
 
 
 class FlowMatchingBatch(NamedTuple):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ddt_fast.command import run_command
 from ddt_fast.training import curves
-from ddt_fast.training.curves import plot_curves, plot_runs
 from ddt_fast.training.log import TrainingLog
+from ddt_fast.training.plots import plot_curves, plot_runs
 
 PANELS = ["loss", "REPA loss", "gradient norm", "learning rate", "img/s"]
 
@@ -146,18 +143,6 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, message):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_the_command_as_it_is_run(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "run", run(30))
-    command = [sys.executable, "-m", "ddt_fast.training.curves", "run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "wrote run/curves.png\n", "")
-    assert (tmp_path / "run/curves.png").is_file()
-    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit, match="2"):
-        run_command(curves.main)
-    assert capsys.readouterr().err == f"error: {tmp_path}/absent/log.jsonl is missing; a training run writes it\n"
-
-
 def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("a/run", "b/run", "c"):
@@ -167,5 +152,9 @@ def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures,
     assert capsys.readouterr().out == "wrote curves.png\nwrote out/both.png\n"
     legends = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
     assert legends == [["run", "c"], ["a/run", "b/run"]]
-    with pytest.raises(ValueError, match="out is a folder"):
-        curves.main(["c", "--output", "out"])
+    for arguments, message in (
+        (["c", "--output", "out"], "out is a folder; name a file"),
+        (["absent"], "absent/log.jsonl is missing; a training run writes it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curves.main(arguments)

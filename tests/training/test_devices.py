@@ -5,12 +5,10 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import digits
+from tiny_runs import CPU, digits
 
 from ddt_fast.training.loop import train
 from ddt_fast.training.parallel import process_group
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("named", "index"), [("cuda:3", 3), ("cuda", 0)])

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from latent_cases import MeanPoolEncoder, PatchMeanFeatures, encode, make_images
 from safetensors.torch import save_file
-from tiny_runs import digits, latents
+from tiny_runs import CLIPPED, CPU, digits, latents
 
 from ddt_fast.presets import PRESETS
 from ddt_fast.training import checkpoint
@@ -19,33 +19,22 @@ from ddt_fast.training.loop import train
 from ddt_fast.training.run import Run
 from ddt_fast.training.run_folder import check_continuable, settings_of
 
-CPU = torch.device("cpu")
-
 
 def names(run):
     return [path.name for path in list_checkpoints(run / "checkpoints")]
 
 
-def test_a_run_past_max_steps_is_not_passed_off_as_shorter(tmp_path):
-    train(digits(10), tmp_path, CPU)
-    with pytest.raises(ValueError, match=r"max_steps is 7, but .*step_0000010 is past it; allowed: 10 or more"):
-        train(digits(7), tmp_path, CPU, resume="auto")
+def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(ten):
+    early = ten / "checkpoints" / "step_0000005"
+    with pytest.raises(ValueError, match=r"has reached step_0000010; --resume auto continues it"):
+        train(digits(20, **CLIPPED), ten, CPU, resume=str(early))
+    assert names(ten) == ["step_0000005", "step_0000010"]
+    shutil.rmtree(ten / "checkpoints" / "step_0000010")
+    assert train(digits(8, **CLIPPED), ten, CPU, resume=str(early)).step == 8
+    assert names(ten) == ["step_0000005", "step_0000008"]
 
 
-def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(tmp_path):
-    run = tmp_path / "run"
-    train(digits(15), run, CPU)
-    early = run / "checkpoints" / "step_0000005"
-    with pytest.raises(ValueError, match=r"has come to step_0000015; --resume auto continues it"):
-        train(digits(20), run, CPU, resume=str(early))
-    assert names(run) == ["step_0000005", "step_0000010", "step_0000015"]
-    for later in names(run)[1:]:
-        shutil.rmtree(run / "checkpoints" / later)
-    assert train(digits(10), run, CPU, resume=str(early)).step == 10
-    assert names(run) == ["step_0000005", "step_0000010"]
-
-
-def test_another_cache_of_as_many_images_is_refused_a_moved_one_not(tmp_path):
+def test_another_cache_of_the_same_size_is_refused_a_moved_one_is_not(tmp_path):
     class Inverted(MeanPoolEncoder):
         def sha256(self):
             return "another"
@@ -54,7 +43,7 @@ def test_another_cache_of_as_many_images_is_refused_a_moved_one_not(tmp_path):
     for name, encoder in (("one", MeanPoolEncoder()), ("other", Inverted())):
         encode(images, tmp_path / name, encoder, repa_encoder=PatchMeanFeatures())
     train(latents(tmp_path / "one", 5), tmp_path / "run", CPU)
-    with pytest.raises(ValueError, match="other data, of as many samples"):
+    with pytest.raises(ValueError, match="other data of the same size"):
         train(latents(tmp_path / "other", 10), tmp_path / "run", CPU, resume="auto")
     (tmp_path / "one").rename(tmp_path / "moved")
     assert train(latents(tmp_path / "moved", 10), tmp_path / "run", CPU, resume="auto").step == 10
@@ -84,7 +73,7 @@ def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, rec
     moved = vae.rename(tmp_path / "moved")
     assert train(experiment(10, moved), run, CPU, resume="auto").step == 10
     assert not [warning for warning in recwarn if "the same model" in str(warning.message)]
-    message = r"data\.autoencoder was '.*/moved', now '.*/other', with other weights; take the same"
+    message = r"data\.autoencoder was '.*/moved', now '.*/other', with other weights; use the same"
     with pytest.raises(ValueError, match=message):
         train(experiment(15, save_vae(tmp_path / "other", 1)), run, CPU, resume="auto")
     # Without grids of samples it is not loaded, so that nothing can be compared.
@@ -109,7 +98,7 @@ def test_moved_channel_statistics_are_compared_by_content(tmp_path):
     assert train(experiment(10, moved), tmp_path / "run", CPU, resume="auto").step == 10
     torch.save({"mean": torch.full((4,), 3.0), "std": torch.full((4,), 4.0)}, tmp_path / "other.pt")
     for path in (tmp_path / "other.pt", None):
-        with pytest.raises(ValueError, match="other data, of as many samples"):
+        with pytest.raises(ValueError, match="other data of the same size"):
             train(experiment(15, path), tmp_path / "run", CPU, resume="auto")
 
 
@@ -172,8 +161,8 @@ def test_a_stop_right_after_a_save_keeps_that_checkpoint(tmp_path, monkeypatch):
     assert inodes[0] == inodes[1]
 
 
-def test_weights_that_are_lost_take_no_good_checkpoints_place(tmp_path):
+def test_ruined_weights_never_replace_a_good_checkpoint(tmp_path):
     # Nothing is logged before step 30, by when all checkpoints would have been replaced.
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 2; take a lower learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 2; use a lower learning_rate"):
         train(digits(30, learning_rate=1e30, checkpoint_every=1, keep_checkpoints=1, log_every=30), tmp_path, CPU)
     assert names(tmp_path) == ["step_0000001"]
