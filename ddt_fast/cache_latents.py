@@ -138,11 +138,11 @@ def _load_encoders(
     autoencoder: str | Path, repa_encoder: str | Path | None, device: torch.device, compute_dtype: str
 ) -> tuple[Encoder, DinoV2 | None]:
     require_choice("compute_dtype", compute_dtype, Literal["float32", "bfloat16"])
-    dtype = DTYPES[compute_dtype]
-    encoder = Encoder(str(require_path("autoencoder", autoencoder)), device, dtype)
-    if repa_encoder is None:
-        return encoder, None
-    return encoder, DinoV2(str(require_path("repa_encoder", repa_encoder)), device, dtype)
+    require_path("autoencoder", autoencoder)
+    if repa_encoder is not None:
+        require_path("repa_encoder", repa_encoder)
+    encoder = Encoder(str(autoencoder), device, DTYPES[compute_dtype])
+    return encoder, None if repa_encoder is None else DinoV2(str(repa_encoder), device, DTYPES[compute_dtype])
 
 
 @contextmanager

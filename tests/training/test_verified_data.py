@@ -34,7 +34,7 @@ def damage(shard):
 def test_a_wrong_checksum_is_refused_before_anything_is_written(cache, tmp_path):
     damage(cache / "latents-00001-of-00003.safetensors")
     with pytest.raises(
-        ValueError, match=r"latents-00001-of-00003\.safetensors does not have the checksum that .*manif"
+        ValueError, match=r"latents-00001-of-00003\.safetensors does not have the checksum in .*manif"
     ):
         train(latents(cache, 1), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
