@@ -20,6 +20,7 @@ from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.loader import LatentLoader
 from ddt_fast.data.verification import wrong_shards
 from ddt_fast.dinov2 import DinoV2
+from sample_jobs import small_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae") / "vae"
-    AutoencoderKL(
-        block_out_channels=(8, 8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-    ).save_pretrained(folder)
-    return folder
+    return Path(small_autoencoder(tmp_path_factory.mktemp("vae") / "vae"))
 
 
 def arguments(images: Path, autoencoder: Path, output: Path, *more: str) -> list[str]:

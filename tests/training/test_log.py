@@ -217,6 +217,7 @@ def wandb_content(folder: Path) -> list[dict]:
     return runs
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_the_run_continues_it_under_its_id_and_begins_another_under_a_new_one(tmp_path):
     folder = tmp_path / "run"
     wandb_runs(folder, 0, 20, 0, WANDB_MODE="offline")
@@ -234,11 +235,13 @@ def test_wandb_offline_holds_the_run_continues_it_under_its_id_and_begins_anothe
     assert {path.name for path in folder.iterdir()} <= set(LOG_NAMES)
 
 
+@pytest.mark.slow
 def test_wandb_switched_off_by_its_variable_writes_nothing_of_its_own(tmp_path):
     wandb_runs(tmp_path / "run", 0, WANDB_MODE="disabled")
     assert sorted(os.listdir(tmp_path / "run")) == ["log.jsonl", "samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_wandb_without_a_login_says_so_and_asks_nothing_even_at_a_terminal(tmp_path):
     controller, terminal = os.openpty()
@@ -272,6 +275,7 @@ def refusing_server():
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_wandb_that_does_not_answer_stops_a_new_run_and_lets_a_resumed_one_continue(tmp_path, refusing_server):
     (tmp_path / "wandb_run.txt").write_text("abcd1234\n")
     (tmp_path / "log.jsonl").write_text('{"step": 10}\n{"step": 20}\n')

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from latent_cases import MeanPoolEncoder, PatchMeanFeatures, encode, make_images
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import CLIPPED, CPU, digits, latents
 
 from ddt_fast.presets import PRESETS
@@ -18,6 +17,7 @@ from ddt_fast.training.checkpoint import list_checkpoints
 from ddt_fast.training.loop import train
 from ddt_fast.training.run import Run
 from ddt_fast.training.run_folder import check_continuable, settings_of
+from sample_jobs import small_autoencoder
 
 
 def names(run):
@@ -49,33 +49,23 @@ def test_another_cache_of_the_same_size_is_refused_a_moved_one_is_not(tmp_path):
     assert train(latents(tmp_path / "moved", 10), tmp_path / "run", CPU, resume="auto").step == 10
 
 
-def save_vae(folder, seed):
-    torch.manual_seed(seed)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=down,
-        up_block_types=up,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    vae.save_pretrained(folder)
-    return folder
-
-
 def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, recwarn):
     def experiment(steps, vae, **settings):
         plain = latents(latent_cache, steps, **{"sample_every": 100, "sample_images": 2, **settings})
         return replace(plain, data=replace(plain.data, autoencoder=str(vae)))
 
-    run, vae = tmp_path / "run", save_vae(tmp_path / "vae", 0)
+    run, vae = tmp_path / "run", Path(small_autoencoder(tmp_path / "vae"))
     train(experiment(5, vae), run, CPU)
     moved = vae.rename(tmp_path / "moved")
     assert train(experiment(10, moved), run, CPU, resume="auto").step == 10
     assert not [warning for warning in recwarn if "the same model" in str(warning.message)]
     message = r"data\.autoencoder was '.*/moved', now '.*/other', with other weights; use the same"
+    other = shutil.copytree(moved, tmp_path / "other")
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_in.bias"] += 1
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=message):
-        train(experiment(15, save_vae(tmp_path / "other", 1)), run, CPU, resume="auto")
+        train(experiment(15, other), run, CPU, resume="auto")
     # Without grids of samples it is not loaded, so that nothing can be compared.
     with pytest.warns(UserWarning, match=r"data\.autoencoder was '.*/moved', now 'elsewhere': whether it is the same"):
         assert train(experiment(15, "elsewhere", sample_every=0), run, CPU, resume="auto").step == 15
