@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,23 +22,18 @@ from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.wording import plural
 
 
-@dataclass(frozen=True)
-class DecodedBatch:
+class DecodedBatch(NamedTuple):
     """Some consecutive images of one shard: those that could be read, and the others.
 
     Attributes:
-        index: (n,) int64 places in the sorted image list.
+        places: (n,) int64, in the sorted image list.
         images: (n, 3, size, size) uint8.
         unreadable: the images that are not among them.
     """
 
-    index: Tensor
+    places: Tensor
     images: Tensor
     unreadable: list[Unreadable]
-
-    def pin_memory(self) -> DecodedBatch:
-        """The same with images in page-locked memory; DataLoader calls it."""
-        return DecodedBatch(self.index, self.images.pin_memory(), self.unreadable)
 
 
 class _DecodedImages(Dataset[tuple[int, Tensor | str]]):
@@ -183,11 +177,11 @@ def _encode_shards(
     with tqdm(total=total, desc=f"{who}encoding", unit="img", dynamic_ncols=True) as progress:
         for shard, following, batch in zip(shards, [*shards[1:], None], decoded, strict=True):
             encoded = _encode(batch.images, encoder, repa_encoder, settings)
-            parts.append({**encoded, "labels": labels[batch.index], "index": batch.index})
+            parts.append({**encoded, "labels": labels[batch.places], "index": batch.places})
             for image in batch.unreadable:
                 tqdm.write(f"warning: {image.file} is left out: {image.reason}", file=sys.stderr)
             unreadable += batch.unreadable
-            progress.update(len(batch.index) + len(batch.unreadable))
+            progress.update(len(batch.places) + len(batch.unreadable))
             if shard != following:
                 # Popped: a shard's features are gigabytes, which need not be there twice.
                 tensors = {name: torch.cat([part.pop(name) for part in parts]) for name in tuple(parts[0])}

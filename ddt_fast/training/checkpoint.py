@@ -71,7 +71,7 @@ class Checkpoints:
             numbers: what trainer.json holds.
             save_model: writes the model folder; called in the first process, in the background unless `wait`.
             wait: return when the checkpoint is on the disk, and raise what went wrong. Otherwise a checkpoint that
-                cannot be written is a warning: training goes on, earlier checkpoints stay.
+                cannot be written is a warning: training continues, earlier checkpoints stay.
 
         Raises:
             OSError: with wait, no space left, or the like.

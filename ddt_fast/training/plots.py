@@ -34,11 +34,6 @@ _FEW = 20
 Curve = NDArray[np.float64]
 
 
-def plot_curves(log: Path, output: Path) -> None:
-    """Plot the log.jsonl of one run as a PNG; see plot_runs."""
-    plot_runs({log.resolve().parent.name: log}, output)
-
-
 def plot_runs(logs: Mapping[str, Path], output: Path) -> None:
     """Plot the log.jsonl of every run, by its name, into one PNG: a panel for each metric that any run has.
 

@@ -35,7 +35,7 @@ from ddt_fast.training.log import TrainingLog
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
 from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patient_group, process_group, wait_for_all
-from ddt_fast.training.plots import plot_curves
+from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
@@ -175,7 +175,7 @@ class Run:
         settings = self.experiment.training
         if self._preview is not None and model is not None:
             self._save_model(model, projector, self.folder / "model")
-            plot_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+            plot_runs({self.folder.resolve().name: self.folder / "log.jsonl"}, self.folder / "curves.png")
             if settings.sample_every:
                 with atomic_file(self.folder / "samples.png") as file:
                     self._preview.grid(model).save(file)

@@ -35,4 +35,4 @@ def ten(ten_steps, tmp_path):
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch):
     """Plotting takes longer than the runs of these tests."""
-    monkeypatch.setattr("ddt_fast.training.run.plot_curves", lambda log, output: None)
+    monkeypatch.setattr("ddt_fast.training.run.plot_runs", lambda logs, output: None)

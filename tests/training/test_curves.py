@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddt_fast.training import curves
 from ddt_fast.training.log import TrainingLog
-from ddt_fast.training.plots import plot_curves, plot_runs
+from ddt_fast.training.plots import plot_runs
 
 PANELS = ["loss", "REPA loss", "gradient norm", "learning rate", "img/s"]
 
@@ -47,13 +47,17 @@ def run(count: int, repa: bool = True, seed: int = 0) -> list[dict]:
     return rows
 
 
+def plot(log: Path, output: Path) -> None:
+    plot_runs({log.parent.name: log}, output)
+
+
 def panels(figure: Figure) -> dict:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
 def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path, figures):
     rows = run(400)
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     axes = panels(figures[0])
     assert list(axes) == PANELS
     raw, smooth = axes["loss"].lines
@@ -72,9 +76,9 @@ def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path
 
 
 def test_only_what_was_logged_has_a_panel(tmp_path, figures):
-    plot_curves(write(tmp_path / "a", run(5, repa=False)), tmp_path / "a.png")
+    plot(write(tmp_path / "a", run(5, repa=False)), tmp_path / "a.png")
     assert list(panels(figures[0])) == ["loss", "gradient norm", "learning rate", "img/s"]
-    plot_curves(write(tmp_path / "b", [{"step": 7, "loss": 1.0}]), tmp_path / "b.png")
+    plot(write(tmp_path / "b", [{"step": 7, "loss": 1.0}]), tmp_path / "b.png")
     ((title, axes),) = panels(figures[1]).items()
     assert title == "loss"
     (line,) = axes.lines
@@ -89,7 +93,7 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
     for row in rows:
         row["repa_loss"] = float("nan")
     rows[150]["loss"], rows[160]["grad_norm"], rows[170]["grad_norm"] = 1e6, 1e3, 0.0
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     axes = panels(figures[0])
     assert "REPA loss" not in axes
     assert np.isnan(axes["loss"].lines[0].get_ydata()).sum() == 30
@@ -103,14 +107,14 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
 def test_constant_metrics_are_drawn(tmp_path, value):
     names = ("loss", "grad_norm", "learning_rate", "images_per_second")
     rows = [{"step": step, **dict.fromkeys(names, value)} for step in range(1, 60)]
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_steps_that_come_again_replace_the_earlier_lines_and_a_torn_line_is_left_out(tmp_path, figures):
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 2), (3, 3), (2, 20), (3, 30))]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
     (line,) = panels(figures[0])["loss"].lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3], [1, 20, 30])
 
@@ -139,7 +143,7 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, message):
     if content is not None:
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 

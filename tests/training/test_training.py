@@ -13,7 +13,7 @@ from ddt_fast import load_model
 from ddt_fast.training import run
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import clip_gradients, learning_rate, train
-from ddt_fast.training.plots import plot_curves
+from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.samples import Preview
 
 
@@ -56,7 +56,7 @@ def test_gradients_are_scaled_to_the_norm_but_only_down():
 
 
 def test_short_run_writes_everything_and_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "plot_curves", plot_curves)  # which other tests leave out
+    monkeypatch.setattr(run, "plot_runs", plot_runs)  # which other tests leave out
     experiment = digits(40, batch_size=64, checkpoint_every=10, keep_checkpoints=2, sample_every=20, sample_images=10)
     result = train(experiment, tmp_path, CPU)
     lines = log_lines(tmp_path)
