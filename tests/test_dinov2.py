@@ -167,6 +167,7 @@ def test_a_missing_transformers_says_how_to_install_it(monkeypatch):
         DinoV2()
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_by_dinov2_alone():
     code = "import sys, ddt_fast, ddt_fast.cache_latents, ddt_fast.dinov2; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

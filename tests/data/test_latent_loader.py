@@ -216,6 +216,7 @@ def test_wrong_settings_of_the_loader_are_refused(sure, tmp_path, options, messa
         LatentLoader(dataset, **options)
 
 
+@pytest.mark.slow
 def test_digits_come_without_threads_that_would_slow_the_training_down():
     script = (
         "import os, torch\n"

@@ -48,6 +48,7 @@ def test_sigterm_saves_and_exits_cleanly_and_auto_continues(tmp_path):
     assert_same_end(tmp_path / "run", tmp_path / "whole", 200)
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(tmp_path):
     experiment = digits(60, checkpoint_every=4, log_every=2)
     run, moments = tmp_path / "run", random.Random(int(os.environ.get("KILL_SEED", "0")))
