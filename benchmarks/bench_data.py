@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.cases import Case, Inputs, Variant, Workload
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.loader import LatentLoader
 from ddt_kernels import Cost
 
 COUNT, BATCH, SHAPE, SCALE, WORKERS = 4096, 256, (4, 32, 32), 0.18215, 2

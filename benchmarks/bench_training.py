@@ -19,7 +19,7 @@ from benchmarks.cases import Case, Inputs, Variant, Workload
 from benchmarks.models import as_vector, lively_std, random_model, released_gradients
 from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name, randn
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
-from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.data.loader import LatentBatch
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.ema import EMA

@@ -33,7 +33,7 @@ from benchmarks.models import as_vector, random_model, released_gradients
 from benchmarks.timing import interleave, timed
 from ddt_fast.command import run_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
-from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.data.loader import LatentBatch
 from ddt_fast.device import choose_device
 from ddt_fast.files import write_json
 from ddt_fast.model import DDT, FusedDDT

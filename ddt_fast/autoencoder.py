@@ -16,13 +16,13 @@ _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 
 
 def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The diffusers AutoencoderKL of a hub id or local folder, for inference; ValueError where there is none."""
+    """The diffusers AutoencoderKL of a hub id or local folder, for inference; ValueError if there is none."""
     # diffusers takes seconds to import; pixel-space models never need it.
     from diffusers import AutoencoderKL
 
     try:
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": cache_only(name)}
-        # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told.
+        # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told not to.
         options |= {"low_cpu_mem_usage": False, "use_safetensors": True, "output_loading_info": True}
         with default_dtype_kept():
             vae, info = AutoencoderKL.from_pretrained(name, **options)
@@ -34,15 +34,14 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     except Exception as error:  # diffusers may raise anything on a damaged config.json
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"autoencoder {name} could not be loaded: {reason}; wanted a local folder of an AutoencoderKL or a hub id "
-            f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it where there is a network)"
+            f"autoencoder {name} could not be loaded: {reason}; expected an AutoencoderKL's local folder or hub id, "
+            f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it on a machine with a network)"
         ) from error
 
 
 @contextmanager
 def default_dtype_kept() -> Iterator[None]:
-    """For loading with diffusers, which makes another dtype torch's default meanwhile, and leaves it so when it
-    fails."""
+    """For loading with diffusers, which changes torch's default dtype meanwhile, and leaves it changed if it fails."""
     before = torch.get_default_dtype()
     try:
         yield
@@ -52,8 +51,8 @@ def default_dtype_kept() -> Iterator[None]:
 
 @contextmanager
 def deterministic_convolutions() -> Iterator[None]:
-    """cuDNN's convolutions within give the same bits at every call: a job that was stopped and goes on shall encode or
-    decode as an unbroken one would have. The settings are put back."""
+    """Inside, cuDNN's convolutions give the same bits at every call: a job that was stopped and continues encodes or
+    decodes as an unbroken one would have. The settings are restored."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark = False  # it picks algorithms by their time
@@ -74,7 +73,7 @@ class Decoder:
             `decode_latents`.
 
     Raises:
-        ValueError: the autoencoder is neither local nor to be had from the Hub.
+        ValueError: the autoencoder is neither a local folder nor on the Hub.
     """
 
     def __init__(
@@ -84,12 +83,12 @@ class Decoder:
         self.batch_size = batch_size or _batch_size(device)
 
     def sha256(self) -> str:
-        """Checksum of the weights by name, in the dtype they are used in."""
+        """Checksum of the weights and their names, in the dtype they are used in."""
         return weights_sha256(self.vae)
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; what decoding takes besides them does not grow with N."""
+        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; the memory that decoding itself takes does not grow with N."""
         return decode_latents(self.vae, latents, self.batch_size)
 
 
@@ -119,16 +118,18 @@ class Encoder:
         device, dtype: where and in what to encode.
 
     Attributes:
-        scaling_factor: what a drawn latent is multiplied with to become what a model sees.
+        name: as given.
+        scaling_factor: what a drawn latent is multiplied by to become what a model sees.
         latent_channels: C of a latent.
         pixels_per_latent: side of the square of pixels that one latent position stands for.
 
     Raises:
-        ValueError: the autoencoder is neither local nor to be had from the Hub, or shifts its latents, which `Decoder`
+        ValueError: the autoencoder is neither a local folder nor on the Hub, or shifts its latents, which `Decoder`
             would not undo.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.name = name
         self.vae = load_vae(name, device, dtype)
         config = self.vae.config
         if config.shift_factor:
@@ -138,7 +139,7 @@ class Encoder:
         self.pixels_per_latent = pixels_per_latent(self.vae)
 
     def sha256(self) -> str:
-        """Checksum of the weights by name, in the dtype they are used in."""
+        """Checksum of the weights and their names, in the dtype they are used in."""
         return weights_sha256(self.vae)
 
     @torch.no_grad()

@@ -1,33 +1,32 @@
 """Encode an image folder into cached latents: `python -m ddt_fast.cache_latents --images DIR --output DIR`.
 
-Under torchrun the processes share the work; without a GPU each encodes on one core. A run that was stopped, in whatever
-way, goes on when started again.
+Under torchrun the processes share the work; without a GPU each encodes on one core. A run that was stopped, in any way,
+continues when it is started again.
 
-With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns to are cached as well. They are large: at
+With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns with are cached too. They are large: at
 256 px 256 x 768 numbers of 2 bytes, 393 KB per image (its latent is 16 KB), 0.5 TB for ImageNet; twice with --flips.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ddt_fast.autoencoder import Encoder, deterministic_convolutions
-from ddt_fast.checks import require_path
+from ddt_fast.checks import require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.encode import cache_settings, encode_images
-from ddt_fast.data.image_folder import list_images
+from ddt_fast.data.image_folder import ImageFolder, list_images
 from ddt_fast.data.latent_cache import MANIFEST, check_owned
 from ddt_fast.device import DTYPES, choose_device
+from ddt_fast.dinov2 import DinoV2
 from ddt_fast.files import output_folder
 from ddt_fast.ranks import process_ranks
-from ddt_fast.training.repa import DinoV2
 from ddt_fast.wording import plural
 
 
@@ -52,10 +51,10 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--shard-size",
         type=int,
-        help="images per shard, of which some three copies are held in memory; default: 8192, with --repa-encoder 2048",
+        help="images per shard, held in memory about three times; default: 8192, with --repa-encoder 2048",
     )
     parser.add_argument("--batch-size", type=int, default=32, help="images per call of an encoder")
-    parser.add_argument("--num-workers", type=int, help="processes that decode images; default: the CPUs' share")
+    parser.add_argument("--num-workers", type=int, help="processes that decode images; default: a share of the CPUs")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--verify", action="store_true", help="compare checksums of the shards that are finished")
     return parser
@@ -89,10 +88,10 @@ def encode_image_folder(
     verify: bool = False,
 ) -> dict[str, Any] | None:
     """Encode an image folder into a cache of latents that training reads, as `python -m ddt_fast.cache_latents`; a call
-    that was stopped goes on where it was. Under torchrun the processes share the work.
+    that was stopped continues where it was. Under torchrun the processes share the work.
 
     Args:
-        images: folder with one sub-folder of images a class.
+        images: folder with one sub-folder of images per class.
         output: folder of the cache.
         image_size: side of the centre crop in pixels.
         autoencoder: diffusers AutoencoderKL, hub id or local folder.
@@ -100,9 +99,9 @@ def encode_image_folder(
         dtype: of what is stored, "float16" or "bfloat16".
         compute_dtype: of the encoders, "float32" or "bfloat16".
         flips: also encode the mirrored images.
-        shard_size: images a shard, of which some three copies are held in memory; default: 8192, with features 2048.
-        batch_size: images a call of an encoder.
-        num_workers: processes that decode images; default: the CPUs' share.
+        shard_size: images per shard, held in memory about three times; default: 8192, with features 2048.
+        batch_size: images per call of an encoder.
+        num_workers: processes that decode images, 0 for none; default: this process's share of the CPUs.
         device: "auto", "cpu", "cuda" or "cuda:N". On a CPU one thread encodes, whose sums do not depend on how many
             there are.
         verify: compare checksums of the shards that are finished.
@@ -114,58 +113,41 @@ def encode_image_folder(
         ValueError: no images, an encoder that cannot be loaded, settings other than those the cache was begun with.
         OSError: files that cannot be read or written; finished shards are kept.
     """
-    ranks = process_ranks()
-    workers = num_workers
-    if workers is None:
-        workers = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
-    if workers < 0:
-        raise ValueError(f"--num-workers is {workers}; allowed: 0 or more")
-    if compute_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"--compute-dtype is {compute_dtype!r}; allowed: float32, bfloat16")
-    source, autoencoder = require_path("--images", images), str(require_path("--autoencoder", autoencoder))
-    if repa_encoder is not None:
-        repa_encoder = str(require_path("--repa-encoder", repa_encoder))
-    if require_path("--output", output).resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"output folder {output} lies inside the image folder; name another")
-    folder = list_images(source)
-    cache = output_folder(output)
-    check_owned(cache)
-    if folder.ignored and ranks.rank == 0:
-        count = plural(len(folder.ignored), "file")
-        print(
-            f"warning: passed over as no images by their names: {count}, such as {folder.ignored[0]}", file=sys.stderr
-        )
+    folder, cache = _open_folders(images, output)
     place = choose_device(device)
     with _deterministic(place):
-        encoder = Encoder(autoencoder, place, DTYPES[compute_dtype])
-        features = None if repa_encoder is None else DinoV2(repa_encoder, place, DTYPES[compute_dtype])
-        settings = cache_settings(
-            folder,
-            encoder,
-            autoencoder,
-            image_size=image_size,
-            dtype=dtype,
-            flips=flips,
-            shard_size=(8192 if features is None else 2048) if shard_size is None else shard_size,
-            batch_size=batch_size,
-            repa_encoder=features,
-        )
-        return encode_images(
-            folder,
-            cache,
-            encoder,
-            settings,
-            repa_encoder=features,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            num_workers=workers,
-            verify=verify,
-        )
+        encoder, features = _load_encoders(autoencoder, repa_encoder, place, compute_dtype)
+        settings = cache_settings(folder, encoder, features, image_size, dtype, flips, shard_size, batch_size)
+        return encode_images(folder, cache, encoder, settings, features, num_workers=num_workers, verify=verify)
+
+
+def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, Path]:
+    """The images, and the folder of their cache, which is created if it is missing."""
+    source = require_path("images", images)
+    if require_path("output", output).resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"output folder {output} lies inside the image folder; name another")
+    folder, cache = list_images(source), output_folder(output)
+    check_owned(cache)
+    if folder.ignored and process_ranks().rank == 0:
+        count = plural(len(folder.ignored), "file")
+        print(f"warning: ignored {count} not named like images, such as {folder.ignored[0]}", file=sys.stderr)
+    return folder, cache
+
+
+def _load_encoders(
+    autoencoder: str | Path, repa_encoder: str | Path | None, device: torch.device, compute_dtype: str
+) -> tuple[Encoder, DinoV2 | None]:
+    require_choice("compute_dtype", compute_dtype, Literal["float32", "bfloat16"])
+    require_path("autoencoder", autoencoder)
+    if repa_encoder is not None:
+        require_path("repa_encoder", repa_encoder)
+    encoder = Encoder(str(autoencoder), device, DTYPES[compute_dtype])
+    return encoder, None if repa_encoder is None else DinoV2(str(repa_encoder), device, DTYPES[compute_dtype])
 
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """The shards of a stopped and restarted run shall be those of an unbroken one, bit for bit."""
+    """A run that is stopped and restarted writes the same shards as an unbroken one, bit for bit."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)  # sums over threads depend on their number, which torchrun changes
@@ -179,7 +161,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 def _report(manifest: dict[str, Any], output: Path) -> None:
     unreadable = manifest["unreadable"]
     if unreadable:
-        print(f"left out, since unreadable: {plural(len(unreadable), 'image')}")
+        print(f"left out because unreadable: {plural(len(unreadable), 'image')}")
         for image in unreadable:
             print(f"  {image['file']}: {image['reason']}")
     latents, shards = plural(manifest["count"], "latent"), plural(len(manifest["shards"]), "shard")

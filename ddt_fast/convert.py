@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from ddt_fast.checks import require_choice, require_path
+from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import check_replaceable
@@ -38,7 +38,7 @@ WeightChoice = Literal["ema", "raw", "both"]
 
 
 class _Settings(NamedTuple):
-    """Where a SOURCE's settings are, if it does not say them: a preset, or a file."""
+    """Where the settings of a source are, if it has none of its own: a preset, or a file."""
 
     preset: str | None
     config: Path | None
@@ -59,11 +59,11 @@ def build_parser() -> CommandParser:
         "--weights",
         choices=["ema", "raw", "both"],
         help="the average, the trained ones, or both, each in its place. Default: a model folder gets the average, "
-        "a .ckpt what there is; of one kind alone it is written in both places",
+        "a .ckpt all there are; if that is one kind, it is written in both places",
     )
     add("--preset", type=str, help=f"settings that go with the weights: {', '.join(PRESETS)}; default: by their shapes")
     add("--config", type=str, help="the same from a file: config.json of a model folder, or recipe.yaml of a run")
-    add("--skip", type=str, nargs="+", default=[], help="packages whose objects in a .ckpt are passed over, not made")
+    add("--skip", type=str, nargs="+", default=[], help="packages whose objects in a .ckpt are skipped, not created")
     return parser
 
 
@@ -83,54 +83,53 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a released Lightning .ckpt, or the latest checkpoint of a training run, into a model folder with a model
     card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a source is
-    executed. What is done is printed.
+    executed. What is read and written is printed.
 
     Args:
         source: a .ckpt, a training run or one of its checkpoints; or, to export, a model or pipeline folder, a
             .safetensors or a hub id.
         out: the folder to write; or, to export, a file that ends in .ckpt.
         weights: "ema", the average, "raw", the trained ones, or "both", each in its place. Default: a model folder gets
-            the average, a .ckpt what there is; of one kind alone it is written in both places.
+            the average, a .ckpt all there are; if that is one kind, it is written in both places.
         preset: settings that go with the weights, one of `ddt_fast.presets.PRESETS`; default: by their shapes.
         config: the same from a file, config.json of a model folder or recipe.yaml of a run.
-        skip: packages whose objects in a .ckpt are passed over, not made.
+        skip: packages whose objects in a .ckpt are skipped, not created.
 
     Returns:
         What was written.
 
     Raises:
-        ValueError: no such source, a damaged one or one with more than tensors in it, settings that do not fit, or an
-            `out` that would have to replace something else.
+        ValueError: a source that is missing, damaged or holds more than tensors, settings that do not fit, or an `out`
+            that would replace something else.
         OSError: files that cannot be read or written.
     """
-    given, out = require_path("SOURCE", source), require_path("OUT", out)
+    given, out = require_path("source", source), require_path("out", out)
     if weights is not None:
-        require_choice("--weights", weights, WeightChoice)
-    if isinstance(skip, str):
-        raise ValueError(f"--skip is {skip!r}; wanted a list of packages")
+        require_choice("weights", weights, WeightChoice)
+    require(not isinstance(skip, str), "skip", skip, "a list of packages")
     run = newest_checkpoint(given)
     source = run or resolve_checkpoint(source)
     if out.resolve() == source.resolve():
-        raise ValueError(f"{out} is both SOURCE and OUT; name another OUT")
+        raise ValueError(f"{out} is both source and out; name another out")
     if preset is not None and config is not None:
-        raise ValueError("--preset and --config are both given; give one")
+        raise ValueError("preset and config are both given; give one")
     if source.suffix != ".ckpt" and skip:
-        raise ValueError("--skip is for a SOURCE that is a .ckpt")
+        raise ValueError("skip is for a source that is a .ckpt")
     if run is not None and (preset or config) is not None:
-        raise ValueError(f"--preset and --config are for a SOURCE without settings; {run} has its own")
-    settings = _Settings(preset, None if config is None else require_path("--config", config))
+        raise ValueError(f"preset and config are for a source without settings; {run} has its own")
+    settings = _Settings(preset, None if config is None else require_path("config", config))
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":
         _export(source, out, weights, settings)
     elif source.suffix == ".ckpt" or run is not None:
         _import(source, out, weights or "ema", settings, skip)
     else:
-        raise ValueError(f"neither {source} nor {out} is a .ckpt; SOURCE or OUT must be one, or SOURCE a training run")
+        raise ValueError(f"neither {source} nor {out} is a .ckpt; source or out must be one, or source a training run")
     return out
 
 
 def _import(source: Path, out: Path, which: WeightChoice, settings: _Settings, skip: Sequence[str]) -> None:
     if out.suffix in (".ckpt", ".safetensors"):
-        raise ValueError(f"OUT {out} is named like a file; a model folder is written")
+        raise ValueError(f"out is {out}, which is named like a file; name a folder")
     check_replaceable(out, OWNED_NAMES)
     sets = _read(source, skip)
     experiment, model, raw = _choose(source, sets, which, settings)
@@ -155,7 +154,7 @@ def _export(source: Path, out: Path, weights: WeightChoice | None, settings: _Se
 
 
 def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
-    """All that SOURCE holds; says what that is, and what of it is ignored."""
+    """Everything that the source holds; prints what that is, and what of it is ignored."""
     if source.suffix == ".ckpt":
         sets = read_lightning(source, skip)
     elif _is_run(source):
@@ -169,12 +168,15 @@ def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
 def _choose(
     source: Path, sets: LightningWeights, which: WeightChoice, settings: _Settings
 ) -> tuple[Experiment, DDT, dict[str, Tensor] | None]:
-    """The settings, a model with the weights asked for (of both: the average), and of both the trained ones."""
+    """The settings, a model with the chosen weights (of both: the average), and the trained ones if both are chosen."""
     weights = sets.take("raw" if which == "raw" else "ema", source)
     raw = sets.take("raw", source) if which == "both" else None
     experiment = _settings(source, weights, settings)
     model = build_model(experiment.model, weights, source)
-    _check_rest(experiment, raw, sets.projector, source)
+    if raw:
+        build_model(experiment.model, raw, source)
+    if sets.projector:
+        check_projector(sets.projector, experiment.model.hidden_size, source)
     return experiment, model, raw
 
 
@@ -183,12 +185,12 @@ def _is_run(source: Path) -> bool:
 
 
 def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) -> Experiment:
-    """The model's settings, from its folder, a file, the preset named, or the one that has its shapes; says which."""
+    """The model's settings, from its folder, a file, the named preset, or the one with its shapes, which is printed."""
     if _is_run(source):
         return read_settings(source / TRAINER)
     if has_config(source):
         if settings.config is not None:
-            raise ValueError(f"--config is for checkpoints without config.json; {source} has one")
+            raise ValueError(f"config is for checkpoints without config.json; {source} has one")
         return experiment_of(source, settings.preset)
     if settings.config is not None:
         return read_settings(settings.config)
@@ -205,21 +207,12 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) 
             + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
         )
     if model.num_classes != experiment.model.num_classes:
-        print(f"settings: {plural(model.num_classes, 'class')}, by the shapes")
+        print(f"settings: {plural(model.num_classes, 'class')}, from the shapes")
     return Experiment(model, experiment.data, sampling=experiment.sampling)
 
 
-def _check_rest(
-    experiment: Experiment, raw: dict[str, Tensor] | None, projector: dict[str, Tensor], source: Path
-) -> None:
-    if raw:
-        build_model(experiment.model, raw, source)
-    if projector:
-        check_projector(projector, experiment.model.hidden_size, source)
-
-
 def _report(source: Path, sets: LightningWeights) -> None:
-    """Say what was read, and what of it is ignored."""
+    """Print what was read, and what of it is ignored."""
     named = {"EMA weights": sets.ema, "raw weights": sets.raw, "REPA projector": sets.projector}
     for name, tensors in named.items():
         if tensors:

@@ -1,4 +1,4 @@
-"""Which of the processes that share a job this one is, as torchrun tells it through the environment."""
+"""Which of the processes that share a job this one is, from the environment that torchrun sets."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Ranks:
 
     @property
     def who(self) -> str:
-        """Begins a line of output: "rank 1 of 4: ", or nothing where there is one process."""
+        """The beginning of a line of output: "rank 1 of 4: ", or nothing for a single process."""
         return f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
 
 
 def process_ranks() -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment; ValueError where they are nonsense."""
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment; ValueError if they make no sense."""
     values = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         text = os.environ.get(name, default)

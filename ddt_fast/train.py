@@ -53,7 +53,7 @@ def train_model(
     resume: str | None = None,
     overwrite: bool = False,
 ) -> TrainingResult:
-    """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, which never replaces a run unless told.
+    """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, but an earlier run is replaced only if told.
 
     Args:
         experiment: every setting, such as `ddt_fast.presets.PRESETS["digits"]`, changed with dataclasses.replace.
@@ -66,16 +66,16 @@ def train_model(
         The last step, the averaged model on the CPU, and its scores.
 
     Raises:
-        ValueError: an earlier run there and neither resume nor overwrite; data or settings that cannot be trained with.
+        ValueError: an earlier run there and neither resume nor overwrite; data or settings that training cannot use.
         OSError: outputs that cannot be written.
     """
     chosen = choose_device(device)
     require_kind("experiment", experiment, Experiment)
     folder = output_folder(output_dir)
     if resume is not None:
-        require_path("--resume", resume)
+        require_path("resume", resume)
     if overwrite and resume is not None:
-        raise ValueError("--overwrite and --resume exclude each other; give one")
+        raise ValueError("overwrite and resume exclude each other; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
         raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
     return train(experiment, folder, chosen, resume)
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _find_preset(arguments: Sequence[str] | None) -> str:
     """The preset named on the command line or in a --config file, else digits: it decides the defaults, so it must be
-    known before the parser is built. ValueError when two are named."""
+    known before the parser is built. ValueError if two are named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
     parser.add_argument("--config", action="append", default=[])
@@ -130,9 +130,9 @@ def _find_preset(arguments: Sequence[str] | None) -> str:
         for place, part in parts.items():
             if not isinstance(part, dict):
                 kind = "nothing" if part is None else f"a {type(part).__name__}"
-                raise ValueError(f"config file {file} holds {kind}{place}; wanted settings as `name: value`")
+                raise ValueError(f"config file {file} holds {kind}{place}; expected settings as `name: value`")
         if "config" in settings:
-            raise ValueError(f"config file {file} names another one; name both on the command line")
+            raise ValueError(f"config file {file} names another config file; name both on the command line")
         if "preset" in settings:
             named.add(str(settings["preset"]))
     if len(named) > 1:

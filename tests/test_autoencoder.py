@@ -30,7 +30,7 @@ def rewritten(tmp_path):
 
 def test_missing_tensors_are_refused(rewritten):
     folder = rewritten(lambda weights: {n: t for n, t in weights.items() if n != "decoder.conv_in.weight"})
-    with pytest.raises(ValueError, match=r"1 of its tensors are missing, such as decoder\.conv_in\.weight; wanted"):
+    with pytest.raises(ValueError, match=r"1 of its tensors are missing, such as decoder\.conv_in\.weight; expected"):
         load(folder)
 
 

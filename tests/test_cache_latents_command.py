@@ -1,10 +1,7 @@
 """The command as a user runs it, with a small AutoencoderKL."""
 
-import os
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,14 @@ from sklearn.datasets import load_digits, load_sample_images
 from ddt_fast import cache_latents
 from ddt_fast.autoencoder import Decoder, Encoder
 from ddt_fast.command import run_command
+from ddt_fast.data.cached_images import CachedImages
+from ddt_fast.data.encode import cache_settings
+from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.loader import LatentLoader
 from ddt_fast.data.verification import wrong_shards
-from ddt_fast.training.repa import DinoV2
+from ddt_fast.dinov2 import DinoV2
+from sample_jobs import small_autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +43,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae") / "vae"
-    AutoencoderKL(
-        block_out_channels=(8, 8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-    ).save_pretrained(folder)
-    return folder
+    return Path(small_autoencoder(tmp_path_factory.mktemp("vae") / "vae"))
 
 
 def arguments(images: Path, autoencoder: Path, output: Path, *more: str) -> list[str]:
@@ -97,34 +87,30 @@ def test_cached_features_are_those_of_the_images(images, autoencoder, dinov2, tm
     assert dataset.settings is not None
     assert (dataset.settings.repa_encoder, dataset.settings.repa_encoder_sha256) == (str(dinov2), encoder.sha256())
     assert dataset.feature_shape == (4, 24)
-    with LatentLoader(dataset, 16, images=images) as loader:
+    with LatentLoader(dataset, 16, images=CachedImages(images, dataset)) as loader:
         for _ in range(4):
             batch = next(loader)
             torch.testing.assert_close(batch.features.float(), encoder(batch.images), rtol=1e-3, atol=2e-3)
     with pytest.raises(ValueError, match="was begun with other settings: repa_encoder"):
         cache_latents.main(arguments(images, autoencoder, tmp_path, "--flips"))
-
-
-def test_shards_with_features_are_smaller_by_default(images, autoencoder, dinov2, tmp_path):
-    common = ["--images", str(images), "--autoencoder", str(autoencoder), "--image-size", "32", "--num-workers", "0"]
-    cache_latents.main([*common, "--output", str(tmp_path / "plain")])
-    cache_latents.main([*common, "--output", str(tmp_path / "repa"), "--repa-encoder", str(dinov2)])
-    sizes = [LatentDataset(tmp_path / name).settings.shard_size for name in ("plain", "repa")]
+    # Shards with features are smaller by default.
+    folder, vae = list_images(images), Encoder(str(autoencoder), torch.device("cpu"))
+    sizes = [cache_settings(folder, vae, with_, 32, "float16", True, None, 4).shard_size for with_ in (None, encoder)]
     assert sizes == [8192, 2048]
 
 
-def test_two_processes_write_what_one_does(images, autoencoder, dinov2, tmp_path):
+def test_two_processes_write_what_one_does(images, autoencoder, dinov2, tmp_path, monkeypatch, capsys):
     repa = ["--repa-encoder", str(dinov2)]
     cache_latents.main(arguments(images, autoencoder, tmp_path / "one", *repa))
-    command = [sys.executable, "-m", "ddt_fast.cache_latents", *arguments(images, autoencoder, tmp_path / "two", *repa)]
-    environments = [{**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"} for rank in range(2)]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for environment in environments
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sum("32 latents of 11 classes" in output for output in outputs) >= 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        cache_latents.main(arguments(images, autoencoder, tmp_path / "two", *repa))
+        said.append(capsys.readouterr().out)
+    assert said[0].startswith("rank 0 of 2: finished its shards; the last process to finish writes ")
+    assert "32 latents of 11 classes" in said[1]
     one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
 
@@ -132,11 +118,11 @@ def test_two_processes_write_what_one_does(images, autoencoder, dinov2, tmp_path
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--image-size", "30"], "image size is 30; allowed: multiples of 8"),
+        (["--image-size", "30"], "image_size is 30; allowed: multiples of 8"),
         (["--dtype", "float32"], "allowed: float16, bfloat16"),
         (["--compute-dtype", "int8"], "allowed: float32, bfloat16"),
-        (["--num-workers", "-1"], "--num-workers is -1"),
-        (["--batch-size", "0"], "batch size is 0"),
+        (["--num-workers", "-1"], "num_workers is -1"),
+        (["--batch-size", "0"], "batch_size is 0"),
         (["--images", "nowhere"], "image folder nowhere does not exist"),
         (["--autoencoder", "."], "autoencoder . could not be loaded"),
         (["--repa-encoder", "."], "DINOv2 . could not be loaded"),

@@ -5,10 +5,7 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,28 +77,21 @@ def test_a_released_checkpoint_becomes_a_folder_of_its_average(place, capsys):
         load_model(folder, weights="raw")
 
 
-def test_weights_can_be_the_raw_ones_or_both(place):
+def test_weights_can_be_the_raw_ones_or_both_and_there_and_back_again_is_exact(place):
     run(place, *TO_FOLDER, "--weights", "raw")
     assert same(load_model(place / "model").state_dict(), RAW)
     run(place, *TO_FOLDER, "--weights", "both")
     assert same(load_model(place / "model").state_dict(), EMA)
-    assert same(load_model(place / "model", weights="raw").state_dict(), RAW)
-    assert same(load_model(place / "released.ckpt", weights="raw", config=CONFIG).state_dict(), RAW)
-
-
-def test_there_and_back_again_is_exact(place):
-    run(place, *TO_FOLDER, "--weights", "both")
+    for source in ("model", "released.ckpt"):
+        config = CONFIG if source == "released.ckpt" else None
+        assert same(load_model(place / source, weights="raw", config=config).state_dict(), RAW)
     run(place, "{0}/model", "{0}/back.ckpt")
-    back = read_lightning(place / "back.ckpt")
-    assert same(back.ema, EMA)
-    assert same(back.raw, RAW)
-    assert same(back.projector, PROJECTOR)
     run(place, "{0}/model", "{0}/raw.ckpt", "--weights", "raw")
     raw = read_lightning(place / "raw.ckpt")
     assert same(raw.ema, RAW)
     assert same(raw.raw, RAW)
-    for source in ("model", "released.ckpt"):
-        sets = read_weight_sets(place / source, CONFIG)
+    read = [read_weight_sets(place / source, CONFIG) for source in ("model", "released.ckpt")]
+    for sets in (*read, read_lightning(place / "back.ckpt")):
         assert same(sets.ema, EMA)
         assert same(sets.raw, RAW)
         assert same(sets.projector, PROJECTOR)
@@ -109,9 +99,7 @@ def test_there_and_back_again_is_exact(place):
 
 def test_what_training_starts_from_must_fit_its_model(place):
     for name, value in (("num_blocks", 6), ("hidden_size", 96), ("num_classes", 3)):
-        message = (
-            rf"released\.ckpt and its.* disagree: {name} {getattr(CONFIG, name)} in .*\.ckpt, {value} in the config"
-        )
+        message = rf"released\.ckpt .* disagree: {name} {getattr(CONFIG, name)} in .*\.ckpt, {value} in the config"
         with pytest.raises(ValueError, match=message):
             read_weight_sets(place / "released.ckpt", replace(CONFIG, **{name: value}))
     save_model(golden.model(NAME), place / "model", DATA, SAMPLING)
@@ -164,35 +152,33 @@ def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "guessed from the shapes, preset xl2_256" in said
     assert "if this is xl2_512, whose shapes are the same, add --preset xl2_512" in said
-    assert "settings: 100 classes, by the shapes" in said
+    assert "settings: 100 classes, from the shapes" in said
     assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
     named = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings("xl2_512", None))
     assert named.data.image_size == 512
 
 
-def other_architecture(place):
-    write_lightning(place / "released.ckpt", DDT(replace(CONFIG, hidden_size=32)).state_dict())
+def released(*weights, **projector):
+    """Replaces released.ckpt by these weights, their raw ones and their projector."""
+    return lambda place: write_lightning(place / "released.ckpt", *(make() for make in weights), **projector)
 
 
-def fewer_names(place):
-    fewer = {name: tensor for name, tensor in EMA.items() if "norm1" not in name}
-    write_lightning(place / "released.ckpt", fewer | {"pos_embed": torch.zeros(1)})
+def of_config(**changes):
+    return lambda: DDT(replace(CONFIG, **changes)).state_dict()
 
 
-def raw_of_another_model(place):
-    write_lightning(place / "released.ckpt", EMA, DDT(replace(CONFIG, num_blocks=6)).state_dict())
+def fewer_names():
+    return {name: tensor for name, tensor in EMA.items() if "norm1" not in name} | {"pos_embed": torch.zeros(1)}
+
+
+other_architecture = released(of_config(hidden_size=32))
+raw_of_another_model = released(lambda: EMA, of_config(num_blocks=6))
+odd_projector = released(lambda: EMA, projector=PROJECTOR | {"4.weight": torch.zeros(7, 9)})
+half_a_projector = released(lambda: EMA, projector={"0.weight": torch.zeros(48, 48)})
 
 
 def no_average(place):
     torch.save({"state_dict": {f"denoiser.{n}": t for n, t in EMA.items()}}, place / "released.ckpt")
-
-
-def odd_projector(place):
-    write_lightning(place / "released.ckpt", EMA, projector=PROJECTOR | {"4.weight": torch.zeros(7, 9)})
-
-
-def half_a_projector(place):
-    write_lightning(place / "released.ckpt", EMA, projector={"0.weight": torch.zeros(48, 48)})
 
 
 def truncated(place):
@@ -200,7 +186,7 @@ def truncated(place):
     (place / "released.ckpt").write_bytes(content[: len(content) // 3])
 
 
-def no_checkpoint(place):
+def not_a_checkpoint(place):
     (place / "released.ckpt").write_text("hello")
 
 
@@ -222,7 +208,11 @@ def nothing(place):
     [
         (other_architecture, TO_FOLDER, "disagree: hidden_size 32 in {0}/released.ckpt, 48 in the config"),
         (other_architecture, TO_FOLDER[:2], "blocks of width 32, head dimension 16, which no preset has"),
-        (fewer_names, TO_FOLDER, "tensors missing (such as blocks.0.norm1.weight); 1 tensor unexpected (such as pos"),
+        (
+            released(fewer_names),
+            TO_FOLDER,
+            "tensors missing (such as blocks.0.norm1.weight); 1 tensor unexpected (such as pos",
+        ),
         (
             raw_of_another_model,
             (*TO_FOLDER, "--weights", "both"),
@@ -232,13 +222,13 @@ def nothing(place):
         (odd_projector, TO_FOLDER, "the REPA projector in {0}/released.ckpt does not fit: 4.weight is (7, 9)"),
         (half_a_projector, TO_FOLDER, "lacks 0.bias"),
         (truncated, TO_FOLDER, "corrupt"),
-        (no_checkpoint, TO_FOLDER, "corrupt"),
+        (not_a_checkpoint, TO_FOLDER, "corrupt"),
         (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
-        (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT"),
+        (a_folder, ("{0}/model", "{0}/model"), "is both source and out"),
         (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "x.ckpt lies inside {0}/model; name another place"),
         (a_folder, ("{0}/model", "{0}/released.ckpt"), "released.ckpt exists; remove it or name another"),
-        (a_folder, ("{0}/model", "{0}/other"), "SOURCE or OUT must be one"),
-        (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "--skip is for a SOURCE that is a .ckpt"),
+        (a_folder, ("{0}/model", "{0}/other"), "source or out must be one"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "skip is for a source that is a .ckpt"),
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "raw"), "holds no raw weights; take its ema weights"),
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "both"), "holds no raw weights; take its ema weights"),
         (
@@ -246,14 +236,14 @@ def nothing(place):
             ("{0}/model", "{0}/x.ckpt", "--preset", "digits"),
             "--preset is for checkpoints without config.json",
         ),
-        (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "--config is for checkpoints without"),
-        (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both SOURCE and OUT"),
-        (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; a model folder is written"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "config is for checkpoints without"),
+        (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both source and out"),
+        (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; name a folder"),
         (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is no folder"),
         (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
-        (nothing, ("{0}/released.ckpt", ""), "OUT has an empty name"),
+        (nothing, ("{0}/released.ckpt", ""), "out has an empty name"),
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
-        (nothing, (*TO_FOLDER, "--preset", "digits"), "--preset and --config are both given"),
+        (nothing, (*TO_FOLDER, "--preset", "digits"), "preset and config are both given"),
         (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),
         (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 has not"),
         (nothing, (*TO_FOLDER[:2], "--config", "{0}/nowhere.yaml"), "nowhere.yaml does not exist"),
@@ -275,21 +265,21 @@ def test_mistakes_are_one_line_and_leave_nothing(place, capsys, prepare, argumen
 
 
 @pytest.mark.parametrize("arguments", [TO_FOLDER, ("{0}/source", "{0}/out.ckpt")])
-def test_a_full_disk_leaves_nothing_half_written(place, arguments):
+def test_a_full_disk_leaves_nothing_half_written(place, capsys, arguments):
     save_model(golden.model(NAME), place / "source", DATA, SAMPLING)
     before = sorted(place.rglob("*"))
-    result = subprocess.run(
-        [sys.executable, "-m", "ddt_fast.convert", *(argument.format(place) for argument in arguments)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        # Files may not grow past that: a write fails half-way, as on a full disk.
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert "could not be written" in result.stderr
-    assert os.strerror(errno.EFBIG) in result.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Files may not grow past that: a write fails half-way, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit, match="2"):
+            run_command(lambda: run(place, *arguments))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "could not be written" in error
+    assert os.strerror(errno.EFBIG) in error
     assert sorted(place.rglob("*")) == before
 
 

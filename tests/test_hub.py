@@ -45,7 +45,7 @@ def test_a_model_in_the_cache_needs_no_network(cache):
     ("code", "message"),
     [
         ("from ddt_fast.autoencoder import Decoder; Decoder('no/vae', torch.device('cpu'))", "autoencoder no/vae"),
-        ("from ddt_fast.training.repa import DinoV2; DinoV2('no/dino')", "DINOv2 no/dino"),
+        ("from ddt_fast.dinov2 import DinoV2; DinoV2('no/dino')", "DINOv2 no/dino"),
         ("from ddt_fast import load_model; load_model('no/model')", "checkpoint no/model is not a local path"),
     ],
     ids=["autoencoder", "dinov2", "checkpoint"],

@@ -1,4 +1,4 @@
-"""The images behind a latent cache, read anew: for features that are computed while training rather than cached."""
+"""The images behind a latent cache, read again: for features that are computed while training instead of cached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CachedImages:
         dataset: the cache.
 
     Raises:
-        ValueError: no image folder, or one whose file names are not those of the cache; LightningDiT's shards, which do
+        ValueError: not an image folder, or one with other file names than the cache; LightningDiT's shards, which do
             not say what they were made from.
     """
 

@@ -19,9 +19,10 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 class DigitsDataset:
-    """The digits as `LatentLoader` reads data: in place of latents, pixels."""
+    """The digits as a `DataSource`: pixels in place of latents."""
 
     has_flips = False
+    feature_shape: tuple[int, int] | None = None
     fingerprint = "digits"
 
     def __init__(self) -> None:
@@ -36,3 +37,7 @@ class DigitsDataset:
         # By numpy: torch would start OpenMP threads of its own for the loader's, and OpenMP, seeing more threads than
         # cores, then lets all of them sleep between operations, which halves the speed of training on a CPU.
         return torch.from_numpy(self._images[indices])
+
+    def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
+        """The digits have none."""
+        raise NotImplementedError

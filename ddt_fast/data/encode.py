@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,29 +14,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ddt_fast.autoencoder import Encoder
+from ddt_fast.checks import require, require_int
 from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError, read_image
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
-from ddt_fast.training.repa import DinoV2
+from ddt_fast.dinov2 import DinoV2
+from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.wording import plural
 
 
-@dataclass(frozen=True)
-class DecodedBatch:
+class DecodedBatch(NamedTuple):
     """Some consecutive images of one shard: those that could be read, and the others.
 
     Attributes:
-        index: (n,) int64 places in the sorted image list.
+        places: (n,) int64, in the sorted image list.
         images: (n, 3, size, size) uint8.
         unreadable: the images that are not among them.
     """
 
-    index: Tensor
+    places: Tensor
     images: Tensor
     unreadable: list[Unreadable]
-
-    def pin_memory(self) -> DecodedBatch:
-        """The same with images in page-locked memory; DataLoader calls it."""
-        return DecodedBatch(self.index, self.images.pin_memory(), self.unreadable)
 
 
 class _DecodedImages(Dataset[tuple[int, Tensor | str]]):
@@ -51,41 +47,35 @@ class _DecodedImages(Dataset[tuple[int, Tensor | str]]):
             return index, str(error)
 
     def collate(self, items: list[tuple[int, Tensor | str]]) -> DecodedBatch:
-        read = [(index, image) for index, image in items if isinstance(image, Tensor)]
-        failed = [
-            Unreadable(index, self.folder.files[index], reason) for index, reason in items if isinstance(reason, str)
-        ]
-        images = [image for _, image in read]
-        return DecodedBatch(
-            torch.tensor([index for index, _ in read], dtype=torch.int64),
-            torch.stack(images) if images else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8),
-            failed,
-        )
+        read = {index: image for index, image in items if isinstance(image, Tensor)}
+        failed = [Unreadable(index, self.folder.files[index], why) for index, why in items if isinstance(why, str)]
+        empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        images = torch.stack(list(read.values())) if read else empty
+        return DecodedBatch(torch.tensor(list(read), dtype=torch.int64), images, failed)
 
 
 def cache_settings(
     folder: ImageFolder,
     encoder: Encoder,
-    autoencoder: str,
-    *,
+    repa_encoder: DinoV2 | None,
     image_size: int,
     dtype: str,
     flips: bool,
-    shard_size: int,
+    shard_size: int | None,
     batch_size: int,
-    repa_encoder: DinoV2 | None = None,
 ) -> CacheSettings:
     """The settings of a cache of these images by these encoders; ValueError for values that are not allowed."""
     storage_dtype(dtype)
     factor = encoder.pixels_per_latent
-    if image_size < 1 or image_size % factor:
-        raise ValueError(f"image size is {image_size}; allowed: multiples of {factor}, the autoencoder's factor")
-    for name, value in (("shard size", shard_size), ("batch size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; allowed: 1 or more")
+    allowed = f"multiples of {factor}, the autoencoder's factor"
+    require(image_size > 0 and image_size % factor == 0, "image_size", image_size, allowed)
+    if shard_size is None:
+        shard_size = 8192 if repa_encoder is None else 2048
+    require_int("shard_size", shard_size, 1)
+    require_int("batch_size", batch_size, 1)
     return CacheSettings(
         image_size=image_size,
-        autoencoder=autoencoder,
+        autoencoder=encoder.name,
         autoencoder_sha256=encoder.sha256(),
         scaling_factor=encoder.scaling_factor,
         latent_shape=(encoder.latent_channels, image_size // factor, image_size // factor),
@@ -108,17 +98,16 @@ def encode_images(
     output: Path,
     encoder: Encoder,
     settings: CacheSettings,
-    *,
     repa_encoder: DinoV2 | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 2,
+    *,
+    ranks: Ranks | None = None,
+    num_workers: int | None = None,
     verify: bool = False,
 ) -> dict[str, Any] | None:
     """Write the shards K with K % world_size == rank that are not there yet; the last process to finish writes the
     manifest.
 
-    Images that cannot be read are reported to stderr as they come and are left out; so is progress.
+    Images that cannot be read are reported on stderr as they come and are left out; so is progress.
 
     Args:
         folder: the images.
@@ -126,8 +115,8 @@ def encode_images(
         encoder: on the device to use.
         settings: of `cache_settings`.
         repa_encoder: whose features to write as well; the one that the settings are of.
-        rank, world_size: this process among those that share the work; they need not know of each other.
-        num_workers: processes that decode images; 0 decodes in this one.
+        ranks: this process among those that share the work, which need not know of each other; default: torchrun's.
+        num_workers: processes that decode images; 0 decodes in this one. Default: this process's share of the CPUs.
         verify: read finished shards and compare their checksums, rather than their sizes alone.
 
     Returns:
@@ -138,15 +127,19 @@ def encode_images(
             latents or features that are not finite.
         OSError: no space left, or another failure of the file system; finished shards are kept.
     """
+    ranks = ranks or process_ranks()
+    if num_workers is None:
+        num_workers = max(1, len(os.sched_getaffinity(0)) // ranks.local_size)
+    require_int("num_workers", num_workers, 0)
     cache = CacheFolder(output, settings)
-    own = range(rank, settings.num_shards, world_size)
+    own = range(ranks.rank, settings.num_shards, ranks.world_size)
     finished = cache.finished_shards(own, verify=verify)
     todo = [shard for shard in own if shard not in finished]
-    who = f"rank {rank} of {world_size}: " if world_size > 1 else ""
     if finished:
-        tqdm.write(f"{who}{len(finished)} of {plural(len(own), 'shard')} finished already", file=sys.stderr)
+        message = f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} finished already"
+        tqdm.write(message, file=sys.stderr)
     if todo:
-        _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, who)
+        _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, ranks.who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:
         return None
     return cache.write_manifest()
@@ -162,11 +155,16 @@ def _encode_shards(
     who: str,
 ) -> None:
     settings = cache.settings
-    batches = [(shard, batch) for shard in todo for batch in _split(settings.shard_range(shard), settings.batch_size)]
+    shards, batches = [], []  # the images of each batch, and the shard that they are of
+    for shard in todo:
+        images = settings.shard_range(shard)
+        for start in range(0, len(images), settings.batch_size):
+            shards.append(shard)
+            batches.append(list(images[start : start + settings.batch_size]))
     dataset = _DecodedImages(folder, settings.image_size)
     decoded = DataLoader(
         dataset,
-        batch_sampler=[batch for _, batch in batches],
+        batch_sampler=batches,
         collate_fn=dataset.collate,
         num_workers=num_workers,
         pin_memory=encoder.vae.device.type == "cuda",
@@ -175,16 +173,16 @@ def _encode_shards(
     parts: list[dict[str, Tensor]] = []
     unreadable: list[Unreadable] = []
     labels = torch.tensor(folder.labels, dtype=torch.int64)
-    total = sum(len(batch) for _, batch in batches)
+    total = sum(map(len, batches))
     with tqdm(total=total, desc=f"{who}encoding", unit="img", dynamic_ncols=True) as progress:
-        for position, ((shard, images), batch) in enumerate(zip(batches, decoded, strict=True)):
+        for shard, following, batch in zip(shards, [*shards[1:], None], decoded, strict=True):
             encoded = _encode(batch.images, encoder, repa_encoder, settings)
-            parts.append({**encoded, "labels": labels[batch.index], "index": batch.index})
+            parts.append({**encoded, "labels": labels[batch.places], "index": batch.places})
             for image in batch.unreadable:
                 tqdm.write(f"warning: {image.file} is left out: {image.reason}", file=sys.stderr)
             unreadable += batch.unreadable
-            progress.update(len(images))
-            if position + 1 == len(batches) or batches[position + 1][0] != shard:
+            progress.update(len(batch.places) + len(batch.unreadable))
+            if shard != following:
                 # Popped: a shard's features are gigabytes, which need not be there twice.
                 tensors = {name: torch.cat([part.pop(name) for part in parts]) for name in tuple(parts[0])}
                 cache.write_shard(shard, tensors, unreadable)
@@ -210,16 +208,11 @@ def _encode(
 
 
 def _stored(values: Tensor, what: str, settings: CacheSettings) -> Tensor:
-    """Values as a shard holds them; ValueError when they are not finite, or too large for that."""
+    """Values as a shard holds them; ValueError if they are not finite, or too large for that."""
     stored = values.to("cpu", storage_dtype(settings.dtype)).contiguous()
     if not stored.isfinite().all():
         largest = values.abs().max().item()
         if not math.isfinite(largest):
             raise ValueError(f"the {what} are not finite; encode in float32, or check the encoder's weights")
-        raise ValueError(f"{what} up to {largest:.3g} do not fit {settings.dtype}; take bfloat16")
+        raise ValueError(f"{what} up to {largest:.3g} do not fit {settings.dtype}; use bfloat16")
     return stored
-
-
-def _split(indices: range, size: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])

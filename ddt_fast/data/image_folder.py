@@ -1,4 +1,4 @@
-"""Images in class folders, as ImageNet is kept, and the crop that ADM and its successors train on."""
+"""Images in class folders, as ImageNet comes, and the crop that ADM and its successors train on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ImageFolder:
         class_names: sub-folder names, sorted; a label is an index into them.
         files: paths relative to root with forward slashes, sorted within a class, class after class.
         labels: the class of each file.
-        ignored: files below root that are no images by their name.
+        ignored: files below root that are not named like images.
     """
 
     root: Path
@@ -44,15 +44,15 @@ def list_images(root: Path) -> ImageFolder:
     """Every image below the sub-folders of root; names decide, nothing is opened. Hidden folders are skipped.
 
     Raises:
-        ValueError: root is no folder, has no sub-folders, or a sub-folder holds no images.
+        ValueError: root is not a folder, has no sub-folders, or a sub-folder holds no images.
     """
     if not root.is_dir():
-        raise ValueError(f"image folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+        raise ValueError(f"image folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     with os.scandir(root) as scan:
         entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
     class_names = tuple(entry.name for entry in entries if entry.is_dir())
     if not class_names:
-        raise ValueError(f"image folder {root} holds no class folders; wanted one folder of images per class")
+        raise ValueError(f"image folder {root} holds no class folders; expected one folder of images per class")
     files: list[str] = []
     labels: list[int] = []
     ignored = [entry.name for entry in entries if not entry.is_dir()]
@@ -74,7 +74,7 @@ def list_images(root: Path) -> ImageFolder:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle size x size pixels after the short side was brought to size, as ADM does it (arXiv 2105.05233,
+    """The middle size x size pixels after the short side was resized to size, as ADM does it (arXiv 2105.05233,
     guided-diffusion): halved with a box filter while it is at least 2 * size, then bicubic."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -92,13 +92,13 @@ def read_image(path: Path, size: int) -> Tensor:
     """The centre crop of an image file, (3, size, size) uint8 RGB.
 
     Raises:
-        UnreadableImageError: missing, unreadable, truncated, or no image at all.
+        UnreadableImageError: missing, unreadable, truncated, or not an image.
     """
     try:
         with Image.open(path) as image:
             cropped = center_crop(image.convert("RGB"), size)
     except UnidentifiedImageError:
-        raise UnreadableImageError("no image that Pillow can read") from None
+        raise UnreadableImageError("not an image that Pillow can read") from None
     except MemoryError:
         raise
     except OSError as error:

@@ -1,7 +1,7 @@
 """The latent cache: an image folder, encoded once, as shards of posterior means and log-variances.
 
 A cache is a folder of
-    settings.json                               what it is made of and how; written first, a later run must agree
+    settings.json                               what it is made from and how; written first, a later run must agree
     latents-K-of-N.safetensors                  mean, logvar (M, C, h, w), with flips also mean_flip and logvar_flip;
                                                 labels, index (M,) int64: class and place in the sorted image list;
                                                 with a REPA encoder features (and features_flip) (M, N', F)
@@ -9,9 +9,9 @@ A cache is a folder of
     manifest.json                               settings, counts, shards with checksums, unreadable images; written last
     verified.json                               shards whose checksums a training run has compared (`verification`)
 
-Shard K covers images K * shard_size and on, in batches that do not cross it: its bytes depend on the images and the
-settings, not on how many processes there were or how often they were stopped. A shard is finished once its file has
-its final name; its .json is written just before.
+Shard K covers shard_size images from K * shard_size on, in batches that do not cross its ends: its bytes depend on the
+images and the settings, not on how many processes there were or how often they were stopped. A shard is finished once
+its file has its final name; its .json is written just before.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CacheSettings:
         image_size: side of the square crop in pixels.
         autoencoder: hub id or local folder of the AutoencoderKL.
         autoencoder_sha256: of its weights.
-        scaling_factor: what a drawn latent is multiplied with.
+        scaling_factor: what a drawn latent is multiplied by.
         latent_shape: (C, h, w) of one latent.
         dtype: of the stored latents, "float16" or "bfloat16".
         compute_dtype: of the autoencoder.
@@ -61,7 +61,7 @@ class CacheSettings:
         num_images: of the image folder, readable or not.
         images_sha256: of their names.
         class_names: label i is class_names[i].
-        repa_encoder: hub id or local folder of the DINOv2 whose features are cached too; None where there are none.
+        repa_encoder: hub id or local folder of the DINOv2 whose features are cached too; None without features.
         repa_encoder_sha256: of its weights.
         feature_shape: (N', F) of one image's features, a square grid row by row.
     """
@@ -86,7 +86,7 @@ class CacheSettings:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CacheSettings:
-        """The settings in a manifest; KeyError, TypeError or ValueError where some are missing or wrong."""
+        """The settings in a manifest; KeyError, TypeError or ValueError if some are missing or wrong."""
         known = {entry.name for entry in fields(cls) if entry.init}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
@@ -128,7 +128,7 @@ class CacheFolder:
     """A cache being written, by this process and possibly by others that own other shards.
 
     Args:
-        path: the folder; created where it is missing.
+        path: the folder; created if it is missing.
         settings: of this run.
 
     Raises:
@@ -152,11 +152,11 @@ class CacheFolder:
         changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if changed:
             shown = "; ".join(f"{name} {_short(theirs.get(name))}, now {_short(ours.get(name))}" for name in changed)
-            raise ValueError(f"{self.path} was begun with other settings: {shown}; take another output folder")
+            raise ValueError(f"{self.path} was begun with other settings: {shown}; use another output folder")
 
     def finished_shards(self, shards: Iterable[int], *, verify: bool = False) -> set[int]:
-        """Those of `shards` that are there and of the size on record; with verify, also of the checksum on record.
-        Damaged ones are reported and count as unfinished."""
+        """Those of `shards` that exist with the size on record; with verify, also with the checksum on record. Damaged
+        ones are reported and count as unfinished."""
         finished = set()
         for shard in shards:
             name = self.settings.shard_name(shard)
@@ -176,7 +176,7 @@ class CacheFolder:
         return finished
 
     def write_shard(self, shard: int, tensors: dict[str, Tensor], unreadable: list[Unreadable]) -> None:
-        """Write shard number `shard`; it is finished when this returns and unfinished as long as it has not.
+        """Write shard number `shard`; it is finished once this returns, and not before.
 
         Args:
             shard: its number.
@@ -184,7 +184,7 @@ class CacheFolder:
             unreadable: its images that are not among them.
 
         Raises:
-            OSError: no space left, or another failure of the file system; finished shards are untouched.
+            OSError: no space left, or another failure of the file system; finished shards are unchanged.
         """
         self.remove_temporaries(shard)
         name = self.settings.shard_name(shard)
@@ -203,7 +203,7 @@ class CacheFolder:
             write_json(self.path / f"{name}.json", record)
 
     def remove_temporaries(self, shard: int | None = None) -> None:
-        """Remove what stopped runs left half-written: of one shard, or everything."""
+        """Remove what stopped runs left half-written, of one shard or of all."""
         prefix = "" if shard is None else f".{self.settings.shard_name(shard)}."
         for entry in list(self.path.iterdir()):
             if re.fullmatch(_TEMPORARY, entry.name) and entry.name.startswith(prefix):
@@ -233,7 +233,7 @@ class CacheFolder:
 
 
 def check_owned(path: Path) -> None:
-    """ValueError when a folder holds what no cache does."""
+    """ValueError if a folder holds something that a cache does not."""
     names = sorted(entry.name for entry in path.iterdir())
     foreign = [name for name in names if not re.fullmatch(_OWNED, name)]
     if not foreign and SETTINGS not in names:

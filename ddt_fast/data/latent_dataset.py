@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import mmap
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, storage_dtype
 from ddt_fast.files import read_json
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I64": torch.int64, "I32": torch.int32}
 _PAGE = mmap.ALLOCATIONGRANULARITY
+_LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no madvise
 
 
 class Shard:
@@ -33,63 +34,41 @@ class Shard:
         tensors: by name; they are not to be written to.
 
     Raises:
-        ValueError: no safetensors file, or one that is truncated or of unknown types.
+        ValueError: not a safetensors file, or a truncated one.
         OSError: it cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as stream:
-            size = path.stat().st_size
-            start, header = _read_header(path, stream.read(8), size)
-            try:
-                entries = json.loads(stream.read(header))
-                entries.pop("__metadata__", None)
-                described = {
-                    name: (_DTYPES[entry["dtype"]], entry["shape"], *entry["data_offsets"])
-                    for name, entry in entries.items()
-                }
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path} is damaged or holds unknown types: {error!r}") from error
-            needed = start + max((end for *_, end in described.values()), default=0)
-            if size != needed:
-                state = "truncated" if size < needed else "damaged"
-                raise ValueError(f"{path} is {state}: it is {size} bytes, its header says {needed}")
-            # Private rather than read-only, since torch warns of read-only memory; nothing is written.
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        if hasattr(mmap, "MADV_RANDOM"):
-            self._map.madvise(mmap.MADV_RANDOM)  # rows are visited at random: reading on would fetch what is not wanted
-        self.tensors: dict[str, Tensor] = {}
-        self._rows: dict[str, tuple[int, int]] = {}  # where the rows of a tensor start, and the bytes of one
-        for name, (dtype, shape, begin, end) in described.items():
-            if math.prod(shape) * dtype.itemsize != end - begin:
-                raise ValueError(f"{path} is damaged: {name} of shape {shape} is {end - begin} bytes")
-            flat = torch.empty(0, dtype=dtype)
-            if end > begin:
-                flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=start + begin)
-            self.tensors[name] = flat.view(shape)
-            self._rows[name] = (start + begin, (end - begin) // max(1, shape[0] if shape else 1))
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        for tensor in self.tensors.values() if _LIBC else ():
+            # Rows are visited at random: reading ahead would fetch what is not needed.
+            _advise(mmap.MADV_RANDOM, tensor.data_ptr(), tensor.nbytes)
 
     def prefetch(self, name: str, row: int) -> None:
         """Have the operating system read a row of a tensor now, without waiting for it."""
-        first, length = self._rows[name]
-        begin = first + row * length
-        aligned = begin - begin % _PAGE
-        self._map.madvise(mmap.MADV_WILLNEED, aligned, begin + length - aligned)
+        if _LIBC is None:
+            return
+        tensor = self.tensors[name]
+        length = tensor.stride(0) * tensor.itemsize
+        _advise(mmap.MADV_WILLNEED, tensor.data_ptr() + row * length, length)
 
 
-def _read_header(path: Path, prefix: bytes, size: int) -> tuple[int, int]:
-    """Where the tensors start, and how long the header is."""
-    header = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if not 2 <= header <= size - 8:
-        raise ValueError(f"{path} is truncated or no safetensors file: it is {size} bytes")
-    return 8 + header, header
+def _advise(advice: int, address: int, length: int) -> None:
+    """Tell the operating system how mapped memory will be read."""
+    before = address % _PAGE
+    assert _LIBC is not None
+    _LIBC.madvise(ctypes.c_void_p(address - before), ctypes.c_size_t(length + before), advice)
 
 
 @dataclass(frozen=True)
 class _Names:
     """Tensor names of one view of the images: the posterior's mean and logvar, or drawn latents and None; and of its
-    features, where they are wanted."""
+    features, if they are read."""
 
     mean: str
     logvar: str | None
@@ -112,20 +91,20 @@ class LatentDataset:
 
     Attributes:
         folder: as given.
-        checksums: sha256 of each shard by its file name, as the manifest says; not compared here, as sizes are. Empty
-            for LightningDiT's shards.
+        checksums: sha256 of each shard by its file name, from the manifest; only sizes are compared here. Empty for
+            LightningDiT's shards.
         labels: (N,) int64.
         shape: (C, h, w).
         scaling_factor: as applied.
         num_classes: classes of the image folder; of LightningDiT's shards, the highest label + 1.
         has_flips: whether mirrored images are there.
-        has_posterior: whether latents can be drawn afresh.
+        has_posterior: whether latents can be drawn anew.
         settings: what the cache was made from and how; None for LightningDiT's shards.
         feature_shape: (N', F) of an image's features; None unless they are read.
 
     Raises:
-        ValueError: no cache, an unfinished one, one without the features that are asked for, shards that are missing,
-            truncated, damaged or of another size of latents or features; the message names the file.
+        ValueError: not a cache, an unfinished one, one without the features that are asked for, or shards that are
+            missing, truncated, damaged or of another size of latents or features; the message names the file.
         OSError: files that cannot be read.
     """
 
@@ -139,13 +118,13 @@ class LatentDataset:
         features: bool = False,
     ) -> None:
         if not folder.is_dir():
-            raise ValueError(f"latent cache {folder} {'is no folder' if folder.exists() else 'does not exist'}")
+            raise ValueError(f"latent cache {folder} {'is not a folder' if folder.exists() else 'does not exist'}")
         self.folder = folder
         self.checksums: dict[str, str] = {}
         self.settings: CacheSettings | None = None
         if (folder / MANIFEST).exists():
             if channel_stats is not None:
-                raise ValueError(f"{folder} has a manifest, which scales its latents; leave channel_stats out")
+                raise ValueError(f"{folder} has a manifest, which says how to scale; leave channel_stats out")
             self.settings = self._open_cache(folder)
             if scaling_factor not in (None, self.settings.scaling_factor):
                 own = self.settings.scaling_factor
@@ -154,7 +133,9 @@ class LatentDataset:
         elif (folder / SETTINGS).exists():
             raise ValueError(f"{folder} is an unfinished cache; run ddt_fast.cache_latents again to finish it")
         else:
-            self._open_shards(folder)
+            self._shards = [Shard(file) for file in sorted(folder.glob("*.safetensors"))]
+            if not self._shards:
+                raise ValueError(f"{folder} holds no latents: neither {MANIFEST} nor *.safetensors")
             if scaling_factor is None:
                 raise ValueError(f"the shards of {folder} do not say how they are scaled; give a scaling factor")
         self.scaling_factor = scaling_factor
@@ -179,8 +160,8 @@ class LatentDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Checksum that tells these latents from others: of what they were made from and how, or of one of them where
-        the shards do not say; of labels and scale. The same cache in another folder, or made again, has the same."""
+        """Checksum that tells these latents from others: of what they were made from and how, or of one of them if the
+        shards do not say; of labels and scale. The same cache in another folder, or made again, has the same."""
         made: list[Any] = [self.shape, self.has_flips, self._scale.tolist()]
         made.append(None if self._shift is None else self._shift.tolist())
         if self.settings is None:
@@ -212,45 +193,36 @@ class LatentDataset:
             self._shards.append(Shard(file))
         return settings
 
-    def _open_shards(self, folder: Path) -> None:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ValueError(f"{folder} holds no latents: neither {MANIFEST} nor *.safetensors")
-        self._shards = [Shard(file) for file in files]
-
     def _check_shards(self, shape: Sequence[int] | None) -> None:
+        """Find out what the shards hold, and that each holds it in the same shape and dtype."""
         first = self._shards[0].tensors
         self.has_posterior = "mean" in first
-        pair = ("mean", "mean_flip") if self.has_posterior else ("latents", "latents_flip")
-        self.has_flips = pair[1] in first
-        names = pair if self.has_flips else pair[:1]
-        self._views = [
-            _Names(
-                name,
-                name.replace("mean", "logvar") if self.has_posterior else None,
-                name.replace("mean", "features") if self.feature_shape else None,
-            )
-            for name in names
-        ]
-        self.shape = tuple(first[pair[0]].shape[1:]) if pair[0] in first else ()
+        name = "mean" if self.has_posterior else "latents"
+        self.has_flips = f"{name}_flip" in first
+        self.shape = tuple(first[name].shape[1:]) if name in first else ()
         latent = self.shape if shape is None else tuple(shape)
         rows: dict[str, tuple[int, ...]] = {}
-        for view in self._views:
-            rows |= {name: latent for name in (view.mean, view.logvar) if name}
+        self._views = []
+        for suffix in ("", "_flip") if self.has_flips else ("",):
+            logvar = f"logvar{suffix}" if self.has_posterior else None
+            view = _Names(name + suffix, logvar, f"features{suffix}" if self.feature_shape else None)
+            rows |= {known: latent for known in (view.mean, view.logvar) if known}
             if view.features and self.feature_shape:
                 rows[view.features] = self.feature_shape
+            self._views.append(view)
         rows["labels"] = ()
         for shard in self._shards:
-            for name, row in rows.items():
-                if name not in shard.tensors:
-                    raise ValueError(f"{shard.path} holds no {name}, only {', '.join(shard.tensors) or 'nothing'}")
-                tensor, count = shard.tensors[name], len(shard.tensors["labels"]) if "labels" in shard.tensors else -1
+            count = len(shard.tensors["labels"]) if "labels" in shard.tensors else -1
+            for entry, row in rows.items():
+                if entry not in shard.tensors:
+                    raise ValueError(f"{shard.path} holds no {entry}, only {', '.join(shard.tensors) or 'nothing'}")
+                tensor = shard.tensors[entry]
                 if tuple(tensor.shape) != (count, *row):
-                    shapes = f"{tuple(tensor.shape)}; wanted {(count, *row)}"
-                    raise ValueError(f"{shard.path} holds {name} of shape {shapes}")
-                known = tensor.is_floating_point() != (name == "labels")
-                if not known or (name.startswith("features") and tensor.dtype != self._feature_dtype):
-                    raise ValueError(f"{shard.path} holds {name} as {tensor.dtype}")
+                    shapes = f"{tuple(tensor.shape)}; expected {(count, *row)}"
+                    raise ValueError(f"{shard.path} holds {entry} of shape {shapes}")
+                right = tensor.is_floating_point() != (entry == "labels")
+                if not right or (entry.startswith("features") and tensor.dtype != self._feature_dtype):
+                    raise ValueError(f"{shard.path} holds {entry} as {tensor.dtype}")
 
     def _set_scale(self, channel_stats: Path | None) -> None:
         """latents = drawn * self._scale + self._shift, per channel, or by one number where shift is None."""
@@ -268,8 +240,8 @@ class LatentDataset:
         self._shift = -mean * self._scale
 
     def image_places(self) -> NDArray[np.int64]:
-        """(N,) places of the latents' images in the sorted list of the image folder; ValueError where the shards do not
-        say them."""
+        """(N,) places of the latents' images in the sorted list of the image folder; ValueError if the shards do not
+        say."""
         places = []
         for shard, count in zip(self._shards, np.diff(self._ends, prepend=0).tolist(), strict=True):
             index = shard.tensors.get("index")
@@ -302,9 +274,8 @@ class LatentDataset:
             raise ValueError("the dataset was opened without features")
         places = self._places(indices, flips)
         features = torch.empty(len(places), *self.feature_shape, dtype=self._feature_dtype)
-        if hasattr(mmap, "MADV_WILLNEED"):
-            for shard, row, view in places:
-                shard.prefetch(str(view.features), row)
+        for shard, row, view in places:
+            shard.prefetch(str(view.features), row)
         # Copied by numpy, as integers since it has no bfloat16: torch would start threads for rows of this size.
         for target, (shard, row, view) in zip(features.view(torch.int16).numpy(), places, strict=True):
             target[:] = shard.tensors[str(view.features)][row].view(torch.int16).numpy()
@@ -315,18 +286,17 @@ class LatentDataset:
 
         Args:
             indices: (n,) which.
-            flips: (n,) whether the mirrored image is wanted; has_flips must be true where it is.
+            flips: (n,) whether to take the mirrored image; needs has_flips.
             seeds: (n,) of each latent's noise, which depends on nothing else. torch uses the lower 32 bits.
 
         Returns:
             (n, C, h, w) float32.
         """
         places = self._places(indices, flips)
-        if hasattr(mmap, "MADV_WILLNEED"):  # all at once: a disk answers many requests as fast as one
-            for shard, row, view in places:
-                shard.prefetch(view.mean, row)
-                if view.logvar is not None:
-                    shard.prefetch(view.logvar, row)
+        for shard, row, view in places:  # all at once: a disk answers many requests as fast as one
+            shard.prefetch(view.mean, row)
+            if view.logvar is not None:
+                shard.prefetch(view.logvar, row)
         latents = torch.empty(len(places), *self.shape)
         # Few rows at a time: what they are computed from stays in the cache, and torch starts no threads for so little,
         # which would wait for those of other batches.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved while training goes on, whole or not at all, continued by any number of processes.
+"""Checkpoints of a run: saved while training continues, whole or not at all, loaded by any number of processes.
 
 checkpoints/step_0010000/state/          weights, average, optimiser: torch.distributed.checkpoint, sharded
 checkpoints/step_0010000/trainer.json    step, position in the data, settings
@@ -35,15 +35,15 @@ _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
 VERSION = 1
 TRAINER = "trainer.json"
-# It comes from a background thread, so that no filter around the call could catch it.
+# The warning comes from a background thread, where no filter around the call could catch it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    All processes construct one and call its methods together. Tensors are copied to the CPU when `save` is called; what
-    follows happens in the background. A checkpoint gets its name when all of it is on the disk.
+    All processes construct one and call its methods together. `save` copies the tensors to the CPU; the rest happens in
+    the background. A checkpoint gets its name when all of it is on the disk.
 
     Args:
         folder: the run's folder.
@@ -55,23 +55,23 @@ class Checkpoints:
         self._folder = folder / "checkpoints"
         self._keep = keep
         self._first = dist.get_rank() == 0
-        # The latest one that is whole; it is never written again, and so never missing for a moment.
+        # The latest one that is complete; it is never written again, and so is never missing, not even for a moment.
         self._latest = None if continued is None else continued.resolve()
-        # What is said in the background must not be mixed up with what training says at the same time.
+        # Of its own, so that background messages do not mix with those that training sends at the same time.
         self._group = patient_group()
         self._saving: Future[None] | None = None
 
     def save(
         self, state: TrainingState, numbers: dict[str, Any], save_model: Callable[[Path], None], wait: bool = False
     ) -> None:
-        """Save a checkpoint of the state's step, unless there is one, after the one before is finished.
+        """Save a checkpoint of the state's step, unless there is one, once the one before is finished.
 
         Args:
             state: what to save.
-            numbers: goes to trainer.json.
+            numbers: what trainer.json holds.
             save_model: writes the model folder; called in the first process, in the background unless `wait`.
             wait: return when the checkpoint is on the disk, and raise what went wrong. Otherwise a checkpoint that
-                cannot be written is a warning: training goes on, earlier checkpoints stay.
+                cannot be written is a warning: training continues, earlier checkpoints stay.
 
         Raises:
             OSError: with wait, no space left, or the like.
@@ -82,11 +82,11 @@ class Checkpoints:
         present = torch.tensor(self._latest == (self._folder / name).resolve())
         if self._first:
             shutil.rmtree(temporary, ignore_errors=True)
-        # Only the first process knows, where another's part was written and the rest was not.
+        # The first process decides: another's part may have been written without the rest.
         dist.broadcast(present, 0, group=self._group)
         if present:
             return
-        # Alone there is nothing to say, and saying it to oneself leaves threads that slow down training on a CPU.
+        # A single process need not communicate, which would leave threads that slow down training on a CPU.
         alone = dist.get_world_size() == 1
         target = temporary / "state"
         saving = dcp.async_save(state.tensors(), checkpoint_id=target, process_group=self._group, no_dist=alone)
@@ -111,7 +111,7 @@ class Checkpoints:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-        # A thread for each checkpoint: OpenMP counts those that only wait, and slows down training on a CPU.
+        # A thread per checkpoint: OpenMP counts threads that only wait, and slows down training on a CPU.
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving = thread.submit(finish)
         thread.shutdown(wait=False)
@@ -119,7 +119,7 @@ class Checkpoints:
             self._finish(warn=False)
 
     def close(self) -> None:
-        """Return when nothing is being saved any more."""
+        """Wait until nothing is being saved."""
         self._finish(warn=True)
 
     def _finish(self, warn: bool) -> None:
@@ -132,7 +132,7 @@ class Checkpoints:
             message = f"the checkpoint could not be saved: {reason(error)}"
             if not warn:
                 raise OSError(message) from error
-            tqdm.write(f"warning: {message}; training goes on, earlier checkpoints are kept", file=sys.stderr)
+            tqdm.write(f"warning: {message}; training continues, earlier checkpoints are kept", file=sys.stderr)
 
     def _prune(self) -> None:
         if self._keep:
@@ -141,7 +141,7 @@ class Checkpoints:
 
 
 def reason(error: BaseException) -> str:
-    """In one line, what made saving or loading fail in any of the processes."""
+    """What made saving or loading fail in any of the processes, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -157,11 +157,11 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint.
 
     Raises:
-        ValueError: the folder is no checkpoint of a run, or of another version.
+        ValueError: the folder is not a checkpoint of a run, or is of another version.
     """
     file = checkpoint / TRAINER
     if not file.is_file() or not (checkpoint / "state" / ".metadata").is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint of a run, a folder such as RUN/checkpoints/step_0010000")
+        raise ValueError(f"{checkpoint} is not a checkpoint of a run, a folder such as RUN/checkpoints/step_0010000")
     try:
         numbers = json.loads(file.read_text())
         version = numbers["version"]
@@ -173,7 +173,7 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_state(checkpoint: Path, state: TrainingState) -> None:
-    """Fill the state's tensors from a checkpoint that any number of processes wrote. Called by all together.
+    """Fill the state's tensors from a checkpoint that any number of processes wrote. All processes call it together.
 
     Raises:
         ValueError: files that are missing or damaged, or of another model.
@@ -186,7 +186,7 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that a folder is, or the latest of the run that it is; None where it is neither.
+    """The folder itself if it is a checkpoint, the latest checkpoint if it is a run, else None.
 
     Raises:
         ValueError: a run without a finished checkpoint.
@@ -205,7 +205,7 @@ def read_checkpoint(checkpoint: Path) -> LightningWeights:
     """The averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
 
     Raises:
-        ValueError: no checkpoint, or one that is damaged.
+        ValueError: not a checkpoint, or a damaged one.
     """
     numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
@@ -230,7 +230,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that a kill in between leaves none that looks whole."""
+    """Remove a folder so that a kill in between leaves nothing that looks complete."""
     if folder.exists():
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)

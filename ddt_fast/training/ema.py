@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class EMA:
     """Float32 copies of a model's parameters, kept at ema = d * ema + (1 - d) * weights.
 
-    After n updates d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights, a grown one has
+    After n updates d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights, a mature one has
     the constant decay.
 
     Attributes:
@@ -28,7 +28,7 @@ class EMA:
 
     @torch.no_grad()
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Start from these averages, whole ones by the same names, as if they had been grown here for long."""
+        """Start from these averages, whole ones by the same names, as if they had been updated here many times."""
         for name, average in self.weights.items():
             whole = weights[name].to(average.device, average.dtype)
             if isinstance(average, DTensor):
@@ -38,7 +38,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the trained weights in; once after every optimiser step."""
+        """Average in the trained weights; once after every optimiser step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [_local(average) for average in self.weights.values()]

@@ -22,8 +22,8 @@ class TrainingResult:
     """What a run ended with.
 
     Attributes:
-        step: the last step done: max_steps, or less when the run was told to stop.
-        model: the averaged model, on the CPU; None in processes other than the first, and after a stop on the way.
+        step: the last step done: max_steps, or less if the run was told to stop.
+        model: the averaged model, on the CPU; None in processes other than the first, and after an early stop.
         scores: of its samples by kind of sampling, if scored.
     """
 
@@ -33,7 +33,7 @@ class TrainingResult:
 
 
 def train(experiment: Experiment, output_dir: Path, device: torch.device, resume: str | None = None) -> TrainingResult:
-    """Train a DDT by flow matching, in as many processes as torchrun started; write everything under output_dir.
+    """Train a DDT by flow matching, in the processes that torchrun started; write everything under output_dir.
 
     Written: recipe.yaml (every setting; `--config` takes it), log.jsonl (a line every log_every steps), checkpoints/
     (`training.checkpoint`), samples/ (grids), and at the end model/ (the averaged weights), samples.png, curves.png and
@@ -45,11 +45,11 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
         device: of this process.
         resume: None starts afresh, and removes an earlier run there; "auto" continues from its latest checkpoint where
             there is one; else the folder of a checkpoint. A continued run ends as an uninterrupted one would: on a CPU,
-            with as many processes and threads, bit for bit.
+            with the same number of processes and threads, bit for bit.
 
     Raises:
         ValueError: data that cannot be trained on, a checkpoint that cannot be continued, sampling settings that cannot
-            be executed, files of the same names in output_dir that are not a run's, or a loss that is not finite.
+            be run, files of the same names in output_dir that are not a run's, or a loss that is not finite.
         OSError: outputs that cannot be written.
     """
     settings = experiment.training
@@ -84,7 +84,7 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
 
 
 def learning_rate(settings: TrainingConfig, step: int) -> float:
-    """Of the given step, plural from 1: rising linearly over the warm-up, then constant."""
+    """Of the given step, counted from 1: rising linearly over the warm-up, then constant."""
     return settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
 
 
@@ -98,7 +98,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 
 
 class RunningMeans:
-    """Means over the steps since the last line of the log; nothing waits for the device before they are asked for."""
+    """Means over the steps since the last line of the log; nothing waits for the device until they are read."""
 
     def __init__(self, settings: TrainingConfig, device: torch.device) -> None:
         self._settings = settings
@@ -111,7 +111,7 @@ class RunningMeans:
         self._steps += 1
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Means over all processes, and start anew.
+        """Means over all processes, and start again.
 
         Raises:
             ValueError: as `check` does.
@@ -126,12 +126,12 @@ class RunningMeans:
         """Means so far, over all processes: losses of flow matching and REPA, gradient norm.
 
         Raises:
-            ValueError: one that is not finite, so that weights which are lost take no good checkpoint's place.
+            ValueError: one that is not finite, so that ruined weights never replace a good checkpoint.
         """
         sums = self._sums / (max(1, self._steps) * dist.get_world_size())
         dist.all_reduce(sums)
         loss, repa, norm = sums.tolist()
         for name, value in (("loss", loss + repa), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise ValueError(f"the {name} is {value} by step {step}; take a lower learning_rate")
+                raise ValueError(f"the {name} is {value} by step {step}; use a lower learning_rate")
         return [loss, repa, norm]

@@ -1,4 +1,4 @@
-"""What is trained: a DDT and, for REPA, the projector of its features."""
+"""The model as training sees it: a DDT and, for REPA, the projector of its features."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ddt_fast.training.repa import Projector
 
 
 class TrainingModel(nn.Module):
-    """A DDT whose forward pass also gives what REPA compares with DINOv2's features.
+    """A DDT whose forward pass also returns what REPA compares with DINOv2's features.
 
     Args:
         denoiser: the DDT.
         projector: of the output of one of its encoder blocks; None without REPA.
-        block: which one, plural from 1.
+        block: which one, counted from 1.
 
     Attributes:
-        dtype: of the computation; inputs are cast to it, but for the time.
+        dtype: of the computation; inputs are cast to it, except for the time.
     """
 
     def __init__(self, denoiser: DDTBase, projector: Projector | None = None, block: int = 8) -> None:

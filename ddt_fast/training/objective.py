@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddt_fast.config import Experiment
-from ddt_fast.data.latent_loader import LatentBatch
+from ddt_fast.data.loader import LatentBatch
+from ddt_fast.dinov2 import DinoV2
 from ddt_fast.training.parallel import MixedPrecisionReplica
-from ddt_fast.training.repa import DinoV2, repa_loss
+from ddt_fast.training.repa import repa_loss
 
 
 class FlowMatchingBatch(NamedTuple):
@@ -48,8 +49,8 @@ def flow_matching_batch(
         num_classes: also the index of the null class.
         label_dropout: chance of the null class, 0 to 1.
         generator: on the data's device.
-        part: (r, R): the samples are the r-th of R equal parts of a batch. What is drawn is that of the whole batch,
-            so that it does not depend on how many processes share it.
+        part: (r, R): the samples are the r-th of R equal parts of a batch. Draws are made for the whole batch, so that
+            they do not depend on how many processes share it.
     """
     index, parts = part
     batch, device = data.shape[0], data.device
@@ -108,13 +109,13 @@ class Objective:
         Args:
             replica: what is trained.
             batch: this process's share of the step's batch.
-            step: its number, which alone decides, with the seed, what is drawn.
+            step: its number; it and the seed alone decide what is drawn.
 
         Returns:
             (2,) float32, the losses of flow matching and of REPA (0 without), means over this process's share.
         """
         settings = self._settings
-        # Neighbouring seeds and steps lie far apart, and none of them is torch's or the data's own.
+        # Neighbouring seeds and steps are far apart, and differ from torch's and the data's own seeds.
         self._generator.manual_seed((settings.seed * 0x9E3779B97F4A7C15 + step) % 2**63)
         points = flow_matching_batch(
             batch.latents.to(self._device, non_blocking=True),
@@ -138,7 +139,7 @@ class Objective:
         return losses
 
     def _features(self, batch: LatentBatch) -> Tensor:
-        """DINOv2's, as cached or computed now: (B, N', F)."""
+        """DINOv2's, cached or computed now: (B, N', F)."""
         if self._encoder is None:
             assert batch.features is not None
             return batch.features.to(self._device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Several processes, and the precision they compute in, through torch.distributed."""
+"""Several processes, and the precision they compute in, by torch.distributed."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from ddt_fast.training.model import TrainingModel
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The processes that torchrun started, or this one alone; a group that exists already is left as it is."""
+    """A group of the processes that torchrun started, or of this one alone; an existing group is left as it is."""
     if dist.is_initialized():
         yield
         return
     backend, own = "gloo", None
     if device.type == "cuda":
-        # Checkpoints are written from the CPU while the GPUs go on: both need a way to talk.
+        # Checkpoints are written from the CPU while the GPUs continue: both need to communicate.
         backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", device.index or 0)
-        # FSDP puts its shards on the current GPU, which is the first one in every process until it is told otherwise.
+        # FSDP puts its shards on the current GPU, which is the first one in every process by default.
         torch.cuda.set_device(own)
-    hook = sys.excepthook  # torch puts its own before it, and leaves it there
+    hook = sys.excepthook  # torch installs its own, and leaves it there
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, device_id=own)
     else:
@@ -50,14 +50,14 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """All processes, over gloo, waiting for each other however long one takes: a collective of GPUs ends the run when
-    one process comes 10 minutes after another."""
+    """All processes, over gloo, which wait for each other however long one takes: a collective on GPUs ends the run if
+    one process arrives 10 minutes after another."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def wait_for_all(group: dist.ProcessGroup) -> None:
-    """Return when every process of the group has come here: after something that one of them does alone, or that may
-    take one far longer than another."""
+    """Return when every process of the group has arrived here: after something that one of them does alone, or that may
+    take one much longer than another."""
     if dist.get_world_size(group) > 1:
         dist.barrier(group)
 
@@ -67,8 +67,8 @@ class MixedPrecisionReplica:
 
     With "ddp" and bfloat16 the module is a bfloat16 copy whose gradients are moved to the masters after every backward
     pass; in float32 it is the masters themselves. With "fsdp" (FSDP2) parameters, gradients and whatever is derived
-    from them are sharded, and PyTorch gathers each block in `dtype` as it comes. Gradients are added up over the parts
-    of a batch, and then averaged over the processes, in float32.
+    from them are sharded, and PyTorch gathers each block in `dtype` when it is needed. Gradients are summed over the
+    parts of a batch, and then averaged over the processes, in float32.
 
     Attributes:
         masters: float32 parameters, to be optimised, averaged and saved.
@@ -83,7 +83,7 @@ class MixedPrecisionReplica:
         self._copied = parallel == "ddp" and dtype != torch.float32
         if parallel == "fsdp":
             if compile and not isinstance(masters.denoiser, FusedDDT):
-                raise ValueError("compile with fsdp works with engine fused only; take ddp, or leave compile out")
+                raise ValueError("compile with fsdp works with engine fused only; use ddp, or leave compile out")
             _shard(masters, dtype, device)
         module = copy.deepcopy(masters).to(dtype) if self._copied else masters
         if compile:
@@ -96,7 +96,7 @@ class MixedPrecisionReplica:
             if self._copied:
                 ddp.register_comm_hook(None, self._average_hook)
             self.compute = ddp
-        # Of a copy: where its gradients go, and the averages of them that are under way.
+        # Of a copy: where its gradients go, and their averages that are in progress.
         self._master_of: dict[Tensor, Tensor] = {}
         if self._copied:
             self._master_of.update(zip(module.parameters(), masters.parameters(), strict=True))
@@ -105,7 +105,7 @@ class MixedPrecisionReplica:
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
         """Around the forward and backward pass of one part of a step's batch. Its gradients are added to those of the
-        parts before; processes exchange them in the last one alone, so that FSDP keeps whole ones until then."""
+        parts before; processes exchange them only in the last one, so that FSDP keeps whole ones until then."""
         if isinstance(self.masters, FSDPModule):
             self.masters.set_requires_gradient_sync(last)
         quiet = isinstance(self.compute, DistributedDataParallel) and not last
@@ -124,8 +124,8 @@ class MixedPrecisionReplica:
                 master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     def _average_hook(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Add the gradients of some parameters to those of the parts before, and average them over the processes: not
-        where they are, in bfloat16, but in the masters."""
+        """Add the gradients of some parameters to those of earlier parts, and average them over the processes: not in
+        place, in bfloat16, but in the masters."""
         masters = [self._master_of[parameter] for parameter in bucket.parameters()]
         sums = bucket.buffer().float()
         for own, master in zip(sums.split([master.numel() for master in masters]), masters, strict=True):
@@ -141,13 +141,13 @@ class MixedPrecisionReplica:
 
     @torch.no_grad()
     def copy_master_weights(self) -> None:
-        """Hand the masters' weights, after an optimiser step, to the module that computes."""
+        """After an optimiser step, copy the masters' weights to the module that computes."""
         if self._copied:
             torch._foreach_copy_(list(self._module.parameters()), list(self.masters.parameters()))
 
 
 def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> None:
-    # FSDP warns that the outputs of some layers are views, which must not be changed in place; none is.
+    # FSDP warns that the outputs of some layers are views, which must not be changed in place; none are.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch.distributed.fsdp.*")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -156,7 +156,7 @@ def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> No
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-# DDP wants the types themselves, which `from __future__ import annotations` turns into strings.
+# DDP checks for the types themselves, which `from __future__ import annotations` turns into strings.
 MixedPrecisionReplica._average_hook.__annotations__ |= {
     "bucket": dist.GradBucket,
     "return": torch.futures.Future[Tensor],
@@ -164,9 +164,9 @@ MixedPrecisionReplica._average_hook.__annotations__ |= {
 
 
 class StopSignal:
-    """Whether any process has been told to stop (SIGTERM), known to all after the same step.
+    """Whether any process was told to stop (SIGTERM), known to all after the same step.
 
-    Each process asks `agreed` once a step. The answer is one step old, so that no process waits for it.
+    Each process calls `agreed` once a step. The answer is one step old, so that no process waits for it.
     """
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class StopSignal:
 
     @contextmanager
     def listening(self) -> Iterator[StopSignal]:
-        """Take SIGTERM as a wish to stop instead of dying of it; only a main thread can."""
+        """Stop on SIGTERM instead of dying of it; only a main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

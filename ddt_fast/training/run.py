@@ -1,22 +1,25 @@
-"""A run: everything the training loop needs, made from an experiment, and what it writes."""
+"""A run: the data, the model and the outputs that the training loop needs, made from an experiment."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from ddt_fast.checks import require
 from ddt_fast.config import Experiment
-from ddt_fast.data.latent_loader import LatentLoader
+from ddt_fast.data.cached_images import CachedImages
+from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.loader import LatentLoader
+from ddt_fast.data.source import open_source
+from ddt_fast.data.verification import verify_together
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
 from ddt_fast.model.base import DDTBase
@@ -27,13 +30,12 @@ from ddt_fast.model.weights import save_model
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training import run_folder
 from ddt_fast.training.checkpoint import Checkpoints, load_state
-from ddt_fast.training.curves import plot_curves
-from ddt_fast.training.data import open_loader
 from ddt_fast.training.ema import EMA
-from ddt_fast.training.log import NullLog, TrainingLog
+from ddt_fast.training.log import TrainingLog
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
 from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patient_group, process_group, wait_for_all
+from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.start import read_start
@@ -41,45 +43,113 @@ from ddt_fast.training.state import TrainingState
 from ddt_fast.training.throughput import Throughput, training_flops
 
 
-@dataclass
 class Run:
-    """One process's part of a run. Those of all processes call its methods together; the first one writes."""
+    """One process's part of a run: data, model and outputs. All processes construct one and call its methods together;
+    the first one writes.
 
-    experiment: Experiment
-    folder: Path
-    device: torch.device
-    loader: LatentLoader
-    objective: Objective
-    replica: MixedPrecisionReplica
-    state: TrainingState
-    stop: StopSignal
-    throughput: Throughput
-    _frozen: dict[str, str | None]
-    _checkpoints: Checkpoints
-    _log: NullLog
-    _preview: Preview | None
-    _group: dist.ProcessGroup
-    _progress: Any
-    _seconds_before: float
-    _started: float
+    Args:
+        experiment, folder, device, resume: as for `loop.train`.
+        stack: closes what the run opens.
+
+    Attributes:
+        loader: this process's share of the batches.
+        objective: the loss, and its gradients.
+        state: the float32 weights, their average and the optimiser.
+        replica: what computes the gradients of these weights.
+        throughput: counts images and time.
+        stop: whether any process was told to stop.
+    """
+
+    def __init__(
+        self, experiment: Experiment, folder: Path, device: torch.device, resume: str | None, stack: ExitStack
+    ) -> None:
+        self.experiment, self.folder, self.device = experiment, folder, device
+        self._first, self._group = dist.get_rank() == 0, patient_group()
+        self._open_data(stack)
+        self._build_model(resume)
+        self._open_outputs(stack)
+        wait_for_all(self._group)
+
+    def _open_data(self, stack: ExitStack) -> None:
+        self.loader = stack.enter_context(closing(open_loader(self.experiment, self.device, self._group)))
+        self.objective = Objective(self.experiment, self.device, self.loader.dataset.feature_shape)
+        self._preview = Preview(self.experiment, self.device) if self._first else None
+        # Models that the settings name, which a continued run must find unchanged.
+        self._frozen: dict[str, str | None] = {}
+        if self._preview is not None:
+            self._frozen["data.autoencoder"] = self._preview.autoencoder_sha256()
+            self._frozen["training.repa_encoder"] = self.objective.encoder_sha256()
+
+    def _build_model(self, resume: str | None) -> None:
+        """The weights of a checkpoint, of another model, or fresh ones."""
+        settings = self.experiment.training
+        checkpoint, numbers = run_folder.open_checkpoint(
+            self.folder, resume, self.experiment, self._frozen, self._group
+        )
+        torch.default_generator.manual_seed(settings.seed)  # of the CPU, where weights are initialised
+        masters = build_model(self.experiment, self.device, self.objective.feature_size)
+        average = read_start(settings.init, masters) if checkpoint is None and settings.init is not None else None
+        wait_for_all(self._group)  # files from the Hub arrive in some processes sooner than in others
+        self.replica = MixedPrecisionReplica(masters, self._dtype, settings.parallel, settings.compile)
+        optimizer = torch.optim.AdamW(
+            masters.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.state = TrainingState(masters, EMA(masters.denoiser, settings.ema_decay), optimizer)
+        run_folder.prepare(self.folder, self.experiment, self._group, keep=checkpoint is not None)
+        if checkpoint is not None:
+            load_state(checkpoint, self.state)
+            self.state.step, self.state.ema.num_updates = numbers["step"], numbers["ema_updates"]
+            self.loader.load_state_dict(numbers["data"])
+            self.replica.copy_master_weights()
+        elif average is not None:
+            self.state.ema.start_from(average)
+        self._continued, self._seconds_before = checkpoint, numbers.get("seconds", 0.0)
+
+    def _open_outputs(self, stack: ExitStack) -> None:
+        settings, size = self.experiment.training, self.experiment.data.sample_size
+        self.stop = stack.enter_context(StopSignal().listening())
+        self._checkpoints = stack.enter_context(
+            closing(Checkpoints(self.folder, settings.keep_checkpoints, self._continued))
+        )
+        self._log: TrainingLog | None = None
+        if self._first:
+            self._log = TrainingLog(
+                self.folder,
+                tensorboard=settings.tensorboard,
+                wandb=settings.wandb,
+                settings=run_folder.settings_of(self.experiment),
+                first_step=self.state.step,
+            )
+            stack.enter_context(self._log)
+        total, done = settings.max_steps, self.state.step
+        bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self._first)
+        self._progress = stack.enter_context(bar)
+        flops = training_flops(self.experiment.model, size, size, self.state.masters.projector is not None)
+        self.throughput = Throughput(flops, self.device, self._dtype, dist.get_world_size())
+        self._started = time.perf_counter() - self._seconds_before
 
     def advance(self) -> None:
-        """Count a step that is done."""
+        """Count a finished step."""
         self.throughput.add(self.experiment.training.batch_size)
         self._progress.update()
 
     def report(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step."""
         self._progress.set_postfix_str(f"loss {metrics['loss']:.4f}, {metrics['images_per_second']:.0f} img/s")
-        self._log.write(self.state.step, metrics)
+        if self._log is not None:
+            self._log.write(self.state.step, metrics)
 
     def save(self, wait: bool = False) -> None:
-        """Save a checkpoint of this step; with `wait`, see it on the disk."""
+        """Save a checkpoint of this step; with `wait`, return when it is on the disk."""
         with self.throughput.paused():
             numbers = {
                 "step": self.state.step,
                 "ema_updates": self.state.ema.num_updates,
-                "seconds": self._seconds,
+                "seconds": time.perf_counter() - self._started,
                 "data": self.loader.state_dict(),
                 "settings": run_folder.settings_of(self.experiment),
                 "frozen_sha256": self._frozen,
@@ -93,19 +163,19 @@ class Run:
         """Log a grid of samples of the averaged model."""
         with self.throughput.paused():
             model = self.state.averaged_model()
-            if self._preview is not None and model is not None:
+            if self._log is not None and self._preview is not None and model is not None:
                 self._log.image(self.state.step, "samples", self._preview.grid(model))
             wait_for_all(self._group)
 
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
         """Write what a finished run leaves; the averaged model and its scores, in the first process."""
-        seconds = self._seconds
+        seconds = time.perf_counter() - self._started
         model, projector = self.state.averaged_model(), self.state.projector()
         scores: dict[str, DigitsScore] = {}
         settings = self.experiment.training
         if self._preview is not None and model is not None:
             self._save_model(model, projector, self.folder / "model")
-            plot_curves(self.folder / "log.jsonl", self.folder / "curves.png")
+            plot_runs({self.folder.resolve().name: self.folder / "log.jsonl"}, self.folder / "curves.png")
             if settings.sample_every:
                 with atomic_file(self.folder / "samples.png") as file:
                     self._preview.grid(model).save(file)
@@ -123,93 +193,51 @@ class Run:
         write_model_card(folder)
 
     @property
-    def _seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._started
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.experiment.training.dtype)
 
 
 @contextmanager
 def open_run(experiment: Experiment, folder: Path, device: torch.device, resume: str | None) -> Iterator[Run]:
     """Start or continue a run, and end it properly; see `loop.train`."""
-    settings = experiment.training
     timesteps(experiment.sampling.num_steps, experiment.sampling.last_step, experiment.sampling.timeshift)
     with ExitStack() as stack:
-        # The caller's random numbers go on as if there had been no training.
+        # The caller's random numbers continue as if nothing had been trained.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(process_group(device))
-        first = dist.get_rank() == 0
-        group = patient_group()
-        loader = stack.enter_context(closing(open_loader(experiment, device, group)))
-        preview = Preview(experiment, device) if first else None
-        objective = Objective(experiment, device, loader.feature_shape)
-        frozen = {}
-        if preview is not None:
-            frozen = {
-                "data.autoencoder": preview.autoencoder_sha256(),
-                "training.repa_encoder": objective.encoder_sha256(),
-            }
-        checkpoint, numbers = run_folder.open_checkpoint(folder, resume, experiment, frozen, group)
-        torch.default_generator.manual_seed(settings.seed)  # of the CPU, where weights are initialised
-        masters = build_model(experiment, device, objective.feature_size)
-        average = None if settings.init is None or checkpoint else read_start(settings.init, masters)
-        wait_for_all(group)  # what was fetched from the Hub came to some sooner than to others
-        replica = MixedPrecisionReplica(masters, getattr(torch, settings.dtype), settings.parallel, settings.compile)
-        optimizer = torch.optim.AdamW(
-            masters.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        state = TrainingState(masters, EMA(masters.denoiser, settings.ema_decay), optimizer)
-        if average is not None:
-            state.ema.start_from(average)
-        run_folder.prepare(folder, experiment, group, keep=checkpoint is not None)
-        if checkpoint is not None:
-            load_state(checkpoint, state)
-            state.step, state.ema.num_updates = numbers["step"], numbers["ema_updates"]
-            loader.load_state_dict(numbers["data"])
-            replica.copy_master_weights()
-        size = experiment.data.sample_size
-        flops = training_flops(experiment.model, size, size, masters.projector is not None)
-        run = Run(
-            experiment,
-            folder,
-            device,
-            loader,
-            objective,
-            replica,
-            state,
-            stop=stack.enter_context(StopSignal().listening()),
-            throughput=Throughput(flops, device, getattr(torch, settings.dtype), dist.get_world_size()),
-            _frozen=frozen,
-            _checkpoints=stack.enter_context(closing(Checkpoints(folder, settings.keep_checkpoints, checkpoint))),
-            _log=stack.enter_context(open_log(experiment, folder, state.step) if first else NullLog()),
-            _preview=preview,
-            _group=group,
-            _progress=stack.enter_context(
-                tqdm(total=settings.max_steps, initial=state.step, unit="step", dynamic_ncols=True, disable=not first)
-            ),
-            _seconds_before=numbers.get("seconds", 0.0),
-            _started=time.perf_counter(),
-        )
-        wait_for_all(group)
-        yield run
+        yield Run(experiment, folder, device, resume, stack)
 
 
-def open_log(experiment: Experiment, folder: Path, first_step: int) -> TrainingLog:
-    """The log of a run that starts after first_step."""
-    settings = experiment.training
-    return TrainingLog(
-        folder,
-        tensorboard=settings.tensorboard,
-        wandb=settings.wandb,
-        settings=run_folder.settings_of(experiment),
-        first_step=first_step,
+def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
+    """This process's share of the experiment's batches. All processes of the group call it together.
+
+    Raises:
+        ValueError: missing or unusable data, shards of another checksum, data that do not fit the model, or a batch
+            that the processes cannot share.
+    """
+    data, training = experiment.data, experiment.training
+    shares = dist.get_world_size() * training.accumulation_steps
+    allowed = f"multiples of {shares}, processes times accumulation_steps"
+    require(training.batch_size % shares == 0, "batch_size", training.batch_size, allowed)
+    dataset, images = open_source(experiment), None
+    if isinstance(dataset, LatentDataset):
+        if data.verify:
+            verify_together(dataset, group)
+        if training.repa_weight and data.images is not None:
+            images = CachedImages(Path(data.images), dataset)
+    return LatentLoader(
+        dataset,
+        training.batch_size,
+        seed=training.seed,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        images=images,
+        pin_memory=device.type == "cuda",
     )
 
 
 def build_model(experiment: Experiment, device: torch.device, feature_size: int | None) -> TrainingModel:
-    """The model to train, float32, freshly initialised; with a projector where there are features."""
+    """The model to train, float32, freshly initialised; with a projector if there are features."""
     settings, config = experiment.training, experiment.model
     reference = DDT(config)
     denoiser: DDTBase = reference if settings.engine == "reference" else FusedDDT.from_reference(reference)

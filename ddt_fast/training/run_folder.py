@@ -1,4 +1,4 @@
-"""The files of a run: its settings, what it must agree with to be continued, and its provenance."""
+"""The files of a run: its settings, what they must agree with to be continued, and its provenance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ddt_fast.training.parallel import wait_for_all
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
-    # Which data these name is compared by content, when they are opened and when the position in them is set.
+    # The data that these name are compared by content, when they are opened and when the position in them is set.
     *("data.folder", "data.images", "data.channel_stats", "data.verify"),
     *("training.max_steps", "training.accumulation_steps"),
     *("training.parallel", "training.gradient_checkpointing", "training.compile", "training.checkpoint_every"),
@@ -47,17 +47,17 @@ def settings_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
 def check_continuable(
     checkpoint: Path, numbers: dict[str, Any], experiment: Experiment, frozen: Mapping[str, str | None]
 ) -> None:
-    """ValueError that names the settings, if the run of a checkpoint would not be the same run under these ones.
+    """ValueError that names the settings that would make a continued run another run than its checkpoint's.
 
     How samples are drawn, how often things are written, the number of processes and how they share the work may change.
-    So may places of data and models: what is there is compared. A model that is not loaded, now or then, cannot be: a
-    warning says so.
+    So may the places of data and models, which are compared by content. A model that is not loaded, now or then, cannot
+    be compared: a warning says so.
 
     Args:
         checkpoint: its folder.
         numbers: its trainer.json.
         experiment: the settings to continue under.
-        frozen: checksums of the models that settings name, by the setting; None of those that are not loaded.
+        frozen: checksums of the models that settings name, by setting; None for those that are not loaded.
     """
     limit = experiment.training.max_steps
     if numbers["step"] > limit:
@@ -76,20 +76,20 @@ def check_continuable(
         if setting in frozen and before is not None and value is not None:
             sums = {numbers.get("frozen_sha256", {}).get(setting), frozen[setting]}
             if None in sums:
-                warnings.warn(f"{change}: whether it is the same model cannot be told here; going on", stacklevel=2)
+                warnings.warn(f"{change}: whether it is the same model cannot be told here; continuing", stacklevel=2)
             if None in sums or len(sums) == 1:
                 continue
             change += ", with other weights"
         changed.append(change)
     if changed:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {'; '.join(changed)}; take the same, or start a new run "
+            f"{checkpoint} was trained with other settings: {'; '.join(changed)}; use the same, or start a new run "
             f"from its weights with --training.init {checkpoint / 'model'}"
         )
 
 
 def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
-    """Write recipe.yaml; without `keep` an earlier run's files are removed first. Called by all of the group together.
+    """Write recipe.yaml; without `keep`, remove an earlier run's files first. All of the group call it together.
 
     Raises:
         ValueError: files of the same names that are not a run's.
@@ -113,11 +113,11 @@ def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from: none, "auto" for the latest of the folder if it has one, or the one named.
+    """The checkpoint to continue from: none, for "auto" the latest in the folder if it has one, or the one named.
 
     Raises:
-        ValueError: the folder holds other checkpoints, later than the one named or of another run. Those of two
-            histories in one folder could not be told apart.
+        ValueError: the folder holds other checkpoints, later than the one named or of another run: two histories in one
+            folder could not be told apart.
     """
     if resume is None:
         return None
@@ -127,7 +127,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     named = Path(resume)
     if found and found[-1].resolve() != named.resolve():
         raise ValueError(
-            f"{folder} holds a run that has come to {found[-1].name}; --resume auto continues it there; to continue "
+            f"{folder} holds a run that has reached {found[-1].name}; --resume auto continues it there; to continue "
             f"from {named}, name another folder, or remove the checkpoints after it"
         )
     return named
@@ -142,8 +142,8 @@ def open_checkpoint(
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to continue from and its trainer.json; None and nothing for a fresh start.
 
-    Called by all processes of the group together. The first one looks, for all: a shared file system may show others
-    what was there some seconds ago; `frozen` (see `check_continuable`) is its alone.
+    All processes of the group call it together. The first one looks, for all: a shared file system may show others
+    what was there some seconds ago; only it needs `frozen` (see `check_continuable`).
 
     Raises:
         ValueError: a checkpoint that this experiment cannot continue.

@@ -14,8 +14,8 @@ from ddt_fast.training.model import TrainingModel
 def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
     """Load the weights that training starts from into the model, REPA's projector too where both have one.
 
-    A released .ckpt holds trained weights and their average; where there is only an average, as in most model folders,
-    the weights start there as well. What was found is said on stderr.
+    A released .ckpt holds trained weights and their average; if there is only an average, as in most model folders, the
+    weights start there as well. What was found is reported on stderr.
 
     Args:
         checkpoint: a model folder, .safetensors, .ckpt, or Hub id.
@@ -25,13 +25,13 @@ def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
         The averages to start from, by the names of model.denoiser's parameters.
 
     Raises:
-        ValueError: no checkpoint, or one of another architecture.
+        ValueError: not a checkpoint, or one of another architecture.
     """
     sets = read_weight_sets(checkpoint, model.denoiser.config)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
-    found = ["trained weights" if sets.raw else "averaged weights alone, which training goes on from as well"]
+    found = ["trained weights" if sets.raw else "averaged weights only, which training starts from as well"]
     if sets.raw:
-        found.append("their average" if sets.ema else "no average of them: it starts there too")
+        found.append("their average" if sets.ema else "no average: it starts there too")
     denoiser = model.denoiser
     denoiser.load_state_dict(averaged)
     average = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}

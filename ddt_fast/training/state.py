@@ -1,4 +1,4 @@
-"""Everything a run continues from, as one nested dictionary of tensors and a few numbers beside it."""
+"""Everything that a run continues from, as one nested dictionary of tensors and a few numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ddt_fast.training.model import TrainingModel
 
 @dataclass
 class TrainingState:
-    """What training changes: weights, their average, the optimiser's moments. Randomness is none of it: every step
-    draws from a generator that its number seeds.
+    """What training changes: weights, their average, the optimiser's moments. Randomness is not part of it: every step
+    draws from a generator that is seeded by its number.
 
     Attributes:
         masters: the trained weights, float32.
@@ -79,7 +79,7 @@ class TrainingState:
 
 
 def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The very weights of a denoiser by the names that `DDT` and released checkpoints have.
+    """The same tensors by the names that `DDT` and released checkpoints have.
 
     Args:
         config: its shape.
@@ -93,7 +93,7 @@ def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tenso
         model = FusedDDT(config) if fused else DDT(config)
     names = [name for name, _ in model.named_parameters()]
     if parameters.keys() != set(names):
-        raise ValueError(f"{sorted(parameters.keys() ^ set(names))[0]} is missing, or no weight of such a model")
+        raise ValueError(f"{sorted(parameters.keys() ^ set(names))[0]} is missing, or is not a weight of such a model")
     for name in names:
         module, _, own = name.rpartition(".")
         setattr(model.get_submodule(module), own, nn.Parameter(parameters[name], requires_grad=False))

@@ -1,5 +1,5 @@
-"""Reading a checkpoint's state/ without running what is in it: torch.distributed.checkpoint's metadata is a pickle, and
-a checkpoint may be somebody else's."""
+"""Reading a checkpoint's state/ without running code in it: torch.distributed.checkpoint's metadata is a pickle, and a
+checkpoint may come from anybody."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class StateReader(dcp.FileSystemReader):
         failure: what `read_metadata` raised last, which torch 2.11 does not pass on.
 
     Raises:
-        pickle.UnpicklingError: its metadata names anything but tensors' places, or something that is no tensor, which
-            torch would unpickle.
+        pickle.UnpicklingError: its metadata names anything but the places of tensors, or an entry that is not a tensor,
+            which torch would unpickle.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class StateReader(dcp.FileSystemReader):
             raise pickle.UnpicklingError(f"its metadata is a {type(found).__name__}")
         for name, entry in found.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is no tensor, and was not opened")
+                raise pickle.UnpicklingError(f"{name} is not a tensor, and was not opened")
         found.storage_meta = found.storage_meta or metadata.StorageMeta()
         found.storage_meta.load_id = self.load_id
         return found

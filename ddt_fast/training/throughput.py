@@ -32,13 +32,13 @@ for Hopper and Blackwell are for sparse matrices, twice these."""
 def training_flops(config: DDTConfig, height: int, width: int, projector: bool) -> int:
     """Matrix-multiplication FLOPs that training takes per image: forward, and twice that for backward.
 
-    Not plural: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
+    Not counted: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
     cached features do not need.
 
     Args:
         config: the model.
-        height, width: of the image or latent; ValueError when patch_size does not divide them.
-        projector: REPA is on: its MLP C -> C -> C -> 768 runs on every token.
+        height, width: of the image or latent; ValueError if patch_size does not divide them.
+        projector: whether REPA is on, whose MLP C -> C -> C -> 768 runs on every token.
     """
     forward = model_flops(config, height, width).total
     if projector:
@@ -48,8 +48,8 @@ def training_flops(config: DDTConfig, height: int, width: int, projector: bool) 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense FLOP/s that the GPU reaches at best in bfloat16 or float16; None for other dtypes and where that is not
-    known: CPUs, GPUs not listed here, slices of a GPU (MIG)."""
+    """Peak dense FLOP/s of a GPU in bfloat16 or float16; None for other dtypes and if it is not known: CPUs, GPUs not
+    listed here, slices of a GPU (MIG)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
@@ -87,11 +87,11 @@ class Throughput:
             self._start += self._now() - start
 
     def read(self) -> dict[str, float]:
-        """What the log takes, since the last call or the start, and begin anew.
+        """Rates since the last call or the start, for the log, and start again.
 
         images_per_second over all ranks; tflops_per_second of one device, and mfu, its share of the device's peak,
-        left out where the peak is not known; memory_gb (10^9 bytes), the most that this rank's tensors took on its
-        GPU so far, or this process in RAM, left out where the system does not tell.
+        left out if the peak is not known; memory_gb (10^9 bytes), the most that this rank's tensors took on its GPU so
+        far, or this process in RAM, left out if the system does not tell.
         """
         now = self._now()
         rate = self._images / (now - self._start)
@@ -106,7 +106,7 @@ class Throughput:
         return values
 
     def _now(self) -> float:
-        # The GPU works behind: without waiting, its last steps would count as time of what comes next.
+        # The GPU lags behind: without waiting, its last steps would count as time of what comes next.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -20,7 +20,7 @@ from ddt_fast.data.latent_cache import CacheFolder, CacheSettings
 class MeanPoolEncoder:
     """Encodes by averaging 8x8 pixels into 4 channels: the interface of ddt_fast.autoencoder.Encoder without a VAE."""
 
-    scaling_factor, latent_channels, pixels_per_latent = 0.5, 4, 8
+    name, scaling_factor, latent_channels, pixels_per_latent = "pool", 0.5, 4, 8
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -39,7 +39,7 @@ class MeanPoolEncoder:
 
 
 class PatchMeanFeatures:
-    """Features that are the colours of 4x4 patches: the interface of ddt_fast.training.repa.DinoV2 without a ViT."""
+    """Features that are the colours of 4x4 patches: the interface of ddt_fast.dinov2.DinoV2 without a ViT."""
 
     name, feature_size = "patch means", 3
 
@@ -73,23 +73,12 @@ def encode(
     flips: bool = True,
     shard_size: int = 8,
     repa_encoder: PatchMeanFeatures | None = None,
-    **options: int,
+    **options: object,
 ) -> dict | None:
     """Cache an image folder with the encoders above, 16 px, 3 images at a time."""
     folder, encoder = list_images(images), encoder or MeanPoolEncoder()
-    settings = cache_settings(
-        folder,
-        encoder,
-        "pool",
-        image_size=16,
-        dtype=dtype,
-        flips=flips,
-        shard_size=shard_size,
-        batch_size=3,
-        repa_encoder=repa_encoder,
-    )
-    options = {"num_workers": 0, **options}
-    return encode_images(folder, output, encoder, settings, repa_encoder=repa_encoder, **options)
+    settings = cache_settings(folder, encoder, repa_encoder, 16, dtype, flips, shard_size, 3)
+    return encode_images(folder, output, encoder, settings, repa_encoder, **{"num_workers": 0, **options})
 
 
 def write_cache(path: Path, count: int, shape=(4, 2, 2), *, flips: bool = True, logvar: float = -2.0) -> Path:
@@ -114,4 +103,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":  # python latent_cases.py IMAGES OUTPUT: a slow run, to be killed
-    encode(Path(sys.argv[1]), Path(sys.argv[2]), MeanPoolEncoder(0.02), num_workers=1)
+    slow, features = MeanPoolEncoder(0.02), PatchMeanFeatures()
+    encode(Path(sys.argv[1]), Path(sys.argv[2]), slow, repa_encoder=features, num_workers=1)

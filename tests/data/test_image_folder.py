@@ -43,7 +43,7 @@ def test_folders_without_images_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(16, 16), (64, 33), (31, 70), (130, 64), (5, 40), (257, 128)])
-def test_crop_is_the_middle_at_the_wanted_size(size):
+def test_crop_is_the_middle_at_the_given_size(size):
     ramp = np.tile(np.linspace(0, 255, size[0], dtype=np.float32), (size[1], 1))
     cropped = np.asarray(center_crop(Image.fromarray(ramp), 16))
     assert cropped.shape == (16, 16)
@@ -79,8 +79,8 @@ def test_unreadable_images_say_why(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     for name, reason in (
         ("cut.jpg", "truncated"),
-        ("empty.jpg", "no image"),
-        ("text.png", "no image"),
+        ("empty.jpg", "not an image"),
+        ("text.png", "not an image"),
         ("missing.png", "No such file"),
     ):
         with pytest.raises(UnreadableImageError, match=reason) as error:

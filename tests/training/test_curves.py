@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +9,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ddt_fast.command import run_command
 from ddt_fast.training import curves
-from ddt_fast.training.curves import plot_curves, plot_runs
 from ddt_fast.training.log import TrainingLog
+from ddt_fast.training.plots import plot_runs
 
 PANELS = ["loss", "REPA loss", "gradient norm", "learning rate", "img/s"]
 
@@ -50,13 +47,17 @@ def run(count: int, repa: bool = True, seed: int = 0) -> list[dict]:
     return rows
 
 
+def plot(log: Path, output: Path) -> None:
+    plot_runs({log.parent.name: log}, output)
+
+
 def panels(figure: Figure) -> dict:
     return {axes.get_title(loc="left"): axes for axes in figure.axes}
 
 
 def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path, figures):
     rows = run(400)
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     axes = panels(figures[0])
     assert list(axes) == PANELS
     raw, smooth = axes["loss"].lines
@@ -75,9 +76,9 @@ def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path
 
 
 def test_only_what_was_logged_has_a_panel(tmp_path, figures):
-    plot_curves(write(tmp_path / "a", run(5, repa=False)), tmp_path / "a.png")
+    plot(write(tmp_path / "a", run(5, repa=False)), tmp_path / "a.png")
     assert list(panels(figures[0])) == ["loss", "gradient norm", "learning rate", "img/s"]
-    plot_curves(write(tmp_path / "b", [{"step": 7, "loss": 1.0}]), tmp_path / "b.png")
+    plot(write(tmp_path / "b", [{"step": 7, "loss": 1.0}]), tmp_path / "b.png")
     ((title, axes),) = panels(figures[1]).items()
     assert title == "loss"
     (line,) = axes.lines
@@ -92,7 +93,7 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
     for row in rows:
         row["repa_loss"] = float("nan")
     rows[150]["loss"], rows[160]["grad_norm"], rows[170]["grad_norm"] = 1e6, 1e3, 0.0
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     axes = panels(figures[0])
     assert "REPA loss" not in axes
     assert np.isnan(axes["loss"].lines[0].get_ydata()).sum() == 30
@@ -106,14 +107,14 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
 def test_constant_metrics_are_drawn(tmp_path, value):
     names = ("loss", "grad_norm", "learning_rate", "images_per_second")
     rows = [{"step": step, **dict.fromkeys(names, value)} for step in range(1, 60)]
-    plot_curves(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_steps_that_come_again_replace_the_earlier_lines_and_a_torn_line_is_left_out(tmp_path, figures):
     lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 2), (3, 3), (2, 20), (3, 30))]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+    plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
     (line,) = panels(figures[0])["loss"].lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3], [1, 20, 30])
 
@@ -142,20 +143,8 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, message):
     if content is not None:
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        plot_curves(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
-
-
-def test_the_command_as_it_is_run(tmp_path, monkeypatch, capsys):
-    write(tmp_path / "run", run(30))
-    command = [sys.executable, "-m", "ddt_fast.training.curves", "run"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "wrote run/curves.png\n", "")
-    assert (tmp_path / "run/curves.png").is_file()
-    monkeypatch.setattr(sys, "argv", ["curves", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit, match="2"):
-        run_command(curves.main)
-    assert capsys.readouterr().err == f"error: {tmp_path}/absent/log.jsonl is missing; a training run writes it\n"
 
 
 def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures, capsys):
@@ -167,5 +156,9 @@ def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures,
     assert capsys.readouterr().out == "wrote curves.png\nwrote out/both.png\n"
     legends = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
     assert legends == [["run", "c"], ["a/run", "b/run"]]
-    with pytest.raises(ValueError, match="out is a folder"):
-        curves.main(["c", "--output", "out"])
+    for arguments, message in (
+        (["c", "--output", "out"], "out is a folder; name a file"),
+        (["absent"], "absent/log.jsonl is missing; a training run writes it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            curves.main(arguments)

@@ -5,12 +5,10 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import digits
+from tiny_runs import CPU, digits
 
 from ddt_fast.training.loop import train
 from ddt_fast.training.parallel import process_group
-
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("named", "index"), [("cuda:3", 3), ("cuda", 0)])
@@ -28,6 +26,7 @@ def test_a_process_makes_its_gpu_the_current_one_before_it_meets_the_others(monk
     assert calls == [("current", own), ("group", own)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fsdp_goes_with_compile(tmp_path, monkeypatch, checkpointing):
     # The graphs are dynamo's, whole or not at all; what makes code of them does not matter here, and takes long.

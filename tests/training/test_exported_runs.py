@@ -1,4 +1,4 @@
-"""A run's checkpoints become files for the original code, and model folders, with all that training goes on from."""
+"""A run's checkpoints become files for the original code, and model folders, with all that training needs."""
 
 import pickle
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import digits, final_state, finish, latents, start
+from tiny_runs import CLIPPED, CPU, digits, final_state, latents, start
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import ddt_fast.convert as convert
@@ -16,8 +16,6 @@ from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.lightning import read_lightning
 from ddt_fast.model.weights import read_experiment, read_weight_sets
 from ddt_fast.training.loop import train
-
-CPU = torch.device("cpu")
 
 
 def assert_holds_the_run(sets, run, experiment: Experiment, step: int):
@@ -38,7 +36,7 @@ def assert_holds_the_run(sets, run, experiment: Experiment, step: int):
         assert all(torch.equal(sets.projector[name], projector[name]) for name in projector)
 
 
-def test_a_run_is_exported_with_all_that_training_goes_on_from(tmp_path, latent_cache, capsys):
+def test_a_run_is_exported_with_all_that_training_needs(tmp_path, latent_cache, capsys):
     experiment = latents(latent_cache, 4, checkpoint_every=2)
     train(experiment, tmp_path / "run", CPU)
     convert.main([str(tmp_path / "run"), str(tmp_path / "out.ckpt")])
@@ -53,7 +51,7 @@ def test_a_run_is_exported_with_all_that_training_goes_on_from(tmp_path, latent_
 def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cache):
     experiment = latents(latent_cache, 4, checkpoint_every=2, parallel="fsdp", engine="reference")
     run = tmp_path / "run"
-    finish(start(experiment, run, processes=2))
+    start(experiment, run, processes=2).finish()
     convert.main([str(run), str(tmp_path / "folder"), "--weights", "both"])
     assert_holds_the_run(read_weight_sets(tmp_path / "folder"), run, experiment, 4)
     saved = read_experiment(tmp_path / "folder")
@@ -69,22 +67,19 @@ def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cac
     assert any(not torch.equal(found[name], raw[name]) for name in found)
 
 
-def test_runs_that_cannot_be_exported_are_refused(tmp_path):
-    run, out = tmp_path / "run", str(tmp_path / "out.ckpt")
-    train(digits(5), run, CPU)
-    checkpoint = run / "checkpoints" / "step_0000005"
-    with pytest.raises(ValueError, match="--preset and --config are for a SOURCE without settings"):
-        convert.main([str(run), out, "--preset", "digits"])
-    for shard in (checkpoint / "state").glob("*.distcp"):
-        shard.write_bytes(b"x")
-    with pytest.raises(ValueError, match="step_0000005 cannot be read: "):
-        convert.main([str(run), out])
-    (checkpoint / "state" / ".metadata").write_bytes(b"x")
-    with pytest.raises(ValueError, match="step_0000005 cannot be read: "):
-        convert.main([str(run), out])
-    checkpoint.rename(checkpoint.with_name(".step_0000005"))
+def test_runs_that_cannot_be_exported_are_refused(ten, tmp_path):
+    out = str(tmp_path / "out.ckpt")
+    checkpoint = ten / "checkpoints" / "step_0000010"
+    with pytest.raises(ValueError, match="preset and config are for a source without settings"):
+        convert.main([str(ten), out, "--preset", "digits"])
+    for file in (next((checkpoint / "state").glob("*.distcp")), checkpoint / "state" / ".metadata"):
+        file.write_bytes(b"x")
+        with pytest.raises(ValueError, match="step_0000010 cannot be read: "):
+            convert.main([str(ten), out])
+    for folder in (ten / "checkpoints").iterdir():
+        folder.rename(folder.with_name(f".{folder.name}"))
     with pytest.raises(ValueError, match="holds a run without a finished checkpoint"):
-        convert.main([str(run), out])
+        convert.main([str(ten), out])
     assert not (tmp_path / "out.ckpt").exists()
 
 
@@ -98,20 +93,20 @@ class Touch:
         return Path.touch, (self.file,)
 
 
-def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
-    run, mark = tmp_path / "run", tmp_path / "it_ran"
-    train(digits(2), run, CPU)
-    file = run / "checkpoints" / "step_0000002" / "state" / ".metadata"
+def test_code_in_a_checkpoint_is_refused_and_not_run(ten, tmp_path):
+    mark, file = tmp_path / "it_ran", ten / "checkpoints" / "step_0000010" / "state" / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     metadata.state_dict_metadata["weights.code"] = BytesStorageMetadata()
     for content, message in (
         (Touch(mark), r"metadata names pathlib\.Path\.touch, which was not executed"),
-        (metadata, r"weights\.code is no tensor, and was not opened"),
+        (metadata, r"weights\.code is not a tensor, and was not opened"),
         ({}, "metadata is a dict"),
     ):
         file.write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=f"step_0000002 cannot be read: .*{message}"):
-            convert.convert_checkpoint(run, tmp_path / "out")
-        with pytest.raises(ValueError, match=f"step_0000002 cannot be read: .*{message}"):
-            train(digits(4), run, CPU, "auto")
+        for use in (
+            lambda: convert.convert_checkpoint(ten, tmp_path / "out"),
+            lambda: train(digits(20, **CLIPPED), ten, CPU, "auto"),
+        ):
+            with pytest.raises(ValueError, match=f"step_0000010 cannot be read: .*{message}"):
+                use()
     assert not mark.exists()

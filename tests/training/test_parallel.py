@@ -3,14 +3,14 @@
 import copy
 import json
 import os
-import signal
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_runs import TINY, digits, final_state, finish, latents, start
+import yaml
+from tiny_runs import CPU, TINY, digits, final_state, latents, losses, start, wait_for_log
 
 from ddt_fast import load_model
 from ddt_fast.model.fused import FusedDDT
@@ -18,20 +18,15 @@ from ddt_fast.model.reference import DDT
 from ddt_fast.training.loop import train
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
+from ddt_fast.training.run_folder import settings_of
 from dispatched import operators_of
-
-CPU = torch.device("cpu")
-
-
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parallel):
     settings = {"log_every": 1, "batch_size": 8, "accumulation_steps": 2, "max_grad_norm": 1.0}
     train(latents(latent_cache, 8, **settings), tmp_path / "one", CPU)
-    finish(start(latents(latent_cache, 8, parallel=parallel, **settings), tmp_path / "two", processes=2))
+    start(latents(latent_cache, 8, parallel=parallel, **settings), tmp_path / "two", processes=2).finish()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = (load_model(tmp_path / run / "model").state_dict() for run in ("one", "two"))
     for name, tensor in one.items():
@@ -141,16 +136,16 @@ def test_sharded_gradients_are_exchanged_once():
 def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_steps):
     settings = {"log_every": 1, "dtype": "bfloat16", "accumulation_steps": accumulation_steps}
     train(digits(6, **settings), tmp_path / "one", CPU)
-    finish(start(digits(6, **settings), tmp_path / "two", processes=2))
+    start(digits(6, **settings), tmp_path / "two", processes=2).finish()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
 
 
 def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
     train(digits(15), tmp_path / "whole", CPU)
     run = tmp_path / "run"
-    finish(start(digits(5, parallel="fsdp"), run, processes=2))
-    finish(start(digits(10, parallel="ddp"), run, "--resume", "auto"))
-    finish(start(digits(15, parallel="fsdp"), run, "--resume", "auto", processes=2))
+    start(digits(5, parallel="fsdp"), run, processes=2).finish()
+    train(digits(10, parallel="ddp"), run, CPU, "auto")
+    start(digits(15, parallel="fsdp"), run, "--resume", "auto", processes=2).finish()
     expected = final_state(tmp_path / "whole", 15)
     for name, tensor in final_state(run, 15).items():
         assert torch.allclose(tensor, expected[name], atol=2e-5), name
@@ -159,13 +154,21 @@ def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
 
 def test_one_process_that_is_told_to_stop_stops_all_after_the_same_step(tmp_path):
     experiment = digits(100_000, checkpoint_every=100_000, log_every=5)
-    process = start(experiment, tmp_path / "run", processes=2)
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.05)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGTERM)
-    assert finish(process).count("--resume auto continues") == 1
+    started = start(experiment, tmp_path / "run", processes=2)
+    wait_for_log(started, tmp_path / "run")
+    started.processes[1].terminate()
+    assert started.finish().count("--resume auto continues") == 1
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert json.loads((checkpoint / "trainer.json").read_text())["step"] >= 5
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_of_a_run(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings_of(digits(2))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "ddt_fast.train", "--config", "recipe.yaml", "--output-dir", "run", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("model: run/model") == 1
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2

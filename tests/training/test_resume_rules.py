@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from latent_cases import MeanPoolEncoder, PatchMeanFeatures, encode, make_images
-from safetensors.torch import save_file
-from tiny_runs import digits, latents
+from safetensors.torch import load_file, save_file
+from tiny_runs import CLIPPED, CPU, digits, latents
 
 from ddt_fast.presets import PRESETS
 from ddt_fast.training import checkpoint
@@ -18,34 +17,24 @@ from ddt_fast.training.checkpoint import list_checkpoints
 from ddt_fast.training.loop import train
 from ddt_fast.training.run import Run
 from ddt_fast.training.run_folder import check_continuable, settings_of
-
-CPU = torch.device("cpu")
+from sample_jobs import small_autoencoder
 
 
 def names(run):
     return [path.name for path in list_checkpoints(run / "checkpoints")]
 
 
-def test_a_run_past_max_steps_is_not_passed_off_as_shorter(tmp_path):
-    train(digits(10), tmp_path, CPU)
-    with pytest.raises(ValueError, match=r"max_steps is 7, but .*step_0000010 is past it; allowed: 10 or more"):
-        train(digits(7), tmp_path, CPU, resume="auto")
+def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(ten):
+    early = ten / "checkpoints" / "step_0000005"
+    with pytest.raises(ValueError, match=r"has reached step_0000010; --resume auto continues it"):
+        train(digits(20, **CLIPPED), ten, CPU, resume=str(early))
+    assert names(ten) == ["step_0000005", "step_0000010"]
+    shutil.rmtree(ten / "checkpoints" / "step_0000010")
+    assert train(digits(8, **CLIPPED), ten, CPU, resume=str(early)).step == 8
+    assert names(ten) == ["step_0000005", "step_0000008"]
 
 
-def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(tmp_path):
-    run = tmp_path / "run"
-    train(digits(15), run, CPU)
-    early = run / "checkpoints" / "step_0000005"
-    with pytest.raises(ValueError, match=r"has come to step_0000015; --resume auto continues it"):
-        train(digits(20), run, CPU, resume=str(early))
-    assert names(run) == ["step_0000005", "step_0000010", "step_0000015"]
-    for later in names(run)[1:]:
-        shutil.rmtree(run / "checkpoints" / later)
-    assert train(digits(10), run, CPU, resume=str(early)).step == 10
-    assert names(run) == ["step_0000005", "step_0000010"]
-
-
-def test_another_cache_of_as_many_images_is_refused_a_moved_one_not(tmp_path):
+def test_another_cache_of_the_same_size_is_refused_a_moved_one_is_not(tmp_path):
     class Inverted(MeanPoolEncoder):
         def sha256(self):
             return "another"
@@ -54,24 +43,10 @@ def test_another_cache_of_as_many_images_is_refused_a_moved_one_not(tmp_path):
     for name, encoder in (("one", MeanPoolEncoder()), ("other", Inverted())):
         encode(images, tmp_path / name, encoder, repa_encoder=PatchMeanFeatures())
     train(latents(tmp_path / "one", 5), tmp_path / "run", CPU)
-    with pytest.raises(ValueError, match="other data, of as many samples"):
+    with pytest.raises(ValueError, match="other data of the same size"):
         train(latents(tmp_path / "other", 10), tmp_path / "run", CPU, resume="auto")
     (tmp_path / "one").rename(tmp_path / "moved")
     assert train(latents(tmp_path / "moved", 10), tmp_path / "run", CPU, resume="auto").step == 10
-
-
-def save_vae(folder, seed):
-    torch.manual_seed(seed)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4, 4, 4),
-        down_block_types=down,
-        up_block_types=up,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    vae.save_pretrained(folder)
-    return folder
 
 
 def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, recwarn):
@@ -79,14 +54,18 @@ def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, rec
         plain = latents(latent_cache, steps, **{"sample_every": 100, "sample_images": 2, **settings})
         return replace(plain, data=replace(plain.data, autoencoder=str(vae)))
 
-    run, vae = tmp_path / "run", save_vae(tmp_path / "vae", 0)
+    run, vae = tmp_path / "run", Path(small_autoencoder(tmp_path / "vae"))
     train(experiment(5, vae), run, CPU)
     moved = vae.rename(tmp_path / "moved")
     assert train(experiment(10, moved), run, CPU, resume="auto").step == 10
     assert not [warning for warning in recwarn if "the same model" in str(warning.message)]
-    message = r"data\.autoencoder was '.*/moved', now '.*/other', with other weights; take the same"
+    message = r"data\.autoencoder was '.*/moved', now '.*/other', with other weights; use the same"
+    other = shutil.copytree(moved, tmp_path / "other")
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    weights["decoder.conv_in.bias"] += 1
+    save_file(weights, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=message):
-        train(experiment(15, save_vae(tmp_path / "other", 1)), run, CPU, resume="auto")
+        train(experiment(15, other), run, CPU, resume="auto")
     # Without grids of samples it is not loaded, so that nothing can be compared.
     with pytest.warns(UserWarning, match=r"data\.autoencoder was '.*/moved', now 'elsewhere': whether it is the same"):
         assert train(experiment(15, "elsewhere", sample_every=0), run, CPU, resume="auto").step == 15
@@ -109,7 +88,7 @@ def test_moved_channel_statistics_are_compared_by_content(tmp_path):
     assert train(experiment(10, moved), tmp_path / "run", CPU, resume="auto").step == 10
     torch.save({"mean": torch.full((4,), 3.0), "std": torch.full((4,), 4.0)}, tmp_path / "other.pt")
     for path in (tmp_path / "other.pt", None):
-        with pytest.raises(ValueError, match="other data, of as many samples"):
+        with pytest.raises(ValueError, match="other data of the same size"):
             train(experiment(15, path), tmp_path / "run", CPU, resume="auto")
 
 
@@ -172,8 +151,8 @@ def test_a_stop_right_after_a_save_keeps_that_checkpoint(tmp_path, monkeypatch):
     assert inodes[0] == inodes[1]
 
 
-def test_weights_that_are_lost_take_no_good_checkpoints_place(tmp_path):
+def test_ruined_weights_never_replace_a_good_checkpoint(tmp_path):
     # Nothing is logged before step 30, by when all checkpoints would have been replaced.
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 2; take a lower learning_rate"):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 2; use a lower learning_rate"):
         train(digits(30, learning_rate=1e30, checkpoint_every=1, keep_checkpoints=1, log_every=30), tmp_path, CPU)
     assert names(tmp_path) == ["step_0000001"]

@@ -7,14 +7,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import DIGITS, digits
+from tiny_runs import CPU, DIGITS, digits, latents, log_lines
 
 from ddt_fast import load_model
+from ddt_fast.training import run
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import clip_gradients, learning_rate, train
+from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.samples import Preview
-
-CPU = torch.device("cpu")
 
 
 def test_ema_forgets_the_start_and_then_decays_constantly():
@@ -55,10 +55,11 @@ def test_gradients_are_scaled_to_the_norm_but_only_down():
     assert torch.allclose(model.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5)
 
 
-def test_short_run_writes_everything_and_learns(tmp_path):
+def test_short_run_writes_everything_and_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "plot_runs", plot_runs)  # which other tests leave out
     experiment = digits(40, batch_size=64, checkpoint_every=10, keep_checkpoints=2, sample_every=20, sample_images=10)
     result = train(experiment, tmp_path, CPU)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(tmp_path)
     assert [line["step"] for line in lines] == list(range(5, 41, 5))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert all(line["images_per_second"] > 0 and line["grad_norm"] > 0 for line in lines)
@@ -74,6 +75,13 @@ def test_short_run_writes_everything_and_learns(tmp_path):
     assert not list(tmp_path.glob("**/.*step*"))
 
 
+@pytest.fixture(scope="module")
+def six_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six") / "run"
+    train(digits(6), folder, CPU)
+    return folder
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -86,48 +94,39 @@ def test_short_run_writes_everything_and_learns(tmp_path):
     ],
     ids=str,
 )
-def test_how_a_step_is_computed_does_not_change_the_run(tmp_path, settings):
-    expected = train(digits(6), tmp_path / "a", CPU).model
-    actual = train(digits(6, **settings), tmp_path / "b", CPU).model
+def test_how_a_step_is_computed_does_not_change_the_run(six_steps, tmp_path, settings):
+    expected = load_model(six_steps / "model")
+    actual = train(digits(6, **settings), tmp_path, CPU).model
     for (name, ours), theirs in zip(actual.named_parameters(), expected.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-5), name
 
 
-def test_same_seed_same_weights(tmp_path):
-    runs = [train(digits(3, seed=seed), tmp_path / f"{i}", CPU) for i, seed in enumerate((0, 0, 1))]
-    first, second, other = (run.model.blocks[0].attn.qkv.weight for run in runs)
+def test_same_seed_same_weights(six_steps, tmp_path):
+    first = load_model(six_steps / "model").blocks[0].attn.qkv.weight
+    second, other = (train(digits(6, seed=seed), tmp_path, CPU).model.blocks[0].attn.qkv.weight for seed in (0, 1))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
 
-def test_bfloat16_keeps_float32_weights(tmp_path):
+def test_bfloat16_keeps_float32_weights(six_steps, tmp_path):
     result = train(digits(6, dtype="bfloat16"), tmp_path, CPU)
     assert all(parameter.dtype == torch.float32 for parameter in result.model.parameters())
-    train(digits(6), tmp_path / "float32", CPU)
-    low, full = (
-        json.loads((path / "log.jsonl").read_text().splitlines()[-1]) for path in (tmp_path, tmp_path / "float32")
-    )
-    assert low["loss"] == pytest.approx(full["loss"], rel=0.02)
-    assert low["loss"] != full["loss"]
+    low, full = (log_lines(path)[-1]["loss"] for path in (tmp_path, six_steps))
+    assert low == pytest.approx(full, rel=0.02)
+    assert low != full
 
 
 def test_optimizer_gets_its_settings(tmp_path, monkeypatch):
-    seen = {}
-    original = torch.optim.AdamW
+    class Seen(Exception):
+        pass
 
-    def recording(parameters, **settings):
-        seen.update(settings)
-        return original(parameters, **settings)
+    def refuse(parameters, **settings):
+        raise Seen(settings)
 
-    monkeypatch.setattr(torch.optim, "AdamW", recording)
-    train(digits(1, learning_rate=0.003, adam_betas=(0.8, 0.7), weight_decay=0.2), tmp_path, CPU)
-    assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (0.003, (0.8, 0.7), 0.2)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) by step 5; take a lower learning_rate"):
-        train(digits(30, learning_rate=1e30), tmp_path, CPU)
-    assert not (tmp_path / "model").exists()
+    monkeypatch.setattr(torch.optim, "AdamW", refuse)
+    with pytest.raises(Seen) as seen:
+        train(digits(1, learning_rate=0.003, adam_betas=(0.8, 0.7), weight_decay=0.2), tmp_path, CPU)
+    assert seen.value.args == ({"lr": 0.003, "betas": (0.8, 0.7), "weight_decay": 0.2, "fused": True},)
 
 
 def test_the_model_is_saved_before_it_is_scored(tmp_path, monkeypatch):
@@ -140,20 +139,41 @@ def test_the_model_is_saved_before_it_is_scored(tmp_path, monkeypatch):
     assert load_model(tmp_path / "model").config == digits(2).model
 
 
-def test_a_second_run_leaves_nothing_of_the_first(tmp_path):
-    train(digits(10, sample_every=5, sample_images=2), tmp_path, CPU)
-    train(digits(2), tmp_path, CPU)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000002"]
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
-    assert not (tmp_path / "samples").exists()
+def test_a_second_run_leaves_nothing_of_the_first(ten):
+    (ten / "samples").mkdir()
+    (ten / "samples" / "samples_step_0000005.png").touch()
+    train(digits(2), ten, CPU)
+    assert [path.name for path in (ten / "checkpoints").iterdir()] == ["step_0000002"]
+    assert len(log_lines(ten)) == 1
+    assert not (ten / "samples").exists()
 
 
-def test_folders_of_the_user_are_left_alone(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "my_code.py").touch()
-    with pytest.raises(ValueError, match=r"holds my_code\.py, which ddt-fast did not write"):
-        train(digits(2), tmp_path, CPU)
-    assert (tmp_path / "model" / "my_code.py").exists()
+def test_classes_without_data_are_warned_of(latent_cache, tmp_path, recwarn):
+    experiment = latents(latent_cache, 1)
+    train(experiment, tmp_path / "two", CPU)
+    assert not [warning for warning in recwarn if "num_classes" in str(warning.message)]
+    more = replace(experiment, model=replace(experiment.model, num_classes=3))
+    with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the others are never trained"):
+        train(more, tmp_path / "three", CPU)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_removed(ten, latent_cache):
+    def without_autoencoder():
+        experiment = latents(latent_cache, 1, sample_every=1)
+        return replace(experiment, data=replace(experiment.data, autoencoder=str(ten)))
+
+    (ten / "model" / "my_code.py").touch()
+    for experiment, message in (
+        (digits(2), r"holds my_code\.py, which ddt-fast did not write"),
+        (
+            without_autoencoder(),
+            r"could not be loaded: .*; expected .*; or train without .* --training.sample_every 0",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(experiment, ten, CPU)
+        assert (ten / "model" / "my_code.py").exists()
+        assert len(list((ten / "checkpoints").iterdir())) == 2
 
 
 @pytest.mark.gpu
@@ -162,7 +182,7 @@ def test_folders_of_the_user_are_left_alone(tmp_path):
 def test_short_run_on_cuda(tmp_path, parallel, compile):
     experiment = digits(40, batch_size=64, dtype="bfloat16", parallel=parallel, compile=compile)
     result = train(experiment, tmp_path, torch.device("cuda", 0))
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = log_lines(tmp_path)
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert result.model is not None
     assert load_model(tmp_path / "model").config == experiment.model

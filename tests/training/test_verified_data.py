@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
-import torch
-from tiny_runs import finish, latents, start
+from tiny_runs import CPU, latents, start
 
 from ddt_fast.data import verification
+from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.data.verification import verify_together
 from ddt_fast.training.loop import train
-
-CPU = torch.device("cpu")
+from ddt_fast.training.parallel import patient_group, process_group
 
 
 @pytest.fixture
@@ -36,9 +37,7 @@ def damage(shard):
 
 def test_a_wrong_checksum_is_refused_before_anything_is_written(cache, tmp_path):
     damage(cache / "latents-00001-of-00003.safetensors")
-    with pytest.raises(
-        ValueError, match=r"latents-00001-of-00003\.safetensors does not have the checksum that .*manif"
-    ):
+    with pytest.raises(ValueError, match=r"00001-of-00003\.safetensors does not have the checksum in .*manif"):
         train(latents(cache, 1), tmp_path / "run", CPU)
     assert not (tmp_path / "run").exists()
     assert not (cache / "verified.json").exists()
@@ -46,52 +45,59 @@ def test_a_wrong_checksum_is_refused_before_anything_is_written(cache, tmp_path)
 
 def test_what_another_process_finds_stops_all(cache, tmp_path):
     damage(cache / "latents-00001-of-00003.safetensors")
-    output = finish(start(latents(cache, 1, batch_size=8), tmp_path / "run", processes=2), code=1)
-    assert output.count("latents-00001-of-00003.safetensors does not have the checksum") >= 2
+    output = start(latents(cache, 1, batch_size=8), tmp_path / "run", processes=2).finish(code=2)
+    assert output.count("latents-00001-of-00003.safetensors does not have the checksum") == 2
 
 
-def test_shards_are_compared_once_and_again_when_they_change(cache, tmp_path, read, capsys):
-    train(latents(cache, 1), tmp_path / "run", CPU)
+@pytest.fixture
+def verify(cache):
+    """Verifies the cache, opened anew, as a run does before it trains."""
+    with process_group(CPU):
+        group = patient_group()
+        yield lambda: verify_together(LatentDataset(cache), group)
+
+
+def test_shards_are_compared_once_and_again_when_they_change(cache, read, verify, capsys):
+    verify()
     assert sorted(read) == [f"latents-0000{shard}-of-00003.safetensors" for shard in range(3)]
     assert "verified 0.00 GB of" in capsys.readouterr().err
     read.clear()
-    train(latents(cache, 1), tmp_path / "run", CPU)
+    verify()
     assert read == []
     changed = cache / "latents-00002-of-00003.safetensors"
     changed.write_bytes(changed.read_bytes())
-    train(latents(cache, 1), tmp_path / "run", CPU)
+    verify()
     assert read == [changed.name]
     record = json.loads((cache / "verified.json").read_text())
     assert record[changed.name]["modified_ns"] == changed.stat().st_mtime_ns
     damage(changed)
     with pytest.raises(ValueError, match="does not have the checksum"):
-        train(latents(cache, 1), tmp_path / "run", CPU)
+        verify()
 
 
-def test_a_cache_that_cannot_be_written_to_is_compared_every_time(cache, tmp_path, read, monkeypatch, capsys):
+def test_a_cache_that_cannot_be_written_to_is_compared_every_time(read, verify, monkeypatch, capsys):
     def refuse(path, content):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(verification, "write_json", refuse)
     for _ in range(2):
-        train(latents(cache, 1), tmp_path / "run", CPU)
+        verify()
     assert len(read) == 6
     assert "verified.json could not be written (Permission denied), so the next run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ['{"latents', "[]"])
-def test_a_damaged_record(cache, tmp_path, read, content):
-    (cache / "verified.json").write_text(content)
-    with pytest.raises(ValueError, match=r"verified\.json .*; remove it, and all checksums are compared again"):
-        train(latents(cache, 1), tmp_path / "run", CPU)
+def test_a_damaged_record_is_refused(cache, read, verify):
+    for content in ('{"latents', "[]"):
+        (cache / "verified.json").write_text(content)
+        with pytest.raises(ValueError, match=r"verified\.json .*; remove it, and all checksums are compared again"):
+            verify()
     (cache / "verified.json").write_text('{"latents-00000-of-00003.safetensors": 3, "other": null}')
-    train(latents(cache, 1), tmp_path / "run", CPU)
+    verify()
     assert len(read) == 3
 
 
 def test_it_may_be_left_out(cache, tmp_path, read):
     experiment = latents(cache, 1)
     damage(cache / "latents-00001-of-00003.safetensors")
-    object.__setattr__(experiment.data, "verify", False)
-    train(experiment, tmp_path / "run", CPU)
+    train(replace(experiment, data=replace(experiment.data, verify=False)), tmp_path / "run", CPU)
     assert read == []

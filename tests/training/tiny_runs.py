@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
-import subprocess
+import socket
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from ddt_fast.command import run_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment
 from ddt_fast.presets import PRESETS
+from ddt_fast.train import main
 from ddt_fast.training.run_folder import settings_of
 
+CPU = torch.device("cpu")
 DIGITS = PRESETS["digits"]
+CLIPPED = {"warmup_steps": 8, "max_grad_norm": 0.5, "keep_checkpoints": 0}
 TINY = DDTConfig(1, 2, 32, 2, 3, 2, 10)
 
 
@@ -35,24 +45,81 @@ def latents(folder: Path, steps: int, **settings: object) -> Experiment:
     return replace(experiment, model=DDTConfig(4, 2, 32, 2, 3, 2, 2), data=data, training=training)
 
 
-def start(experiment: Experiment, folder: Path, *options: str, processes: int = 1) -> subprocess.Popen[str]:
-    """`python -m ddt_fast.train` with these settings, under torchrun where there are several processes."""
+@dataclass
+class Started:
+    """Processes that train, and the file that takes all that they print."""
+
+    processes: list[BaseProcess]
+    output: Path
+
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def finish(self, code: int = 0) -> str:
+        """Wait for them, and return their output; AssertionError for another exit code."""
+        for process in self.processes:
+            process.join(240)
+        output = self.output.read_text()
+        assert [process.exitcode for process in self.processes] == [code] * len(self.processes), output[-4000:]
+        return output
+
+
+def start(experiment: Experiment, folder: Path, *options: str, processes: int = 1) -> Started:
+    """`python -m ddt_fast.train` with these settings."""
     recipe = folder.parent / f"{folder.name}.yaml"
     recipe.write_text(yaml.safe_dump(settings_of(experiment)))
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "ddt_fast.train", "--config", str(recipe), "--output-dir", str(folder), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*command, *options], env=environment, stdout=pipe, stderr=pipe, text=True)
+    command = ["--config", str(recipe), "--output-dir", str(folder), "--device", "cpu", *options]
+    return launch(_train, command, output=folder.parent / f"{folder.name}.txt", processes=processes)
 
 
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """Wait for it, and return its output; AssertionError for another exit code."""
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == code, f"exit code {process.returncode}: {out[-1000:]}{err[-3000:]}"
-    return out + err
+def launch(function: Callable[[Any], None], argument: Any, output: Path, processes: int) -> Started:
+    """A function in processes that meet as torchrun's do.
+
+    They are forked from a server that has imported everything: starting Python takes longer than such a run.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ddt_fast.train", "tiny_runs"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server, which starts with the first
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    output.unlink(missing_ok=True)
+    started = []
+    for rank in range(processes):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = context.Process(target=_run, args=(function, argument, place if processes > 1 else {}, output))
+        process.start()
+        started.append(process)
+    return Started(started, output)
+
+
+def _run(function: Callable[[Any], None], argument: Any, place: dict[str, object], output: Path) -> None:
+    with output.open("a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ |= {name: str(value) for name, value in place.items()}
+    torch.set_num_threads(1)
+    function(argument)
+
+
+def _train(command: list[str]) -> None:
+    run_command(lambda: main(command))
+
+
+def wait_for_log(started: Started, run: Path) -> None:
+    """Return when the run has logged a line."""
+    log = run / "log.jsonl"
+    while started.running() and not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+
+
+def log_lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in log_lines(run)]
 
 
 def final_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -73,3 +140,18 @@ def final_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     walk("", state)
     assert flat
     return flat
+
+
+def assert_same_end(first: Path, second: Path, step: int) -> None:
+    """Equal bit for bit, moments of the optimiser too."""
+    ours, theirs = final_state(first, step), final_state(second, step)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_same_log(first: Path, second: Path) -> None:
+    """Equal except for time and memory."""
+    kept = ("step", "loss", "grad_norm", "learning_rate")
+    ours, theirs = ([{name: line[name] for name in kept} for line in log_lines(run)] for run in (first, second))
+    assert ours == theirs

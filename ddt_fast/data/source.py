@@ -1,0 +1,75 @@
+"""What training can read. A new data source is a class with the members of `DataSource`, a case in `open_source`, and a
+name in `DataConfig.dataset`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ddt_fast.config import Experiment
+from ddt_fast.data.digits import DigitsDataset
+from ddt_fast.data.latent_dataset import LatentDataset
+from ddt_fast.ranks import process_ranks
+from ddt_fast.wording import plural
+
+
+class DataSource(Protocol):
+    """N labelled samples, each of which can be read by its index.
+
+    Attributes:
+        labels: (N,) int64.
+        has_flips: whether mirrored samples are there.
+        feature_shape: (N', F) of the DINOv2 features of a sample; None without them.
+        fingerprint: tells these data from others, so that a run continues only with the same.
+    """
+
+    labels: Tensor
+    has_flips: bool
+    feature_shape: tuple[int, int] | None
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
+        """(n, C, h, w) float32, what the model sees of these samples, mirrored where flips is true; whatever is random
+        in it depends on seeds (n,) alone."""
+
+    def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
+        """(n, N', F) features of the same samples; called only if feature_shape is not None."""
+
+
+def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
+    """The data that an experiment names.
+
+    Raises:
+        ValueError: missing or unusable data, or data that do not fit the model.
+    """
+    data, model, training = experiment.data, experiment.model, experiment.training
+    if data.dataset == "digits":
+        return DigitsDataset()
+    if data.folder is None:
+        raise ValueError("data.folder is null; name the folder of cached latents (ddt_fast.cache_latents makes one)")
+    dataset = LatentDataset(
+        Path(data.folder),
+        shape=(model.in_channels, data.sample_size, data.sample_size),
+        scaling_factor=data.scaling_factor,
+        channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
+        features=training.repa_weight > 0 and data.images is None,
+    )
+    classes = f"{data.folder} holds {plural(dataset.num_classes, 'class')}"
+    if dataset.num_classes > model.num_classes:
+        raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: {dataset.num_classes} or more")
+    if dataset.num_classes < model.num_classes and process_ranks().rank == 0:
+        warnings.warn(
+            f"{classes}, num_classes is {model.num_classes}: the others are never trained, but are sampled unless "
+            "classes are chosen",
+            stacklevel=2,
+        )
+    return dataset
