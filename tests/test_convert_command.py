@@ -249,7 +249,7 @@ def nothing(place):
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "--config is for checkpoints without"),
         (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both SOURCE and OUT"),
         (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; a model folder is written"),
-        (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is no folder"),
+        (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is not a folder"),
         (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
         (nothing, ("{0}/released.ckpt", ""), "OUT has an empty name"),
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -158,21 +159,17 @@ def fitting_batch_size(
     Raises:
         ValueError: not even one sample fits.
     """
-    low, high = 0, batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if needed_bytes(plan, model, middle, height, width) <= memory_budget:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+    fitting = bisect_right(
+        range(1, batch_size + 1), memory_budget, key=lambda count: needed_bytes(plan, model, count, height, width)
+    )
+    if fitting == 0:
         needed = needed_bytes(plan, model, 1, height, width)
         advice = "; a forecast of fewer states keeps less" if plan.state_history > 1 else ""
         raise ValueError(
             f"one {height}x{width} sample keeps {format_bytes(needed)} between steps, {owner} "
             f"{format_bytes(memory_budget)}{advice}"
         )
-    return low
+    return fitting
 
 
 def check_memory(

@@ -34,12 +34,12 @@ from ddt_fast.sampling.solvers import (
     linear_multistep,
 )
 
-_STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
+STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
 
 
 @dataclass(frozen=True)
 class BranchStep:
-    """What one branch, conditional or unconditional, does in a step.
+    """What a branch, conditional or unconditional, does in a step.
 
     Attributes:
         encode: run the encoder at this step's (x, t); its state becomes the newest cached one.
@@ -99,7 +99,7 @@ class SamplingPlan:
     @classmethod
     def from_config(cls, config: SamplingConfig) -> SamplingPlan:
         """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
-        resolve first (`sharing.resolve_refresh_steps`)."""
+        resolve first (`refresh.resolve_refresh_steps`)."""
         if config.refresh_steps == "dp":
             raise ValueError(
                 'refresh_steps is "dp"; resolve_refresh_steps(model, config, ...) turns it into step numbers'
@@ -107,7 +107,8 @@ class SamplingPlan:
         times = timesteps(config.num_steps, config.last_step, config.timeshift)
         refreshes = config.refresh_steps or tuple(range(0, config.num_steps, config.refresh_every))
         guided = [_is_guided(config, t) for t in times[:-1]]
-        cond = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
+        decoding = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
+        cond = [branch for branch in decoding if branch is not None]
         if config.guidance_every == 1:
             uncond = _branch(times, guided, refreshes, config.state_forecast, warm_up=True)
             differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
@@ -123,7 +124,7 @@ class SamplingPlan:
             PlanStep(
                 t=times[i],
                 coefficients=solver[i],
-                cond=_always(cond[i]),
+                cond=cond[i],
                 uncond=uncond[i],
                 guidance_scale=config.guidance_scale if guided[i] else 1.0,
                 difference_weights=differences[i],
@@ -158,11 +159,6 @@ class SamplingPlan:
         """Matrix-multiplication FLOPs per image (1 multiply-add = 2); height and width of what the model sees."""
         cost = model_flops(model, height, width)
         return self.encoder_evaluations * (cost.encoder + cost.modulations) + self.network_evaluations * cost.decoder
-
-
-def _always(branch: BranchStep | None) -> BranchStep:
-    assert branch is not None, "the conditional branch decodes at every step"
-    return branch
 
 
 def _is_guided(config: SamplingConfig, t: float) -> bool:
@@ -214,7 +210,7 @@ def _branch(
 ) -> list[BranchStep | None]:
     """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes;
     with warm_up also in as many before the first of them as its forecast reads states of."""
-    history = _STATES_IN_FORECAST[forecast]
+    history = STATES_IN_FORECAST[forecast]
     needed = [any(decoded[start:end]) for start, end in pairwise([*refreshes, len(decoded)])]
     extrapolates = history > 1 and any(decoded[i] for i in range(len(decoded)) if i not in refreshes)
     if warm_up and extrapolates and True in needed:

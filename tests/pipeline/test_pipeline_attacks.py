@@ -1,4 +1,4 @@
-"""Folders that were made to do harm are refused with what is wrong, and nothing in them is executed."""
+"""Damaged folders, and folders made to do harm, are refused with what is wrong; nothing in them is executed."""
 
 import json
 import pickle
@@ -9,58 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import golden_data as golden
 from ddt_fast import load_model, write_model_card
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, INDEX_NAME, WEIGHTS_NAME
-from ddt_fast.pipeline import DDTPipeline
-from pipeline_cases import digits, latent_folder
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Saved pipelines, of pixels and of latents."""
-    folder = tmp_path_factory.mktemp("saved")
-    digits().save_pretrained(folder / "pixels")
-    DDTPipeline.from_pretrained(latent_folder(folder / "latent")).save_pretrained(folder / "latents")
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return shutil.copytree(saved / "latents", tmp_path / "latents")
-
-
-def change(file, **entries):
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
-
-
-@pytest.mark.parametrize(
-    ("part", "entries", "message"),
-    [
-        ("transformer", {"num_blocks": 10**9}, "num_blocks 5 in .*, 1000000000 in the config"),
-        ("transformer", {"hidden_size": 10**6, "num_heads": 4}, "hidden_size 48 in .*, 1000000 in the config"),
-        ("transformer", {"hidden_size": "48"}, "hidden_size is '48'; allowed: a whole number"),
-        ("transformer", {"data": 3}, r"config\.json is not a valid configuration"),
-        ("transformer", {"sampling": "x"}, r"config\.json is not a valid configuration"),
-        ("transformer", {"sampling": {"num_steps": 10**9}}, "num_steps is 1000000000; allowed: a whole number, 1 to"),
-        ("transformer", {"quantization_config": {"quant_method": "gguf"}}, "quantization_config is set; wanted"),
-        ("transformer", {"_use_default_values": 3}, r"config\.json is not a valid configuration"),
-        ("vae", {"scaling_factor": 0}, "the vae has scaling_factor 0; wanted a positive number"),
-        ("vae", {"scaling_factor": "x"}, "the vae has scaling_factor 'x'"),
-        ("vae", {"block_out_channels": []}, "could not be loaded: IndexError"),
-        ("vae", {"block_out_channels": [10**6] * 4}, "could not be loaded: RuntimeError: .*memory"),
-        ("vae", {"norm_num_groups": 0}, "could not be loaded: ZeroDivisionError"),
-        ("vae", {"down_block_types": ["os.system"] * 4}, r"os\.system does not exist"),
-        ("scheduler", {"num_steps": 10**9}, "num_steps is 1000000000; allowed: a whole number, 1 to 100000"),
-        ("scheduler", {"solver": ["euler"]}, r"solver is \['euler'\]; allowed: euler"),
-    ],
-)
-def test_settings_that_no_pipeline_has(folder, part, entries, message):
-    change(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"), **entries)
-    default, started = torch.get_default_dtype(), time.monotonic()
-    with pytest.raises(ValueError, match=message):
-        DDTPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
-    assert torch.get_default_dtype() == default
-    assert time.monotonic() - started < 30
+from ddt_fast.pipeline import DDTPipeline, DDTTransformer2DModel
+from pipeline_cases import LATENT_MODEL
 
 
 class Runs:
@@ -73,62 +26,168 @@ class Runs:
         return (open, (str(self.mark), "w"))
 
 
+def change(file, **entries):
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "message"),
+    [
+        ("transformer/config", {"num_blocks": 10**9}, "num_blocks 5 in .*, 1000000000 in the config"),
+        ("transformer/config", {"hidden_size": 10**6, "num_heads": 4}, "hidden_size 48 in .*, 1000000 in the config"),
+        ("transformer/config", {"hidden_size": "48"}, "hidden_size is '48'; allowed: a whole number"),
+        ("transformer/config", {"data": 3}, r"config\.json is not a valid configuration"),
+        ("transformer/config", {"sampling": "x"}, r"config\.json is not a valid configuration"),
+        ("transformer/config", {"sampling": {"num_steps": 10**9}}, "num_steps is 1000000000; allowed: a whole number"),
+        ("transformer/config", {"quantization_config": {"quant_method": "gguf"}}, "quantization_config is set; expec"),
+        ("transformer/config", {"_use_default_values": 3}, r"config\.json is not a valid configuration"),
+        ("vae/config", {"scaling_factor": 0}, "the vae has scaling_factor 0; expected a positive number"),
+        ("vae/config", {"scaling_factor": "x"}, "the vae has scaling_factor 'x'"),
+        ("vae/config", {"block_out_channels": []}, "could not be loaded: IndexError"),
+        ("vae/config", {"block_out_channels": [10**6] * 4}, "could not be loaded: RuntimeError: .*memory"),
+        ("vae/config", {"norm_num_groups": 0}, "could not be loaded: ZeroDivisionError"),
+        ("vae/config", {"down_block_types": ["os.system"] * 4}, r"os\.system does not exist"),
+        ("scheduler/scheduler_config", {"num_steps": 10**9}, "num_steps is 1000000000; allowed: .*, 1 to 100000"),
+        ("scheduler/scheduler_config", {"solver": ["euler"]}, r"solver is \['euler'\]; allowed: euler"),
+        ("model_index", {"transformer": ["os", "system"]}, r"is \['os', 'system'\]; allowed: ddt_fast.pipeline"),
+        ("model_index", {"scheduler": ["diffusers", "DDIMScheduler"]}, "scheduler is .*DDIMScheduler"),
+        ("model_index", {"vae": ["mine", "AutoencoderKL"]}, "vae is .*allowed: diffusers.AutoencoderKL or none"),
+        ("model_index", {"_class_name": "DiTPipeline"}, "holds a DiTPipeline; expected a DDTPipeline"),
+        ("model_index", {"_class_name": ["pipeline", "Mine"]}, "expected a DDTPipeline"),
+        ("model_index", {"id2label": {"77": "x"}}, "id2label names class 77; allowed: 0 to 9"),
+    ],
+)
+def test_wrong_settings_are_refused(latents, file, entries, message):
+    change(latents / f"{file}.json", **entries)
+    default, started = torch.get_default_dtype(), time.monotonic()
+    with pytest.raises(ValueError, match=message):
+        DDTPipeline.from_pretrained(latents, torch_dtype=torch.bfloat16)
+    assert torch.get_default_dtype() == default
+    assert time.monotonic() - started < 30
+
+
+def without_heads(folder):
+    config = folder / "transformer" / "config.json"
+    entries = json.loads(config.read_text())
+    config.write_text(json.dumps({name: value for name, value in entries.items() if name != "num_heads"}))
+
+
+def with_weights(edit):
+    """Damage that replaces the transformer's tensors."""
+
+    def damage(folder):
+        file = folder / "transformer" / WEIGHTS_NAME
+        save_file(edit(load_file(file)), file)
+
+    return damage
+
+
+def with_content(content):
+    return lambda folder: (folder / "transformer" / WEIGHTS_NAME).write_bytes(content)
+
+
+def without(tensors, name):
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+def integers(tensors):
+    return {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_heads, "num_heads"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
+        (lambda folder: shutil.rmtree(folder / "vae"), "lacks its folder vae"),
+        (
+            with_weights(lambda tensors: without(tensors, "final_layer.linear.bias")),
+            r"1 tensor missing \(such as final_layer\.linear\.bias\)",
+        ),
+        (with_weights(integers), "without fractions|integer tensors"),
+        (with_content(b""), "is corrupt or "),
+        (with_content(b"x" * 100), "is corrupt or "),
+        (with_content((2**62).to_bytes(8, "little") + b"{}"), "is corrupt or "),
+    ],
+)
+def test_damaged_folders_are_refused(latents, damage, message):
+    damage(latents)
+    with pytest.raises(ValueError, match=message):
+        DDTPipeline.from_pretrained(latents)
+
+
 @pytest.mark.parametrize("named", ["evil.bin", "../evil.safetensors", "/evil.safetensors", 3, ["a"], None])
 @pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_an_index_of_weights_that_leads_elsewhere(folder, tmp_path, part, named):
+def test_an_index_of_weights_that_leads_elsewhere(latents, tmp_path, part, named):
     mark = tmp_path / "it_ran"
-    (folder / part / "evil.bin").write_bytes(pickle.dumps({"x": Runs(mark)}))
-    (folder / part / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {"x": named}}))
-    with pytest.raises(ValueError, match=r"index\.json says that weights are in .*; wanted \.safetensors files of its"):
-        DDTPipeline.from_pretrained(folder)
-    if part == "transformer":
+    (latents / part / "evil.bin").write_bytes(pickle.dumps({"x": Runs(mark)}))
+    (latents / part / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {"x": named}}))
+    for load in (DDTPipeline.from_pretrained, load_model)[: 2 if part == "transformer" else 1]:
         with pytest.raises(ValueError, match=r"index\.json says that weights are in"):
-            load_model(folder)
+            load(latents)
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"x" * 100, (2**62).to_bytes(8, "little") + b"{}"])
-def test_weights_that_are_none(folder, content):
-    (folder / "transformer" / WEIGHTS_NAME).write_bytes(content)
-    with pytest.raises(ValueError, match="is corrupt or no checkpoint"):
-        DDTPipeline.from_pretrained(folder)
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "pytorch_model.pt"])
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_pickle_in_place_of_safetensors_is_refused_and_not_run(latents, tmp_path, name, part):
+    place, mark = latents / part, tmp_path / "it_ran"
+    (place / WEIGHTS_NAME).unlink()
+    (place / name).write_bytes(pickle.dumps({"x": Runs(mark)}))
+    with pytest.raises(ValueError, match=rf"{name}, a pickle, which may hold code and was not opened"):
+        DDTPipeline.from_pretrained(latents)
+    if part == "transformer":
+        for load in (load_model, DDTTransformer2DModel.from_pretrained, DDTPipeline.from_pretrained):
+            with pytest.raises(ValueError, match=r"pickle|holds no"):
+                load(place)
+    assert not mark.exists()
 
 
-def test_weights_that_are_whole_numbers(folder):
-    file = folder / "transformer" / WEIGHTS_NAME
-    save_file({name: tensor.to(torch.int8) for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match="tensors without fractions"):
-        DDTPipeline.from_pretrained(folder)
+def test_a_lightning_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path):
+    mark = tmp_path / "it_ran"
+    torch.save({"state_dict": golden.weights(LATENT_MODEL), "hook": Runs(mark)}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="was not executed"):
+        DDTPipeline.from_single_file(tmp_path / "a.ckpt")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("part", ["transformer", "scheduler"])
+def test_code_beside_the_weights_is_refused_and_not_run(pixels, tmp_path, part):
+    mark = tmp_path / "it_ran"
+    (pixels / part / "ddt_fast.pipeline.py").write_text(f"open({str(mark)!r}, 'w')")
+    with pytest.raises(ValueError, match=r"ddt_fast\.pipeline\.py is code, and was not executed"):
+        DDTPipeline.from_pretrained(pixels, trust_remote_code=True)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("training.json", {"versions": 5}, r"training\.json: versions is a int; wanted an object"),
+        ("training.json", {"versions": 5}, r"training\.json: versions is a"),
         ("training.json", {"recipe": [1]}, r"training\.json: recipe is a list"),
         ("training.json", {"scores": [1]}, r"training\.json: scores is a list"),
-        ("training.json", {"scores": {"guided": 3}}, r"training\.json: scores: guided is a int"),
-        ("metrics.json", {"metrics": 5}, r"metrics\.json: metrics is a int"),
+        ("training.json", {"scores": {"guided": 3}}, r"training\.json: scores: guided is a"),
+        ("metrics.json", {"metrics": 5}, r"metrics\.json: metrics is a"),
         ("metrics.json", {"metrics": {"fid": 1}, "samples": "x"}, r"metrics\.json: samples is a str"),
-        ("metrics.json", {"samples": {"num_images": "x"}}, r"metrics\.json: num_images is 'x'; wanted a whole number"),
+        ("metrics.json", {"samples": {"num_images": "x"}}, r"metrics\.json: num_images is 'x'"),
     ],
 )
-def test_a_past_that_is_none(folder, name, content, message):
-    (folder / name).write_text(json.dumps(content))
+def test_a_record_of_the_past_that_is_malformed(pixels, name, content, message):
+    (pixels / name).write_text(json.dumps(content))
     for read in (DDTPipeline.from_pretrained, write_model_card):
         with pytest.raises(ValueError, match=message):
-            read(folder)
+            read(pixels)
 
 
-def test_words_of_other_people_stay_words_in_the_card(folder):
+def test_words_of_other_people_stay_words_in_the_card(latents):
     evil = "a|b\r\n\n# Heading\u2028[link](http://elsewhere) ![x](http://elsewhere) <script>"
     training = {"commit": evil, "recipe": {evil: evil}, "scores": {evil: {"accuracy": evil}}}
-    (folder / "training.json").write_text(json.dumps(training))
+    (latents / "training.json").write_text(json.dumps(training))
     metrics = {"metrics": {evil: evil}, "reference": {"source": evil}, "samples": {"num_images": 3}}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    config = folder / "transformer" / "config.json"
+    (latents / "metrics.json").write_text(json.dumps(metrics))
+    config = latents / "transformer" / "config.json"
     change(config, data={**json.loads(config.read_text())["data"], "autoencoder": f"user/{evil.split('/')[0]}"})
-    card = write_model_card(folder).read_text()
+    card = write_model_card(latents).read_text()
     assert "elsewhere" in card
     assert "\n# Heading" not in card
     for bare in ("[link", "[x", "<script", "|b"):
@@ -138,13 +197,13 @@ def test_words_of_other_people_stay_words_in_the_card(folder):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("[" * 50_000, "is no valid YAML"),
-        ("!!python/object/apply:os.system [touch it_ran]", "is no valid YAML"),
+        ("[" * 50_000, "valid YAML"),
+        ("!!python/object/apply:os.system [touch it_ran]", "valid YAML"),
         ("a: &a [x, x]\nb: &b [*a, *a]\ntraining: {adam_betas: [*b, *b]}", "adam_betas is neither a value nor a list"),
         ("training: {seed: {a: 1}}", "seed is neither a value nor a list of values"),
     ],
 )
-def test_a_recipe_that_is_none(tmp_path, monkeypatch, recipe, message):
+def test_a_malformed_recipe(tmp_path, monkeypatch, recipe, message):
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(EMBEDDED_CHECKPOINT, tmp_path / "model")
     (folder / "training.json").write_text('{"steps": 3}')

@@ -1,6 +1,7 @@
 """What a pipeline draws: the images of ddt_fast.sample, by seed; its output types, callbacks, dtypes."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,17 +16,7 @@ from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, read_experiment
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
-from pipeline_cases import digits, latent_folder, quiet, seeded
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return digits()
-
-
-@pytest.fixture(scope="module")
-def latent_model(tmp_path_factory):
-    return latent_folder(tmp_path_factory.mktemp("latent"))
+from pipeline_cases import digits, quiet, seeded
 
 
 def drawn(checkpoint, labels, seeds, dtype=torch.float32, **settings):
@@ -38,23 +29,44 @@ def drawn(checkpoint, labels, seeds, dtype=torch.float32, **settings):
     return sample(model, noise, torch.tensor(labels), config, generators=generators)
 
 
-SETTINGS = [
-    {},
-    {"guidance_scale": 3.0, "guidance_interval": (0.1, 0.7), "timeshift": 2.0, "last_step": 0.1},
-    {"refresh_every": 3, "state_forecast": "linear", "guidance_every": 2, "guidance_forecast": "linear"},
-    {"refresh_steps": (0, 2, 3), "solver": "euler"},
-    {"solver": "sde", "diffusion": "sine", "diffusion_scale": 0.5},
-    {"order": 3, "guidance_scale": 1.0},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"guidance_scale": 3.0, "guidance_interval": (0.1, 0.7), "timeshift": 2.0, "last_step": 0.1},
+        {"refresh_every": 3, "state_forecast": "linear", "guidance_every": 2, "guidance_forecast": "linear"},
+        {"refresh_steps": (0, 2, 3), "solver": "euler"},
+        {"solver": "sde", "diffusion": "sine", "diffusion_scale": 0.5},
+        {"order": 3, "guidance_scale": 1.0},
+    ],
+)
 def test_a_seed_gives_the_image_that_sample_gives(pipe, settings):
     expected = drawn(EMBEDDED_CHECKPOINT, [3, 1, 4], [7, 8, 9], num_steps=6, **settings)
-    result = pipe([3, "1", 4], 6, generator=seeded(7, 8, 9), output_type="latent", **settings)
-    assert torch.equal(result.images, expected)
+    draw = {"generator": seeded(7, 8, 9), "output_type": "latent"}
+    assert torch.equal(pipe([3, "1", 4], 6, **draw, **settings).images, expected)
+    config = replace(pipe.scheduler.sampling_config, num_steps=6, **settings)
+    draw["generator"] = seeded(7, 8, 9)
+    assert torch.equal(pipe([3, "1", 4], sampling=config, **draw).images, expected)
     alone = pipe("4", 6, generator=seeded(9)[0], output_type="latent", **settings).images
     torch.testing.assert_close(alone, expected[2:], rtol=1e-5, atol=1e-5)
+
+
+def test_settings_override_those_of_sampling_and_of_the_scheduler(pipe):
+    """None leaves a setting, last_step 0 means 1 / steps, and one way to refresh takes the place of another."""
+    draw = partial(pipe, [3], output_type="latent")
+    base = SamplingConfig(num_steps=4, solver="lms", refresh_steps=(0, 2), last_step=0.3)
+    changes = {"guidance_scale": 3.0, "refresh_every": 2, "refresh_steps": None, "last_step": None}
+    expected = draw(sampling=replace(base, **changes), generator=seeded(1)).images
+    given = {"guidance_scale": 3.0, "refresh_every": 2, "last_step": 0, "order": None}
+    assert torch.equal(draw(sampling=base, generator=seeded(1), **given).images, expected)
+    own = pipe.scheduler
+    pipe.scheduler = type(own)(num_steps=3, solver="euler", last_step=None)
+    try:
+        assert pipe.scheduler.sampling_config == SamplingConfig(num_steps=3, last_step=None)
+        expected = draw(sampling=SamplingConfig(num_steps=3, last_step=None), generator=seeded(0)).images
+        assert torch.equal(draw(generator=seeded(0)).images, expected)
+    finally:
+        pipe.scheduler = own
 
 
 def test_latents_become_the_images_of_the_command(latent_model):
@@ -77,35 +89,25 @@ def test_other_sizes(latent_model):
     assert pipe([1], height=32, width=96, output_type="latent").images.shape == (1, 4, 4, 12)
 
 
-def test_images_per_label_follow_each_other(pipe):
-    several = pipe([3, 8], 4, num_images_per_label=2, generator=seeded(0, 1, 2, 3), output_type="latent").images
-    assert torch.equal(several, pipe([3, 3, 8, 8], 4, generator=seeded(0, 1, 2, 3), output_type="latent").images)
-    assert torch.equal(
-        several, pipe(torch.tensor([3, 3, 8, 8]), 4, generator=seeded(0, 1, 2, 3), output_type="latent").images
-    )
+def test_images_per_label_and_given_latents(pipe):
+    draw = partial(pipe, num_inference_steps=4, output_type="latent")
+    expected = draw([3, 3, 8, 8], generator=seeded(0, 1, 2, 3)).images
+    assert torch.equal(draw([3, 8], num_images_per_label=2, generator=seeded(0, 1, 2, 3)).images, expected)
+    noise = seeded_noise(range(4), (1, 8, 8))[0]
+    assert torch.equal(draw(torch.tensor([3, 3, 8, 8]), latents=noise).images, expected)
 
 
-def test_one_generator_serves_all_images_and_the_first_is_that_of_its_seed(pipe):
-    together = pipe([3, 3], 4, generator=seeded(5)[0], output_type="latent").images
-    alone = pipe([3], 4, generator=seeded(5)[0], output_type="latent").images
+def test_one_generator_for_all_images(pipe):
+    """The first image is that of its seed; without a generator torch's own is drawn from."""
+    draw = partial(pipe, num_inference_steps=4, output_type="latent")
+    together, alone = (draw(labels, generator=seeded(5)[0]).images for labels in ([3, 3], [3]))
     torch.testing.assert_close(together[:1], alone, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[1], together[0])
-
-
-def test_without_a_generator_torchs_own_is_drawn_from(pipe):
     torch.manual_seed(3)
-    first = pipe([3], 4, output_type="latent").images
-    assert not torch.equal(pipe([3], 4, output_type="latent").images, first)
+    first = draw([3]).images
+    assert not torch.equal(draw([3]).images, first)
     torch.manual_seed(3)
-    assert torch.equal(pipe([3], 4, output_type="latent").images, first)
-
-
-def test_given_latents_take_the_place_of_the_noise(pipe):
-    noise = seeded_noise([4], (1, 8, 8))[0]
-    assert torch.equal(
-        pipe([3], 4, latents=noise, output_type="latent").images,
-        pipe([3], 4, generator=seeded(4), output_type="latent").images,
-    )
+    assert torch.equal(draw([3]).images, first)
 
 
 def test_callbacks_see_every_step(pipe):
@@ -127,7 +129,7 @@ def test_callbacks_see_every_step(pipe):
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
-def test_what_a_callback_returns_is_gone_on_from(pipe):
+def test_the_run_continues_from_what_a_callback_returns(pipe):
     noise = seeded_noise([9], (1, 8, 8))[0]
 
     def other_start(_pipe, step, _t, tensors):
@@ -211,17 +213,6 @@ def test_the_scheduler_alone_takes_the_same_steps(pipe):
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="allowed at step 6: none, call set_timesteps"):
             scheduler.step(x, 0.0, x)
-
-
-def test_the_scheduler_is_what_holds_unless_told(pipe):
-    own = pipe.scheduler
-    pipe.scheduler = type(own)(num_steps=3, solver="euler", last_step=None)
-    try:
-        expected = pipe([3], 3, solver="euler", guidance_scale=2.0, generator=seeded(0), output_type="latent").images
-        assert torch.equal(pipe([3], generator=seeded(0), output_type="latent").images, expected)
-        assert pipe.scheduler.sampling_config == SamplingConfig(num_steps=3, last_step=None)
-    finally:
-        pipe.scheduler = own
 
 
 @pytest.mark.gpu
