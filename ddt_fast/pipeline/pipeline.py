@@ -5,7 +5,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from inspect import signature
-from typing import Any, Literal, Optional, Self, get_args
+from typing import Any, Literal, Optional, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
-from ddt_fast.checks import require_arguments, require_int, require_kind
+from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.images import to_uint8
@@ -158,8 +158,7 @@ class DDTPipeline(SavedPipeline):
 
         Args:
             class_labels: a class, or several: labels, 0 to num_classes - 1, or names, as in `pipe.id2label`.
-            num_inference_steps: solver steps, `SamplingConfig.num_steps`.
-            guidance_scale: as in `SamplingConfig`.
+            num_inference_steps, guidance_scale: `SamplingConfig.num_steps` and guidance_scale; see settings.
             sampling: how to draw; None for the scheduler's settings.
             num_images_per_label: so many images of each entry of class_labels, one after the other.
             height, width: of the images in pixels; None for the size the model was trained at.
@@ -182,35 +181,39 @@ class DDTPipeline(SavedPipeline):
                 fit the model, another number of generators than of images, or generators on a device that is neither
                 the CPU nor the pipeline's.
         """
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(get_args(OutputType))}")
-        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
-            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+        self._check_output(output_type)
         require_int("num_images_per_label", num_images_per_label, 1)
-        require_arguments("DDTPipeline", settings, [*signature(self.__call__).parameters, *_SETTINGS])
-        config = self._config(sampling, num_steps=num_inference_steps, guidance_scale=guidance_scale, **settings)
+        config = self._config(sampling, num_inference_steps, {"guidance_scale": guidance_scale, **settings})
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         wanted = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(wanted) * num_images_per_label, self._latent_shape(height, width)
         sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
         labels = torch.tensor(wanted).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
-        if latents is not None:
-            _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
-        noise = normal(shape, generators) if latents is None else latents
+        if latents is None:
+            latents = normal(shape, generators)
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
         self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
         with self.progress_bar(total=self._num_timesteps) as bar:
             progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
-            samples = sampler(noise, labels, generators=generators, progress=progress)
+            samples = sampler(latents, labels, generators=generators, progress=progress)
         images = self._finished(samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _config(self, sampling: SamplingConfig | None, **settings: Any) -> SamplingConfig:
+    def _check_output(self, output_type: str) -> None:
+        require_choice("output_type", output_type, OutputType)
+        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
+            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+
+    def _config(
+        self, sampling: SamplingConfig | None, num_steps: int | None, settings: dict[str, Any]
+    ) -> SamplingConfig:
         """The settings of a call: `sampling`, or the scheduler's, where a setting is None."""
+        require_arguments("DDTPipeline", settings, [*signature(self.__call__).parameters, *_SETTINGS])
         own = self.scheduler.sampling_config if sampling is None else sampling
         require_kind("sampling", own, SamplingConfig)
-        given = {name: value for name, value in settings.items() if value is not None}
+        given = {name: value for name, value in {"num_steps": num_steps, **settings}.items() if value is not None}
         if self._cuda_graphs:
             given.setdefault("cuda_graphs", True)
         if given.get("last_step") == 0:

@@ -65,11 +65,7 @@ class Buffers:
         self.noise = zeros(*shape) if stochastic else None
         self.rotary = model.rotary(self.x)
 
-        self.encoding_steps = [
-            i
-            for i, step in enumerate(plan.steps)
-            if step.cond.encode or (step.uncond is not None and step.uncond.encode)
-        ]
+        self.encoding_steps = [i for i, step in enumerate(plan.steps) if any(b.encode for b in step.branches)]
         self._encoding_steps = torch.tensor(self.encoding_steps, device=device)
         self.uses_null = any(step.uncond is not None for step in plan.steps)
         self.t_embeddings = zeros(len(plan.steps), config.hidden_size, like=dtype)

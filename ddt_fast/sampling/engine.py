@@ -146,39 +146,34 @@ class Sampler:
         progress: Progress | None = None,
     ) -> Tensor:
         """As `sample`, for up to batch_size samples of this sampler's height and width; ValueError for others."""
-        with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
-            return self._run(noise, labels, generators, progress)
-
-    def _run(
-        self,
-        noise: Tensor,
-        labels: Tensor,
-        generators: Sequence[torch.Generator] | None,
-        progress: Progress | None,
-    ) -> Tensor:
         self._check_inputs(noise, labels, generators)
         count = noise.shape[0]
-        if not self.fixed_shape and count != self.buffers.batch_size:
-            del self.buffers  # before the new ones take memory
-            self.buffers = self._make_buffers(count)
-        if missing := self.buffers.batch_size - count:
-            # The first sample again, not zeros: nothing in the batch is out of the ordinary.
-            noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
-            labels = torch.cat([labels, labels[:1].expand(missing)])
-        self.buffers.start(noise, labels)
-        with suppress(StopSampling):
-            for i, kind in enumerate(self.kinds):
-                self.buffers.prepare_conditions(i)
-                if self.buffers.noise is not None:
-                    assert generators is not None
-                    drawn = normal(noise.shape[1:], generators)
-                    # From page-locked memory the copy waits in the device's queue, and the host does not.
-                    drawn = drawn.pin_memory() if (drawn.device.type, self.device.type) == ("cpu", "cuda") else drawn
-                    self.buffers.noise[:count].copy_(drawn, non_blocking=True)
-                self._execute(kind)
-                if progress is not None:
-                    progress(i + 1, self.buffers.x[:count])
+        with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
+            if not self.fixed_shape and count != self.buffers.batch_size:
+                del self.buffers  # before the new ones take memory
+                self.buffers = self._make_buffers(count)
+            if missing := self.buffers.batch_size - count:
+                # The first sample again, not zeros: nothing in the batch is out of the ordinary.
+                noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
+                labels = torch.cat([labels, labels[:1].expand(missing)])
+            self.buffers.start(noise, labels)
+            with suppress(StopSampling):
+                for i, kind in enumerate(self.kinds):
+                    self.buffers.prepare_conditions(i)
+                    if self.buffers.noise is not None and generators is not None:
+                        self._draw_noise(self.buffers.noise[:count], generators)
+                    self._execute(kind)
+                    if progress is not None:
+                        progress(i + 1, self.buffers.x[:count])
         return self.buffers.x[:count].clone()
+
+    @staticmethod
+    def _draw_noise(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
+        drawn = normal(noise.shape[1:], generators)
+        if noise.is_cuda and not drawn.is_cuda:
+            # From page-locked memory the copy waits in the device's queue, and the host does not.
+            drawn = drawn.pin_memory()
+        noise.copy_(drawn, non_blocking=True)
 
     def _make_buffers(self, batch_size: int) -> Buffers:
         # A tensor made in inference mode could not be written outside of it, at a later call.

@@ -76,6 +76,11 @@ class PlanStep:
     def guided(self) -> bool:
         return bool(self.difference_weights)
 
+    @property
+    def branches(self) -> list[BranchStep]:
+        """The branches that are not idle."""
+        return [self.cond] if self.uncond is None else [self.cond, self.uncond]
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -131,7 +136,7 @@ class SamplingPlan:
             )
             for i in range(config.num_steps)
         )
-        branches = [branch for step in steps for branch in (step.cond, step.uncond) if branch is not None]
+        branches = [branch for step in steps for branch in step.branches]
         return cls(
             steps=steps,
             state_history=max(len(branch.state_weights) for branch in branches),
@@ -143,12 +148,12 @@ class SamplingPlan:
     @property
     def network_evaluations(self) -> int:
         """Velocities computed per image (NFE): decoder runs of both branches."""
-        return sum(step.cond.decode + (step.uncond is not None and step.uncond.decode) for step in self.steps)
+        return sum(branch.decode for step in self.steps for branch in step.branches)
 
     @property
     def encoder_evaluations(self) -> int:
         """Encoder runs per image, both branches."""
-        return sum(step.cond.encode + (step.uncond is not None and step.uncond.encode) for step in self.steps)
+        return sum(branch.encode for step in self.steps for branch in step.branches)
 
     def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
         """Bytes per image of the decoder modulations that are kept between steps, and the most there ever are."""
