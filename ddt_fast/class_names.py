@@ -53,47 +53,47 @@ class ClassNames:
                 if label not in known:
                     known.append(label)
 
-    def label(self, wanted: ClassLabel) -> int:
+    def label(self, given: ClassLabel) -> int:
         """The label of a name, or a label itself. Case and underscores do not matter, unless two classes differ by case
         alone.
 
         Raises:
             ValueError: out of range, unknown or ambiguous; the message names the nearest ones.
         """
-        if isinstance(wanted, Integral) and not isinstance(wanted, bool):
-            if not 0 <= wanted < self.num_classes:
-                raise ValueError(f"class {wanted} does not exist; allowed: 0 to {self.num_classes - 1}")
-            return int(wanted)
-        if not isinstance(wanted, str):
-            raise ValueError(f"class {wanted!r} is a {type(wanted).__name__}; expected a label or a name")
+        if isinstance(given, Integral) and not isinstance(given, bool):
+            if not 0 <= given < self.num_classes:
+                raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")
+            return int(given)
+        if not isinstance(given, str):
+            raise ValueError(f"class {given!r} is a {type(given).__name__}; expected a label or a name")
         if not self.id2label:
             allowed = f"allowed: 0 to {self.num_classes - 1}"
-            raise ValueError(f"class {wanted!r}: this model's classes have no names; {allowed}")
-        found = self._labels.get(_folded(wanted), [])
+            raise ValueError(f"class {given!r}: this model's classes have no names; {allowed}")
+        found = self._labels.get(_folded(given), [])
         if len(found) > 1:
-            exact = [label for label in found if wanted in _split(self.id2label[label])]
+            exact = [label for label in found if given in _split(self.id2label[label])]
             found = exact if len(exact) == 1 else found
         if len(found) == 1:
             return found[0]
         if found:
-            raise ValueError(f"class {wanted!r} is ambiguous: {self._described(found, True)}; give the number")
-        nearest = self.search(wanted, 5)
+            raise ValueError(f"class {given!r} is ambiguous: {self._described(found, True)}; give the number")
+        nearest = self.search(given, 5)
         hint = f"nearest: {self._described(nearest)}" if nearest else f"allowed: 0 to {self.num_classes - 1}, or a name"
-        raise ValueError(f"class {wanted!r} is unknown; {hint}")
+        raise ValueError(f"class {given!r} is unknown; {hint}")
 
-    def labels(self, wanted: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
+    def labels(self, given: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
         """As `label`, for one class or for several, at least one."""
-        if isinstance(wanted, Tensor):
-            if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1 or wanted.is_meta:
-                seen = f"{tuple(wanted.shape)} {wanted.dtype} on {wanted.device}"
+        if isinstance(given, Tensor):
+            if given.dtype == torch.bool or given.is_floating_point() or given.ndim > 1 or given.is_meta:
+                seen = f"{tuple(given.shape)} {given.dtype} on {given.device}"
                 raise ValueError(f"classes are {seen}; expected (N,) whole numbers")
-            wanted = wanted.reshape(-1).tolist()
+            given = given.reshape(-1).tolist()
         # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
-        several: list[Any] = [wanted]
-        if isinstance(wanted, np.ndarray):
-            several = list(wanted.reshape(-1))
-        elif isinstance(wanted, Iterable) and not isinstance(wanted, (str, bytes, bytearray)):
-            several = list(wanted)
+        several: list[Any] = [given]
+        if isinstance(given, np.ndarray):
+            several = list(given.reshape(-1))
+        elif isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray)):
+            several = list(given)
         if not several:
             raise ValueError("no class is given; expected one or more")
         return [self.label(one) for one in several]

@@ -176,7 +176,7 @@ class DataConfig:
         images: the image folder that the cache was made from, for REPA to compute its features from; None takes those
             in the cache.
         scaling_factor: of LightningDiT's shards, which do not say theirs.
-        channel_stats: LightningDiT's latents_stats.pt, where its latents are to be normalised with it.
+        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents with.
         verify: compare the checksums of the cache's shards before training, once: see `ddt_fast.data.verification`.
     """
 

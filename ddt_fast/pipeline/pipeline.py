@@ -185,10 +185,10 @@ class DDTPipeline(SavedPipeline):
         require_int("num_images_per_label", num_images_per_label, 1)
         config = self._config(sampling, num_inference_steps, {"guidance_scale": guidance_scale, **settings})
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        wanted = self.get_label_ids(class_labels)  # type: ignore[arg-type]
-        count, shape = len(wanted) * num_images_per_label, self._latent_shape(height, width)
+        ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
+        count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
         sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
-        labels = torch.tensor(wanted).repeat_interleave(num_images_per_label)
+        labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
         if latents is None:
             latents = normal(shape, generators)

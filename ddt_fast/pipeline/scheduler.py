@@ -69,7 +69,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             ValueError: an unknown argument, or a file of that name.
             OSError: it cannot be written.
         """
-        # diffusers' own push_to_hub hands over safe_serialization, which concerns weights.
+        # diffusers' own push_to_hub passes safe_serialization, which concerns weights.
         allowed = ("save_directory", "push_to_hub", "subfolder", "safe_serialization")
         folder = check_saving(save_directory, kwargs, *allowed)
         if folder.is_file():
@@ -111,7 +111,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         """From x at this time to x at the next.
 
         Args:
-            model_output: (B, ...) velocity at (sample, timestep), guided where guidance is wanted.
+            model_output: (B, ...) velocity at (sample, timestep), guided where you guide.
             timestep: the next one of `timesteps`; steps are taken in their order.
             sample: (B, ...) x.
             generator: of the "sde" solver, one or one a sample, on the CPU or on the sample's device; None for torch's

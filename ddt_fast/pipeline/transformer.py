@@ -106,7 +106,7 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
             raise ValueError(f"{folder}: weights and config.json disagree: {', '.join(wrong)}")
         return (model, info) if with_info else model
 
-    # diffusers' pipelines look in this signature for the arguments to hand over.
+    # diffusers' pipelines look in this signature for the arguments to pass.
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | PathLike[Any],

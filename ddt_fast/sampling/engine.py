@@ -63,7 +63,7 @@ def sample(
 
     Raises:
         ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample, or more to keep
-            between steps than there is memory.
+            between steps than fits in memory.
     """
     _check_noise(model, noise)
     sampler = Sampler(model, config, *noise.shape[:1], *noise.shape[2:])
@@ -84,8 +84,8 @@ class Sampler:
 
     Attributes:
         plan: what is executed.
-        engine: how, in a few words.
-        capture_seconds: what capturing the graphs took; 0 without graphs.
+        engine: how it runs, in a few words.
+        capture_seconds: time that capturing the graphs took; 0 without graphs.
 
     Raises:
         ValueError: sizes that do not fit the model, or a plan that keeps more than the budget or the device holds.

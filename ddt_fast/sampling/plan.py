@@ -6,8 +6,8 @@ visible, countable and testable here:
 
 - the unconditional branch is evaluated only where guidance reads it: inside the interval, for a scale other than 1;
 - the encoder runs only at refreshes, and for the unconditional branch only in segments with a guided step (such a
-  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, for a forecast
-  that is to begin there, in the one or two before;
+  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, where a
+  forecast begins there, in the one or two before;
 - between refreshes the decoder's modulations, affine in the state, are kept: no step recomputes them.
 
 Where both branches are refreshed together (guidance_every 1) they read their states by the same weights; an
@@ -191,18 +191,18 @@ def _every(active: list[bool], period: int) -> list[bool]:
 
 
 def _forecast(
-    times: tuple[float, ...], wanted: list[bool], measured: list[bool], history: int
+    times: tuple[float, ...], needed: list[bool], measured: list[bool], history: int
 ) -> list[tuple[float, ...]]:
-    """For every wanted step, the weights of the last `history` measured values, newest first; () elsewhere.
+    """For every needed step, the weights of the last `history` measured values, newest first; () elsewhere.
 
-    A step that measures takes its own value; until there are enough values, the order is what they allow.
+    A step that measures takes its own value; until there are enough values, the order is lower.
     """
     weights: list[tuple[float, ...]] = []
     nodes: list[float] = []
-    for t, is_wanted, is_measured in zip(times, wanted, measured, strict=False):
+    for t, is_needed, is_measured in zip(times, needed, measured, strict=False):
         if is_measured:
             nodes = [t, *nodes][:history]
-        weights.append(((1.0,) if is_measured else lagrange_weights(nodes, t)) if is_wanted else ())
+        weights.append(((1.0,) if is_measured else lagrange_weights(nodes, t)) if is_needed else ())
     return weights
 
 

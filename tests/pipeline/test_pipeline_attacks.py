@@ -66,77 +66,70 @@ def test_wrong_settings_are_refused(latents, file, entries, message):
     assert time.monotonic() - started < 30
 
 
-def without_heads(folder):
-    config = folder / "transformer" / "config.json"
-    entries = json.loads(config.read_text())
-    config.write_text(json.dumps({name: value for name, value in entries.items() if name != "num_heads"}))
-
-
-def with_weights(edit):
-    """Damage that replaces the transformer's tensors."""
-
-    def damage(folder):
-        file = folder / "transformer" / WEIGHTS_NAME
-        save_file(edit(load_file(file)), file)
-
-    return damage
-
-
-def with_content(content):
-    return lambda folder: (folder / "transformer" / WEIGHTS_NAME).write_bytes(content)
-
-
-def without(tensors, name):
-    return {other: tensor for other, tensor in tensors.items() if other != name}
-
-
-def integers(tensors):
-    return {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_heads, "num_heads"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "is not valid JSON"),
-        (lambda folder: shutil.rmtree(folder / "vae"), "lacks its folder vae"),
-        (
-            with_weights(lambda tensors: without(tensors, "final_layer.linear.bias")),
-            r"1 tensor missing \(such as final_layer\.linear\.bias\)",
-        ),
-        (with_weights(integers), "without fractions|integer tensors"),
-        (with_content(b""), "is corrupt or "),
-        (with_content(b"x" * 100), "is corrupt or "),
-        (with_content((2**62).to_bytes(8, "little") + b"{}"), "is corrupt or "),
+        (("model_index.json", b"{"), "is not valid JSON"),
+        (("transformer/config.json", b"{}"), "not a valid configuration.*num_heads"),
+        ((f"transformer/{WEIGHTS_NAME}", b""), "is corrupt or "),
+        ((f"transformer/{WEIGHTS_NAME}", b"x" * 100), "is corrupt or "),
+        ((f"transformer/{WEIGHTS_NAME}", (2**62).to_bytes(8, "little") + b"{}"), "is corrupt or "),
+        ("final_layer.linear.bias", r"1 tensor missing \(such as final_layer\.linear\.bias\)"),
+        (torch.int8, "without fractions|integer tensors"),
+        ("vae", "lacks its folder vae"),
     ],
 )
 def test_damaged_folders_are_refused(latents, damage, message):
-    damage(latents)
+    """Files with other content; without a tensor, or with integers; without a folder."""
+    file = latents / "transformer" / WEIGHTS_NAME
+    if isinstance(damage, tuple):
+        (latents / damage[0]).write_bytes(damage[1])
+    elif damage == "vae":
+        shutil.rmtree(latents / "vae")
+    else:
+        dtype = damage if isinstance(damage, torch.dtype) else torch.float32
+        save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items() if name != damage}, file)
     with pytest.raises(ValueError, match=message):
         DDTPipeline.from_pretrained(latents)
 
 
-@pytest.mark.parametrize("named", ["evil.bin", "../evil.safetensors", "/evil.safetensors", 3, ["a"], None])
-@pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_an_index_of_weights_that_leads_elsewhere(latents, tmp_path, part, named):
-    mark = tmp_path / "it_ran"
-    (latents / part / "evil.bin").write_bytes(pickle.dumps({"x": Runs(mark)}))
-    (latents / part / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {"x": named}}))
-    for load in (DDTPipeline.from_pretrained, load_model)[: 2 if part == "transformer" else 1]:
-        with pytest.raises(ValueError, match=r"index\.json says that weights are in"):
-            load(latents)
-    assert not mark.exists()
+PARTS = ("transformer", "vae")
+PICKLED = "a pickle, which may hold code and was not opened"
+ELSEWHERE = r"index\.json says that weights are in"
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.ckpt", "pytorch_model.pt"])
-@pytest.mark.parametrize("part", ["transformer", "vae"])
-def test_a_pickle_in_place_of_safetensors_is_refused_and_not_run(latents, tmp_path, name, part):
+@pytest.mark.parametrize(
+    ("part", "name", "message"),
+    [
+        *((part, "diffusion_pytorch_model.bin", PICKLED) for part in PARTS),
+        *((part, "model.ckpt", PICKLED) for part in PARTS),
+        *((part, "pytorch_model.pt", PICKLED) for part in PARTS),
+        *((part, "ddt_fast.pipeline.py", "is code, and was not executed") for part in ("transformer", "scheduler")),
+        *((part, ["evil.bin"], ELSEWHERE) for part in PARTS),
+        *((part, ["../evil.safetensors"], ELSEWHERE) for part in PARTS),
+        *((part, ["/evil.safetensors"], ELSEWHERE) for part in PARTS),
+        *((part, [entry], ELSEWHERE) for part in PARTS for entry in (3, ["a"], None)),
+    ],
+)
+def test_code_is_refused_and_not_run(latents, tmp_path, part, name, message):
+    """A pickle in place of safetensors, a module beside them, an index (here its entry, in a list) that leads out."""
     place, mark = latents / part, tmp_path / "it_ran"
-    (place / WEIGHTS_NAME).unlink()
-    (place / name).write_bytes(pickle.dumps({"x": Runs(mark)}))
-    with pytest.raises(ValueError, match=rf"{name}, a pickle, which may hold code and was not opened"):
-        DDTPipeline.from_pretrained(latents)
-    if part == "transformer":
+    loads = [DDTPipeline.from_pretrained]
+    if isinstance(name, list):
+        (place / "evil.bin").write_bytes(pickle.dumps({"x": Runs(mark)}))
+        (place / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": {"x": name[0]}}))
+        loads += [load_model] if part == "transformer" else []
+    elif name.endswith(".py"):
+        (place / name).write_text(f"open({str(mark)!r}, 'w')")
+    else:
+        (place / WEIGHTS_NAME).unlink()
+        (place / name).write_bytes(pickle.dumps({"x": Runs(mark)}))
+    for load in loads:
+        with pytest.raises(ValueError, match=message):
+            load(latents)
+    with pytest.raises(ValueError, match=message):
+        DDTPipeline.from_pretrained(latents, trust_remote_code=True)
+    if part == "transformer" and message == PICKLED:
         for load in (load_model, DDTTransformer2DModel.from_pretrained, DDTPipeline.from_pretrained):
             with pytest.raises(ValueError, match=r"pickle|holds no"):
                 load(place)
@@ -148,15 +141,6 @@ def test_a_lightning_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path)
     torch.save({"state_dict": golden.weights(LATENT_MODEL), "hook": Runs(mark)}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="was not executed"):
         DDTPipeline.from_single_file(tmp_path / "a.ckpt")
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("part", ["transformer", "scheduler"])
-def test_code_beside_the_weights_is_refused_and_not_run(pixels, tmp_path, part):
-    mark = tmp_path / "it_ran"
-    (pixels / part / "ddt_fast.pipeline.py").write_text(f"open({str(mark)!r}, 'w')")
-    with pytest.raises(ValueError, match=r"ddt_fast\.pipeline\.py is code, and was not executed"):
-        DDTPipeline.from_pretrained(pixels, trust_remote_code=True)
     assert not mark.exists()
 
 

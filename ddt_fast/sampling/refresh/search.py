@@ -193,8 +193,6 @@ def _search_pairs(costs: _Costs, num_refreshes: int) -> tuple[int, ...]:
     best[1, 0, 1:] = costs.segments([_FIRST], steps)[0]
     for b in range(1, count):
         ms = _possible(b, 2, num_refreshes, count)
-        if ms.start >= ms.stop:
-            continue
         segment = costs.segments([steps[:b, None], steps[b : b + 1, None]], steps[b:])
         totals = best[ms.start - 1 : ms.stop - 1, :b, b][:, :, None] + segment
         before[ms, b, b + 1 :] = totals.argmin(axis=1)
@@ -221,8 +219,6 @@ def _search_triples(costs: _Costs, num_refreshes: int, longest: int) -> tuple[in
         ms = _possible(c, 3, num_refreshes, count)
         if c <= longest:
             best[2, c, c, vs] = held[c - 1] + costs.segments([_FIRST, last], ahead)[0]
-        if ms.start >= ms.stop:
-            continue
         for u in range(1, min(longest, c - 1) + 1):
             b = c - u
             lengths = np.arange(1, min(longest, b) + 1)
