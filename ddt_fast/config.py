@@ -155,7 +155,7 @@ class SamplingConfig:
             valid = type(budget) is int and 1 <= budget <= count
             require(valid, "num_refreshes", budget, f"1 to num_steps ({count}) with refresh_steps dp")
             return
-        require(budget is None, "num_refreshes", budget, 'None, unless refresh_steps is "dp"')
+        require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
         if steps is not None:
             valid = isinstance(steps, (tuple, list)) and all(type(step) is int for step in steps)
             valid = valid and list(steps) == sorted({0, *steps}) and steps[0] == 0 and steps[-1] < count

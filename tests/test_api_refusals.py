@@ -143,7 +143,7 @@ def test_the_others(tmp_path):
         ddt_fast.train_model(PRESETS["digits"], None)
     with pytest.raises(ValueError, match="sampling is a int; expected SamplingConfig"):
         ddt_fast.study_refreshes(output_dir=tmp_path / "study", sampling=3)
-    with pytest.raises(ValueError, match=r"--num-samples is 1\.5"):
+    with pytest.raises(ValueError, match=r"num_samples is 1\.5"):
         ddt_fast.study_refreshes(output_dir=tmp_path / "study", num_samples=1.5)
     model = ddt_fast.load_model(EMBEDDED_CHECKPOINT)
     with pytest.raises(ValueError, match="config is a type; expected SamplingConfig"):

@@ -44,7 +44,7 @@ IMPOSSIBLE = {
         ({"refresh_steps": (0, 2), "refresh_every": 2}, "refresh_every is 2"),
         ({"refresh_steps": "dp"}, "num_refreshes is None; allowed: 1 to num_steps"),
         ({"refresh_steps": "dp", "num_refreshes": 26}, r"num_refreshes is 26; allowed: 1 to num_steps \(25\)"),
-        ({"num_refreshes": 3}, "num_refreshes is 3; allowed: None, unless"),
+        ({"num_refreshes": 3}, "num_refreshes is 3; allowed: none, unless"),
         ({"state_forecast": "cubic"}, "state_forecast"),
         ({"guidance_every": 0}, "guidance_every"),
         ({"guidance_forecast": "quadratic"}, "guidance_forecast"),
