@@ -1,30 +1,31 @@
-"""How a setting is refused: its name, the value seen, and what is allowed."""
+"""Refusing a wrong setting: its name, the value seen, and what is allowed."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import cache
 from numbers import Integral
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """ValueError that says what the setting is and what is allowed, unless the condition holds."""
+    """ValueError with the setting, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def require_int(name: str, value: object, minimum: int) -> None:
-    """A whole number from the minimum on; True and False are none."""
+    """A whole number, minimum or more; True and False are not numbers."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     require(valid, name, value, f"a whole number, {minimum} or more")
 
 
 def whole_numbers(name: str, values: object) -> list[int] | None:
-    """A list of at least one whole number, of Python's or numpy's, as Python's; None stays None."""
+    """A list of at least one whole number, Python's or numpy's, as Python ints; None stays None."""
     if values is None:
         return None
     allowed = "a list of whole numbers, at least one"
@@ -38,20 +39,20 @@ def whole_numbers(name: str, values: object) -> list[int] | None:
 def require_kind(name: str, value: object, kind: type) -> None:
     """An instance of the class."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is a {type(value).__name__}; wanted {kind.__name__}")
+        raise ValueError(f"{name} is a {type(value).__name__}; expected {kind.__name__}")
 
 
 def require_path(name: str, value: object) -> Path:
-    """A path, which a string may be, with a name."""
+    """A path or a string that is not empty, as a Path."""
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"{name} is a {type(value).__name__}; wanted a path")
+        raise ValueError(f"{name} is a {type(value).__name__}; expected a path")
     if not str(value):
         raise ValueError(f"{name} has an empty name; name one")
     return Path(value)
 
 
 def require_arguments(function: str, given: Iterable[str], allowed: Collection[str]) -> None:
-    """Keyword arguments that the function has; of one that it has not the message names the nearest, or all."""
+    """Only keyword arguments that the function has; the message names the nearest one, or all."""
     unknown = next((name for name in given if name not in allowed), None)
     if unknown is not None:
         nearest = difflib.get_close_matches(unknown, allowed, n=1, cutoff=0.5)
@@ -59,13 +60,24 @@ def require_arguments(function: str, given: Iterable[str], allowed: Collection[s
         raise ValueError(f"{function} has no argument {unknown!r}; {hint}")
 
 
-def require_number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
     """A finite number from low (or above it) to high."""
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    valid = valid and low <= value <= high  # type: ignore[operator]
-    valid = valid and not (open_low and value == low)
-    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < float("inf") else "")
+    valid = valid and low <= value <= high and not (open_low and value == low)  # type: ignore[operator]
+    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < math.inf else "")
     require(valid, name, value, bounds)
+
+
+def require_positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    require_number(name, value, 0, open_low=True)
+
+
+def require_pair(name: str, value: object, valid: Callable[[float, float], bool], allowed: str) -> tuple[float, float]:
+    """A tuple or list of two numbers for which `valid` holds, as a tuple."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
+    require(pair and valid(*value), name, value, allowed)  # type: ignore[misc]
+    return tuple(value)  # type: ignore[arg-type, return-value]
 
 
 def require_name(name: str, value: object, allowed: str) -> None:
@@ -77,3 +89,15 @@ def require_choice(name: str, value: object, choices: Any) -> None:
     """One of a Literal's values."""
     options = get_args(choices)
     require(value in options, name, value, ", ".join(str(option) for option in options))
+
+
+def require_choices_and_flags(settings: Any) -> None:
+    """Of every field of a dataclass that is annotated as a Literal, one of its values; of every bool, True or False."""
+    for name, kind in _annotations(type(settings)).items():
+        if get_origin(kind) is Literal:
+            require_choice(name, getattr(settings, name), kind)
+        elif kind is bool:
+            require(isinstance(getattr(settings, name), bool), name, getattr(settings, name), "true or false")
+
+
+_annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)

@@ -1,4 +1,4 @@
-"""Classes by name: which labels a word stands for, and what comes near where it stands for none or for several."""
+"""Classes by name: the labels that a word stands for, and the nearest ones where it stands for none or for several."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class ClassNames:
         id2label: label → its names.
 
     Raises:
-        ValueError: a label that is out of range, or names that are no string.
+        ValueError: a label that is out of range, or names that are not a string.
     """
 
     def __init__(self, num_classes: int, id2label: Mapping[int, str] | Mapping[str, str]) -> None:
         if not isinstance(id2label, Mapping):
-            raise ValueError(f"id2label is a {type(id2label).__name__}; wanted a dict, label: names")
+            raise ValueError(f"id2label is a {type(id2label).__name__}; expected a dict, label: names")
         for label, names in id2label.items():
             if not (str(label).isdecimal() and int(label) < num_classes):
                 raise ValueError(f"id2label names class {label}; allowed: 0 to {num_classes - 1}")
             if not isinstance(names, str):
-                raise ValueError(f"id2label names class {label} {names!r}; wanted a string")
+                raise ValueError(f"id2label names class {label} {names!r}; expected a string")
         self.num_classes = num_classes
         self.id2label = {int(label): id2label[label] for label in sorted(id2label, key=int)}  # type: ignore[index]
         self._labels: dict[str, list[int]] = {}
@@ -53,51 +53,49 @@ class ClassNames:
                 if label not in known:
                     known.append(label)
 
-    def label(self, wanted: ClassLabel) -> int:
+    def label(self, given: ClassLabel) -> int:
         """The label of a name, or a label itself. Case and underscores do not matter, unless two classes differ by case
         alone.
 
         Raises:
-            ValueError: out of range, unknown or ambiguous; the message names what comes near.
+            ValueError: out of range, unknown or ambiguous; the message names the nearest ones.
         """
-        if isinstance(wanted, Integral) and not isinstance(wanted, bool):
-            if not 0 <= wanted < self.num_classes:
-                raise ValueError(f"class {wanted} does not exist; allowed: 0 to {self.num_classes - 1}")
-            return int(wanted)
-        if not isinstance(wanted, str):
-            raise ValueError(f"class {wanted!r} is a {type(wanted).__name__}; wanted a label or a name")
+        if isinstance(given, Integral) and not isinstance(given, bool):
+            if not 0 <= given < self.num_classes:
+                raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")
+            return int(given)
+        if not isinstance(given, str):
+            raise ValueError(f"class {given!r} is a {type(given).__name__}; expected a label or a name")
         if not self.id2label:
-            raise ValueError(
-                f"class {wanted!r}: this model's classes have no names; wanted 0 to {self.num_classes - 1}"
-            )
-        found = self._labels.get(_folded(wanted), [])
+            allowed = f"allowed: 0 to {self.num_classes - 1}"
+            raise ValueError(f"class {given!r}: this model's classes have no names; {allowed}")
+        found = self._labels.get(_folded(given), [])
         if len(found) > 1:
-            exact = [label for label in found if wanted in _split(self.id2label[label])]
+            exact = [label for label in found if given in _split(self.id2label[label])]
             found = exact if len(exact) == 1 else found
         if len(found) == 1:
             return found[0]
         if found:
-            kinds = self.id2label == imagenet_id2label()
-            raise ValueError(f"class {wanted!r} is ambiguous: {self._described(found, kinds)}; give the number")
-        nearest = self.search(wanted, 5)
+            raise ValueError(f"class {given!r} is ambiguous: {self._described(found, True)}; give the number")
+        nearest = self.search(given, 5)
         hint = f"nearest: {self._described(nearest)}" if nearest else f"allowed: 0 to {self.num_classes - 1}, or a name"
-        raise ValueError(f"class {wanted!r} is unknown; {hint}")
+        raise ValueError(f"class {given!r} is unknown; {hint}")
 
-    def labels(self, wanted: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
+    def labels(self, given: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
         """As `label`, for one class or for several, at least one."""
-        if isinstance(wanted, Tensor):
-            if wanted.dtype == torch.bool or wanted.is_floating_point() or wanted.ndim > 1 or wanted.is_meta:
-                seen = f"{tuple(wanted.shape)} {wanted.dtype} on {wanted.device}"
-                raise ValueError(f"classes are {seen}; wanted (N,) whole numbers")
-            wanted = wanted.reshape(-1).tolist()
+        if isinstance(given, Tensor):
+            if given.dtype == torch.bool or given.is_floating_point() or given.ndim > 1 or given.is_meta:
+                seen = f"{tuple(given.shape)} {given.dtype} on {given.device}"
+                raise ValueError(f"classes are {seen}; expected (N,) whole numbers")
+            given = given.reshape(-1).tolist()
         # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
-        several: list[Any] = [wanted]
-        if isinstance(wanted, np.ndarray):
-            several = list(wanted.reshape(-1))
-        elif isinstance(wanted, Iterable) and not isinstance(wanted, (str, bytes, bytearray)):
-            several = list(wanted)
+        several: list[Any] = [given]
+        if isinstance(given, np.ndarray):
+            several = list(given.reshape(-1))
+        elif isinstance(given, Iterable) and not isinstance(given, (str, bytes, bytearray)):
+            several = list(given)
         if not several:
-            raise ValueError("no class is given; wanted one or more")
+            raise ValueError("no class is given; expected one or more")
         return [self.label(one) for one in several]
 
     def search(self, text: str, limit: int = 20) -> list[int]:
@@ -113,11 +111,10 @@ class ClassNames:
         return list(labels)[:limit]
 
     def _described(self, labels: list[int], kinds: bool = False) -> str:
-        words = [f"{label} {self.id2label[label]!r}" for label in labels]
-        if kinds:
-            both = zip(words, labels, strict=True)
-            words = [f"{word} ({'animal' if label < _FIRST_OBJECT else 'object'})" for word, label in both]
-        return ", ".join(words)
+        """Labels with their names; with `kinds`, which of ImageNet's are animals."""
+        kinds = kinds and self.id2label == imagenet_id2label()
+        suffix = {label: f" ({'animal' if label < _FIRST_OBJECT else 'object'})" if kinds else "" for label in labels}
+        return ", ".join(f"{label} {self.id2label[label]!r}{suffix[label]}" for label in labels)
 
 
 @cache
@@ -128,7 +125,7 @@ def imagenet_id2label() -> dict[int, str]:
 
 def default_id2label(dataset: str, num_classes: int) -> dict[int, str]:
     """The names that follow from the data: digits are called by themselves, 1000 classes of latents are ImageNet's;
-    others have none that are known."""
+    others have no known names."""
     if dataset == "digits":
         return {label: str(label) for label in range(num_classes)}
     return dict(imagenet_id2label()) if num_classes == IMAGENET_CLASSES else {}

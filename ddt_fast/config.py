@@ -7,10 +7,17 @@ a configuration that exists is a valid one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Literal
 
-from ddt_fast.checks import require, require_choice, require_int, require_name, require_number
+from ddt_fast.checks import (
+    require,
+    require_choices_and_flags,
+    require_int,
+    require_name,
+    require_number,
+    require_pair,
+    require_positive,
+)
 
 Solver = Literal["euler", "lms", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
@@ -18,7 +25,7 @@ StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
 
 MAX_STEPS = 100_000
-"""A plan lists every step: a file that asks for a billion shall not hang whoever reads it."""
+"""A plan lists every step: a file that asks for a billion must not hang its reader."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +54,12 @@ class DDTConfig:
     def __post_init__(self) -> None:
         for setting in fields(self):
             require_int(setting.name, getattr(self, setting.name), 1)
-        require(
-            self.hidden_size % self.num_heads == 0,
-            "num_heads",
-            self.num_heads,
-            f"a divisor of hidden_size ({self.hidden_size})",
-        )
-        require(
-            self.head_dim % 4 == 0,
-            "hidden_size / num_heads",
-            self.head_dim,
-            "a head dimension that is a multiple of 4, for 2-D RoPE",
-        )
-        require(
-            self.num_encoder_blocks < self.num_blocks,
-            "num_encoder_blocks",
-            self.num_encoder_blocks,
-            f"1 to {self.num_blocks - 1}, fewer than num_blocks ({self.num_blocks}), so that a decoder remains",
-        )
+        width, heads, encoder, blocks = self.hidden_size, self.num_heads, self.num_encoder_blocks, self.num_blocks
+        require(width % heads == 0, "num_heads", heads, f"a divisor of hidden_size ({width})")
+        head_rule = "a head dimension that is a multiple of 4, for 2-D RoPE"
+        require(self.head_dim % 4 == 0, "hidden_size / num_heads", self.head_dim, head_rule)
+        encoder_rule = f"1 to {blocks - 1}, fewer than num_blocks ({blocks}), so that a decoder remains"
+        require(encoder < blocks, "num_encoder_blocks", encoder, encoder_rule)
 
     @property
     def head_dim(self) -> int:
@@ -84,12 +79,8 @@ class DDTConfig:
     def num_tokens(self, height: int, width: int) -> int:
         """Tokens N of a (height, width) image or latent; ValueError when patch_size does not divide it."""
         for name, size in (("height", height), ("width", width)):
-            require(
-                isinstance(size, int) and size > 0 and size % self.patch_size == 0,
-                name,
-                size,
-                f"a positive multiple of patch_size ({self.patch_size})",
-            )
+            valid = isinstance(size, int) and size > 0 and size % self.patch_size == 0
+            require(valid, name, size, f"a positive multiple of patch_size ({self.patch_size})")
         return (height // self.patch_size) * (width // self.patch_size)
 
 
@@ -138,68 +129,38 @@ class SamplingConfig:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        require_int("num_steps", self.num_steps, 1)
+        for name in ("num_steps", "refresh_every", "guidance_every"):
+            require_int(name, getattr(self, name), 1)
         require(self.num_steps <= MAX_STEPS, "num_steps", self.num_steps, f"a whole number, 1 to {MAX_STEPS}")
-        require_number("guidance_scale", self.guidance_scale, 0, float("inf"))
-        interval = self.guidance_interval
-        require(
-            isinstance(interval, (tuple, list))
-            and len(interval) == 2
-            and all(isinstance(bound, (int, float)) for bound in interval)
-            and 0 <= interval[0] < interval[1] <= 1,
-            "guidance_interval",
-            interval,
-            "two numbers, 0 <= low < high <= 1",
-        )
-        object.__setattr__(self, "guidance_interval", tuple(interval))
-        require_number("timeshift", self.timeshift, 0, float("inf"), open_low=True)
+        require_choices_and_flags(self)
+        for name in ("guidance_scale", "diffusion_scale"):
+            require_number(name, getattr(self, name), 0)
+        valid, rule = (lambda low, high: 0 <= low < high <= 1), "two numbers, 0 <= low < high <= 1"
+        interval = require_pair("guidance_interval", self.guidance_interval, valid, rule)
+        object.__setattr__(self, "guidance_interval", interval)
+        require_positive("timeshift", self.timeshift)
         if self.last_step is not None:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
-        require(
-            self.last_step is None or self.num_steps == 1 or self.last_step < 1,
-            "last_step",
-            self.last_step,
-            "below 1 when there is more than one step",
-        )
-        require_choice("solver", self.solver, Solver)
+            fits = self.num_steps == 1 or self.last_step < 1
+            require(fits, "last_step", self.last_step, "below 1 when there is more than one step")
         require(type(self.order) is int and 1 <= self.order <= 4, "order", self.order, "1, 2, 3 or 4")
-        require_choice("diffusion", self.diffusion, Diffusion)
-        require_number("diffusion_scale", self.diffusion_scale, 0, float("inf"))
-        require_int("refresh_every", self.refresh_every, 1)
-        if self.refresh_steps is not None:
-            self._check_refresh_steps()
-        budget = self.num_refreshes
-        if self.refresh_steps == "dp":
-            valid = type(budget) is int and 1 <= budget <= self.num_steps
-            require(valid, "num_refreshes", budget, f"1 to num_steps ({self.num_steps}) with refresh_steps dp")
-        else:
-            require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
-        require_choice("state_forecast", self.state_forecast, StateForecast)
-        require_int("guidance_every", self.guidance_every, 1)
-        require_choice("guidance_forecast", self.guidance_forecast, GuidanceForecast)
-        require(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "true or false")
+        self._check_refreshes()
 
-    def _check_refresh_steps(self) -> None:
-        require(
-            self.refresh_every == 1, "refresh_every", self.refresh_every, "1 (its default) when refresh_steps is given"
-        )
-        steps = self.refresh_steps
+    def _check_refreshes(self) -> None:
+        steps, budget, count = self.refresh_steps, self.num_refreshes, self.num_steps
+        if steps is not None:
+            every = self.refresh_every
+            require(every == 1, "refresh_every", every, "1 (its default) when refresh_steps is given")
         if steps == "dp":
+            valid = type(budget) is int and 1 <= budget <= count
+            require(valid, "num_refreshes", budget, f"1 to num_steps ({count}) with refresh_steps dp")
             return
-        ascending = isinstance(steps, (tuple, list)) and all(
-            isinstance(step, int) and not isinstance(step, bool) for step in steps
-        )
-        if ascending:
-            steps = tuple(steps)  # type: ignore[arg-type]
-            ascending = (
-                len(steps) > 0
-                and steps[0] == 0
-                and steps[-1] < self.num_steps
-                and all(a < b for a, b in pairwise(steps))
-            )
-        wanted = f'"dp", or ascending step numbers, the first 0, below {self.num_steps}'
-        require(ascending, "refresh_steps", steps, wanted)
-        object.__setattr__(self, "refresh_steps", steps)
+        require(budget is None, "num_refreshes", budget, 'none, unless refresh_steps is "dp"')
+        if steps is not None:
+            valid = isinstance(steps, (tuple, list)) and all(type(step) is int for step in steps)
+            valid = valid and list(steps) == sorted({0, *steps}) and steps[0] == 0 and steps[-1] < count
+            require(valid, "refresh_steps", steps, f'"dp", or ascending step numbers, the first 0, below {count}')
+            object.__setattr__(self, "refresh_steps", tuple(steps))
 
 
 @dataclass(frozen=True)
@@ -215,7 +176,7 @@ class DataConfig:
         images: the image folder that the cache was made from, for REPA to compute its features from; None takes those
             in the cache.
         scaling_factor: of LightningDiT's shards, which do not say theirs.
-        channel_stats: LightningDiT's latents_stats.pt, where its latents are to be normalised with it.
+        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents with.
         verify: compare the checksums of the cache's shards before training, once: see `ddt_fast.data.verification`.
     """
 
@@ -229,14 +190,13 @@ class DataConfig:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        require_choice("dataset", self.dataset, Literal["digits", "latents"])
+        require_choices_and_flags(self)
         require_int("image_size", self.image_size, 1)
         require_name("autoencoder", self.autoencoder, "a hub id or a folder, or null for pixels")
         for name in ("folder", "images", "channel_stats"):
             require_name(name, getattr(self, name), "a path, or null")
         if self.scaling_factor is not None:
-            require_number("scaling_factor", self.scaling_factor, 0, float("inf"), open_low=True)
-        require(isinstance(self.verify, bool), "verify", self.verify, "true or false")
+            require_positive("scaling_factor", self.scaling_factor)
         if self.dataset == "digits":
             require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
             for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
@@ -246,7 +206,7 @@ class DataConfig:
             require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
 
     def without_places(self) -> DataConfig:
-        """What goes with a model: where the data lay that it was trained on means nothing to who gets it."""
+        """What is saved with a model: where its training data lay means nothing to those who receive it."""
         return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
 
     @property
@@ -257,7 +217,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How a model is trained (DDT paper, section 4 and appendix; defaults are the paper's, but for REPA).
+    """How a model is trained (DDT paper, section 4 and appendix; the defaults are the paper's, except for REPA).
 
     Args:
         max_steps: optimiser steps.
@@ -272,7 +232,7 @@ class TrainingConfig:
             faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
         label_dropout: chance that a label is replaced with the null class.
         repa_weight: of REPA's loss (arXiv 2410.06940), the paper's 0.5; 0 leaves REPA out.
-        repa_block: the encoder block whose output is aligned, plural from 1.
+        repa_block: the encoder block whose output is aligned, counted from 1.
         repa_encoder: DINOv2 (hub id or local folder) that features are computed with where the cache has none.
         engine: "fused", the model on ddt_kernels; "reference", plain PyTorch.
         dtype: of the forward and backward pass; weights, optimiser and EMA stay float32.
@@ -322,46 +282,29 @@ class TrainingConfig:
     wandb: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulation_steps", "repa_block", "checkpoint_every", "log_every"):
+        require_choices_and_flags(self)
+        positive = ("max_steps", "batch_size", "accumulation_steps", "repa_block", "checkpoint_every", "log_every")
+        for name in (*positive, "sample_images"):
             require_int(name, getattr(self, name), 1)
-        require_int("sample_images", self.sample_images, 1)
         for name in ("warmup_steps", "seed", "keep_checkpoints", "sample_every", "score_samples"):
             require_int(name, getattr(self, name), 0)
-        for name in ("gradient_checkpointing", "compile", "tensorboard"):
-            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        for name, allowed in (("init", "a checkpoint"), ("wandb", "the name of a project")):
-            require_name(name, getattr(self, name), f"{allowed}, or null")
-        require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
+        for name in ("repa_weight", "weight_decay"):
+            require_number(name, getattr(self, name), 0)
+        for name in ("ema_decay", "label_dropout"):
+            require_number(name, getattr(self, name), 0, 1)
+        require_positive("learning_rate", self.learning_rate)
         if self.max_grad_norm is not None:
-            require_number("max_grad_norm", self.max_grad_norm, 0, float("inf"), open_low=True)
-        require_number("repa_weight", self.repa_weight, 0, float("inf"))
-        require_number("learning_rate", self.learning_rate, 0, float("inf"), open_low=True)
-        require(
-            self.score_samples == 0 or self.score_samples >= 65,
-            "score_samples",
-            self.score_samples,
-            "0, or 65 and more: fewer have no covariance of 64 pixels",
-        )
-        betas = self.adam_betas
-        require(
-            isinstance(betas, (tuple, list))
-            and len(betas) == 2
-            and all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas),
-            "adam_betas",
-            betas,
-            "two numbers from 0, below 1",
-        )
-        object.__setattr__(self, "adam_betas", tuple(betas))
-        require_number("weight_decay", self.weight_decay, 0, float("inf"))
-        require_number("ema_decay", self.ema_decay, 0, 1)
-        require_number("label_dropout", self.label_dropout, 0, 1)
-        require_choice("engine", self.engine, Literal["fused", "reference"])
-        require_choice("dtype", self.dtype, Literal["float32", "bfloat16"])
-        require_choice("parallel", self.parallel, Literal["ddp", "fsdp"])
-        parts = self.accumulation_steps
-        require(
-            self.batch_size % parts == 0, "accumulation_steps", parts, f"a divisor of batch_size ({self.batch_size})"
-        )
+            require_positive("max_grad_norm", self.max_grad_norm)
+        require_name("init", self.init, "a checkpoint, or null")
+        require_name("wandb", self.wandb, "the name of a project, or null")
+        require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
+        enough = self.score_samples == 0 or self.score_samples >= 65
+        rule = "0, or 65 and more: fewer have no covariance of 64 pixels"
+        require(enough, "score_samples", self.score_samples, rule)
+        valid, rule = (lambda first, second: 0 <= first < 1 and 0 <= second < 1), "two numbers from 0, below 1"
+        object.__setattr__(self, "adam_betas", require_pair("adam_betas", self.adam_betas, valid, rule))
+        parts, rule = self.accumulation_steps, f"a divisor of batch_size ({self.batch_size})"
+        require(self.batch_size % parts == 0, "accumulation_steps", parts, rule)
 
 
 @dataclass(frozen=True)
@@ -374,16 +317,16 @@ class Experiment:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        self.model.num_tokens(self.data.sample_size, self.data.sample_size)
-        if self.data.dataset == "digits":
-            require(self.model.in_channels == 1, "in_channels", self.model.in_channels, "1 for the digits")
-            require(self.model.num_classes == 10, "num_classes", self.model.num_classes, "10 for the digits")
+        model, digits, repa_weight = self.model, self.data.dataset == "digits", self.training.repa_weight
+        model.num_tokens(self.data.sample_size, self.data.sample_size)
+        if digits:
+            require(model.in_channels == 1, "in_channels", model.in_channels, "1 for the digits")
+            require(model.num_classes == 10, "num_classes", model.num_classes, "10 for the digits")
+            require(repa_weight == 0, "repa_weight", repa_weight, "0 for the digits")
         elif self.data.autoencoder is None:
-            require(self.model.in_channels in (1, 3), "in_channels", self.model.in_channels, "1 or 3 for pixels")
-        if self.training.repa_weight:
-            encoder = self.model.num_encoder_blocks
-            require(self.data.dataset == "latents", "repa_weight", self.training.repa_weight, "0 for the digits")
-            block = self.training.repa_block
+            require(model.in_channels in (1, 3), "in_channels", model.in_channels, "1 or 3 for pixels")
+        if repa_weight:
+            encoder, block = model.num_encoder_blocks, self.training.repa_block
             require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")
         scored = self.training.score_samples
-        require(scored == 0 or self.data.dataset == "digits", "score_samples", scored, "0: only digits can be scored")
+        require(scored == 0 or digits, "score_samples", scored, "0: only digits can be scored")

@@ -1,4 +1,4 @@
-"""Writing outputs so that nothing half-written is ever taken for whole, and nothing of the user's is ever replaced."""
+"""Writing outputs: nothing half-written is ever taken for whole, and nothing of the user's is ever replaced."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it holds none, OSError when it cannot be read."""
+    """The object in a JSON file; ValueError when it holds anything else, OSError when it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; wanted an object")
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
     return content
 
 
@@ -52,8 +52,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
     except FileNotFoundError:
-        # Another process has written the same content and renamed the temporary file, which bears this one's process id
-        # if it is on another machine.
+        # Another process has written the same content and renamed the temporary file: on another machine it may have
+        # the same process id.
         if not path.exists():
             raise
 
@@ -72,7 +72,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when everything in a folder, whatever its depth, is on the disk."""
+    """Return when everything in a folder, at any depth, is on the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -85,7 +85,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        hint = "finished shards are kept, the same command goes on from them"
+        hint = "finished shards are kept, the same command continues from them"
         raise OSError(f"{path} could not be written: {reason}; {hint}") from error
 
 
@@ -126,7 +126,7 @@ def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
 def check_replaceable(path: Path, owned: str) -> None:
     """ValueError unless `path` is missing, or a folder in which every name matches the regular expression `owned`."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{path} exists and is no folder; it would have to be replaced by one")
+        raise ValueError(f"{path} exists and is not a folder; a folder of that name will be written")
     if path.is_dir():
         foreign = sorted(entry.name for entry in path.iterdir() if not re.fullmatch(owned, entry.name))
         if foreign:

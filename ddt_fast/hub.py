@@ -12,14 +12,14 @@ _SECONDS = 10.0
 
 
 def cache_only(name: str) -> bool:
-    """Whether a model has to be taken from the cache, as the Hub does not answer; found out by one attempt, where
-    diffusers and transformers would repeat theirs for half a minute. A local folder needs neither.
+    """Whether a model has to be taken from the cache because the Hub does not answer: one attempt, where diffusers and
+    transformers retry for half a minute. A local folder needs neither.
 
     Args:
         name: a local folder, or a hub id of a model with a config.json.
 
     Raises:
-        ValueError: the Hub does not answer, and the cache has no such model; or no possible hub id.
+        ValueError: the Hub does not answer, and the cache has no such model; or a name that cannot be a hub id.
     """
     if Path(name).is_dir():
         return False

@@ -1,6 +1,6 @@
 """CUDA graphs, played on a CPU: what a step launches is recorded once, with the tensors it was launched on, and
-replayed on those very tensors. As in a real graph nothing of the host's is asked again: whatever a step took from
-Python at recording (a number, a choice, another tensor) stays as it was, and reading one there is refused."""
+replayed on those very tensors. As in a real graph the host is not asked again: what a step took from Python at
+recording (a number, a choice, another tensor) stays as it was, and reading a tensor on the host is refused."""
 
 import contextlib
 from collections.abc import Iterator

@@ -27,9 +27,9 @@ from ddt_fast.presets import PRESETS
         ({"quantize": "int4"}, "--quantize is 'int4'; allowed: int8"),
         ({"dtype": "int8"}, "dtype is 'int8'; allowed: auto, float32, bfloat16, float16"),
         ({"memory_budget": 3}, "3 is no amount of memory"),
-        ({"sampling": {}}, "sampling is a dict; wanted SamplingConfig"),
+        ({"sampling": {}}, "sampling is a dict; expected SamplingConfig"),
         ({"device": None}, "device None cannot be used here"),
-        ({"output_dir": None}, "the output folder is a NoneType; wanted a path"),
+        ({"output_dir": None}, "the output folder is a NoneType; expected a path"),
     ],
 )
 def test_generate(tmp_path, arguments, message):
@@ -121,7 +121,7 @@ def test_what_is_no_path(tmp_path, monkeypatch, function, argument, name, wrong)
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").touch()
     monkeypatch.chdir(tmp_path)
-    said = "has an empty name; name one" if wrong == "" else f"is a {type(wrong).__name__}; wanted a path"
+    said = "has an empty name; name one" if wrong == "" else f"is a {type(wrong).__name__}; expected a path"
     with pytest.raises(ValueError, match=f"{name} {said}"):
         getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
     assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}
@@ -132,20 +132,20 @@ def test_what_is_no_path_to_a_pipeline(name):
     pipe = ddt_fast.DDTPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
     for part in (pipe, pipe.transformer, pipe.scheduler) if name == "save_pretrained" else (pipe, pipe.transformer):
         if hasattr(part, name):
-            with pytest.raises(ValueError, match="is a int; wanted a path"):
+            with pytest.raises(ValueError, match="is a int; expected a path"):
                 getattr(part, name)(3)
 
 
 def test_the_others(tmp_path):
-    with pytest.raises(ValueError, match="experiment is a str; wanted Experiment"):
+    with pytest.raises(ValueError, match="experiment is a str; expected Experiment"):
         ddt_fast.train_model("digits", tmp_path / "run")
     with pytest.raises(ValueError, match="the output folder is a NoneType"):
         ddt_fast.train_model(PRESETS["digits"], None)
-    with pytest.raises(ValueError, match="sampling is a int; wanted SamplingConfig"):
+    with pytest.raises(ValueError, match="sampling is a int; expected SamplingConfig"):
         ddt_fast.study_refreshes(output_dir=tmp_path / "study", sampling=3)
-    with pytest.raises(ValueError, match=r"--num-samples is 1\.5"):
+    with pytest.raises(ValueError, match=r"num_samples is 1\.5"):
         ddt_fast.study_refreshes(output_dir=tmp_path / "study", num_samples=1.5)
     model = ddt_fast.load_model(EMBEDDED_CHECKPOINT)
-    with pytest.raises(ValueError, match="config is a type; wanted SamplingConfig"):
+    with pytest.raises(ValueError, match="config is a type; expected SamplingConfig"):
         ddt_fast.sampling.sample(model, torch.zeros(1, 1, 8, 8), torch.tensor([1]), SamplingConfig)
     assert list(tmp_path.iterdir()) == []

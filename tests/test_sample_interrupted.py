@@ -153,7 +153,7 @@ def test_a_shard_of_another_process_damaged_at_the_merge_is_named_and_removed(wh
         )
         line = error_line(capsys, tmp_path, *JOB)
     assert "shard-00001-of-00007.safetensors is damaged" in line
-    assert "the same command goes on from them" in line
+    assert "the same command continues from them" in line
     assert sample(tmp_path, *JOB) == (whole / "samples.npz").read_bytes()
 
 

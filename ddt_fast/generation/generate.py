@@ -32,8 +32,7 @@ from ddt_fast.provenance import device_name, environment, weights_sha256
 from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size, format_bytes
-from ddt_fast.sampling.refresh import resolve_refresh_steps
-from ddt_fast.sampling.schedule_cache import schedule_cache_path
+from ddt_fast.sampling.refresh import resolve_refresh_steps, schedule_cache_path
 from ddt_fast.wording import plural
 
 ALL_PNG, SOME_PNG = 1000, 100

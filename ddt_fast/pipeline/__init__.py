@@ -13,7 +13,7 @@ from ddt_fast.pipeline.transformer import DDTTransformer2DModel
 __all__ = ["DDTPipeline", "DDTScheduler", "DDTTransformer2DModel", "ModelMixin", "SchedulerMixin"]
 
 # diffusers writes a component's module into model_index.json; to load the component it imports that module and looks in
-# it for the component's class and, to know how to load it, for ModelMixin or SchedulerMixin. Saved pipelines shall name
+# it for the component's class and, to know how to load it, for ModelMixin or SchedulerMixin. Saved pipelines name
 # this package, not a file in it.
 for _component in (DDTScheduler, DDTTransformer2DModel):
     _component.__module__ = __name__

@@ -1,31 +1,68 @@
-"""What a pipeline's own parts share: keyword arguments that a part has not are refused, where diffusers passes over
-them."""
+"""What a pipeline's own parts share: they refuse keyword arguments that diffusers ignores."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from inspect import signature
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature, signature
+from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
 
-from ddt_fast.checks import require, require_arguments, require_kind
+from ddt_fast.checks import require, require_arguments, require_kind, require_path
 
 UPLOAD_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
 """What diffusers' `save_pretrained` takes for an upload."""
+SAVING_OPTIONS = ("save_directory", "safe_serialization", "variant", "max_shard_size", "push_to_hub")
+"""What it takes for weights."""
 
 
-def require_variant(variant: object) -> None:
+def check_loading(options: dict[str, Any]) -> None:
+    """Options of `from_pretrained`: use_safetensors, which is removed, has to be true; ValueError otherwise."""
+    if options.pop("use_safetensors", True) is False:
+        raise ValueError("use_safetensors is False; allowed: True, pickled weights may hold code")
+    _require_variant(options.get("variant"))
+
+
+def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str) -> Path:
+    """The folder to save in.
+
+    Args:
+        save_directory: a path.
+        given: the other arguments of `save_pretrained`.
+        allowed: their names, besides those of an upload.
+
+    Raises:
+        ValueError: an unknown argument, or a value that is not allowed.
+    """
+    require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
+    folder = require_path("save_directory", save_directory)
+    if not given.get("safe_serialization", True):
+        raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+    _require_variant(given.get("variant"))
+    size = given.get("max_shard_size")
+    valid = size is None or isinstance(size, str) or (type(size) is int and size >= 1)
+    require(valid, "max_shard_size", size, "a number of bytes, 1 or more, or a size such as 5GB")
+    return folder
+
+
+def _require_variant(variant: object) -> None:
     """None, or what may be a part of file names."""
     valid = variant is None or (isinstance(variant, str) and re.fullmatch(r"\w[\w.-]{0,63}", variant))
     require(bool(valid), "variant", variant, "none, or up to 64 letters, digits and ._-, such as fp16")
 
 
-def require_shard_size(size: object) -> None:
-    """A number of bytes, or a string, which diffusers reads."""
-    valid = isinstance(size, str) or (isinstance(size, int) and not isinstance(size, bool) and size >= 1)
-    require(valid, "max_shard_size", size, "a number of bytes, 1 or more, or a size such as 5GB")
+def takes_fields_of(settings: type) -> Callable[[Any], Any]:
+    """Give an `__init__(self, **settings)` the signature that names a dataclass's fields: diffusers reads a component's
+    settings, and their defaults, from there."""
+
+    def decorate(init: Any) -> Any:
+        own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+        init.__signature__ = Signature([own, *signature(settings).parameters.values()])
+        return init
+
+    return decorate
 
 
 class Component(ConfigMixin):
@@ -33,15 +70,15 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, through which `from_pretrained` goes too: an object of these settings.
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object of these settings.
 
         Args:
             config: the settings by name.
-            return_unused_kwargs: return a pair, the second part of which are keyword arguments that are no settings.
-            kwargs: settings that go before those in config.
+            return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
+            kwargs: settings that override those in config.
 
         Raises:
-            ValueError: an argument that is no setting and that would not be returned, or a value that is not allowed.
+            ValueError: an argument that is not a setting and would not be returned, or a value that is not allowed.
         """
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:

@@ -1,4 +1,4 @@
-"""Pipeline folders are other people's: what they may hold is checked before any of it is loaded."""
+"""Pipeline folders are other people's: their content is checked before any of it is loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ OWNED_NAMES = r"model_index\.json|transformer|vae|scheduler|README\.md|training\
 _OWNED_WITHIN = r"(scheduler_)?config\.json|diffusion_pytorch_model.*\.(safetensors|index.*\.json)"
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+# As in model_index.json: [module, class], or two nulls for a part that is left out.
+_NONE: list[Any] = [None, None]
 _COMPONENTS = {
-    "transformer": ((PACKAGE, "DDTTransformer2DModel"),),
-    "scheduler": ((PACKAGE, "DDTScheduler"),),
-    "vae": (("diffusers", "AutoencoderKL"), (None, None)),
+    "transformer": [[PACKAGE, "DDTTransformer2DModel"]],
+    "scheduler": [[PACKAGE, "DDTScheduler"]],
+    "vae": [["diffusers", "AutoencoderKL"], _NONE],
 }
 
 
@@ -27,19 +29,18 @@ def check_pipeline(folder: Path) -> None:
     is imported, and weights as safetensors."""
     index = read_json(folder / INDEX_NAME)
     if index.get("_class_name") != PIPELINE_CLASS:
-        raise ValueError(f"{folder} holds a {index.get('_class_name')}; wanted a {PIPELINE_CLASS}")
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}; expected a {PIPELINE_CLASS}")
     for name, allowed in _COMPONENTS.items():
-        seen = _pair(index.get(name))
-        if seen not in allowed:
-            words = " or ".join(".".join(part) if all(part) else "none" for part in map(_strings, allowed))
+        if index.get(name) not in allowed:
+            words = " or ".join("none" if part == _NONE else ".".join(part) for part in allowed)
             raise ValueError(f"{folder / INDEX_NAME}: {name} is {index.get(name)!r}; allowed: {words}")
-        if seen == (None, None):
+        if index[name] == _NONE:
             continue
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its folder {name}")
         # diffusers takes a component's class from such a file, where there is one.
         if code := sorted((folder / name).glob("*.py")):
-            raise ValueError(f"{code[0]} is code, and was not executed; wanted weights and configuration alone")
+            raise ValueError(f"{code[0]} is code, and was not executed; allowed: weights and configuration")
         if name != "scheduler":
             check_weights(folder / name)
 
@@ -60,14 +61,6 @@ def check_weights(folder: Path) -> None:
     pickled = [name for name in names if name.endswith(_PICKLES)]
     if pickled and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
-            f"{folder} holds its weights as {pickled[0]}, a pickle, which may hold code and was not opened; wanted "
+            f"{folder} holds its weights as {pickled[0]}, a pickle, which may hold code and was not opened; expected "
             "safetensors"
         )
-
-
-def _pair(entry: Any) -> Any:
-    return tuple(entry) if isinstance(entry, list) else entry
-
-
-def _strings(pair: tuple[str | None, str | None]) -> tuple[str, str]:
-    return pair[0] or "", pair[1] or ""

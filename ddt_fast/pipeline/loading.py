@@ -1,4 +1,4 @@
-"""How a pipeline comes from files and goes into them."""
+"""How a pipeline is loaded and saved."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddt_fast.files import atomic_folder
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
 from ddt_fast.model.lightning import WeightSet
 from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
-from ddt_fast.pipeline.component import UPLOAD_OPTIONS, require_shard_size, require_variant
+from ddt_fast.pipeline.component import SAVING_OPTIONS, UPLOAD_OPTIONS, check_loading, check_saving
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
@@ -36,7 +36,7 @@ _FETCHED = [
     *(f"{folder}{_WEIGHTS}.{kind}" for folder in ("", "transformer/", "vae/") for kind in ("safetensors", "json")),
 ]
 _DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
-"""By the name that this diffusers takes; older ones pass over the new one."""
+"""What this diffusers calls it; older versions ignore the new name."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OF_MODELS = ("torch_dtype", "dtype", "vae", "id2label", "preset", "weights")
 _OF_PIPELINES = (
@@ -44,7 +44,6 @@ _OF_PIPELINES = (
     *("device_map", "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap"),
     *("quantization_config", "custom_pipeline", "custom_revision", "trust_remote_code", "load_connected_pipeline"),
 )
-_OF_SAVING = ("save_directory", "safe_serialization", "variant", "max_shard_size", "push_to_hub", "license")
 
 
 class SavedPipeline(DiffusionPipeline):
@@ -63,22 +62,20 @@ class SavedPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a local folder or a hub id; what is cached needs no network.
-            kwargs: torch_dtype (default: float32), parts of one's own (transformer, vae, scheduler, id2label),
+            kwargs: torch_dtype (default: float32), parts of your own (transformer, vae, scheduler, id2label),
                 cache_dir, force_download, local_files_only, token, revision, variant, and the others of
                 `DiffusionPipeline.from_pretrained`; for a model folder torch_dtype, vae and id2label.
 
         Raises:
-            ValueError: an argument that there is not, nothing there, parts of other classes, settings that are not
+            ValueError: an unknown argument, nothing there, parts of other classes, settings that are not
                 allowed, weights that are not safetensors or do not fit.
             OSError: files that are missing or cannot be read.
         """
         folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_arguments("from_pretrained", kwargs, list(dict.fromkeys((*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS))))
-        if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
+        check_loading(kwargs)
         if (code := kwargs.pop("custom_pipeline", None)) is not None:
-            raise ValueError(f"custom_pipeline is {code!r}; allowed: none, no code is fetched or run")
-        require_variant(kwargs.get("variant"))
+            raise ValueError(f"custom_pipeline is {code!r}; allowed: None, no code is fetched or run")
         for option in ("torch_dtype", "dtype"):
             given = kwargs.get(option)
             for dtype in given.values() if isinstance(given, Mapping) else [given]:
@@ -134,19 +131,16 @@ class SavedPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: missing or corrupt file, one with more than tensors in it, settings that do not fit it, or an
-                autoencoder that is not to be had.
+                autoencoder that cannot be loaded.
         """
         source = resolve_checkpoint(pretrained_model_link_or_path)
-        experiment = None
-        if isinstance(preset, Experiment):
-            experiment = preset
-        elif has_config(source) or preset is not None:
-            experiment = experiment_of(source, preset)
+        experiment = preset if isinstance(preset, Experiment) else None
+        if experiment is None and (has_config(source) or preset is not None):
+            experiment = experiment_of(source, preset)  # type: ignore[arg-type]
         config = None if experiment is None or has_config(source) else experiment.model
         dtype = dtype or torch_dtype or torch.float32
         model = load_model(source, "cpu", dtype, config, weights)
-        if experiment is None:
-            experiment = _preset_like(model.config)
+        experiment = experiment or _preset_like(model.config)
         data, sampling = experiment.data, experiment.sampling
         if vae is None and data.autoencoder is not None:
             vae = data.autoencoder
@@ -184,57 +178,44 @@ class SavedPipeline(DiffusionPipeline):
             kwargs: repo_id, private, token, commit_message and create_pr of an upload.
 
         Raises:
-            ValueError: an argument that there is not, or the folder holds anything but a pipeline.
+            ValueError: an unknown argument, or the folder holds anything but a pipeline.
             OSError: it cannot be written.
         """
-        require_arguments("save_pretrained", kwargs, (*_OF_SAVING, *UPLOAD_OPTIONS))
-        folder = require_path("save_directory", save_directory)
-        if not safe_serialization:
-            raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
-        require_variant(variant)
-        if max_shard_size is not None:
-            require_shard_size(max_shard_size)
+        options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
+        given = {"safe_serialization": safe_serialization, **options, **kwargs}
+        folder = check_saving(save_directory, given, *SAVING_OPTIONS, "license")
         require_name("license", license, "none, or its identifier on the Hub, such as mit")
         if not self.transformer.is_plain:
-            raise ValueError(
-                "the transformer is adapted or quantised; wanted one whose adapters are merged or unloaded"
-            )
+            raise ValueError("the transformer is adapted or quantised; merge or unload its adapters first")
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
         check_pipeline_replaceable(folder)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
-            super().save_pretrained(str(temporary), variant=variant, max_shard_size=max_shard_size)
+            super().save_pretrained(str(temporary), **options)
             self.provenance.save(temporary)
             write_model_card(temporary, license=license)
         if push_to_hub:
             self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
 
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Upload to the Hub what `save_pretrained` writes, its model card included; kwargs are of `save_pretrained`."""
+    def push_to_hub(self, repo_id: str, commit_message: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Upload to the Hub what `save_pretrained` writes, its model card included.
+
+        Args:
+            repo_id: the repository; created where it is missing.
+            commit_message: of the upload.
+            kwargs: private, token and create_pr of the upload, and those of `save_pretrained`.
+        """
+        upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder, **kwargs)
-            return self._upload(folder, repo_id, commit_message, private, token, create_pr)
+            return self._upload(folder, repo_id, commit_message=commit_message, **upload)
 
     def _upload(
-        self,
-        folder: Path,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
+        self, folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any
     ) -> Any:
         try:
             repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-            return self._upload_folder(folder, repo_id, token=token, commit_message=commit_message, create_pr=create_pr)
+            return self._upload_folder(folder, repo_id, token=token, **options)
         except (ValueError, OSError):
             raise
         except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
@@ -242,18 +223,18 @@ class SavedPipeline(DiffusionPipeline):
 
 
 def _fetch(name: str, options: dict[str, Any]) -> Path:
-    """The local copy of a Hub repository, of the files that are read; from the cache where there is no network."""
-    missing = f"{name} is no local folder"
+    """The local copy of the files of a Hub repository that are read; from the cache where there is no network."""
+    missing = f"{name} is not a local folder"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{missing}, and no hub id such as user/model")
+        raise ValueError(f"{missing}, nor a hub id such as user/model")
     try:
         return Path(snapshot_download(name, allow_patterns=_FETCHED, **options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, TypeError) as error:
-        raise ValueError(f"{missing}, and could not be had from the Hub: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{missing}, and the Hub does not provide it: {str(error).splitlines()[0]}") from error
 
 
 def _preset_like(config: DDTConfig) -> Experiment:
-    """The first preset of this shape, but for the number of classes, as `load_model` settles it."""
+    """The first preset of this shape, whatever its number of classes: `load_model` takes the same one."""
     preset = next(
         preset for preset in PRESETS.values() if replace(preset.model, num_classes=config.num_classes) == config
     )

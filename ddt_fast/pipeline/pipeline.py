@@ -3,8 +3,9 @@
 # Annotations are not deferred here, and __init__'s are of the older kind: diffusers 0.36 reads them as they are.
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, Optional, Self, get_args
+from dataclasses import fields, replace
+from inspect import signature
+from typing import Any, Literal, Optional, Self
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -14,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import decode_latents, pixels_per_latent
-from ddt_fast.checks import require_arguments, require_kind
+from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
-from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
+from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.pipeline.loading import SavedPipeline
@@ -24,9 +25,13 @@ from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
+from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.wording import plural
 
 logger = logging.get_logger(__name__)
+
+# The fields of `SamplingConfig` that a call takes as they are: num_steps goes by diffusers' name.
+_SETTINGS = [setting.name for setting in fields(SamplingConfig) if setting.name != "num_steps"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -71,10 +76,10 @@ class DDTPipeline(SavedPipeline):
         if vae is not None:
             if vae.config["latent_channels"] != config.in_channels:
                 channels = f"{vae.config['latent_channels']} channels, the transformer takes {config.in_channels}"
-                raise ValueError(f"the vae's latents have {channels}; wanted as many")
+                raise ValueError(f"the vae's latents have {channels}; they must match")
             scaling = vae.config["scaling_factor"]
             if not (isinstance(scaling, (int, float)) and 0 < scaling < float("inf")):
-                raise ValueError(f"the vae has scaling_factor {scaling!r}; wanted a positive number")
+                raise ValueError(f"the vae has scaling_factor {scaling!r}; expected a positive number")
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
         if id2label is None:
@@ -135,100 +140,81 @@ class DDTPipeline(SavedPipeline):
         class_labels: ClassLabel | Sequence[ClassLabel] | Tensor,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        refresh_every: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: OutputType = "pil",
-        return_dict: bool = True,
         *,
+        sampling: SamplingConfig | None = None,
         num_images_per_label: int = 1,
         height: int | None = None,
         width: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
-        timeshift: float | None = None,
-        last_step: float | None = None,
-        solver: Solver | None = None,
-        order: int | None = None,
-        diffusion: Diffusion | None = None,
-        diffusion_scale: float | None = None,
-        refresh_steps: Sequence[int] | Literal["dp"] | None = None,
-        num_refreshes: int | None = None,
-        state_forecast: StateForecast | None = None,
-        guidance_every: int | None = None,
-        guidance_forecast: GuidanceForecast | None = None,
-        cuda_graphs: bool | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **settings: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         Args:
             class_labels: a class, or several: labels, 0 to num_classes - 1, or names, as in `pipe.id2label`.
-            num_inference_steps: solver steps, `SamplingConfig.num_steps`.
-            guidance_scale, guidance_interval, refresh_every, timeshift, last_step, solver, order, diffusion,
-                diffusion_scale, refresh_steps, num_refreshes, state_forecast, guidance_every, guidance_forecast,
-                cuda_graphs: as `SamplingConfig`; None for the scheduler's, and last_step 0 for 1 / steps.
+            num_inference_steps, guidance_scale: `SamplingConfig.num_steps` and guidance_scale; see settings.
+            sampling: how to draw; None for the scheduler's settings.
+            num_images_per_label: so many images of each entry of class_labels, one after the other.
+            height, width: of the images in pixels; None for the size the model was trained at.
             generator: one per image, or one that is drawn from for one image after the other; None for torch's own of
                 the CPU. One of the CPU that was seeded gives the image that its seed has everywhere in ddt_fast; one of
                 the pipeline's own device draws there, and gives images of its own.
+            latents: (N, in_channels, h, w) standard normal, to start from in place of the generators' noise.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
                 H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws.
             return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
-            num_images_per_label: so many images of each entry of class_labels, one after the other.
-            height, width: of the images in pixels; None for the size the model was trained at.
-            latents: (N, in_channels, h, w) standard normal, to start from in place of the generators' noise.
             callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), x (N, in_channels,
-                h, w) float32, a copy. A returned {"latents": y} is what the next step goes on from. When it sets
+                h, w) float32, a copy. The next step continues from a returned {"latents": y}. When it sets
                 `pipe._interrupt`, that was the last step.
             callback_on_step_end_tensor_inputs: which tensors it is given: "latents", or none.
+            settings: any other field of `SamplingConfig`, such as refresh_every=2, in place of that in `sampling`; None
+                leaves it, and last_step 0 means 1 / steps.
 
         Raises:
-            ValueError: an unknown or ambiguous class, a setting that is not allowed, sizes that do not fit the model,
-                another number of generators than of images, or generators on a device that is neither the CPU nor the
-                pipeline's.
+            ValueError: an unknown or ambiguous class, an unknown setting or one that is not allowed, sizes that do not
+                fit the model, another number of generators than of images, or generators on a device that is neither
+                the CPU nor the pipeline's.
         """
-        if output_type not in get_args(OutputType):
-            raise ValueError(f"output_type is {output_type!r}; allowed: {', '.join(get_args(OutputType))}")
-        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
-            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
-        if type(num_images_per_label) is not int or num_images_per_label < 1:
-            raise ValueError(f"num_images_per_label is {num_images_per_label!r}; allowed: a whole number, 1 or more")
-        given = {
-            "num_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_interval": guidance_interval,
-            "timeshift": timeshift,
-            "last_step": last_step,
-            "solver": solver,
-            "order": order,
-            "diffusion": diffusion,
-            "diffusion_scale": diffusion_scale,
-            "refresh_every": refresh_every,
-            "refresh_steps": refresh_steps,
-            "num_refreshes": num_refreshes,
-            "state_forecast": state_forecast,
-            "guidance_every": guidance_every,
-            "guidance_forecast": guidance_forecast,
-            "cuda_graphs": (self._cuda_graphs or None) if cuda_graphs is None else cuda_graphs,
-        }
-        config = self._sampling_config({name: value for name, value in given.items() if value is not None})
-        callback = _Callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        wanted = self.get_label_ids(class_labels)  # type: ignore[arg-type]
-        count, shape = len(wanted) * num_images_per_label, self._latent_shape(height, width)
+        self._check_output(output_type)
+        require_int("num_images_per_label", num_images_per_label, 1)
+        config = self._config(sampling, num_inference_steps, {"guidance_scale": guidance_scale, **settings})
+        names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
+        count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
         sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
-        labels = torch.tensor(wanted).repeat_interleave(num_images_per_label)
+        labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
-        noise = normal(shape, generators) if latents is None else self._checked_latents(latents, count, shape)
+        if latents is None:
+            latents = normal(shape, generators)
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
         self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
-        callback.times = torch.tensor([step.t for step in sampler.plan.steps])
         with self.progress_bar(total=self._num_timesteps) as bar:
-            samples = sampler(noise, labels, generators=generators, progress=callback.after(bar.update))
+            progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
+            samples = sampler(latents, labels, generators=generators, progress=progress)
         images = self._finished(samples, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _sampling_config(self, given: dict[str, Any]) -> SamplingConfig:
-        own = self.scheduler.sampling_config
+    def _check_output(self, output_type: str) -> None:
+        require_choice("output_type", output_type, OutputType)
+        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
+            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+
+    def _config(
+        self, sampling: SamplingConfig | None, num_steps: int | None, settings: dict[str, Any]
+    ) -> SamplingConfig:
+        """The settings of a call: `sampling`, or the scheduler's, where a setting is None."""
+        require_arguments("DDTPipeline", settings, [*signature(self.__call__).parameters, *_SETTINGS])
+        own = self.scheduler.sampling_config if sampling is None else sampling
+        require_kind("sampling", own, SamplingConfig)
+        given = {name: value for name, value in {"num_steps": num_steps, **settings}.items() if value is not None}
+        if self._cuda_graphs:
+            given.setdefault("cuda_graphs", True)
         if given.get("last_step") == 0:
             given["last_step"] = None
         if "refresh_steps" in given:
@@ -237,7 +223,7 @@ class DDTPipeline(SavedPipeline):
             given |= {"refresh_steps": None, "num_refreshes": None}
         elif own.refresh_steps not in (None, "dp") and given.get("num_steps", own.num_steps) != own.num_steps:
             steps = f"{own.num_steps} steps, not for {given['num_steps']}"
-            raise ValueError(f"the scheduler's refresh_steps are for {steps}; give refresh_every or refresh_steps")
+            raise ValueError(f"refresh_steps are for {steps}; give refresh_every or refresh_steps")
         return replace(own, **given)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -255,16 +241,10 @@ class DDTPipeline(SavedPipeline):
     def _pixels_per_latent(self) -> int:
         return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
-    def _checked_latents(self, latents: Tensor, count: int, shape: tuple[int, int, int]) -> Tensor:
-        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
-        return latents
-
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler again, with its buffers and graphs, where nothing has changed since; else a new one."""
         if hasattr(self.transformer, "_hf_hook") or hasattr(self.transformer, "_diffusers_hook"):
-            raise ValueError(
-                "the transformer is offloaded, which the sampler does not go through; wanted pipe.to(device)"
-            )
+            raise ValueError("the transformer is offloaded, which the sampler bypasses; call pipe.to(device) instead")
         model, reusable = self._engine_model()
         key = (config, count, height, width)
         if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
@@ -290,6 +270,26 @@ class DDTPipeline(SavedPipeline):
             self._engine = key, model, plain
         return self._engine[1:]
 
+    def _after_step(
+        self, call: StepCallback | None, names: list[str], plan: SamplingPlan, advance: Callable[[], object]
+    ) -> Progress:
+        """diffusers' callback_on_step_end as the engine's `progress`: advance the bar, then hand out the latents and
+        take them back."""
+        times = torch.tensor([step.t for step in plan.steps])
+
+        def progress(done: int, x: Tensor) -> None:
+            advance()
+            returned = call(self, done - 1, times[done - 1], {name: x.clone() for name in names}) if call else None
+            if not (returned is None or isinstance(returned, Mapping)):
+                raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; expected None or a dict")
+            if returned is not None and "latents" in returned:
+                _require_latents("callback_on_step_end returned latents", returned["latents"], tuple(x.shape))
+                x.copy_(returned["latents"])
+            if self._interrupt:
+                raise StopSampling
+
+        return progress
+
     def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return samples
@@ -301,57 +301,27 @@ class DDTPipeline(SavedPipeline):
         return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
 
-class _Callback:
-    """diffusers' callback_on_step_end as the engine's `progress`.
-
-    Raises:
-        ValueError: tensors asked for that there are not.
-    """
-
-    def __init__(self, pipe: DDTPipeline, call: StepCallback | None, tensors: Sequence[str]) -> None:
-        if call is not None and not callable(call):
-            raise ValueError(f"callback_on_step_end is a {type(call).__name__}; wanted a function")
-        self.pipe, self.call, self.times = pipe, call, torch.empty(0)
-        tensors = getattr(call, "tensor_inputs", tensors)
-        if not isinstance(tensors, (list, tuple)):
-            raise ValueError(f"callback_on_step_end_tensor_inputs is {tensors!r}; wanted a list of names")
-        self.tensors = list(tensors)
-        unknown = [name for name in self.tensors if name not in pipe._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; allowed: latents")
-
-    def after(self, advance: Callable[[], object]) -> Progress:
-        """Called after every step: advance the bar, then hand out the latents and take them back."""
-
-        def progress(done: int, x: Tensor) -> None:
-            advance()
-            if self.call is not None:
-                tensors = {name: x.clone() for name in self.tensors}
-                returned = self.call(self.pipe, done - 1, self.times[done - 1], tensors)
-                if returned is not None:
-                    self._take(returned, x)
-            if self.pipe._interrupt:
-                raise StopSampling
-
-        return progress
-
-    @staticmethod
-    def _take(returned: Any, x: Tensor) -> None:
-        if not isinstance(returned, Mapping):
-            raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; wanted None or a dict")
-        latents = returned.get("latents", x)
-        _require_latents("callback_on_step_end returned latents", latents, tuple(x.shape))
-        x.copy_(latents)
+def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
+    """The tensors that a callback_on_step_end is given; ValueError for others than there are, or for no function."""
+    if call is not None and not callable(call):
+        raise ValueError(f"callback_on_step_end is a {type(call).__name__}; expected a function")
+    names = getattr(call, "tensor_inputs", names)
+    if not isinstance(names, (list, tuple)):
+        raise ValueError(f"callback_on_step_end_tensor_inputs is {names!r}; expected a list of names")
+    for name in names:
+        if name not in DDTPipeline._callback_tensor_inputs:
+            raise ValueError(f"callback_on_step_end_tensor_inputs names {name!r}; allowed: latents")
+    return list(names)
 
 
 def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose: str = "") -> None:
     """ValueError unless these are numbers of this shape."""
     if not isinstance(latents, Tensor):
-        raise ValueError(f"{what} a {type(latents).__name__}; wanted a tensor {shape}{purpose}")
+        raise ValueError(f"{what} a {type(latents).__name__}; expected a tensor {shape}{purpose}")
     if latents.shape != shape:
-        raise ValueError(f"{what} {tuple(latents.shape)}; wanted {shape}{purpose}")
+        raise ValueError(f"{what} {tuple(latents.shape)}; expected {shape}{purpose}")
     if not latents.is_floating_point() or latents.layout != torch.strided or latents.is_meta:
-        raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; wanted dense floats")
+        raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; expected dense floats")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -13,11 +13,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ddt_fast.checks import require_arguments, require_path
-from ddt_fast.config import Diffusion, GuidanceForecast, SamplingConfig, Solver, StateForecast
-from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component
+from ddt_fast.checks import require_arguments
+from ddt_fast.config import SamplingConfig
+from ddt_fast.pipeline.component import Component, check_saving, takes_fields_of
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
+
+_SETTINGS = [setting.name for setting in fields(SamplingConfig)]
 
 
 @dataclass
@@ -28,14 +30,15 @@ class DDTSchedulerOutput(BaseOutput):
 
 
 class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
-    """How samples are drawn, unless a call of the pipeline says otherwise; and one step after another for own loops:
+    """How samples are drawn, unless a call of the pipeline says otherwise; and, for loops of your own, one step after
+    another:
 
         scheduler.set_timesteps(50)
         for t in scheduler.timesteps:
             x = scheduler.step(velocity(x, t), t, x).prev_sample
 
-    Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The settings of guidance and of the encoder's
-        refreshes concern the pipeline; `step` is handed a velocity.
+    Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The pipeline reads the settings of guidance and
+        of the encoder's refreshes; `step` takes a velocity.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -45,25 +48,9 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
     init_noise_sigma = 1.0
 
     @register_to_config
-    def __init__(
-        self,
-        num_steps: int = 250,
-        guidance_scale: float = 2.0,
-        guidance_interval: Sequence[float] = (0.3, 1.0),
-        timeshift: float = 1.0,
-        last_step: float | None = 0.04,
-        solver: Solver = "euler",
-        order: int = 2,
-        diffusion: Diffusion = "sigma",
-        diffusion_scale: float = 1.0,
-        refresh_every: int = 1,
-        refresh_steps: Sequence[int] | Literal["dp"] | None = None,
-        num_refreshes: int | None = None,
-        state_forecast: StateForecast = "hold",
-        guidance_every: int = 1,
-        guidance_forecast: GuidanceForecast = "hold",
-        cuda_graphs: bool = False,
-    ) -> None:
+    @takes_fields_of(SamplingConfig)
+    def __init__(self, **settings: Any) -> None:
+        require_arguments(type(self).__name__, settings, _SETTINGS)
         self.timesteps = torch.empty(0)
         self._plan = SamplingPlan((), 0, 0, 0, 0)
         self._index = 0
@@ -79,21 +66,20 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             kwargs: repo_id, private, token, commit_message, create_pr and subfolder of an upload.
 
         Raises:
-            ValueError: an argument that there is not, or a file of that name.
+            ValueError: an unknown argument, or a file of that name.
             OSError: it cannot be written.
         """
-        # diffusers' own push_to_hub hands over safe_serialization, which concerns weights.
-        allowed = ("save_directory", "push_to_hub", *UPLOAD_OPTIONS, "subfolder", "safe_serialization")
-        require_arguments("save_pretrained", kwargs, allowed)
-        folder = require_path("save_directory", save_directory)
+        # diffusers' own push_to_hub passes safe_serialization, which concerns weights.
+        allowed = ("save_directory", "push_to_hub", "subfolder", "safe_serialization")
+        folder = check_saving(save_directory, kwargs, *allowed)
         if folder.is_file():
-            raise ValueError(f"save_directory {folder} is a file; wanted a folder")
+            raise ValueError(f"save_directory {folder} is a file; expected a folder")
         super().save_pretrained(str(folder), push_to_hub, **kwargs)
 
     @property
     def sampling_config(self) -> SamplingConfig:
         """The settings."""
-        return SamplingConfig(**{field.name: self.config[field.name] for field in fields(SamplingConfig)})
+        return SamplingConfig(**{name: self.config[name] for name in _SETTINGS})
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
         """Start a run: `timesteps` become its times, (num_inference_steps,) float32, on the device.
@@ -102,11 +88,11 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             num_inference_steps: None for the scheduler's own number.
             device: None for the CPU.
         """
-        # Of the settings only those of times and solver matter to `step`.
-        own = {name: self.config[name] for name in ("timeshift", "last_step", "solver", "order")}
-        noise = {name: self.config[name] for name in ("diffusion", "diffusion_scale")}
+        # Refreshes may be for another number of steps, and `step` reads neither them nor guidance.
+        names = ("timeshift", "last_step", "solver", "order", "diffusion", "diffusion_scale")
         steps = self.config["num_steps"] if num_inference_steps is None else num_inference_steps
-        self._plan = SamplingPlan.from_config(SamplingConfig(num_steps=steps, **own, **noise))
+        config = SamplingConfig(num_steps=steps, **{name: self.config[name] for name in names})
+        self._plan = SamplingPlan.from_config(config)
         self.timesteps = torch.tensor([step.t for step in self._plan.steps], device=device)
         self._index, self._velocities = 0, []
 
@@ -125,7 +111,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         """From x at this time to x at the next.
 
         Args:
-            model_output: (B, ...) velocity at (sample, timestep), guided where guidance is wanted.
+            model_output: (B, ...) velocity at (sample, timestep), guided where you guide.
             timestep: the next one of `timesteps`; steps are taken in their order.
             sample: (B, ...) x.
             generator: of the "sde" solver, one or one a sample, on the CPU or on the sample's device; None for torch's
@@ -161,8 +147,8 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
 def per_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
 ) -> list[torch.Generator]:
-    """One generator a sample. One for all of them is drawn from for one sample after the other, so that the first
-    sample is the same whatever their number; None is torch's default generator of the CPU.
+    """One generator a sample. A single one is drawn from for one sample after the other, so that the first sample is
+    the same whatever their number; None is torch's default generator of the CPU.
 
     Args:
         generator: on the CPU, or on the device.
@@ -170,25 +156,21 @@ def per_sample(
         device: where samples are drawn.
 
     Raises:
-        ValueError: another number of generators, or generators elsewhere or here and there.
+        ValueError: another number of generators, generators on other devices, or not all on one.
     """
     if generator is None:
         generator = torch.default_generator
-    if not isinstance(generator, (torch.Generator, list, tuple)):
-        raise ValueError(f"generator is a {type(generator).__name__}; wanted torch.Generator, or a list of them")
-    generators = [generator] * count if isinstance(generator, torch.Generator) else list(generator)
+    generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
     for one in generators:
         if not isinstance(one, torch.Generator):
-            raise ValueError(f"generator is a {type(one).__name__}; wanted torch.Generator, one or one per image")
+            raise ValueError(f"generator is a {type(one).__name__}; expected torch.Generator, or a list of them")
         if one.device.type != "cpu" and one.device != device:
             own = "" if device.type == "cpu" else f", or one on {device}, where samples are drawn"
-            raise ValueError(
-                f"generator is on {one.device}; wanted torch.Generator('cpu'), whose noise is the same on every "
-                f"machine{own}"
-            )
+            cpu = "torch.Generator('cpu'), whose noise is the same on every machine"
+            raise ValueError(f"generator is on {one.device}; expected {cpu}{own}")
     if len(generators) != count:
-        raise ValueError(f"{len(generators)} generators for {count} images; wanted one, or one per image")
+        raise ValueError(f"{len(generators)} generators for {count} images; expected one, or one per image")
     places = sorted({str(one.device) for one in generators})
     if len(places) > 1:
-        raise ValueError(f"generators are on {' and '.join(places)}; wanted all on one device")
+        raise ValueError(f"generators are on {' and '.join(places)}; expected all on one device")
     return generators

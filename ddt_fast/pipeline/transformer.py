@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
@@ -16,18 +16,13 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from ddt_fast.autoencoder import default_dtype_kept
-from ddt_fast.checks import require_arguments, require_path
+from ddt_fast.checks import require_path
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
 from ddt_fast.files import read_json
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import CONFIG_NAME, build_model, read_folder
-from ddt_fast.pipeline.component import UPLOAD_OPTIONS, Component, require_shard_size, require_variant
+from ddt_fast.pipeline.component import SAVING_OPTIONS, Component, check_loading, check_saving
 from ddt_fast.pipeline.folder import check_weights
-
-_OF_SAVING = (
-    *("save_directory", "is_main_process", "save_function", "safe_serialization", "variant", "max_shard_size"),
-    "push_to_hub",
-)
 
 
 class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: ignore[misc]
@@ -80,16 +75,14 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
                 or a hub id.
 
         Raises:
-            ValueError: an argument that there is not, no safetensors there, weights that do not fit config.json, or a
+            ValueError: an unknown argument, no safetensors there, weights that do not fit config.json, or a
                 corrupt one.
             OSError: nothing there.
         """
         name = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
-        if kwargs.pop("use_safetensors", True) is False:
-            raise ValueError("use_safetensors is False; allowed: True, weights that are pickled may hold code")
-        require_variant(kwargs.get("variant"))
-        with_info = kwargs.pop("output_loading_info", False)
+        check_loading(kwargs)
         kwargs.setdefault("low_cpu_mem_usage", is_accelerate_available())
+        with_info = kwargs.pop("output_loading_info", False)
         folder = Path(name, kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_weights(folder)
@@ -101,62 +94,51 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         except TypeError as error:  # config.json lacks an argument of __init__
             raise ValueError(f"{folder}: config.json is not a valid configuration: {error}") from error
         except RuntimeError as error:
-            # How torch refuses weights of other shapes; diffusers itself looks at shapes where it has accelerate.
+            # How torch refuses weights of other shapes; diffusers itself compares shapes only where it has accelerate.
             if "size mismatch" not in str(error):
                 raise
             first = str(error).splitlines()[1].strip()
             raise ValueError(f"{folder}: weights and config.json disagree: {first}") from error
         model, info = loaded
-        # diffusers warns only, and leaves what is missing as memory happened to be.
+        # diffusers only warns, and leaves missing weights uninitialised.
         wrong = [f"{len(names)} {kind} (such as {sorted(names)[0]})" for kind, names in info.items() if names]
         if wrong:
             raise ValueError(f"{folder}: weights and config.json disagree: {', '.join(wrong)}")
         return (model, info) if with_info else model
 
-    # diffusers' pipelines look which of its arguments a method has.
+    # diffusers' pipelines look in this signature for the arguments to pass.
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | PathLike[Any],
-        is_main_process: bool = True,
-        save_function: Callable[..., Any] | None = None,
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
-        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
         """As diffusers' `ModelMixin.save_pretrained`: config.json and safetensors, which `load_model` reads.
 
         Args:
             save_directory: the folder.
-            is_main_process, save_function: as in diffusers.
             safe_serialization: True; pickles are not written.
             variant: of the weights' file names, such as "fp16".
             max_shard_size: weights above it are split.
-            push_to_hub: upload it, too.
-            kwargs: repo_id, private, token, commit_message and create_pr of an upload.
+            kwargs: is_main_process and save_function as in diffusers; push_to_hub, to upload it too, with repo_id,
+                private, token, commit_message and create_pr.
 
         Raises:
-            ValueError: an argument that there is not, or a file of that name.
+            ValueError: an unknown argument, or a file of that name.
             OSError: it cannot be written.
         """
-        require_arguments("save_pretrained", kwargs, (*_OF_SAVING, *UPLOAD_OPTIONS))
-        folder = require_path("save_directory", save_directory)
-        if not safe_serialization:
-            raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
-        require_variant(variant)
-        require_shard_size(max_shard_size)
+        options: dict[str, Any] = {
+            "safe_serialization": safe_serialization,
+            "variant": variant,
+            "max_shard_size": max_shard_size,
+        }
+        allowed = (*SAVING_OPTIONS, "is_main_process", "save_function")
+        folder = check_saving(save_directory, {**options, **kwargs}, *allowed)
         if folder.is_file():
-            raise ValueError(f"save_directory {folder} is a file; wanted a folder")
-        super().save_pretrained(
-            str(folder),
-            is_main_process=is_main_process,
-            save_function=save_function,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            push_to_hub=push_to_hub,
-            **kwargs,
-        )
+            raise ValueError(f"save_directory {folder} is a file; expected a folder")
+        super().save_pretrained(str(folder), **options, **kwargs)
 
     @property
     def ddt_config(self) -> DDTConfig:
@@ -188,15 +170,15 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
 
 
 def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
-    """ValueError unless the weights in a folder are of its settings, before a model of a wrong one's size is made.
+    """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made.
 
     Args:
         folder: of config.json and safetensors.
-        given: arguments of `from_pretrained`: settings that go before those in the folder, and the variant.
+        given: arguments of `from_pretrained`: settings that override those in the folder, and the variant.
     """
     entries = {**read_json(folder / CONFIG_NAME), **given}
     if entries.get("quantization_config") and not given.get("quantization_config"):
-        raise ValueError(f"{folder / CONFIG_NAME}: quantization_config is set; wanted weights that are not quantised")
+        raise ValueError(f"{folder / CONFIG_NAME}: quantization_config is set; expected weights that are not quantised")
     if missing := [field.name for field in fields(DDTConfig) if field.name not in entries]:
         raise ValueError(f"{folder / CONFIG_NAME} is not a valid configuration: it lacks {', '.join(missing)}")
     settings_of({"data": None, "sampling": None, **entries})

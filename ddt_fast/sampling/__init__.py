@@ -1,4 +1,5 @@
-"""Sampling: settings become a plan, the engine executes it."""
+"""Sampling: settings become a plan (`plan`), the engine executes it (`engine`); `refresh` finds the best steps at which
+to refresh the encoder."""
 
 from ddt_fast.sampling.engine import Sampler, sample
 from ddt_fast.sampling.plan import SamplingPlan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -64,11 +65,7 @@ class Buffers:
         self.noise = zeros(*shape) if stochastic else None
         self.rotary = model.rotary(self.x)
 
-        self.encoding_steps = [
-            i
-            for i, step in enumerate(plan.steps)
-            if step.cond.encode or (step.uncond is not None and step.uncond.encode)
-        ]
+        self.encoding_steps = [i for i, step in enumerate(plan.steps) if any(b.encode for b in step.branches)]
         self._encoding_steps = torch.tensor(self.encoding_steps, device=device)
         self.uses_null = any(step.uncond is not None for step in plan.steps)
         self.t_embeddings = zeros(len(plan.steps), config.hidden_size, like=dtype)
@@ -158,21 +155,17 @@ def fitting_batch_size(
     Raises:
         ValueError: not even one sample fits.
     """
-    low, high = 0, batch_size
-    while low < high:
-        middle = (low + high + 1) // 2
-        if needed_bytes(plan, model, middle, height, width) <= memory_budget:
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+    fitting = bisect_right(
+        range(1, batch_size + 1), memory_budget, key=lambda count: needed_bytes(plan, model, count, height, width)
+    )
+    if fitting == 0:
         needed = needed_bytes(plan, model, 1, height, width)
         advice = "; a forecast of fewer states keeps less" if plan.state_history > 1 else ""
         raise ValueError(
             f"one {height}x{width} sample keeps {format_bytes(needed)} between steps, {owner} "
             f"{format_bytes(memory_budget)}{advice}"
         )
-    return low
+    return fitting
 
 
 def check_memory(

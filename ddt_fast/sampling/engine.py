@@ -14,7 +14,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from ddt_fast.checks import require_kind
+from ddt_fast.checks import require, require_int, require_kind
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.base import patchify
@@ -51,11 +51,11 @@ def sample(
         noise: (B, in_channels, height, width), standard normal.
         labels: (B,) int64, 0 to num_classes - 1.
         config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
-            `sharing.resolve_refresh_steps` keeps what it found.
+            `refresh.resolve_refresh_steps` keeps what it found.
         generators: one a sample, all on the CPU or all on the model's device, from which the "sde" solver draws; unused
             by the other solvers.
         progress: called after every step with the number of steps done and the current x (B, ..) float32, which the
-            next step reads and overwrites: copy what is to be kept; what is written to it the run goes on from. It may
+            next step reads and overwrites: copy what you keep; the run continues from what you write to it. It may
             raise `StopSampling`.
 
     Returns:
@@ -63,7 +63,7 @@ def sample(
 
     Raises:
         ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample, or more to keep
-            between steps than there is memory.
+            between steps than fits in memory.
     """
     _check_noise(model, noise)
     sampler = Sampler(model, config, *noise.shape[:1], *noise.shape[2:])
@@ -84,8 +84,8 @@ class Sampler:
 
     Attributes:
         plan: what is executed.
-        engine: how, in a few words.
-        capture_seconds: what capturing the graphs took; 0 without graphs.
+        engine: how it runs, in a few words.
+        capture_seconds: time that capturing the graphs took; 0 without graphs.
 
     Raises:
         ValueError: sizes that do not fit the model, or a plan that keeps more than the budget or the device holds.
@@ -102,17 +102,16 @@ class Sampler:
         memory_budget: int | None = None,
         compile_model: bool = False,
     ) -> None:
-        if not (type(batch_size) is int and batch_size >= 1):
-            raise ValueError(f"batch_size is {batch_size}; allowed: a whole number, 1 or more")
-        if not (memory_budget is None or type(memory_budget) is int):
-            raise ValueError(f"memory_budget is {memory_budget!r}; allowed: a whole number of bytes, or None")
+        require_int("batch_size", batch_size, 1)
+        whole = memory_budget is None or type(memory_budget) is int
+        require(whole, "memory_budget", memory_budget, "a whole number of bytes, or None")
         require_kind("config", config, SamplingConfig)
         model.config.num_tokens(height, width)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.model = model
         if compile_model and not isinstance(model, FusedDDT):
-            raise ValueError("compile_model is for FusedDDT; wanted FusedDDT.from_reference(model)")
+            raise ValueError("compile_model needs a FusedDDT; pass FusedDDT.from_reference(model)")
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
         if compile_model and isinstance(model, FusedDDT):
             model.compile_parts()  # after refresh steps, which may be measured at another batch size
@@ -147,40 +146,34 @@ class Sampler:
         progress: Progress | None = None,
     ) -> Tensor:
         """As `sample`, for up to batch_size samples of this sampler's height and width; ValueError for others."""
-        with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
-            return self._run(noise, labels, generators, progress)
-
-    def _run(
-        self,
-        noise: Tensor,
-        labels: Tensor,
-        generators: Sequence[torch.Generator] | None,
-        progress: Progress | None,
-    ) -> Tensor:
         self._check_inputs(noise, labels, generators)
         count = noise.shape[0]
-        missing = self.batch_size - count if self.fixed_shape else 0
-        if not self.fixed_shape and count != self.buffers.batch_size:
-            del self.buffers  # before the new ones take memory
-            self.buffers = self._make_buffers(count)
-        if missing:
-            # Repeated, not zero, so that nothing in the batch is out of the ordinary.
-            noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
-            labels = torch.cat([labels, labels[:1].expand(missing)])
-        self.buffers.start(noise, labels)
-        with suppress(StopSampling):
-            for i, kind in enumerate(self.kinds):
-                self.buffers.prepare_conditions(i)
-                if self.buffers.noise is not None:
-                    assert generators is not None
-                    drawn = normal(noise.shape[1:], generators)
-                    # From page-locked memory the copy waits in the device's queue, and the host does not.
-                    drawn = drawn.pin_memory() if (drawn.device.type, self.device.type) == ("cpu", "cuda") else drawn
-                    self.buffers.noise[:count].copy_(drawn, non_blocking=True)
-                self._execute(kind)
-                if progress is not None:
-                    progress(i + 1, self.buffers.x[:count])
+        with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
+            if not self.fixed_shape and count != self.buffers.batch_size:
+                del self.buffers  # before the new ones take memory
+                self.buffers = self._make_buffers(count)
+            if missing := self.buffers.batch_size - count:
+                # The first sample again, not zeros: nothing in the batch is out of the ordinary.
+                noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
+                labels = torch.cat([labels, labels[:1].expand(missing)])
+            self.buffers.start(noise, labels)
+            with suppress(StopSampling):
+                for i, kind in enumerate(self.kinds):
+                    self.buffers.prepare_conditions(i)
+                    if self.buffers.noise is not None and generators is not None:
+                        self._draw_noise(self.buffers.noise[:count], generators)
+                    self._execute(kind)
+                    if progress is not None:
+                        progress(i + 1, self.buffers.x[:count])
         return self.buffers.x[:count].clone()
+
+    @staticmethod
+    def _draw_noise(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
+        drawn = normal(noise.shape[1:], generators)
+        if noise.is_cuda and not drawn.is_cuda:
+            # From page-locked memory the copy waits in the device's queue, and the host does not.
+            drawn = drawn.pin_memory()
+        noise.copy_(drawn, non_blocking=True)
 
     def _make_buffers(self, batch_size: int) -> Buffers:
         # A tensor made in inference mode could not be written outside of it, at a later call.
@@ -231,21 +224,20 @@ class Sampler:
 
     def _check_inputs(self, noise: Tensor, labels: Tensor, generators: Sequence[torch.Generator] | None) -> None:
         _check_noise(self.model, noise)
-        classes = self.model.config.num_classes
-        if noise.shape[0] > self.batch_size or tuple(noise.shape[2:]) != self.image_size:
-            wanted = (
-                f"up to {self.batch_size} samples of {self.image_size[0]}x{self.image_size[1]}, this sampler's shape"
-            )
-            raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted {wanted}")
+        count, classes = len(noise), self.model.config.num_classes
+        if count > self.batch_size or tuple(noise.shape[2:]) != self.image_size:
+            height, width = self.image_size
+            shape = f"up to {self.batch_size} samples of {height}x{width}, this sampler's shape"
+            raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
         if not isinstance(labels, Tensor):
-            raise ValueError(f"labels are a {type(labels).__name__}; wanted a tensor, ({noise.shape[0]},) torch.int64")
-        if labels.shape != noise.shape[:1] or labels.dtype != torch.int64:
-            raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; wanted ({noise.shape[0]},) torch.int64")
+            raise ValueError(f"labels are a {type(labels).__name__}; expected a tensor, ({count},) torch.int64")
+        if labels.shape != (count,) or labels.dtype != torch.int64:
+            raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected ({count},) torch.int64")
         if labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"labels run from {labels.min()} to {labels.max()}; allowed: 0 to {classes - 1}")
-        if self.buffers.noise is not None and (generators is None or len(generators) != noise.shape[0]):
-            count = 0 if generators is None else len(generators)
-            raise ValueError(f"the sde solver has {count} generators for {noise.shape[0]} samples; wanted one each")
+        given = 0 if generators is None else len(generators)
+        if self.buffers.noise is not None and given != count:
+            raise ValueError(f"the sde solver has {given} generators for {count} samples; expected one each")
 
 
 def _single(velocity: Tensor) -> Tensor:
@@ -253,10 +245,10 @@ def _single(velocity: Tensor) -> Tensor:
 
 
 def _check_noise(model: DDT | FusedDDT, noise: Tensor) -> None:
-    channels = model.config.in_channels
+    shape = f"(B, {model.config.in_channels}, height, width)"
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         given = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
-        raise ValueError(f"noise is {given}; wanted a tensor of floats, (B, {channels}, height, width)")
-    if noise.ndim != 4 or noise.shape[0] < 1 or noise.shape[1] != channels:
-        raise ValueError(f"noise has shape {tuple(noise.shape)}; wanted (B, {channels}, height, width), B 1 or more")
+        raise ValueError(f"noise is {given}; expected a tensor of floats, {shape}")
+    if noise.ndim != 4 or noise.shape[0] < 1 or noise.shape[1] != model.config.in_channels:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}, B 1 or more")
     model.config.num_tokens(*noise.shape[2:])

@@ -14,7 +14,7 @@ class CapturedSteps:
     """One graph for every kind of step; calling with a kind replays its graph on the current stream.
 
     All graphs share one memory pool: no tensor made inside a step is read after it, so each may overwrite what another
-    left there, in whatever order they are replayed.
+    left there, in any order of replays.
 
     Args:
         advance: runs a step of the given kind, on buffers that stay where they are.
@@ -23,7 +23,7 @@ class CapturedSteps:
         device: the CUDA device.
 
     Attributes:
-        seconds: what warming up and capturing took.
+        seconds: time that warming up and capturing took.
     """
 
     def __init__(

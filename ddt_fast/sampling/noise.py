@@ -1,4 +1,4 @@
-"""One seed, one image: which noise belongs to a sample, whatever the batch or the machine."""
+"""One seed, one image: the noise of a sample is the same in any batch and on any machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """The starting noise of each seed, and its generator for whatever a stochastic solver draws later.
+    """The starting noise of each seed, and its generator, from which a stochastic solver draws later.
 
     Args:
         seeds: one per sample.
@@ -23,6 +23,6 @@ def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, li
 
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise, (len(generators), *shape) float32, each sample from its own generator, on whose device all
-    are."""
+    """Standard normal noise, (len(generators), *shape) float32, each sample from its own generator; they are on one
+    device, and so is the noise."""
     return torch.stack([torch.randn(tuple(shape), generator=one, device=one.device) for one in generators])

@@ -6,8 +6,8 @@ visible, countable and testable here:
 
 - the unconditional branch is evaluated only where guidance reads it: inside the interval, for a scale other than 1;
 - the encoder runs only at refreshes, and for the unconditional branch only in segments with a guided step (such a
-  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, for a forecast
-  that is to begin there, in the one or two before;
+  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, where a
+  forecast begins there, in the one or two before;
 - between refreshes the decoder's modulations, affine in the state, are kept: no step recomputes them.
 
 Where both branches are refreshed together (guidance_every 1) they read their states by the same weights; an
@@ -34,12 +34,12 @@ from ddt_fast.sampling.solvers import (
     linear_multistep,
 )
 
-_STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
+STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
 
 
 @dataclass(frozen=True)
 class BranchStep:
-    """What one branch, conditional or unconditional, does in a step.
+    """What a branch, conditional or unconditional, does in a step.
 
     Attributes:
         encode: run the encoder at this step's (x, t); its state becomes the newest cached one.
@@ -76,6 +76,11 @@ class PlanStep:
     def guided(self) -> bool:
         return bool(self.difference_weights)
 
+    @property
+    def branches(self) -> list[BranchStep]:
+        """The branches that are not idle."""
+        return [self.cond] if self.uncond is None else [self.cond, self.uncond]
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -99,7 +104,7 @@ class SamplingPlan:
     @classmethod
     def from_config(cls, config: SamplingConfig) -> SamplingPlan:
         """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
-        resolve first (`sharing.resolve_refresh_steps`)."""
+        resolve first (`refresh.resolve_refresh_steps`)."""
         if config.refresh_steps == "dp":
             raise ValueError(
                 'refresh_steps is "dp"; resolve_refresh_steps(model, config, ...) turns it into step numbers'
@@ -107,7 +112,8 @@ class SamplingPlan:
         times = timesteps(config.num_steps, config.last_step, config.timeshift)
         refreshes = config.refresh_steps or tuple(range(0, config.num_steps, config.refresh_every))
         guided = [_is_guided(config, t) for t in times[:-1]]
-        cond = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
+        decoding = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
+        cond = [branch for branch in decoding if branch is not None]
         if config.guidance_every == 1:
             uncond = _branch(times, guided, refreshes, config.state_forecast, warm_up=True)
             differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
@@ -123,14 +129,14 @@ class SamplingPlan:
             PlanStep(
                 t=times[i],
                 coefficients=solver[i],
-                cond=_always(cond[i]),
+                cond=cond[i],
                 uncond=uncond[i],
                 guidance_scale=config.guidance_scale if guided[i] else 1.0,
                 difference_weights=differences[i],
             )
             for i in range(config.num_steps)
         )
-        branches = [branch for step in steps for branch in (step.cond, step.uncond) if branch is not None]
+        branches = [branch for step in steps for branch in step.branches]
         return cls(
             steps=steps,
             state_history=max(len(branch.state_weights) for branch in branches),
@@ -142,12 +148,12 @@ class SamplingPlan:
     @property
     def network_evaluations(self) -> int:
         """Velocities computed per image (NFE): decoder runs of both branches."""
-        return sum(step.cond.decode + (step.uncond is not None and step.uncond.decode) for step in self.steps)
+        return sum(branch.decode for step in self.steps for branch in step.branches)
 
     @property
     def encoder_evaluations(self) -> int:
         """Encoder runs per image, both branches."""
-        return sum(step.cond.encode + (step.uncond is not None and step.uncond.encode) for step in self.steps)
+        return sum(branch.encode for step in self.steps for branch in step.branches)
 
     def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
         """Bytes per image of the decoder modulations that are kept between steps, and the most there ever are."""
@@ -158,11 +164,6 @@ class SamplingPlan:
         """Matrix-multiplication FLOPs per image (1 multiply-add = 2); height and width of what the model sees."""
         cost = model_flops(model, height, width)
         return self.encoder_evaluations * (cost.encoder + cost.modulations) + self.network_evaluations * cost.decoder
-
-
-def _always(branch: BranchStep | None) -> BranchStep:
-    assert branch is not None, "the conditional branch decodes at every step"
-    return branch
 
 
 def _is_guided(config: SamplingConfig, t: float) -> bool:
@@ -190,18 +191,18 @@ def _every(active: list[bool], period: int) -> list[bool]:
 
 
 def _forecast(
-    times: tuple[float, ...], wanted: list[bool], measured: list[bool], history: int
+    times: tuple[float, ...], needed: list[bool], measured: list[bool], history: int
 ) -> list[tuple[float, ...]]:
-    """For every wanted step, the weights of the last `history` measured values, newest first; () elsewhere.
+    """For every needed step, the weights of the last `history` measured values, newest first; () elsewhere.
 
-    A step that measures takes its own value; until there are enough values, the order is what they allow.
+    A step that measures takes its own value; until there are enough values, the order is lower.
     """
     weights: list[tuple[float, ...]] = []
     nodes: list[float] = []
-    for t, is_wanted, is_measured in zip(times, wanted, measured, strict=False):
+    for t, is_needed, is_measured in zip(times, needed, measured, strict=False):
         if is_measured:
             nodes = [t, *nodes][:history]
-        weights.append(((1.0,) if is_measured else lagrange_weights(nodes, t)) if is_wanted else ())
+        weights.append(((1.0,) if is_measured else lagrange_weights(nodes, t)) if is_needed else ())
     return weights
 
 
@@ -214,7 +215,7 @@ def _branch(
 ) -> list[BranchStep | None]:
     """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes;
     with warm_up also in as many before the first of them as its forecast reads states of."""
-    history = _STATES_IN_FORECAST[forecast]
+    history = STATES_IN_FORECAST[forecast]
     needed = [any(decoded[start:end]) for start, end in pairwise([*refreshes, len(decoded)])]
     extrapolates = history > 1 and any(decoded[i] for i in range(len(decoded)) if i not in refreshes)
     if warm_up and extrapolates and True in needed:

@@ -11,7 +11,7 @@ def timesteps(num_steps: int, last_step: float | None = None, timeshift: float =
     """The num_steps + 1 times of a run; step i goes from times[i] to times[i + 1].
 
     linspace(0, 1 - last_step, num_steps) and 1, shifted by t / (t + (1 - t) timeshift). Computed in float32, as the
-    released sampler does: whether a step lies inside a guidance interval is decided on these very numbers.
+    released sampler does: whether a step lies inside a guidance interval depends on exactly these numbers.
 
     Args:
         num_steps: solver steps.

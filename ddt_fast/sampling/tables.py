@@ -1,6 +1,6 @@
 """A plan as the engine runs it: what a step does, and what it reads.
 
-What a step *does* is a `StepKind`, of which a plan has few: an executor may capture one CUDA graph a kind. What a step
+What a step *does* is a `StepKind`, of which a plan has few: each may be captured as one CUDA graph. What a step
 *reads*, its time, its coefficients, its weights, is a row of a table, found by a step counter that lives with the
 tables on the device: no kernel launch depends on the step.
 """
@@ -8,11 +8,12 @@ tables on the device: no kernel launch depends on the step.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ddt_fast.sampling.plan import PlanStep, SamplingPlan
+from ddt_fast.sampling.plan import SamplingPlan
 from ddt_kernels import guided_step_coefficients
 
 
@@ -39,10 +40,6 @@ class StepKind:
     fresh_uncond: bool
     guided: bool
 
-    @property
-    def evaluates_uncond(self) -> bool:
-        return self.decode == 2 or self.fresh_uncond
-
 
 @dataclass
 class StepTables:
@@ -62,19 +59,17 @@ class StepTables:
 def step_kinds(plan: SamplingPlan) -> list[StepKind]:
     """The kind of every step of a plan."""
     kinds = []
-    refreshes = 0
-    for step in plan.steps:
-        refreshes += step.cond.encode
-        uncond = step.uncond
+    for step, newest in zip(plan.steps, _newest_slots(plan), strict=True):
+        cond, uncond = step.cond, step.uncond
         together = plan.cached_branches == 2 and uncond is not None
-        forecast = len(step.cond.state_weights) > 1
-        if together:
-            _check_together(step)
-        encodes = 0 if not step.cond.encode else 2 if together else 1
+        if together and uncond is not None:  # a plan that refreshes both branches together says the same of both
+            assert uncond.encode == cond.encode
+            assert not uncond.decode or uncond.state_weights == cond.state_weights
+        forecast = len(cond.state_weights) > 1
         kinds.append(
             StepKind(
-                encode=encodes,
-                slot=0 if forecast else (refreshes - 1) % plan.state_history,
+                encode=cond.encode * (1 + together),
+                slot=0 if forecast else newest,
                 decode=2 if together and uncond is not None and uncond.decode else 1,
                 forecast=forecast,
                 fresh_uncond=uncond is not None and not together,
@@ -84,32 +79,29 @@ def step_kinds(plan: SamplingPlan) -> list[StepKind]:
     return kinds
 
 
-def _check_together(step: PlanStep) -> None:
-    """The two branches agree in what they share: a plan that refreshes them together says the same of both."""
-    assert step.uncond is not None
-    assert step.uncond.encode == step.cond.encode
-    assert not step.uncond.decode or step.uncond.state_weights == step.cond.state_weights
-
-
 def step_tables(plan: SamplingPlan, device: torch.device) -> StepTables:
     """The tables of a plan, on `device`."""
-    coefficients, slot_weights = [], []
-    refreshes = 0
-    for step in plan.steps:
-        refreshes += step.cond.encode
-        solver = step.coefficients
-        differences = [(step.guidance_scale - 1) * weight for weight in step.difference_weights]
-        coefficients.append(
-            guided_step_coefficients(
-                solver.velocity_coefficients, differences, solver.x_coefficient, solver.noise_coefficient
-            )
-        )
-        weights = [0.0] * plan.state_history
+    slot_weights = torch.zeros(len(plan.steps), plan.state_history)
+    for row, step, newest in zip(slot_weights, plan.steps, _newest_slots(plan), strict=True):
         for age, weight in enumerate(step.cond.state_weights):
-            weights[(refreshes - 1 - age) % plan.state_history] = weight
-        slot_weights.append(weights)
+            row[(newest - age) % plan.state_history] = weight
+    coefficients = [
+        guided_step_coefficients(
+            step.coefficients.velocity_coefficients,
+            [(step.guidance_scale - 1) * weight for weight in step.difference_weights],
+            step.coefficients.x_coefficient,
+            step.coefficients.noise_coefficient,
+        )
+        for step in plan.steps
+    ]
     return StepTables(
         times=torch.tensor([step.t for step in plan.steps], device=device),
         coefficients=torch.tensor(coefficients, dtype=torch.float32, device=device),
-        slot_weights=torch.tensor(slot_weights, dtype=torch.float32, device=device),
+        slot_weights=slot_weights.to(device),
     )
+
+
+def _newest_slots(plan: SamplingPlan) -> list[int]:
+    """For every step, the slot of the newest modulations: refreshes take the slots in turn."""
+    refreshes = accumulate(step.cond.encode for step in plan.steps)
+    return [(count - 1) % plan.state_history for count in refreshes]

@@ -313,7 +313,7 @@ def test_a_malformed_file_is_one_line(place, value, message, tmp_path, capsys):
 def test_other_mistakes_are_one_line(checkout, tmp_path, capsys):
     assert "No such file" in refused(capsys, str(tmp_path / "absent.json"))
     (tmp_path / "text.json").write_text("{")
-    assert "is no valid JSON" in refused(capsys, str(tmp_path / "text.json"))
+    assert "is not valid JSON" in refused(capsys, str(tmp_path / "text.json"))
     assert "--check writes nothing" in refused(capsys, "--check", "--write-readme")
     content = made.pareto()
     content["recommended"][0]["point"] = 2

@@ -31,7 +31,7 @@ from demo_server import drawing_threads, free_port, served, wait_until  # noqa: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint", "nowhere"], "nowhere is no local folder"),
+        (["--checkpoint", "nowhere"], "nowhere is not a local folder"),
         (["--checkpoint", "digits"], "--checkpoint names digits twice"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--host", "no such host"], "no such host"),

@@ -95,7 +95,7 @@ def test_folders_of_the_user_are_never_replaced(tmp_path):
     assert (tmp_path / "images" / "mine.txt").read_text() == "precious"
     (tmp_path / "link").symlink_to(tmp_path / "images")
     for name in ("link", "images/mine.txt"):
-        with pytest.raises(ValueError, match="exists and is no folder"):
+        with pytest.raises(ValueError, match="exists and is not a folder"):
             check_replaceable(tmp_path / name, ".*")
     with atomic_folder(tmp_path / "images", r".*\.txt") as temporary:
         (temporary / "new.txt").touch()

@@ -53,7 +53,7 @@ def captured_on_cpu(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> Captur
 @pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
 @pytest.mark.parametrize("name", PLANS)
 def test_replayed_graphs_equal_eager_steps(name, kind, monkeypatch):
-    config = SamplingConfig(num_steps=14, last_step=None, **PLANS[name])
+    config = SamplingConfig(num_steps=11, last_step=None, **PLANS[name])
     model = model_on("cpu", kind)
     eager, graphs = (Sampler(model, config, 3, 8, 8) for _ in range(2))
     captured = captured_on_cpu(graphs, monkeypatch)
@@ -129,7 +129,7 @@ def test_recorded_graphs_notice_what_real_ones_would():
 @pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
 @pytest.mark.parametrize("name", PLANS)
 def test_cuda_graphs_equal_the_eager_result(name, kind, dtype):
-    settings = {"num_steps": 14, "last_step": None, **PLANS[name]}
+    settings = {"num_steps": 11, "last_step": None, **PLANS[name]}
     model = model_on("cuda", kind).to(dtype)
     noise, generators = seeded_noise(range(3), (4, 8, 8))
     labels = torch.tensor([1, 2, 3])

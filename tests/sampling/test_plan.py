@@ -44,37 +44,30 @@ def test_no_guidance_means_no_unconditional_branch():
     assert unguided.difference_history == 0
 
 
-def test_interval_bounds_are_strict_in_float32():
-    bounds = plan(num_steps=11, last_step=None, guidance_interval=(0.3, 0.6), guidance_scale=2.0)
-    # linspace(0, 10/11, 11) is i / 11: 0.3 < i / 11 < 0.6.
-    assert [i for i, step in enumerate(bounds.steps) if step.guided] == [4, 5, 6]
-    on_bound = plan(num_steps=10, last_step=0.1, guidance_interval=(0.3, 0.6))
-    times = [step.t for step in on_bound.steps]
-    assert [i for i, step in enumerate(on_bound.steps) if step.guided] == [4, 5]
-    assert times[3] == pytest.approx(0.3)
+# The bounds of an interval are strict, in float32: linspace(0, 10/11, 11) is i / 11, and 0.3 < i / 11 < 0.6.
+INSIDE = {"num_steps": 11, "last_step": None, "guidance_interval": (0.3, 0.6)}
+ON_BOUNDS = {"num_steps": 10, "last_step": 0.1, "guidance_interval": (0.3, 0.6)}
+BEGINS_UNGUIDED = {"num_steps": 10, "last_step": 0.1, "refresh_every": 5, "guidance_interval": (0.25, 1.0)}
+SEGMENTS_UNGUIDED = {"num_steps": 12, "last_step": 1 / 12, "refresh_every": 3, "guidance_interval": (0.55, 0.8)}
 
 
-def test_segment_that_begins_unguided_and_ends_guided_encodes_without_decoding():
-    steps = plan(num_steps=10, last_step=0.1, refresh_every=5, guidance_interval=(0.25, 1.0)).steps
-    first = steps[0].uncond
-    assert first is not None
-    assert first.encode
-    assert not first.decode
-    assert steps[1].uncond is None
-    assert steps[3].uncond is not None
-    assert steps[3].uncond.decode
-    assert not steps[3].uncond.encode
-
-
-def test_segments_without_a_guided_step_leave_the_unconditional_encoder_out():
-    steps = plan(num_steps=12, last_step=1 / 12, refresh_every=3, guidance_interval=(0.55, 0.8)).steps
-    encoded = [i for i, step in enumerate(steps) if step.uncond is not None and step.uncond.encode]
-    assert encoded == [6, 9]
-
-
-def test_refresh_steps_are_kept_to():
-    steps = plan(num_steps=10, refresh_steps=(0, 1, 7), guidance_scale=1.0).steps
-    assert [i for i, step in enumerate(steps) if step.cond.encode] == [0, 1, 7]
+@pytest.mark.parametrize(
+    ("settings", "branch", "encoded", "decoded"),
+    [
+        (INSIDE, "uncond", [4, 5, 6], [4, 5, 6]),
+        (ON_BOUNDS, "uncond", [4, 5], [4, 5]),
+        (BEGINS_UNGUIDED, "uncond", [0, 5], [3, 4, 5, 6, 7, 8, 9]),
+        (SEGMENTS_UNGUIDED, "uncond", [6, 9], [7, 8, 9]),
+        ({"num_steps": 10, "refresh_steps": (0, 1, 7), "guidance_scale": 1.0}, "cond", [0, 1, 7], list(range(10))),
+    ],
+)
+def test_where_a_branch_is_evaluated(settings, branch, encoded, decoded):
+    """A segment that begins unguided and ends guided encodes at its start; one without a guided step never does."""
+    branches = [getattr(step, branch) for step in plan(**settings).steps]
+    assert [i for i, one in enumerate(branches) if one and one.encode] == encoded
+    assert [i for i, one in enumerate(branches) if one and one.decode] == decoded
+    if branch == "uncond":
+        assert [i for i, step in enumerate(plan(**settings).steps) if step.guided] == decoded
 
 
 def test_forecast_weights_follow_the_line_and_the_parabola_through_the_last_states():

@@ -14,18 +14,24 @@ from hypothesis import strategies as st
 
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
-from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.sampling import probe as probing
-from ddt_fast.sampling import sharing
-from ddt_fast.sampling.probe import Probe, probe_calls, probe_states
+from ddt_fast.model import FusedDDT
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.sampling import sample
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh import (
+    Probe,
     optimal_refresh_schedule,
     optimal_refresh_steps,
+    probe,
+    probe_calls,
+    probe_states,
     resolve_refresh_steps,
+    schedule_cache_path,
+    schedules,
     step_errors,
     uniform_refresh_steps,
 )
-from ddt_fast.sampling.schedule_cache import schedule_cache_path, schedule_key
+from ddt_fast.sampling.refresh.search import _Costs, _search_triples
 from ddt_fast.sampling.solvers import lagrange_weights
 
 SHARING = "tiny_sharing_h32"
@@ -48,7 +54,7 @@ def random_probe(num_steps: int, seed: int) -> tuple[Probe, list[np.ndarray]]:
     return Probe(tuple(times), sum(states @ states.T for states in tokens) / 2), tokens
 
 
-def schedules(num_steps: int, num_refreshes: int):
+def every_schedule(num_steps: int, num_refreshes: int):
     return [(0, *rest) for rest in combinations(range(1, num_steps), num_refreshes - 1)]
 
 
@@ -71,8 +77,8 @@ def test_held_search_is_exact(num_steps, data):
     # Any matrix: neither symmetric nor of unit diagonal.
     matrix = np.random.default_rng(data.draw(st.integers(0, 10**6))).uniform(-1, 1, (num_steps, num_steps))
     found = optimal_refresh_steps(matrix, num_refreshes)
-    best = min(held_error(matrix, choice) for choice in schedules(num_steps, num_refreshes))
-    assert found in schedules(num_steps, num_refreshes)
+    best = min(held_error(matrix, choice) for choice in every_schedule(num_steps, num_refreshes))
+    assert found in every_schedule(num_steps, num_refreshes)
     assert held_error(matrix, found) == pytest.approx(best, abs=1e-12)
 
 
@@ -82,13 +88,13 @@ def test_of_equal_schedules_the_earliest_is_taken():
     assert optimal_refresh_schedule(flat, 4, "hold") == (0, 1, 2, 3)
 
 
-def written_out(probe: Probe, states: list[np.ndarray], refreshes: tuple[int, ...], forecast: str, drift: float):
+def written_out(probed: Probe, states: list[np.ndarray], refreshes: tuple[int, ...], forecast: str, drift: float):
     """Step errors from the states themselves."""
     history = {"hold": 1, "linear": 2, "quadratic": 3}[forecast]
-    errors = np.zeros(len(probe.times))
-    for k, t in enumerate(probe.times):
+    errors = np.zeros(len(probed.times))
+    for k, t in enumerate(probed.times):
         nodes = [step for step in refreshes if step <= k][-history:]
-        weights = lagrange_weights([probe.times[node] for node in nodes], t)
+        weights = lagrange_weights([probed.times[node] for node in nodes], t)
         for token in states:
             forecast_state = sum(w * token[node] for w, node in zip(weights, nodes, strict=True))
             errors[k] += ((forecast_state - token[k]) ** 2).sum() / 2 / len(states)
@@ -96,22 +102,22 @@ def written_out(probe: Probe, states: list[np.ndarray], refreshes: tuple[int, ..
     return errors
 
 
-def uniform_drift(probe: Probe, states: list[np.ndarray], num_refreshes: int, forecast: str) -> float:
-    uniform = uniform_refresh_steps(len(probe.times), num_refreshes)
-    return 0.0 if forecast == "hold" else written_out(probe, states, uniform, forecast, 0.0).mean()
+def uniform_drift(probed: Probe, states: list[np.ndarray], num_refreshes: int, forecast: str) -> float:
+    uniform = uniform_refresh_steps(len(probed.times), num_refreshes)
+    return 0.0 if forecast == "hold" else written_out(probed, states, uniform, forecast, 0.0).mean()
 
 
 @pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
 def test_step_errors_are_distances_of_unit_states_and_amplified_drift(forecast):
-    probe, states = random_probe(12, 3)
+    probed, states = random_probe(12, 3)
     refreshes = (0, 2, 3, 7)
-    errors = step_errors(probe, refreshes, forecast)
-    drift = uniform_drift(probe, states, 4, forecast)
-    np.testing.assert_allclose(errors, written_out(probe, states, refreshes, forecast, drift), atol=1e-12)
+    errors = step_errors(probed, refreshes, forecast)
+    drift = uniform_drift(probed, states, 4, forecast)
+    np.testing.assert_allclose(errors, written_out(probed, states, refreshes, forecast, drift), atol=1e-12)
     assert (errors[list(refreshes)] < 1e-12).all()
     assert (np.delete(errors, refreshes) > 1e-4).all()
     if forecast == "hold":
-        np.testing.assert_allclose(errors.sum(), held_error(probe.similarity, refreshes), atol=1e-12)
+        np.testing.assert_allclose(errors.sum(), held_error(probed.similarity, refreshes), atol=1e-12)
 
 
 @pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
@@ -119,38 +125,43 @@ def test_step_errors_are_distances_of_unit_states_and_amplified_drift(forecast):
 @given(num_steps=st.integers(1, 9), seed=st.integers(0, 10**6), data=st.data())
 def test_forecast_search_is_exact(forecast, num_steps, seed, data):
     num_refreshes = data.draw(st.integers(1, num_steps))
-    probe, states = random_probe(num_steps, seed)
-    drift = uniform_drift(probe, states, num_refreshes, forecast)
+    probed, states = random_probe(num_steps, seed)
+    drift = uniform_drift(probed, states, num_refreshes, forecast)
 
     def total(refreshes: tuple[int, ...]) -> float:
-        return written_out(probe, states, refreshes, forecast, drift).sum()
+        return written_out(probed, states, refreshes, forecast, drift).sum()
 
-    found = optimal_refresh_schedule(probe, num_refreshes, forecast)
-    choices = schedules(num_steps, num_refreshes)
+    found = optimal_refresh_schedule(probed, num_refreshes, forecast)
+    choices = every_schedule(num_steps, num_refreshes)
     assert found in choices
     assert total(found) == pytest.approx(min(map(total, choices)), rel=1e-9, abs=1e-12)
 
 
 def test_bounded_search_is_exact_within_its_bound():
-    probe, states = random_probe(13, 5)
+    probed, states = random_probe(13, 5)
     longest = 4
-    found = sharing._search_triples(sharing._Costs(np.asarray(probe.times), probe.similarity), 5, longest)
-    allowed = [c for c in schedules(13, 5) if max(np.diff([*c, 13])) <= longest]
-    best = min(written_out(probe, states, choice, "quadratic", 0.0).sum() for choice in allowed)
+    found = _search_triples(_Costs(probed, "quadratic"), 5, longest)
+    allowed = [c for c in every_schedule(13, 5) if max(np.diff([*c, 13])) <= longest]
+    best = min(written_out(probed, states, choice, "quadratic", 0.0).sum() for choice in allowed)
     assert found in allowed
-    assert written_out(probe, states, found, "quadratic", 0.0).sum() == pytest.approx(best, rel=1e-9)
+    assert written_out(probed, states, found, "quadratic", 0.0).sum() == pytest.approx(best, rel=1e-9)
 
 
-def test_published_length_is_searched_in_seconds():
-    probe, _ = random_probe(250, 0)
+def test_published_length_is_searched_in_a_second():
+    random_similarity = random_probe(250, 0)[0].similarity
     started = time.perf_counter()
-    assert len(optimal_refresh_steps(probe.similarity, 42)) == 42
+    assert len(optimal_refresh_steps(random_similarity, 42)) == 42
     assert time.perf_counter() - started < 1
-    for forecast in ("linear", "quadratic"):
-        steps = optimal_refresh_schedule(probe, 42, forecast)
-        assert len(set(steps)) == 42
-        chosen, even = (step_errors(probe, s, forecast).sum() for s in (steps, uniform_refresh_steps(250, 42)))
-        assert chosen < even
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forecast", ["linear", "quadratic"])
+def test_published_length_is_searched_with_a_forecast(forecast):
+    found = random_probe(250, 0)[0]
+    steps = optimal_refresh_schedule(found, 42, forecast)
+    assert len(set(steps)) == 42
+    chosen, even = (step_errors(found, s, forecast).sum() for s in (steps, uniform_refresh_steps(250, 42)))
+    assert chosen < even
 
 
 def test_uniform_steps_are_even_and_start_at_0():
@@ -163,72 +174,59 @@ def test_uniform_steps_are_even_and_start_at_0():
         assert gaps.max() - gaps.min() <= 1
 
 
-@pytest.mark.parametrize(
-    ("similarity", "num_refreshes", "message"),
-    [
-        (np.ones((3, 4)), 1, r"shape \(3, 4\); wanted \(T, T\)"),
-        (np.ones((0, 0)), 1, "shape"),
-        (np.full((3, 3), np.nan), 1, "not finite"),
-        (np.ones((3, 3)), 0, "num_refreshes is 0; allowed: 1 to 3"),
-        (np.ones((3, 3)), 4, "num_refreshes is 4; allowed: 1 to 3"),
-        (np.ones((3, 3)), 2.0, "num_refreshes is 2.0"),
-    ],
-)
-def test_search_refuses_what_it_cannot_use(similarity, num_refreshes, message):
-    with pytest.raises(ValueError, match=message):
-        optimal_refresh_steps(similarity, num_refreshes)
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_probe_finds_the_originals_similarity(run, monkeypatch):
     io = golden.tensors(SHARING)
-    monkeypatch.setattr(probing, "seeded_noise", lambda seeds, shape: (io[f"probe_noise.{run}"], []))
-    monkeypatch.setattr(probing, "_spread_labels", lambda *_: io[f"probe_labels.{run}"])
-    probe = probe_states(golden.model(SHARING), golden.sampling_config(SHARING, run), 8, 8)
+    monkeypatch.setattr(probe, "seeded_noise", lambda seeds, shape: (io[f"probe_noise.{run}"], []))
+    monkeypatch.setattr(probe, "_spread_labels", lambda *_: io[f"probe_labels.{run}"])
+    found = probe_states(golden.model(SHARING), golden.sampling_config(SHARING, run), 8, 8)
     expected = io[f"similarity.{run}"].double().numpy()
-    np.testing.assert_allclose(probe.similarity, expected, atol=2e-6)
-    assert probe.times == pytest.approx(io[f"timesteps.{run}"][:-1].tolist())
+    np.testing.assert_allclose(found.similarity, expected, atol=2e-6)
+    assert found.times == pytest.approx(io[f"timesteps.{run}"][:-1].tolist())
 
 
 SMALL = SamplingConfig(num_steps=6, guidance_scale=2.0, last_step=None)
+DP = replace(SMALL, refresh_steps="dp", num_refreshes=3)
 
 
 @pytest.fixture(scope="module")
-def model() -> DDT:
+def model():
     return golden.model(SHARING)
 
 
-def test_probe_is_the_same_in_small_batches(model, monkeypatch):
-    whole, calls = probe_states(model, SMALL, 8, 8), []
-    monkeypatch.setattr(probing, "_STATE_BYTES", 3 * 6 * 2 * 16 * 32 * 4)
-    monkeypatch.setattr(probing, "_GRAM_BYTES", 5 * 6 * 32 * 8)
+@pytest.fixture(scope="module")
+def small(model):
+    """The similarity of SMALL's probe."""
+    return probe_states(model, SMALL, 8, 8).similarity
+
+
+def test_probe_is_the_same_in_small_batches(model, small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(probe, "_STATE_BYTES", 3 * 6 * 2 * 16 * 32 * 4)
+    monkeypatch.setattr(probe, "_GRAM_BYTES", 5 * 6 * 32 * 8)
     parts = probe_states(model, SMALL, 8, 8, progress=lambda: calls.append(1))
-    np.testing.assert_allclose(parts.similarity, whole.similarity, atol=1e-7)
-    assert len(calls) == 18
-    assert probe_calls(model, SMALL, 8, 8) == 18
+    np.testing.assert_allclose(parts.similarity, small, atol=1e-7)
+    assert len(calls) == probe_calls(model, SMALL, 8, 8) == 18
 
 
-def test_probe_counts_the_branches_that_share(model):
-    both = probe_states(model, SMALL, 8, 8).similarity
-    fresh_unconditional = probe_states(model, replace(SMALL, guidance_every=3), 8, 8).similarity
-    unguided = probe_states(model, replace(SMALL, guidance_scale=1.0), 8, 8).similarity
-    assert np.abs(both - fresh_unconditional).max() > 1e-6
-    assert np.abs(unguided - fresh_unconditional).max() > 1e-6
-    for similarity in (both, fresh_unconditional, unguided):
+def test_probe_counts_the_branches_that_share(model, small):
+    changes = ({"guidance_every": 3}, {"guidance_scale": 1.0})
+    fresh, unguided = (probe_states(model, replace(SMALL, **change), 8, 8).similarity for change in changes)
+    assert np.abs(small - fresh).max() > 1e-6
+    assert np.abs(unguided - fresh).max() > 1e-6
+    for similarity in (small, fresh, unguided):
         np.testing.assert_allclose(similarity.diagonal(), 1, atol=1e-12)
         np.testing.assert_allclose(similarity, similarity.T, atol=1e-12)
+    shared = replace(DP, state_forecast="linear")
+    np.testing.assert_array_equal(probe_states(model, shared, 8, 8).similarity, small)
 
 
 @pytest.mark.parametrize("solver", ["euler", "lms", "sde"])
 def test_probe_runs_every_solver_as_the_sampler_does(model, solver, monkeypatch):
     """The probe's last x, read where the model sees it, is the sampler's."""
-    from ddt_fast.sampling import sample
-    from ddt_fast.sampling.noise import seeded_noise
-
     config = replace(SMALL, solver=solver)
     noise, generators = seeded_noise([0, 1, 2], (4, 8, 8))
-    seen = []
-    expected = []
+    seen, expected = [], []
     labels = torch.tensor([0, 333, 666])
     sample(model, noise, labels, config, generators=generators, progress=lambda _, x: expected.append(x.clone()))
     encode = model.encode
@@ -238,26 +236,30 @@ def test_probe_runs_every_solver_as_the_sampler_does(model, solver, monkeypatch)
     torch.testing.assert_close(conditional[-1], expected[-2], atol=1e-4, rtol=1e-4)
 
 
-def test_probe_reads_no_setting_of_sharing(model):
-    shared = replace(SMALL, refresh_steps="dp", num_refreshes=2, state_forecast="linear")
-    np.testing.assert_array_equal(
-        probe_states(model, shared, 8, 8).similarity, probe_states(model, SMALL, 8, 8).similarity
-    )
+def broken_model():
+    model = golden.model(SHARING)
+    torch.nn.init.constant_(model.s_embedder.proj.bias, float("nan"))
+    return model
 
 
-def test_probe_refuses_what_it_cannot_use(model):
-    with pytest.raises(ValueError, match="num_samples is 0"):
-        probe_states(model, SMALL, 8, 8, num_samples=0)
-    with pytest.raises(ValueError, match=r"height is 7; allowed: a positive multiple of patch_size \(2\)"):
-        probe_states(model, SMALL, 7, 8)
-    broken = golden.model(SHARING)
-    with torch.no_grad():
-        broken.s_embedder.proj.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match="state of step 0 is not finite"):
-        probe_states(broken, SMALL, 8, 8)
-
-
-DP = replace(SMALL, refresh_steps="dp", num_refreshes=3)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda _: optimal_refresh_steps(np.ones((3, 4)), 1), r"shape \(3, 4\); expected \(T, T\)"),
+        (lambda _: optimal_refresh_steps(np.ones((0, 0)), 1), "shape"),
+        (lambda _: optimal_refresh_steps(np.full((3, 3), np.nan), 1), "not finite"),
+        (lambda _: optimal_refresh_steps(np.ones((3, 3)), 0), "num_refreshes is 0; allowed: 1 to 3"),
+        (lambda _: optimal_refresh_steps(np.ones((3, 3)), 4), "num_refreshes is 4; allowed: 1 to 3"),
+        (lambda _: optimal_refresh_steps(np.ones((3, 3)), 2.0), "num_refreshes is 2.0"),
+        (lambda _: optimal_refresh_schedule(random_probe(3, 0)[0], 2, "cubic"), "forecast is 'cubic'; allowed: hold"),
+        (lambda model: probe_states(model, SMALL, 8, 8, num_samples=0), "num_samples is 0"),
+        (lambda model: probe_states(model, SMALL, 7, 8), r"height is 7; .* multiple of patch_size \(2\)"),
+        (lambda _: probe_states(broken_model(), SMALL, 8, 8), "state of step 0 is not finite"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
 
 
 def resolve(model, cache, config=DP):
@@ -265,122 +267,96 @@ def resolve(model, cache, config=DP):
     return resolve_refresh_steps(model, config, 8, 8, cache, lines.append), lines
 
 
-def test_schedule_is_probed_once_and_then_read(model, tmp_path):
+def test_schedules_are_probed_once_and_then_read(model, small, tmp_path):
     cache = tmp_path / "refresh_schedules.json"
     first, said = resolve(model, cache)
-    assert first.num_refreshes is None
-    assert first == replace(SMALL, refresh_steps=optimal_refresh_steps(probe_states(model, SMALL, 8, 8).similarity, 3))
+    assert first == replace(SMALL, refresh_steps=optimal_refresh_steps(small, 3))
     assert len(said) == 1
-    assert "refresh at 3 of 6 steps (0, " in said[0]
-    assert "uniform" in said[0]
-    assert "from a probe of" in said[0]
-    again, said = resolve(model, cache)
-    assert again == first
-    assert said[0].endswith(f"from {cache}")
-    assert [path.name for path in tmp_path.iterdir()] == ["refresh_schedules.json"]
-
-
-def test_schedules_of_other_settings_are_added(model, tmp_path):
-    cache = tmp_path / "c.json"
+    for words in ("refresh at 3 of 6 steps (0, ", "uniform", "from a probe of"):
+        assert words in said[0]
     variants = [DP, replace(DP, num_refreshes=2), replace(DP, state_forecast="linear"), replace(DP, guidance_scale=3.0)]
     found = [resolve(model, cache, config)[0] for config in variants]
+    assert found[0] == first
     assert len(json.loads(cache.read_text())["schedules"]) == len(variants)
     for config, expected in zip(variants, found, strict=True):
         again, said = resolve(model, cache, config)
         assert again == expected
-        assert "from a probe" not in said[-1]
+        assert said[0].endswith(f"from {cache}")
+    assert [path.name for path in tmp_path.iterdir()] == ["refresh_schedules.json"]
+
+
+def test_without_a_schedule_to_find_or_a_cache_nothing_is_kept(model, tmp_path):
+    assert resolve(model, tmp_path / "c.json", SMALL) == (SMALL, [])
+    first, said = resolve(model, None)
+    assert "from a probe" in said[-1]
+    (tmp_path / "file").touch()
+    found, said = resolve(model, tmp_path / "file" / "c.json")
+    assert found == first
+    assert "could not be kept in" in said[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_what_another_process_stored_meanwhile_is_kept(model, tmp_path, monkeypatch):
     cache = tmp_path / "c.json"
 
     def probe_beside_another(*arguments, **settings):
-        monkeypatch.setattr(sharing, "probe_states", probe_states)
+        monkeypatch.setattr(schedules, "probe_states", probe_states)
         resolve(model, cache, replace(DP, num_refreshes=2))
         return probe_states(*arguments, **settings)
 
-    monkeypatch.setattr(sharing, "probe_states", probe_beside_another)
+    monkeypatch.setattr(schedules, "probe_states", probe_beside_another)
     resolve(model, cache)
     assert len(json.loads(cache.read_text())["schedules"]) == 2
 
 
-def test_anything_but_dp_is_returned_as_it_is(model, tmp_path):
-    assert resolve(model, tmp_path / "c.json", SMALL) == (SMALL, [])
-    assert list(tmp_path.iterdir()) == []
+def entry(steps):
+    return json.dumps({"schedules": {"KEY": {"refresh_steps": steps, "mean_error": 1, "mean_error_uniform": 1}}})
 
 
-def test_without_a_cache_every_call_probes(model):
-    first, said = resolve(model, None)
-    assert "from a probe" in said[-1]
-    assert resolve(model, None)[0] == first
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"schedules": 3}', '{"schedules": {"KEY": 3}}', "\x00\xff"])
-def test_corrupt_cache_is_reported_and_rebuilt(model, tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "[]", '{"schedules": 3}', '{"schedules": {"KEY": 3}}', "\x00\xff"),
+        *map(entry, ([0, 1], [1, 2, 3], [0, 2, 99], "abc", None, [0, 1.5, 2])),
+    ],
+)
+def test_a_malformed_cache_is_reported_and_rebuilt(model, small, tmp_path, content):
     cache = tmp_path / "c.json"
-    cache.write_bytes(content.replace("KEY", schedule_key(model, DP, 8, 8)).encode("latin-1"))
+    cache.write_bytes(content.replace("KEY", schedules.schedule_key(model, DP, 8, 8)).encode("latin-1"))
     found, said = resolve(model, cache)
+    assert found.refresh_steps == optimal_refresh_steps(small, 3)
     assert len(said) == 2
     assert str(cache) in said[0]
+    assert "is not a" in said[0]
     assert "from a probe" in said[1]
-    assert resolve(model, cache)[0] == found
-    assert len(resolve(model, cache)[1]) == 1
-
-
-@pytest.mark.parametrize("steps", [[0, 1], [1, 2, 3], [0, 2, 99], "abc", None, [0, 1.5, 2]])
-def test_schedule_that_is_none_is_not_taken(model, tmp_path, steps):
-    cache = tmp_path / "c.json"
-    expected, _ = resolve(model, cache)
-    content = json.loads(cache.read_text())
-    content["schedules"][schedule_key(model, DP, 8, 8)]["refresh_steps"] = steps
-    cache.write_text(json.dumps(content))
-    found, said = resolve(model, cache)
-    assert found == expected
-    assert "is no schedule; probing again" in said[0]
-
-
-def test_cache_that_cannot_be_written_is_reported(model, tmp_path):
-    (tmp_path / "file").touch()
-    found, said = resolve(model, tmp_path / "file" / "c.json")
-    assert len(found.refresh_steps) == 3
-    assert "could not be kept in" in said[-1]
+    assert resolve(model, cache) == (found, [f"{said[1].split('; from')[0]}; from {cache}"])
 
 
 def test_key_tells_models_and_settings_apart(model):
+    def key(model=model, width=8, **changes):
+        return schedules.schedule_key(model, replace(DP, **changes), 8, width)
+
     other = golden.model(SHARING)
     with torch.no_grad():
         other.blocks[1].mlp.w2.weight.mul_(1.001)
     keys = [
-        schedule_key(model, DP, 8, 8),
-        schedule_key(other, DP, 8, 8),
-        schedule_key(golden.model(SHARING).bfloat16(), DP, 8, 8),
-        schedule_key(model, DP, 8, 16),
-        schedule_key(model, replace(DP, num_refreshes=4), 8, 8),
-        schedule_key(model, replace(DP, state_forecast="linear"), 8, 8),
-        schedule_key(model, replace(DP, timeshift=2.0), 8, 8),
-        schedule_key(model, replace(DP, guidance_every=2), 8, 8),
+        *(key(), key(other), key(golden.model(SHARING).bfloat16()), key(width=16), key(num_refreshes=4)),
+        *(key(state_forecast="linear"), key(timeshift=2.0), key(guidance_every=2)),
     ]
     assert len(set(keys)) == len(keys)
-    assert keys[0] == schedule_key(golden.model(SHARING), DP, 8, 8)
-    assert keys[0] == schedule_key(FusedDDT.from_reference(model), DP, 8, 8)
-    assert keys[0] == schedule_key(model, replace(DP, cuda_graphs=True), 8, 8)
-    assert keys[-1] == schedule_key(model, replace(DP, guidance_every=3, guidance_forecast="linear"), 8, 8)
+    assert keys[0] == key(golden.model(SHARING)) == key(FusedDDT.from_reference(model)) == key(cuda_graphs=True)
+    assert keys[-1] == key(guidance_every=3, guidance_forecast="linear")
 
 
-def test_cache_lies_beside_the_checkpoint(tmp_path):
+def test_where_the_cache_lies(tmp_path, monkeypatch):
     said: list[str] = []
     assert schedule_cache_path(tmp_path, said.append) == tmp_path / "refresh_schedules.json"
-    expected = tmp_path / "model.ckpt.refresh_schedules.json"
-    assert schedule_cache_path(tmp_path / "model.ckpt", said.append) == expected
+    beside = tmp_path / "model.ckpt.refresh_schedules.json"
+    assert schedule_cache_path(tmp_path / "model.ckpt", said.append) == beside
     assert said == []
-
-
-def test_cache_of_the_package_or_a_read_only_place_is_the_users(tmp_path, monkeypatch):
-    package = probing.__file__.replace("sampling/probe.py", "assets/digits")
-    said: list[str] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     expected = tmp_path / "cache" / "ddt_fast" / "refresh_schedules.json"
-    assert schedule_cache_path(type(tmp_path)(package), said.append) == expected
+    assert schedule_cache_path(EMBEDDED_CHECKPOINT, said.append) == expected
     assert "belongs to the package" in said[0]
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert schedule_cache_path(tmp_path, said.append) == expected

@@ -71,7 +71,7 @@ def test_sde_keeps_the_marginals_of_the_ode(diffusion):
     """For N(0.5, 0.2^2) data the velocity is known in closed form; mean and spread at t = 1 must be the data's."""
     mean, spread = 0.5, 0.2
     rng = np.random.default_rng(0)
-    x = rng.standard_normal(200_000)
+    x = rng.standard_normal(20_000)
     times = timesteps(400, None, 1.0)
     for t, step in zip(times, euler_maruyama(times, DIFFUSIONS[diffusion]), strict=False):
         variance = (t * spread) ** 2 + (1 - t) ** 2

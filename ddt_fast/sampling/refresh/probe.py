@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.checks import require_int
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling.noise import normal, seeded_noise
@@ -80,17 +82,8 @@ def probe_calls(model: DDT | FusedDDT, config: SamplingConfig, height: int, widt
 
 
 def _full_plan(config: SamplingConfig) -> SamplingPlan:
-    full = replace(
-        config,
-        refresh_every=1,
-        refresh_steps=None,
-        num_refreshes=None,
-        state_forecast="hold",
-        guidance_every=1,
-        guidance_forecast="hold",
-        cuda_graphs=False,
-    )
-    return SamplingPlan.from_config(full)
+    held: dict[str, Any] = {"state_forecast": "hold", "guidance_every": 1, "guidance_forecast": "hold"}
+    return SamplingPlan.from_config(replace(config, refresh_every=1, refresh_steps=None, num_refreshes=None, **held))
 
 
 def _shares_both(config: SamplingConfig) -> bool:
@@ -99,8 +92,7 @@ def _shares_both(config: SamplingConfig) -> bool:
 
 
 def _batch_size(model: DDT | FusedDDT, config: SamplingConfig, height: int, width: int, num_samples: int) -> int:
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; allowed: 1 or more")
+    require_int("num_samples", num_samples, 1)
     branches = 2 if _shares_both(config) else 1
     state = model.config.num_tokens(height, width) * model.config.hidden_size * next(model.parameters()).element_size()
     return min(num_samples, max(1, _STATE_BYTES // (config.num_steps * branches * state)))
@@ -117,18 +109,17 @@ def _run(
 ) -> Tensor:
     """The states (T, tokens of all samples and branches, C) of one batch."""
     parameter = next(model.parameters())
-    device = parameter.device
+    device, dtype = parameter.device, parameter.dtype
     x, generators = seeded_noise(seeds, shape)
-    x = x.to(device)
-    labels = labels.to(device)
+    x, labels = x.to(device), labels.to(device)
     null = torch.full_like(labels, model.config.num_classes)
+    tokens = (1 + both) * len(x) * model.config.num_tokens(*shape[1:])
+    states = torch.empty(len(plan.steps), tokens, model.config.hidden_size, dtype=dtype, device=device)
     velocities: list[Tensor] = []
-    states = None
     for i, step in enumerate(plan.steps):
-        x_in, t = x.to(parameter.dtype), torch.full((len(x),), step.t, device=device)
+        x_in, t = x.to(dtype), torch.full((len(x),), step.t, device=device)
         velocity, state = model(x_in, t, labels)
-        v = velocity.float()
-        found = [state]
+        v, found = velocity.float(), [state]
         if step.guided:
             unguided, state = model(x_in, t, null)
             v = torch.lerp(unguided.float(), v, step.guidance_scale)
@@ -136,11 +127,7 @@ def _run(
             state = model.encode(x_in, t, null)
         if both:
             found.append(state)
-        found = [state.flatten(0, 1) for state in found]
-        if states is None:
-            count = sum(map(len, found))
-            states = torch.empty(len(plan.steps), count, found[0].shape[-1], dtype=parameter.dtype, device=device)
-        torch.cat(found, out=states[i])
+        torch.cat([state.flatten(0, 1) for state in found], out=states[i])
         velocities = [v, *velocities][: plan.velocity_history]
         c = step.coefficients
         x = c.x_coefficient * x + sum(w * v for w, v in zip(c.velocity_coefficients, velocities, strict=False))
@@ -148,7 +135,6 @@ def _run(
             x = x + c.noise_coefficient * normal(shape, generators).to(device)
         if progress is not None:
             progress()
-    assert states is not None, "a plan has steps"
     return states
 
 
