@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.checks import require_choice
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics, write_npz
 from ddt_fast.provenance import device_name
 from ddt_fast.wording import plural
 
+Features = Literal["inception", "pixels"]
 _MAX_PIXEL_DIM = 4096
 
 
@@ -98,6 +101,21 @@ class PixelExtractor:
         """Pixels know no classes."""
 
 
+def check_features(features: Features, weights: str | Path | None) -> None:
+    """ValueError for features of another name, or weights of a network that is not used."""
+    require_choice("features", features, Features)
+    if features == "pixels" and weights is not None:
+        raise ValueError("`inception_weights` is for inception features, not for pixels")
+
+
+def extractor_maker(features: Features, weights: str | Path | None, device: torch.device) -> Callable[[], Extractor]:
+    """What makes the extractor of that name, once; ValueError as `check_features`."""
+    check_features(features, weights)
+    if features == "pixels":
+        return lambda: PixelExtractor(device)
+    return functools.cache(lambda: InceptionExtractor(weights, device))
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """What is known of a set of images.
@@ -172,7 +190,7 @@ class FeatureAccumulator:
         """
         batch = images if isinstance(images, Tensor) else torch.tensor(images)
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape[1:]:
-            raise ValueError(f"images are {batch.dtype} {tuple(batch.shape)}; wanted uint8 (B, H, W, 3)")
+            raise ValueError(f"images are {batch.dtype} {tuple(batch.shape)}; expected uint8 (B, H, W, 3)")
         if indices is not None and len(indices) != len(batch):
             raise ValueError(f"{len(indices)} indices for {len(batch)} images")
         self._take_size((batch.shape[1], batch.shape[2]))
@@ -260,7 +278,7 @@ class FeatureAccumulator:
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if kind != self._kind:
-            raise ValueError(f"{path} holds features of {kind}; wanted {self._kind}")
+            raise ValueError(f"{path} holds features of {kind}; expected {self._kind}")
         part.size = (size[0], size[1]) if part._indices else None
         self.merge(part)
 
