@@ -89,26 +89,28 @@ def score_samples(
     require_int("batch_size", batch_size, 1)
     file = _output_file("output", output, ".json")
     statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")
-    place = choose_device(device)
-    if samples is not None:
-        # Both at once: a mistake in the reference should not wait for the samples.
-        sources = open_sources([samples, reference], center_crop)
-        make_extractor = extractor_maker(features, inception_weights, place)
-        progress, alone = Progress(), reference is None
-        needed = ["fid", "sfid"] if statistics is not None else []
-        needed = needed if needed and alone else [*metrics, *needed]
-        found = gather(sources[0], "samples", needed, make_extractor, batch_size, progress)
-        if statistics is not None:
-            _save_statistics(statistics, found)
-            if alone:
-                return None
-        report = evaluate(found, None if alone else sources[1], metrics, make_extractor, batch_size, progress)
-        shown = progress.shown
-    else:
+    place, progress = choose_device(device), Progress()
+    if samples is None:
         for name, value in (("reference", reference), ("save_statistics", statistics), ("center_crop", center_crop)):
             if value is not None:
                 raise ValueError(f"`{name}` is for `samples`, which is not given")
-        report, shown = _score_digits(place, batch_size, metrics)
+        return _write(file, *_score_digits(place, batch_size, metrics))
+    # Both at once: a mistake in the reference should not wait for the samples.
+    source, *others = open_sources([samples, reference], center_crop)
+    make_extractor = extractor_maker(features, inception_weights, place)
+    needed = [*(metrics if others or statistics is None else ()), *(("fid", "sfid") if statistics is not None else ())]
+    found = gather(source, "samples", needed, make_extractor, batch_size, progress)
+    if statistics is not None:
+        _save_statistics(statistics, found)
+        if not others:
+            return None
+    other = others[0] if others else None
+    report = evaluate(found, other, metrics, make_extractor, batch_size, progress)
+    return _write(file, report, progress.shown)
+
+
+def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> dict[str, Any]:
+    """Print the report's table, write it and a picture of the samples that are shown, by their places."""
     print(report_table(report))
     write_report(file, report)
     if shown:

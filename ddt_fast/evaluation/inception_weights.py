@@ -7,6 +7,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.error import URLError
 
@@ -95,22 +96,12 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    # Counts of training batches are not part of the function; older files lack them.
-    own = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    given = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-    problem = None
-    if missing := sorted(own.keys() - given.keys()):
-        problem = f"lack {missing[0]} ({len(missing)} of {len(own)} tensors are missing)"
-    elif extra := sorted(given.keys() - own.keys()):
-        problem = f"hold {extra[0]}, which the network lacks"
-    else:
-        for name, value in own.items():
-            if given[name].shape != value.shape:
-                problem = f"have {name} {tuple(given[name].shape)}; expected {tuple(value.shape)}"
-            elif not given[name].isfinite().all():
-                problem = f"have values in {name} that are not finite"
-    if problem:
-        raise ValueError(f"Inception weights {file} {problem}; expected {WEIGHTS_FILE}")
-    counts = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name not in own}
-    network.load_state_dict({name: value.float() for name, value in given.items()} | counts, assign=True)
+    broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    problem = f"{broken} has values that are not finite"
+    try:
+        network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    except RuntimeError as error:  # from its second line on it says what does not fit
+        broken, problem = "keys", shorten(str(error).splitlines()[1].strip(), 150)
+    if broken is not None:
+        raise ValueError(f"Inception weights {file} do not fit: {problem}; expected {WEIGHTS_FILE}")
     network.eval().requires_grad_(False)

@@ -157,7 +157,7 @@ class ShardWriter:
         for hook in self.hooks:
             hook(np.arange(positions.start, positions.stop), images)
         hooked = time.perf_counter()
-        self.timings.hook += hooked - decoded
+        self.timings.hook += hooked - decoded if self.hooks else 0.0
         self._images.append(images)
         if positions.stop == self.folder.positions(shard).stop:
             seconds = hooked - self._shard_began

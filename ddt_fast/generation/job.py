@@ -7,9 +7,8 @@ seed and its label, a shard on nothing but its number, and what is finished is n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +173,7 @@ class Job:
             sampler = self.engine.sampler()
             self._announce_sampler(sampler)
             self._draw(sampler, hooks)
-            self._report(bool(hooks))
+            self._report()
         if self.scorer is not None:
             self.scorer.save()
 
@@ -197,84 +196,71 @@ class Job:
 
     def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
         """Draw the batches; images are decoded, converted and written in a background thread meanwhile."""
-        folder, made_with = self.folder, self.engine.made_with(sampler, self.folder.ranks)
+        folder, ranks, decode = self.folder, self.folder.ranks, self.engine.decode
         folder.shards.begin()
         began = time.perf_counter()
-        shape = (sampler.model.config.in_channels, *sampler.image_size)
-        decode, batch_size = self.engine.decode, sampler.batch_size
+        shape, num_steps = (sampler.model.config.in_channels, *sampler.image_size), len(sampler.plan.steps)
+        batch_size = sampler.batch_size
         converter = PixelConverter(sampler.device, decode, batch_size if decode is None else decode.batch_size)
+        made_with = self.engine.made_with(sampler, ranks)
         writer = ShardWriter(folder.shards, converter, made_with, hooks, self.timings)
-        with self._progress(sampler) as show, Background(_WAITING_BATCHES) as background:
-            done = 0
-            for shard in folder.todo:
-                positions = folder.shards.positions(shard)
-                for start in range(positions.start, positions.stop, batch_size):
-                    part = slice(start, min(start + batch_size, positions.stop))
-                    seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
-                    noise, generators = seeded_noise(seeds.tolist(), shape)
-                    samples = sampler(noise, labels, generators=generators, progress=show(done, len(seeds)))
-                    background.submit(writer.take, shard, part, samples, seeds, converter.mark())
-                    done += len(seeds)
-        self.timings.sampling += time.perf_counter() - began
-
-    @contextmanager
-    def _progress(self, sampler: Sampler) -> Iterator[Callable[[int, int], Callable[[int, object], None]]]:
-        """A bar of images; yields what makes a sampler's `progress` for a batch after `done` images, a step of which is
-        a fraction of its images."""
-        ranks, num_steps = self.folder.ranks, len(sampler.plan.steps)
-        with tqdm(
-            total=self.folder.num_images,
+        bar = tqdm(
+            total=folder.num_images,
             desc=f"{ranks.who}{sampler.engine}, {self.engine.description}",
             unit="img",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} img [{elapsed}<{remaining}, {rate_fmt}]",
             smoothing=0,
             disable=ranks.rank > 0,
             dynamic_ncols=True,
-        ) as bar:
-
-            def of_batch(done: int, batch: int) -> Callable[[int, object], None]:
-                def show(step: int, _: object) -> None:
-                    bar.n = done + batch * step / num_steps
-                    bar.update(0)
-
-                return show
-
-            yield of_batch
+        )
+        with bar, Background(_WAITING_BATCHES) as background:
+            for shard in folder.todo:
+                positions = folder.shards.positions(shard)
+                for start in range(positions.start, positions.stop, batch_size):
+                    part = slice(start, min(start + batch_size, positions.stop))
+                    seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
+                    noise, generators = seeded_noise(seeds.tolist(), shape)
+                    # A step counts as that fraction of its images.
+                    step = partial(_advance, bar, len(seeds) / num_steps)
+                    samples = sampler(noise, labels, generators=generators, progress=step)
+                    background.submit(writer.take, shard, part, samples, seeds, converter.mark())
+        self.timings.sampling += time.perf_counter() - began
 
     def _announce(self) -> None:
-        about, sampling, ranks = self.about, self.engine.sampling, self.folder.ranks
-        low, high = sampling.guidance_interval
-        ranks.say(
-            f"{about['checkpoint']}: {sampling.solver}, guidance {sampling.guidance_scale:g} in ({low:g}, {high:g})"
-        )
-        ranks.say(
+        about, sampling, folder = self.about, self.engine.sampling, self.folder
+        interval = "({:g}, {:g})".format(*sampling.guidance_interval)
+        folder.ranks.say(
+            f"{about['checkpoint']}: {sampling.solver}, guidance {sampling.guidance_scale:g} in {interval}\n"
             f"{plural(len(self.assignment), 'image')}, {plural(sampling.num_steps, 'step')}, per image: "
             f"{plural(about['network_evaluations'], 'network evaluation')}, "
             f"{plural(about['encoder_evaluations'], 'encoder run')}, {about['tflop_per_image'] * 1e3:.3g} GFLOP"
         )
-        if self.folder.found:
-            print(f"{ranks.who}{self.folder.found}")
+        if folder.found:
+            print(f"{folder.ranks.who}{folder.found}")
 
     def _announce_sampler(self, sampler: Sampler) -> None:
-        ranks = self.folder.ranks
+        ranks, found = self.folder.ranks, self.folder.found_made_with()
         captured = f", captured in {sampler.capture_seconds:.1f} s" if sampler.capture_seconds else ""
         ranks.say(
             f"{self.engine.description}, {sampler.engine}{captured}; batches of {sampler.batch_size} keep "
             f"{format_bytes(sampler.buffers.kept_bytes)} between steps"
         )
-        found, now = self.folder.found_made_with(), self.engine.made_with(sampler, ranks)
-        changed = differences({n: found[n] for n in _ROUNDING}, {n: now[n] for n in _ROUNDING}) if found else []
-        if changed:
+        now = self.engine.made_with(sampler, ranks)
+        if changed := differences({n: found[n] for n in _ROUNDING if found}, {n: now[n] for n in _ROUNDING if found}):
             print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree except for rounding")
 
-    def _report(self, with_hooks: bool) -> None:
-        who, seconds = self.folder.ranks.who, self.timings
-        speed = self.folder.num_images / seconds.sampling
-        print(f"{who}{speed:.1f} img/s on {self.engine.device}, {self.engine.description}")
+    def _report(self) -> None:
+        who, seconds, engine = self.folder.ranks.who, self.timings, self.engine
+        parts = {"decoding": seconds.decoding, "writing": seconds.writing, "features": seconds.hook}
+        spent = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items() if value or name != "features")
         print(
-            f"{who}{seconds.sampling:.1f} s, in the background of which decoding {seconds.decoding:.1f} s, "
-            f"writing {seconds.writing:.1f} s" + (f", features {seconds.hook:.1f} s" if with_hooks else "")
+            f"{who}{self.folder.num_images / seconds.sampling:.1f} img/s on {engine.device}, {engine.description}\n"
+            f"{who}{seconds.sampling:.1f} s, in the background of which {spent}"
         )
+
+
+def _advance(bar: tqdm[Any], images: float, *_: object) -> None:
+    bar.update(images)
 
 
 def _check_kinds(**given: tuple[object, type]) -> None:

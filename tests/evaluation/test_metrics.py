@@ -164,8 +164,8 @@ def test_kid_against_its_definition():
         (lambda: inception_score(np.full((5, 4), 0.25)), "5 images cannot be split into 10 parts"),
         (lambda: inception_score(np.full((50, 4), 0.3)), "sum to 1"),
         (lambda: inception_score(np.full((50, 4), np.nan)), "finite"),
-        (lambda: inception_score(np.ones((50, 1), dtype=int)), "wanted floats"),
-        (lambda: inception_score(np.ones(50)), r"wanted floats \(N, classes\)"),
+        (lambda: inception_score(np.ones((50, 1), dtype=int)), "expected floats"),
+        (lambda: inception_score(np.ones(50)), r"expected floats \(N, classes\)"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 3))), "features have shapes"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((7, 2))), "subset_size is 1000; allowed: 2 to 7"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 3), "num_subsets is 0"),
@@ -198,5 +198,5 @@ def test_digits_score_tells_real_noisy_wrong_and_copied_apart():
 def test_digits_score_refuses_what_it_cannot_score():
     with pytest.raises(ValueError, match="64 samples; allowed: 65 or more"):
         score_digits(torch.zeros(64, 1, 8, 8), torch.zeros(64).long())
-    with pytest.raises(ValueError, match="wanted"):
+    with pytest.raises(ValueError, match="expected"):
         score_digits(torch.zeros(70, 3, 8, 8), torch.zeros(70).long())

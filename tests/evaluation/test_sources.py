@@ -75,13 +75,13 @@ def test_reference_batches_hold_images_and_statistics(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); wanted uint8 \(N, H, W, 3\)"),
-        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
-        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); expected uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 5, 3), np.uint8))}, "Fortran"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)}, r"labels \(labels\) is int64 \(3,\)"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; wanted arr_0"),
-        ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; wanted"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; expected arr_0"),
+        ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; expected"),
         ({"sigma": np.eye(2)}, "holds sigma but no mu"),
     ],
 )
@@ -92,10 +92,10 @@ def test_other_contents_are_refused(tmp_path, arrays, message):
 
 
 def test_no_npz_and_no_images(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; wanted an npz or a folder of images"):
+    with pytest.raises(ValueError, match="does not exist; expected an npz or a folder of images"):
         open_source(tmp_path / "missing.npz")
     (tmp_path / "text.npz").write_text("text")
-    with pytest.raises(ValueError, match="is no npz"):
+    with pytest.raises(ValueError, match="is not an npz"):
         open_source(tmp_path / "text.npz")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
@@ -107,7 +107,7 @@ def test_damage_is_found(tmp_path):
     np.savez(path, arr_0=smooth_images(20, 0, size=16))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no npz \\(or a truncated one\\)"):
+    with pytest.raises(ValueError, match="not an npz \\(or a truncated one\\)"):
         open_source(path)
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
@@ -152,7 +152,7 @@ def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
     np.testing.assert_array_equal(np.concatenate(list(source.batches(2))), expected)
     np.savez(tmp_path / "whole.npz", arr_0=smooth_images(2, 0, size=20))
     assert open_source(tmp_path / "whole.npz", crop=16).images.size == (20, 20)
-    with pytest.raises(ValueError, match="--center-crop is 0; allowed: a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="center_crop is 0; allowed: a whole number, 1 or more"):
         open_source(tmp_path / "photos", crop=0)
-    with pytest.raises(ValueError, match=r"--center-crop is for folders of images; .*whole\.npz is none"):
+    with pytest.raises(ValueError, match=r"center_crop is for folders of images; .*whole\.npz is not one"):
         open_sources([str(tmp_path / "whole.npz"), None], 16)

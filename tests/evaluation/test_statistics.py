@@ -51,7 +51,7 @@ def test_wrong_rows_are_refused():
         statistics.add(torch.zeros(3, 5))
     with pytest.raises(ValueError, match="not finite"):
         statistics.add(torch.full((3, 4), torch.nan))
-    with pytest.raises(ValueError, match=r"wanted \(B, D\)"):
+    with pytest.raises(ValueError, match=r"expected \(B, D\)"):
         statistics.add(torch.zeros(4))
     with pytest.raises(ValueError, match="covariance of 1 row "):
         running([torch.zeros(1, 4)]).gaussian()
@@ -76,10 +76,10 @@ def test_files_have_adms_names(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"sigma": np.eye(3)}, "holds sigma but no mu; wanted both"),
+        ({"sigma": np.eye(3)}, "holds sigma but no mu; expected both"),
         ({"mu_s": np.zeros(3)}, "holds mu_s but no sigma_s"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu has shape \(3,\), sigma \(4, 4\)"),
-        ({"mu": np.zeros(3, dtype=int), "sigma": np.eye(3)}, "mu is int64; wanted floating point"),
+        ({"mu": np.zeros(3, dtype=int), "sigma": np.eye(3)}, "mu is int64; expected floating point"),
         ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "mu holds numbers that are not finite"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "num_images": np.array(0.5)}, "num_images is float64"),
     ],
