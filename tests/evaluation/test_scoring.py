@@ -232,8 +232,8 @@ def test_only_what_is_asked_for_is_computed():
 
 
 def test_doubts_are_warned_of(tmp_path, recwarn):
-    samples = write(tmp_path / "samples.npz", smooth_images(12, 0), labels=np.arange(12) // 6)
-    reference = write(tmp_path / "reference.npz", smooth_images(12, 1, size=16))
+    samples = write(tmp_path / "samples.npz", smooth_images(10, 0), labels=np.arange(10) // 5)
+    reference = write(tmp_path / "reference.npz", smooth_images(4, 1, size=16))
     evaluate(samples, reference, ["inception_score", "precision"], inception)
     messages = " | ".join(str(warning.message) for warning in recwarn)
     assert "samples.npz is sorted by class" in messages
