@@ -125,19 +125,20 @@ class Job:
         Arguments and errors are those of `generate`.
         """
         ranks = process_ranks()
-        _check_kinds(draws=(draws, Draws), engine=(engine, Engine), outputs=(outputs, Outputs))
+        for value, kind in ((draws, Draws), (engine, Engine), (outputs, Outputs)):
+            require_kind(kind.__name__.lower(), value, kind)
         device = open_device(engine.device)
         source = resolve_checkpoint(checkpoint)
         experiment = experiment_of(source, preset)
         sampling = experiment.sampling if sampling is None else sampling
-        _check_kinds(sampling=(sampling, SamplingConfig))
+        require_kind("sampling", sampling, SamplingConfig)
         data = experiment.data
         assignment = assign(draws, experiment.model.num_classes, 100 if data.autoencoder is None else 16)
         path = output_folder(output_dir)
         check_output(path)
         scorer = None
         if scoring is not None:
-            _check_kinds(scoring=(scoring, Scoring))
+            require_kind("scoring", scoring, Scoring)
             scorer = Scorer(scoring, path, len(assignment), data.image_size, device, ranks)
         loaded = load_engine(source, experiment, sampling, engine, device, len(assignment), ranks)
         shard_size = loaded.batch_size * max(1, SHARD_IMAGES // loaded.batch_size)
@@ -261,8 +262,3 @@ class Job:
 
 def _advance(bar: tqdm[Any], images: float, *_: object) -> None:
     bar.update(images)
-
-
-def _check_kinds(**given: tuple[object, type]) -> None:
-    for name, (value, kind) in given.items():
-        require_kind(name, value, kind)

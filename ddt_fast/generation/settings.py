@@ -29,7 +29,7 @@ class Draws:
     """What to draw: how many images, of which classes, from which seeds.
 
     Args:
-        num_images: default: 100 digits, 16 of other models, or one per seed.
+        num_images: images to draw; default: 100 of digits, 16 of other models, or one per seed.
         classes: classes to cycle through; default: all.
         seeds_per_class: this many images of every class, in place of `num_images`.
         class_seeds: draw every class with each of these seeds.
