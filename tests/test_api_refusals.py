@@ -30,7 +30,7 @@ from ddt_fast.presets import PRESETS
         ),
         (Engine, {"batch_size": 1.5}, r"batch_size is 1\.5"),
         (Engine, {"quantize": "int4"}, "quantize is 'int4'; allowed: int8"),
-        (Engine, {"memory_budget": 3}, "3 is not an amount of memory"),
+        (Engine, {"memory_budget": 3}, "memory_budget is 3; allowed: a number and a unit"),
         (Engine, {"reference": True, "compile": True}, "`reference` is plain PyTorch; it excludes `quantize`"),
         (Outputs, {"num_png": -1}, "num_png is -1; allowed: a whole number, 0 or more"),
         (Outputs, {"shard_size": 0}, "shard_size is 0"),

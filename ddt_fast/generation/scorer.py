@@ -98,11 +98,8 @@ class Scorer:
 
     def begin(self, folder: JobFolder) -> None:
         """Take the images that are found; `take` is for those that are drawn. Call before the job runs."""
-        self._job = {
-            "job": folder.settings,
-            "features": kind_of_features(self._extractor.description),
-            "features_kept": self._keep,
-        }
+        kind = kind_of_features(self._extractor.description)
+        self._job = {"job": folder.settings, "features": kind, "features_kept": self._keep}
         self._was_finished = folder.was_finished
         if not self._was_finished:
             own = self._file(self._ranks.rank)

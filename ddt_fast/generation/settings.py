@@ -87,14 +87,14 @@ class Engine:
         _require_at_least(self, batch_size=1)
         require(self.quantize in (None, "int8"), "quantize", self.quantize, "int8")
         if self.memory_budget is not None:
-            parse_bytes(self.memory_budget)
+            _parse_bytes(self.memory_budget)
         if self.reference and (self.quantize or self.compile or self.attention != "auto"):
             raise ValueError("`reference` is plain PyTorch; it excludes `quantize`, `compile` and `attention`")
 
     @property
     def budget_bytes(self) -> int | None:
         """The memory budget in bytes."""
-        return None if self.memory_budget is None else parse_bytes(self.memory_budget)
+        return None if self.memory_budget is None else _parse_bytes(self.memory_budget)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,11 @@ def _require_at_least(settings: Any, **minimum: int) -> None:
             require_int(name, value, low)
 
 
-def parse_bytes(text: str) -> int:
-    """ "8GiB", "500 MB" or a plain number of bytes; ValueError for anything else."""
+def _parse_bytes(text: object) -> int:
+    """ "8GiB", "500 MB" or a plain number of bytes."""
     pattern = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"{text!r} is not an amount of memory; expected a number and a unit, such as 8GiB or 500MB")
-    number, prefix, binary = match.groups()
+    require(match is not None, "memory_budget", text, "a number and a unit, such as 8GiB or 500MB")
+    number, prefix, binary = match.groups()  # type: ignore[union-attr]
     base = 1024 if binary else 1000
     return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
