@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddt_fast import evaluate as evaluate_command
@@ -149,7 +150,7 @@ def test_two_processes_write_and_score_what_one_does(tmp_path, reference, expect
 
 def test_the_features_of_the_other_process_are_merged(tmp_path, reference, expected, monkeypatch, capsys):
     as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
-    assert len(list(tmp_path.glob("features-*-rank-1-of-2.npz"))) == 1
+    assert len(list(tmp_path.glob("features-*-rank-1-of-2.pt"))) == 1
     sizes = looked_at(monkeypatch)
     as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
@@ -168,8 +169,8 @@ def test_features_that_another_process_did_not_leave_come_from_the_samples(
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:500])
     else:  # those of rank 0, as another division of the images would have them
-        with np.load(file) as saved:
-            np.savez(file, **{**saved, "indices": saved["indices"] - 20})
+        saved = torch.load(file)
+        torch.save({**saved, "_indices": [index - 20 for index in saved["_indices"]]}, file)
     if damage == "truncated":
         with pytest.warns(UserWarning, match="cannot be read: .*; its images are taken from samples.npz"):
             as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,11 +95,6 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
     if count is not None:
         arrays["num_images"] = np.array(count)
-    write_npz(path, arrays)
-
-
-def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to an npz, whole or not at all."""
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
 

@@ -1,7 +1,7 @@
 """Scores of a job's samples without a second pass over them: features are taken while the next images are drawn.
 
 Where several processes share a job, each saves the features of its images, when they are done, as
-OUTPUT/features-FINGERPRINT-rank-R-of-W.npz. The process that writes samples.npz merges them, takes what is missing from
+OUTPUT/features-FINGERPRINT-rank-R-of-W.pt. The process that writes samples.npz merges them, takes what is missing from
 samples.npz, writes metrics.json and removes the files. A job that was finished before is scored from samples.npz, by
 rank 0.
 """
@@ -33,7 +33,7 @@ from ddt_fast.ranks import Ranks
 from ddt_fast.wording import plural
 
 REPORT = "metrics.json"
-_FEATURES = r"features-[0-9a-f]{12}-rank-\d+-of-\d+\.npz"
+_FEATURES = r"features-[0-9a-f]{12}-rank-\d+-of-\d+\.(pt|npz)"
 _BATCH = 64
 
 
@@ -188,5 +188,5 @@ class Scorer:
             missing[part.indices] = False
 
     def _file(self, rank: int) -> Path:
-        name = f"features-{fingerprint(self._job)}-rank-{rank}-of-{self._ranks.world_size}.npz"
+        name = f"features-{fingerprint(self._job)}-rank-{rank}-of-{self._ranks.world_size}.pt"
         return self._output_dir / name

@@ -97,11 +97,11 @@ def test_ranks_merge_in_memory_and_through_files(tmp_path):
         accumulator = FeatureAccumulator(PixelExtractor())
         indices = range(rank, 60, 3)
         accumulator.add(images[rank::3], indices)
-        accumulator.save(tmp_path / f"{rank}.npz")
+        accumulator.save(tmp_path / f"{rank}.pt")
         ranks.append(accumulator)
     loaded = FeatureAccumulator(PixelExtractor())
     for rank in (2, 0, 1):
-        loaded.load(tmp_path / f"{rank}.npz")
+        loaded.load(tmp_path / f"{rank}.pt")
     for other in ranks[1:]:
         ranks[0].merge(other)
     for merged in (ranks[0], loaded):
@@ -134,15 +134,15 @@ def test_accumulators_refuse_what_does_not_fit(tmp_path):
         FeatureAccumulator(PixelExtractor()).add(np.zeros((1, 72, 72, 3), np.uint8))
     with pytest.raises(ValueError, match="batch_size is 0"):
         FeatureAccumulator(PixelExtractor(), batch_size=0)
-    accumulator.save(tmp_path / "pixels.npz")
+    accumulator.save(tmp_path / "pixels.pt")
     other = FeatureAccumulator(inception())
     with pytest.raises(ValueError, match="cannot be merged"):
         other.merge(accumulator)
     with pytest.raises(ValueError, match="holds features of pixels"):
-        other.load(tmp_path / "pixels.npz")
-    (tmp_path / "pixels.npz").write_bytes((tmp_path / "pixels.npz").read_bytes()[:100])
+        other.load(tmp_path / "pixels.pt")
+    (tmp_path / "pixels.pt").write_bytes((tmp_path / "pixels.pt").read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
-        accumulator.load(tmp_path / "pixels.npz")
+        accumulator.load(tmp_path / "pixels.pt")
     assert len(accumulator) == 3
 
 
