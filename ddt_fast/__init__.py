@@ -3,7 +3,7 @@
 Everything a command does is one function here, with the same defaults and errors:
 
     python -m ddt_fast.train            train_model(experiment, output_dir)
-    python -m ddt_fast.sample           generate(checkpoint, output_dir)
+    python -m ddt_fast.sample           generate(checkpoint, output_dir, draws=Draws(num_images=50_000))
     python -m ddt_fast.evaluate         score_samples(samples, reference)
     python -m ddt_fast.cache_latents    encode_image_folder(images, output)
     python -m ddt_fast.convert          convert_checkpoint(source, out)
@@ -11,6 +11,7 @@ Everything a command does is one function here, with the same defaults and error
 
 and beside them
 
+    Draws, Engine, Outputs, Scoring     what `generate` draws, with which engine, what it writes, how it scores
     load_model(path), DDT, FusedDDT     the model
     sampling.sample, sampling.Sampler   samples of a model in memory, as tensors
     DDTPipeline                         the model in diffusers
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from ddt_fast.cache_latents import encode_image_folder
     from ddt_fast.convert import convert_checkpoint
     from ddt_fast.evaluate import score_samples
-    from ddt_fast.generation.generate import generate
+    from ddt_fast.generation.job import generate
+    from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
     from ddt_fast.model.card import write_model_card
     from ddt_fast.pipeline import DDTPipeline
     from ddt_fast.sharing import study_refreshes
@@ -42,8 +44,12 @@ __all__ = [
     "DDT",
     "DDTConfig",
     "DDTPipeline",
+    "Draws",
+    "Engine",
     "FusedDDT",
+    "Outputs",
     "SamplingConfig",
+    "Scoring",
     "convert_checkpoint",
     "encode_image_folder",
     "generate",
@@ -57,9 +63,13 @@ __all__ = [
 # Imported when they are asked for: some of these modules take seconds, or packages that are not needed otherwise.
 _LAZY = {
     "DDTPipeline": "ddt_fast.pipeline",
+    "Draws": "ddt_fast.generation.settings",
+    "Engine": "ddt_fast.generation.settings",
+    "Outputs": "ddt_fast.generation.settings",
+    "Scoring": "ddt_fast.generation.settings",
     "convert_checkpoint": "ddt_fast.convert",
     "encode_image_folder": "ddt_fast.cache_latents",
-    "generate": "ddt_fast.generation.generate",
+    "generate": "ddt_fast.generation.job",
     "score_samples": "ddt_fast.evaluate",
     "study_refreshes": "ddt_fast.sharing",
     "train_model": "ddt_fast.train",

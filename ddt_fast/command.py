@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose errors are one line, exit code 2, and the reading of amounts of memory."""
+"""What the commands share: a parser whose errors are one line, with exit code 2, and name options."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import docstring_parser
 import jsonargparse
 from tqdm import tqdm
+
+Settings = TypeVar("Settings")
 
 
 class CommandParser(jsonargparse.ArgumentParser):
@@ -26,6 +32,69 @@ class CommandParser(jsonargparse.ArgumentParser):
             nearest = difflib.get_close_matches(unknown[1], options, n=3)
             message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists what there is"
         fail(message)
+
+    def add_options(
+        self, function: Callable[..., Any], *names: str, without: Collection[str] = (), words: Any = None, **more: Any
+    ) -> None:
+        """Add an option for each parameter of a function or settings class: its type, default and description.
+
+        A sequence takes its values one after the other, a bool is a flag; of a union the first type counts.
+
+        Args:
+            function: with annotations, and a docstring in which a name in `backticks` is a parameter.
+            names: parameters; none: all.
+            without: parameters that are left out.
+            words: descriptions by name, in place of the docstring's.
+            more: `default`, in place of the parameters' own.
+        """
+        documented = docstring_parser.parse(function.__doc__ or "").params
+        helps = {entry.arg_name: entry.description or "" for entry in documented} | (words or {})
+        hints = get_type_hints(function)
+        for name, parameter in signature(function).parameters.items():
+            if name in (names or hints) and name not in without:
+                kind = _argument(hints[name])
+                if "action" not in kind:
+                    default = more.get("default", parameter.default)
+                    kind["default"] = list(default) if isinstance(default, tuple) else default
+                text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), " ".join(helps[name].split()).rstrip("."))
+                self.add_argument(_option(name), help=text, **kind)
+
+    def name_options(self, text: str) -> str:
+        """The text with options for parameters: `num_png` in backticks, or a first word as in "num_png is -1"."""
+        options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        text = re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[1]), text)
+        return re.sub(r"^\w+(?= is )", lambda match: options.get(match[0], match[0]), text)
+
+    @contextmanager
+    def naming_options(self) -> Iterator[None]:
+        """Within, a ValueError of a function names the command's options for the function's parameters."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(self.name_options(str(error))) from error
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _argument(hint: Any) -> dict[str, Any]:
+    """What argparse is told of a type."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return _argument(next(option for option in inner if option is not NoneType))
+    if hint is bool:
+        return {"action": "store_true"}
+    if kind is Literal:
+        return {"choices": inner}
+    if kind is tuple and ... not in inner:  # an interval
+        return {**_argument(inner[0]), "nargs": 2, "metavar": ("LOW", "HIGH")}
+    return {**_argument(inner[0]), "nargs": "+"} if inner else {"type": hint}
+
+
+def read_options(options: Any, kind: Callable[..., Settings]) -> Settings:
+    """The settings of that class that parsed options name; ValueError for values that are not allowed."""
+    return kind(**{name: getattr(options, name) for name in signature(kind).parameters})
 
 
 def fail(message: str) -> NoReturn:
@@ -56,14 +125,3 @@ def run_command(command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def parse_bytes(text: str) -> int:
-    """ "8GiB", "500 MB" or a plain number of bytes; ValueError for anything else."""
-    pattern = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
-    match = re.fullmatch(pattern, text, re.IGNORECASE) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"{text!r} is no amount of memory; wanted a number and a unit, such as 8GiB or 500MB")
-    number, prefix, binary = match.groups()
-    base = 1024 if binary else 1000
-    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))

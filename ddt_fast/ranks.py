@@ -25,6 +25,11 @@ class Ranks:
         """The beginning of a line of output: "rank 1 of 4: ", or nothing for a single process."""
         return f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
 
+    def say(self, text: str) -> None:
+        """Print what all processes would say alike, once."""
+        if self.rank == 0:
+            print(text)
+
 
 def process_ranks() -> Ranks:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment; ValueError if they make no sense."""

@@ -1,6 +1,8 @@
-"""Random weights for the Inception network under which its features are of the size that trained ones have."""
+"""Random weights for the Inception network that give features as large as the trained ones do."""
 
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from ddt_fast.evaluation.inception import Inception
 
 @cache
 def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict; every normalisation does something."""
+    """A state dict; every normalisation has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         network = Inception()
@@ -32,7 +34,15 @@ def random_weights(seed: int = 0) -> dict[str, torch.Tensor]:
     return network.state_dict()
 
 
+@cache
+def weights_file() -> str:
+    """A file of `random_weights`."""
+    file = Path(tempfile.mkdtemp()) / "random.pth"
+    torch.save(random_weights(), file)
+    return str(file)
+
+
 def smooth_images(count: int, seed: int, size: int = 32) -> NDArray[np.uint8]:
-    """Images (count, size, size, 3) uint8 that are no plain noise, which all looks alike to a network."""
+    """Images (count, size, size, 3) uint8 that are not plain noise, which looks all the same to a network."""
     coarse = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
     return np.stack([np.asarray(Image.fromarray(image).resize((size, size))) for image in coarse])

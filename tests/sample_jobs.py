@@ -1,6 +1,9 @@
-"""A job of the sample command, and ways to disturb it, for the tests of large jobs."""
+"""A job of the sample command, and ways to disturb it."""
 
 import importlib
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from ddt_fast.sampling.engine import Sampler
 
 sample_command = importlib.import_module("ddt_fast.sample")
 
-JOB = ["--num-images", "123", "--num-steps", "2", "--shard-size", "20", "--batch-size", "10"]
+JOB = ["--num-images", "123", "--num-steps", "1", "--shard-size", "20", "--batch-size", "10"]
 OUTPUTS = ["generation.json", "grid.png", "images", "samples.npz"]
 
 
@@ -22,24 +25,48 @@ def without_ranks(monkeypatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def as_rank(monkeypatch, rank: int, world_size: int, folder: Path, *arguments: str) -> None:
+    """Run the command as one of several processes."""
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setenv("WORLD_SIZE", str(world_size))
+        sample_command.main([*arguments, "--output-dir", str(folder)])
+
+
 def sample(folder: Path, *arguments: str, **more) -> bytes:
+    """Run the command; return samples.npz."""
     sample_command.main([*arguments, "--output-dir", str(folder)], **more)
     return (folder / "samples.npz").read_bytes()
 
 
-def error_line(capsys, folder: Path, *arguments: str) -> str:
-    """Run a command that must fail; return the last line of stderr, where it says why."""
+@cache
+def whole() -> Path:
+    """The folder of JOB, undisturbed."""
+    folder = Path(tempfile.mkdtemp())
+    sample(folder, *JOB)
+    return folder
+
+
+def error_line(capsys, main: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> str:
+    """Run a command that must fail with one `error:` line and exit code 2; return the line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: sample(folder, *arguments))
+        run_command(lambda: main(arguments))
     assert stop.value.code == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ")
-    return line
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, lines
+    assert lines[-1] == errors[0]
+    return errors[0]
+
+
+def sample_error(capsys, folder: Path, *arguments: str) -> str:
+    """The error line of the sample command in a folder."""
+    return error_line(capsys, sample_command.main, [*arguments, "--output-dir", str(folder)])
 
 
 def begin(folder: Path, count: int, *arguments: str) -> list[Path]:
-    """Stop a job of JOB once it has `count` shards; return their files."""
+    """Stop a job (JOB, changed by the arguments) once it has `count` shards; return their files."""
     write = shards.ShardFolder.write
 
     def interrupted(self, shard, *rest):
@@ -57,20 +84,20 @@ def begin(folder: Path, count: int, *arguments: str) -> list[Path]:
 
 
 def drawn(monkeypatch) -> list[int]:
-    """A list that gets the size of every batch that is drawn from now on."""
+    """A list that gets the size of every batch drawn from now on."""
     sizes: list[int] = []
     call = Sampler.__call__
 
-    def plural(self, noise, *rest, **more):
+    def noted(self, noise, *rest, **more):
         sizes.append(len(noise))
         return call(self, noise, *rest, **more)
 
-    monkeypatch.setattr(Sampler, "__call__", plural)
+    monkeypatch.setattr(Sampler, "__call__", noted)
     return sizes
 
 
 def small_autoencoder(folder: Path) -> str:
-    """A small AutoencoderKL with random weights, 8 pixels a latent as the published one, saved there."""
+    """A small AutoencoderKL with random weights, 8 pixels per latent as in the published one, saved there."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)

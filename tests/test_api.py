@@ -13,6 +13,7 @@ import pytest
 
 import ddt_fast
 from ddt_fast.__main__ import COMMANDS as NAMED
+from ddt_fast.__main__ import main as name_commands
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 
@@ -24,15 +25,17 @@ COMMANDS = {
     "convert_checkpoint": "ddt_fast.convert",
     "study_refreshes": "ddt_fast.sharing",
 }
+SETTINGS = ("Draws", "Engine", "Outputs", "Scoring")
 
 
-def test_without_a_command_the_commands_are_named():
-    for arguments, said in (([], "no command"), (["train"], "'train' is no command of its own")):
-        command = [sys.executable, "-m", "ddt_fast", *arguments]
-        found = subprocess.run(command, capture_output=True, text=True)
-        assert found.returncode == 2
-        assert found.stderr.startswith(f"error: {said}; wanted python -m ddt_fast.COMMAND, one of train, sample, ")
-        assert found.stderr.count("\n") == 1
+def test_without_a_command_the_commands_are_named(monkeypatch, capsys):
+    for arguments, said in (([], "no command"), (["train"], "'train' is not a command")):
+        monkeypatch.setattr(sys, "argv", ["ddt_fast", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            name_commands()
+        line = capsys.readouterr().err
+        assert line.startswith(f"error: {said}; expected python -m ddt_fast.COMMAND, one of train, sample, ")
+        assert line.count("\n") == 1
     assert {f"ddt_fast.{name}" for name in NAMED} == {*COMMANDS.values(), "ddt_fast.demo"}
 
 
@@ -41,31 +44,32 @@ def parser_of(module):
     return build("digits") if inspect.signature(build).parameters else build()
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "write_model_card"])
+@pytest.mark.parametrize("name", [*COMMANDS, "write_model_card", *SETTINGS])
 def test_help_says_what_every_argument_is(name):
     function = getattr(ddt_fast, name)
     signature = inspect.signature(function)
     assert all(p.annotation is not p.empty for p in signature.parameters.values())
     assert signature.return_annotation is not signature.empty
     text = inspect.getdoc(function)
-    documented = text[text.index("Args:") : text.index("Raises:")]
+    documented = text[text.index("Args:") :].partition("Raises:")[0]
     assert [name for name in signature.parameters if f"    {name}: " not in documented] == []
 
 
-@pytest.mark.parametrize(("name", "module"), COMMANDS.items())
+@pytest.mark.parametrize(
+    ("name", "module"), [*COMMANDS.items(), *((name, "ddt_fast.sample") for name in SETTINGS[:-1])]
+)
 def test_the_functions_defaults_are_the_commands(name, module):
-    parser = parser_of(module)
-    shared = {
-        parameter: inspect.signature(getattr(ddt_fast, name)).parameters[parameter].default
-        for parameter in inspect.signature(getattr(ddt_fast, name)).parameters
-        if parameter in parser.get_defaults() and parameter not in ("checkpoint", "output_dir", "source", "out")
-    }
-    if name not in ("train_model", "study_refreshes"):
+    given = parser_of(module).get_defaults()
+    parameters = inspect.signature(getattr(ddt_fast, name)).parameters
+    shared = {p for p in parameters if p in given and p not in ("checkpoint", "output_dir", "source", "out")}
+    if name in SETTINGS:
+        assert shared == {*parameters}
+    elif name not in ("train_model", "study_refreshes", "generate"):
         assert len(shared) >= 4
-    for parameter, default in shared.items():
-        command = parser.get_defaults()[parameter]
+    for parameter in shared:
+        default = parameters[parameter].default
         default = list(default) if isinstance(default, tuple) else default
-        assert default is inspect.Parameter.empty or command == default, parameter
+        assert default is inspect.Parameter.empty or given[parameter] == default, parameter
 
 
 def test_importing_the_package_imports_no_more_than_the_model_needs():
@@ -102,7 +106,8 @@ def test_a_notebooks_day(tmp_path, capsys):
         assert fact in card
     assert str(tmp_path) not in card
 
-    drawn = ddt_fast.generate(run / "model", tmp_path / "drawn", classes=[3, 8], num_images=12, device="cpu")
+    draws, engine = ddt_fast.Draws(classes=[3, 8], num_images=12), ddt_fast.Engine(device="cpu")
+    drawn = ddt_fast.generate(run / "model", tmp_path / "drawn", draws=draws, engine=engine)
     samples = np.load(drawn / "samples.npz")
     assert samples["labels"].tolist() == [3, 8] * 6
     report = ddt_fast.score_samples(

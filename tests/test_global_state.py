@@ -30,7 +30,7 @@ def test_generate_is_deterministic_and_leaves_cudnn_as_it_was(tmp_path, unusual_
     def look(*_):
         within.append(cudnn())
 
-    settings = {"num_images": 4, "sampling": ddt_fast.SamplingConfig(num_steps=2), "device": "cpu"}
+    settings = {"draws": ddt_fast.Draws(num_images=4), "sampling": ddt_fast.SamplingConfig(num_steps=2)}
     ddt_fast.generate(output_dir=tmp_path / "a", on_images=look, **settings)
     assert set(within) == {(False, True)}
     assert cudnn() == unusual_cudnn
@@ -41,8 +41,8 @@ def test_generate_is_deterministic_and_leaves_cudnn_as_it_was(tmp_path, unusual_
     with pytest.raises(RuntimeError, match="stopped"):
         ddt_fast.generate(output_dir=tmp_path / "b", on_images=fail, **settings)
     assert cudnn() == unusual_cudnn
-    with pytest.raises(ValueError, match="--num-images is 0"):
-        ddt_fast.generate(output_dir=tmp_path / "c", device="cpu", num_images=0)
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        ddt_fast.generate(output_dir=tmp_path / "c", engine=ddt_fast.Engine(device="gpu"))
     assert cudnn() == unusual_cudnn
 
 

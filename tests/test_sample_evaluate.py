@@ -1,4 +1,4 @@
-"""`python -m ddt_fast.sample --evaluate`: the scores of `ddt_fast.evaluate`, whoever drew the images."""
+"""`python -m ddt_fast.sample --evaluate`: the scores of `ddt_fast.evaluate`, whichever process drew the images."""
 
 import json
 import os
@@ -12,15 +12,14 @@ import torch
 from PIL import Image
 
 from ddt_fast import evaluate as evaluate_command
-from ddt_fast.command import run_command
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.features import FeatureAccumulator
-from ddt_fast.generation import scored, shards
+from ddt_fast.generation import scorer, shards
+from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.images import to_uint8
-from ddt_fast.generation.job import Generation
 from ddt_fast.sampling.engine import Sampler
-from inception_cases import random_weights, smooth_images
-from sample_jobs import JOB, drawn, sample_command, without_ranks
+from inception_cases import smooth_images, weights_file
+from sample_jobs import JOB, as_rank, drawn, sample, sample_error, whole, without_ranks
 
 OUTPUTS = ["generation.json", "grid.png", "images", "metrics.json", "samples.npz"]
 
@@ -40,14 +39,16 @@ def reference(tmp_path_factory) -> str:
     return str(file)
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory, reference) -> dict:
+def evaluated(folder: Path, samples: Path, reference: str) -> dict:
     """The scores that the evaluate command finds in samples.npz."""
-    folder = tmp_path_factory.mktemp("expected")
-    sample_command.main([*JOB, "--output-dir", str(folder)])
-    files = ["--samples", str(folder / "samples.npz"), "--reference", reference]
+    files = ["--samples", str(samples / "samples.npz"), "--reference", reference]
     evaluate_command.main([*files, "--features", "pixels", "--output", str(folder / "metrics.json")])
     return json.loads((folder / "metrics.json").read_text())["metrics"]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, reference) -> dict:
+    return evaluated(tmp_path_factory.mktemp("expected"), whole(), reference)
 
 
 def scoring(reference: str) -> list[str]:
@@ -67,31 +68,23 @@ def check(folder: Path, expected: dict) -> None:
     assert sorted(path.name for path in folder.iterdir()) == OUTPUTS
 
 
-def as_rank(monkeypatch, folder: Path, rank: int, *arguments: str) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        patch.setenv("WORLD_SIZE", "2")
-        sample_command.main([*arguments, "--output-dir", str(folder)])
-
-
 def looked_at(monkeypatch) -> list[int]:
     """A list that gets the number of images whenever features are computed from now on, the reference's aside."""
     sizes: list[int] = []
-    take = scored.Scoring.take
+    take = scorer.Scorer.take
 
-    def plural(self, positions, images):
+    def noted(self, positions, images):
         sizes.append(len(images))
         take(self, positions, images)
 
-    monkeypatch.setattr(scored.Scoring, "take", plural)
+    monkeypatch.setattr(scorer.Scorer, "take", noted)
     return sizes
 
 
 def test_one_process_scores_what_it_draws_in_one_pass(tmp_path, reference, expected, monkeypatch, capsys):
     sizes = looked_at(monkeypatch)
     seen: list[int] = []
-    arguments = [*scoring(reference), "--output-dir", str(tmp_path)]
-    sample_command.main(arguments, on_images=lambda positions, _: seen.extend(positions.tolist()))
+    sample(tmp_path, *scoring(reference), on_images=lambda positions, _: seen.extend(positions.tolist()))
     check(tmp_path, expected)
     assert sum(sizes) == 123
     assert sorted(seen) == list(range(123)), "a hook of the caller's goes on beside it"
@@ -107,39 +100,37 @@ def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, referen
     with np.load(reference) as archive:
         for i, image in enumerate(archive["arr_0"]):
             Image.fromarray(np.pad(image, ((0, 0), (i % 2, i % 2), (0, 0)))).save(photos / f"{i:03d}.png")
-    arguments = [*scoring(str(photos)), "--output-dir", str(tmp_path / "out")]
-    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; images must be of one size"):
-        sample_command.main(arguments)
+    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; .*: --center-crop cuts a folder's"):
+        sample(tmp_path / "out", *scoring(str(photos)))
     assert not (tmp_path / "out" / "samples.npz").exists()
-    sample_command.main([*arguments, "--center-crop", "8"])
+    sample(tmp_path / "out", *scoring(str(photos)), "--center-crop", "8")
     check(tmp_path / "out", expected)
 
 
 def test_a_singular_reference_costs_digits_and_no_more(tmp_path):
     np.savez(tmp_path / "digits.npz", arr_0=to_uint8(digits()[0]))
-    reference, out = str(tmp_path / "digits.npz"), tmp_path / "out"
-    sample_command.main([*scoring(reference), "--output-dir", str(out)])
-    files = ["--samples", str(out / "samples.npz"), "--reference", reference]
-    evaluate_command.main([*files, "--features", "pixels", "--output", str(tmp_path / "metrics.json")])
-    found, expected = (json.loads((folder / "metrics.json").read_text())["metrics"] for folder in (out, tmp_path))
+    sample(tmp_path / "out", *scoring(str(tmp_path / "digits.npz")))
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]
+    expected = evaluated(tmp_path, tmp_path / "out", str(tmp_path / "digits.npz"))
     assert found["fid"] == pytest.approx(expected["fid"], rel=2e-7)
     assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
 
 
 def test_a_finished_job_is_scored_without_drawing(tmp_path, reference, expected, monkeypatch):
-    sample_command.main([*JOB, "--output-dir", str(tmp_path)])
+    sample(tmp_path, *JOB)
 
     def none(*_: object, **__: object) -> None:
         raise AssertionError("sampled again")
 
     monkeypatch.setattr(Sampler, "__init__", none)
-    as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
+    as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
     assert not (tmp_path / "metrics.json").exists(), "one process scores, and that is rank 0"
-    as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+    as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
 
 
-def test_two_processes_at_once(tmp_path, reference, expected):
+@pytest.mark.slow
+def test_two_processes_write_and_score_what_one_does(tmp_path, reference, expected):
     command = [sys.executable, "-m", "ddt_fast.sample", *scoring(reference), "--output-dir", str(tmp_path)]
     common = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
@@ -151,14 +142,17 @@ def test_two_processes_at_once(tmp_path, reference, expected):
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("\nFID  " in stdout for stdout, _ in outputs) == 1, outputs
+    said = [stdout for stdout, _ in outputs]
+    assert sum("wrote images/, grid.png, samples.npz" in text for text in said) >= 1, said
     check(tmp_path, expected)
+    assert (tmp_path / "samples.npz").read_bytes() == (whole() / "samples.npz").read_bytes()
 
 
 def test_the_features_of_the_other_process_are_merged(tmp_path, reference, expected, monkeypatch, capsys):
-    as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
-    assert len(list(tmp_path.glob("features-*-rank-1-of-2.npz"))) == 1
+    as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
+    assert len(list(tmp_path.glob("features-*-rank-1-of-2.pt"))) == 1
     sizes = looked_at(monkeypatch)
-    as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+    as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
     assert sum(sizes) == 123 - 60
     assert "missing" not in capsys.readouterr().out
@@ -168,42 +162,42 @@ def test_the_features_of_the_other_process_are_merged(tmp_path, reference, expec
 def test_features_that_another_process_did_not_leave_come_from_the_samples(
     tmp_path, reference, expected, monkeypatch, capsys, damage
 ):
-    as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
+    as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
     (file,) = tmp_path.glob("features-*")
     if damage == "missing":
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:500])
     else:  # those of rank 0, as another division of the images would have them
-        with np.load(file) as saved:
-            np.savez(file, **{**saved, "indices": saved["indices"] - 20})
+        saved = torch.load(file)
+        torch.save({**saved, "_indices": [index - 20 for index in saved["_indices"]]}, file)
     if damage == "truncated":
         with pytest.warns(UserWarning, match="cannot be read: .*; its images are taken from samples.npz"):
-            as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+            as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     else:
-        as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+        as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
     assert "features of 60 of 123 images are taken from " in capsys.readouterr().out
 
 
 def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expected, monkeypatch):
     """Rank 1 draws its shards; rank 0 finishes and scores before rank 1 has saved its features."""
-    save = scored.Scoring.save
+    save = scorer.Scorer.save
 
     def late(self):
         with monkeypatch.context() as patch:
-            patch.setattr(scored.Scoring, "save", save)
-            as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+            patch.setattr(scorer.Scorer, "save", save)
+            as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
         save(self)
         assert len(list(tmp_path.glob("features-*"))) == 1
 
-    monkeypatch.setattr(scored.Scoring, "save", late)
-    as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
+    monkeypatch.setattr(scorer.Scorer, "save", late)
+    as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
 
 
 @pytest.mark.parametrize("moment", ["while drawing", "before scoring"])
-def test_a_stopped_job_that_goes_on_has_the_same_scores(tmp_path, reference, expected, monkeypatch, moment):
+def test_a_stopped_job_that_is_continued_has_the_same_scores(tmp_path, reference, expected, monkeypatch, moment):
     write = shards.ShardFolder.write
 
     def interrupted(self, shard, *rest):
@@ -214,21 +208,20 @@ def test_a_stopped_job_that_goes_on_has_the_same_scores(tmp_path, reference, exp
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    arguments = [*scoring(reference), "--output-dir", str(tmp_path)]
     with monkeypatch.context() as patch:
         if moment == "while drawing":
             patch.setattr(shards.ShardFolder, "write", interrupted)
         else:
-            patch.setattr(scored.Scoring, "finish", stop)
+            patch.setattr(scorer.Scorer, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            sample_command.main(arguments)
+            sample(tmp_path, *scoring(reference))
     assert not (tmp_path / "metrics.json").exists()
-    sample_command.main(arguments)
+    sample(tmp_path, *scoring(reference))
     check(tmp_path, expected)
 
 
 @pytest.mark.parametrize("moment", ["_is_whole", "_found_images"])
-def test_a_process_goes_on_though_another_finishes_the_job_and_removes_the_shards(
+def test_a_process_continues_though_another_finishes_the_job_and_removes_the_shards(
     tmp_path, reference, expected, monkeypatch, moment
 ):
     """All shards are there; rank 1 merges them while rank 0 looks through its own, the last of which is 6."""
@@ -238,21 +231,21 @@ def test_a_process_goes_on_though_another_finishes_the_job_and_removes_the_shard
 
     for rank in (0, 1):
         with monkeypatch.context() as patch:
-            patch.setattr(Generation, "finish", stop)
+            patch.setattr(JobFolder, "finish", stop)
             with pytest.raises(KeyboardInterrupt):
-                as_rank(monkeypatch, tmp_path, rank, *scoring(reference))
-    function = getattr(Generation, moment)
+                as_rank(monkeypatch, rank, 2, tmp_path, *scoring(reference))
+    function = getattr(JobFolder, moment)
 
     def overtaken(self, shard):
         if self.ranks.rank == 0 and shard == 6:
-            monkeypatch.setattr(Generation, moment, function)
-            as_rank(monkeypatch, tmp_path, 1, *scoring(reference))
+            monkeypatch.setattr(JobFolder, moment, function)
+            as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
             check(tmp_path, expected)
         return function(self, shard)
 
     sizes = drawn(monkeypatch)
-    monkeypatch.setattr(Generation, moment, overtaken)
-    as_rank(monkeypatch, tmp_path, 0, *scoring(reference))
+    monkeypatch.setattr(JobFolder, moment, overtaken)
+    as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
     assert sizes == []
 
@@ -268,17 +261,16 @@ def test_features_are_kept_only_for_metrics_that_need_them(tmp_path, reference, 
         return finish(self, source)
 
     monkeypatch.setattr(FeatureAccumulator, "finish", noted)
-    sample_command.main([*scoring(reference), "--metrics", *metrics, "--output-dir", str(tmp_path)])
+    sample(tmp_path, *scoring(reference), "--metrics", *metrics)
     assert keep[0] == (kept, kept)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*(no published score|is far too high|samples have 8x8)")
 def test_inception_features(tmp_path):
-    torch.save(random_weights(), tmp_path / "weights.pth")
-    np.savez(tmp_path / "reference.npz", arr_0=smooth_images(6, 0, size=8))
-    weights = ["--inception-weights", str(tmp_path / "weights.pth"), "--metrics", "sfid", "inception_score"]
-    job = ["--num-images", "12", "--num-steps", "1", "--output-dir", str(tmp_path / "out")]
-    sample_command.main([*job, "--evaluate", str(tmp_path / "reference.npz"), *weights])
+    np.savez(tmp_path / "reference.npz", arr_0=smooth_images(2, 0, size=8))
+    weights = ["--inception-weights", weights_file(), "--metrics", "sfid", "inception_score"]
+    sample(tmp_path / "out", *JOB[2:4], "--num-images", "10", "--evaluate", str(tmp_path / "reference.npz"), *weights)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     files = ["--samples", str(tmp_path / "out" / "samples.npz"), "--reference", str(tmp_path / "reference.npz")]
     evaluate_command.main([*files, *weights, "--output", str(tmp_path / "metrics.json")])
@@ -290,14 +282,16 @@ def test_inception_features(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--evaluate", "nowhere.npz"], "nowhere.npz does not exist; wanted an npz or a folder of images"),
-        (["--evaluate", "{large}"], "samples have 64 features, the reference 256; wanted as many"),
-        (["--evaluate", "{statistics}"], "samples have 64 features, the reference 3; wanted as many"),
+        (["--evaluate", "nowhere.npz"], "nowhere.npz does not exist; expected an npz or a folder of images"),
+        (["--evaluate", "{large}"], "samples have 64 features, the reference 256; they must match"),
+        (["--evaluate", "{statistics}"], "samples have 64 features, the reference 3; they must match"),
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
         (["--metrics", "sfid"], "sfid cannot be computed: these features have none for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
         (["--evaluate-features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not"),
         (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),
+        (["--center-crop", "0"], "--center-crop is 0; allowed: a whole number, 1 or more"),
+        (["--center-crop", "8"], "--center-crop is for folders of images; "),
         (["--metrics", "is"], "is"),
     ],
 )
@@ -305,27 +299,15 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, reference, monkeypatch,
     files = {"large": tmp_path / "large.npz", "statistics": tmp_path / "statistics.npz"}
     np.savez(files["large"], arr_0=smooth_images(10, 0, size=16))
     np.savez(files["statistics"], mu=np.zeros(3), sigma=np.eye(3))
-    output = tmp_path / "out"
-    monkeypatch.setattr("ddt_fast.generation.generate.load_model", lambda *_: pytest.fail("the model is loaded first"))
-    line = error_line(capsys, output, *scoring(reference), *(word.format(**files) for word in arguments))
-    assert message in line
-    assert list(output.glob("*")) == []
+    monkeypatch.setattr("ddt_fast.generation.engine.load_model", lambda *_: pytest.fail("the model is loaded first"))
+    given = [*scoring(reference), *(word.format(**files) for word in arguments)]
+    assert message in sample_error(capsys, tmp_path / "out", *given)
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_options_without_evaluate_and_a_folder_in_the_way(tmp_path, reference, capsys):
-    for option in (["--metrics", "fid"], ["--center-crop", "8"], ["--inception-weights", "x.pth"]):
-        assert f"{option[0]} is for --evaluate, which is not given" in error_line(capsys, tmp_path, *JOB, *option)
+    for option in ("--metrics=fid", "--center-crop=8", "--inception-weights=x.pth", "--evaluate-features=pixels"):
+        line = sample_error(capsys, tmp_path, *JOB, *option.split("="))
+        assert f"{option.split('=')[0]} is for --evaluate, which is not given" in line
     (tmp_path / "metrics.json").mkdir()
-    assert "metrics.json is a folder; a file of that name is to be written" in error_line(
-        capsys, tmp_path, *scoring(reference)
-    )
-
-
-def error_line(capsys, folder: Path, *arguments: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: sample_command.main([*arguments, "--output-dir", str(folder)]))
-    assert stop.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    assert "metrics.json is a folder; a file of that name" in sample_error(capsys, tmp_path, *scoring(reference))

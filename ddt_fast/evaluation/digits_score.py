@@ -60,7 +60,7 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
         ValueError: fewer than 65 samples (their 64x64 covariance would be singular), or shapes that do not agree.
     """
     if samples.shape[1:] != (1, 8, 8) or labels.shape != samples.shape[:1]:
-        raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; wanted (N, 1, 8, 8), (N,)")
+        raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; expected (N, 1, 8, 8), (N,)")
     if len(samples) < 65:
         raise ValueError(f"{plural(len(samples), 'sample')}; allowed: 65 or more")
     real, generated = _real_digits(), _pixels(samples)

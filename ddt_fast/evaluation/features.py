@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 import warnings
-import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.checks import require_choice
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
-from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics, write_npz
+from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics
+from ddt_fast.files import atomic_file
 from ddt_fast.provenance import device_name
 from ddt_fast.wording import plural
 
+Features = Literal["inception", "pixels"]
 _MAX_PIXEL_DIM = 4096
+_STATE = ("size", "_features", "_feature_indices", "_indices")
 
 
 class Extractor(Protocol):
@@ -98,6 +103,21 @@ class PixelExtractor:
         """Pixels know no classes."""
 
 
+def check_features(features: Features, weights: str | Path | None) -> None:
+    """ValueError for features of another name, or weights of a network that is not used."""
+    require_choice("features", features, Features)
+    if features == "pixels" and weights is not None:
+        raise ValueError("`inception_weights` is for inception features, not for pixels")
+
+
+def extractor_maker(features: Features, weights: str | Path | None, device: torch.device) -> Callable[[], Extractor]:
+    """What makes the extractor of that name, once; ValueError as `check_features`."""
+    check_features(features, weights)
+    if features == "pixels":
+        return lambda: PixelExtractor(device)
+    return functools.cache(lambda: InceptionExtractor(weights, device))
+
+
 @dataclass(frozen=True)
 class FeatureSet:
     """What is known of a set of images.
@@ -172,7 +192,7 @@ class FeatureAccumulator:
         """
         batch = images if isinstance(images, Tensor) else torch.tensor(images)
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape[1:]:
-            raise ValueError(f"images are {batch.dtype} {tuple(batch.shape)}; wanted uint8 (B, H, W, 3)")
+            raise ValueError(f"images are {batch.dtype} {tuple(batch.shape)}; expected uint8 (B, H, W, 3)")
         if indices is not None and len(indices) != len(batch):
             raise ValueError(f"{len(indices)} indices for {len(batch)} images")
         self._take_size((batch.shape[1], batch.shape[2]))
@@ -228,40 +248,25 @@ class FeatureAccumulator:
         )
 
     def save(self, path: Path) -> None:
-        """Write what was gathered to an npz, for `load` in another process."""
-        arrays = {
-            "kind": np.array(self._kind),
-            "size": np.array(self.size or (0, 0)),
-            "indices": self.indices,
-            "feature_indices": np.array(self._feature_indices, dtype=np.int64),
-            "features": (torch.cat(self._features) if self._features else torch.zeros(0, 0)).cpu().numpy(),
-        }
-        for name, statistics in (("pool", self._pool), ("spatial", self._spatial)):
-            arrays[f"{name}_mean"] = statistics.mean.cpu().numpy()
-            arrays[f"{name}_scatter"] = statistics.scatter.cpu().numpy()
-        write_npz(path, arrays)
+        """Write what was gathered, for `load` in another process; whole or not at all."""
+        state = {name: value for name, value in vars(self).items() if name in _STATE}
+        parts = {"kind": self._kind, "pool": vars(self._pool), "spatial": vars(self._spatial)}
+        with atomic_file(path) as temporary:
+            torch.save(state | parts, temporary)
 
     def load(self, path: Path) -> None:
         """Add what `save` wrote; ValueError when the file is damaged, or its features are of another network."""
+        part = FeatureAccumulator(self.extractor, self.batch_size, self.keep_features)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            kind, size = str(arrays["kind"]), arrays["size"].tolist()
-            device = self.extractor.device
-            part = FeatureAccumulator(self.extractor, self.batch_size, self.keep_features)
-            part._indices = arrays["indices"].tolist()
-            part._feature_indices = arrays["feature_indices"].tolist()
-            if part._feature_indices:
-                part._features = [torch.from_numpy(arrays["features"]).to(device)]
-            for name, statistics in (("pool", part._pool), ("spatial", part._spatial)):
-                statistics.mean = torch.from_numpy(arrays[f"{name}_mean"]).to(device)
-                statistics.scatter = torch.from_numpy(arrays[f"{name}_scatter"]).to(device)
-                statistics.count = len(part) if len(statistics.mean) else 0
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            state = torch.load(path, map_location=self.extractor.device, weights_only=True)
+            kind = state["kind"]
+            vars(part).update({name: state[name] for name in _STATE})
+            vars(part._pool).update(state["pool"])
+            vars(part._spatial).update(state["spatial"])
+        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
         if kind != self._kind:
-            raise ValueError(f"{path} holds features of {kind}; wanted {self._kind}")
-        part.size = (size[0], size[1]) if part._indices else None
+            raise ValueError(f"{path} holds features of {kind}; expected {self._kind}")
         self.merge(part)
 
     @property

@@ -202,7 +202,7 @@ class Inception(nn.Module):
             ValueError: another dtype or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; wanted uint8 (B, 3, H, W)")
+            raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
         x = (resize(images.to(self.fc.weight.dtype)) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
@@ -215,8 +215,8 @@ class Inception(nn.Module):
         return InceptionOutput(x.mean((2, 3)), spatial)
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """Class probabilities (B, 1008) of pool features (B, 2048). The logits have no bias: so the Inception Score was
-        always computed."""
+        """Class probabilities (B, 1008) of pool features (B, 2048), from logits without bias: so the Inception Score is
+        defined."""
         return (pool @ self.fc.weight.T).softmax(1)
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.error import URLError
 
@@ -54,9 +55,9 @@ def load_inception(
     Raises:
         ValueError: the file is missing, cannot be downloaded, or holds something else.
     """
-    file = _find_weights() if path is None else require_path("--inception-weights", path)
+    file = _find_weights() if path is None else require_path("inception_weights", path)
     if not file.is_file():
-        raise ValueError(f"Inception weights {file} {'are no file' if file.exists() else 'do not exist'}")
+        raise ValueError(f"Inception weights {file} {'are not a file' if file.exists() else 'do not exist'}")
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     with torch.device("meta"):  # without the time that random weights take
@@ -79,7 +80,7 @@ def _find_weights() -> Path:
     except (URLError, OSError, RuntimeError) as error:
         raise ValueError(
             f"the Inception weights {WEIGHTS_FILE} are not in {folder} and cannot be downloaded ({error}); "
-            f"put the file there, or name it with --inception-weights"
+            f"put the file there, or name it with `inception_weights`"
         ) from error
     return target
 
@@ -90,27 +91,17 @@ def _read(file: Path) -> dict[str, Tensor]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
         raise ValueError(f"Inception weights {file} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"Inception weights {file} hold no state dict; wanted {WEIGHTS_FILE}")
+        raise ValueError(f"Inception weights {file} do not hold a state dict; expected {WEIGHTS_FILE}")
     return content
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
-    # Counts of training batches are no part of the function; older files lack them.
-    own = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    given = {name: value for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-    problem = None
-    if missing := sorted(own.keys() - given.keys()):
-        problem = f"lack {missing[0]} ({len(missing)} of {len(own)} tensors are missing)"
-    elif extra := sorted(given.keys() - own.keys()):
-        problem = f"hold {extra[0]}, which the network has not"
-    else:
-        for name, value in own.items():
-            if given[name].shape != value.shape:
-                problem = f"have {name} {tuple(given[name].shape)}; wanted {tuple(value.shape)}"
-            elif not given[name].isfinite().all():
-                problem = f"have values in {name} that are not finite"
-    if problem:
-        raise ValueError(f"Inception weights {file} {problem}; wanted {WEIGHTS_FILE}")
-    counts = {name: torch.zeros((), dtype=torch.int64) for name in network.state_dict() if name not in own}
-    network.load_state_dict({name: value.float() for name, value in given.items()} | counts, assign=True)
+    broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    problem = f"{broken} has values that are not finite"
+    try:
+        network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    except RuntimeError as error:  # from its second line on it says what does not fit
+        broken, problem = "keys", shorten(str(error).splitlines()[1].strip(), 150)
+    if broken is not None:
+        raise ValueError(f"Inception weights {file} do not fit: {problem}; expected {WEIGHTS_FILE}")
     network.eval().requires_grad_(False)

@@ -3,7 +3,7 @@ and how much of the real images in that of the samples.
 
 Distances come from float32 products, a block at a time, which is fast and loses digits to cancellation. Wherever those
 digits could decide, the distance is computed again, in float64 and from differences: the result is that of a brute
-force in float64, whatever the blocks.
+force in float64, for any block size.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def precision_recall(
 def _features(name: str, values: NDArray[np.floating] | Tensor, k: int) -> Tensor:
     features = torch.as_tensor(values)
     if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"{name} are {features.dtype} {tuple(features.shape)}; wanted floating point (N, D)")
+        raise ValueError(f"{name} are {features.dtype} {tuple(features.shape)}; expected floating point (N, D)")
     if k < 1:
         raise ValueError(f"k is {k}; allowed: 1 or more")
     if len(features) <= k:
-        raise ValueError(f"{len(features)} {name} have no {k}-th nearest other one; wanted {k + 1} or more")
+        raise ValueError(f"{len(features)} {name} have no {k}-th nearest neighbour; expected {k + 1} or more")
     if not features.isfinite().all():
         raise ValueError(f"{name} hold features that are not finite")
     return features

@@ -29,7 +29,7 @@ SEED = 2020
 def gaussian_statistics(features: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), in float64; ValueError for fewer than two rows."""
     if features.ndim != 2 or features.shape[0] < 2:
-        raise ValueError(f"features have shape {features.shape}; wanted (N, D) with N of 2 or more")
+        raise ValueError(f"features have shape {features.shape}; expected (N, D) with N of 2 or more")
     features = features.astype(np.float64)
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
@@ -50,7 +50,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     dims = mu1.shape[0] if mu1.ndim == 1 else -1
     if mu2.shape != (dims,) or sigma1.shape != (dims, dims) or sigma2.shape != (dims, dims):
         shapes = f"{mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}"
-        raise ValueError(f"statistics have shapes {shapes}; wanted (D,), (D, D), (D,), (D, D)")
+        raise ValueError(f"statistics have shapes {shapes}; expected (D,), (D, D), (D,), (D, D)")
     if not all(np.isfinite(array).all() for array in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("statistics hold numbers that are not finite")
     values, vectors = np.linalg.eigh(sigma1.astype(np.float64))
@@ -82,10 +82,10 @@ def inception_score(probabilities: Array, splits: int = 10, permute: bool = True
         Mean and standard deviation over the splits.
 
     Raises:
-        ValueError: fewer images than splits, or rows that are no probabilities.
+        ValueError: fewer images than splits, or rows that are not probabilities.
     """
     if probabilities.ndim != 2 or not np.issubdtype(probabilities.dtype, np.floating):
-        raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; wanted floats (N, classes)")
+        raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; expected floats (N, classes)")
     count = len(probabilities)
     if not 1 <= splits <= count:
         raise ValueError(
@@ -127,7 +127,7 @@ def kernel_inception_distance(
     """
     first, second = torch.as_tensor(samples), torch.as_tensor(reference)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
-        raise ValueError(f"features have shapes {tuple(first.shape)}, {tuple(second.shape)}; wanted (N, D), (M, D)")
+        raise ValueError(f"features have shapes {tuple(first.shape)}, {tuple(second.shape)}; expected (N, D), (M, D)")
     fewest = min(len(first), len(second))
     if not 2 <= subset_size <= fewest:
         raise ValueError(f"subset_size is {subset_size}; allowed: 2 to {fewest}, the smaller set's size")

@@ -1,24 +1,18 @@
-"""What the commands that score show and write: progress, the table, metrics.json; and the choice of features."""
+"""What the commands that score show and write: progress, the table, metrics.json."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from ddt_fast.checks import require_choice
-from ddt_fast.evaluation.features import Extractor, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.sources import Images
 from ddt_fast.files import atomic_file
 from ddt_fast.wording import plural
 
-Features = Literal["inception", "pixels"]
 PICTURE_IMAGES = 100
 _ROWS = {
     "fid": "FID",
@@ -28,16 +22,6 @@ _ROWS = {
     "recall": "recall",
     "kid": "KID",
 }
-
-
-def extractor_maker(features: Features, weights: str | None, device: torch.device) -> Callable[[], Extractor]:
-    """What makes the extractor that the options name, once; ValueError for weights of a network that is not used."""
-    require_choice("features", features, Features)
-    if features == "pixels":
-        if weights is not None:
-            raise ValueError("--inception-weights is for inception features, not for pixels")
-        return lambda: PixelExtractor(device)
-    return functools.cache(lambda: InceptionExtractor(weights, device))
 
 
 class Progress:

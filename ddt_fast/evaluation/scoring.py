@@ -1,4 +1,4 @@
-"""Scores of samples against a reference: which metrics what is there allows, and their values."""
+"""Scores of samples against a reference: which metrics can be computed, and their values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ from ddt_fast.evaluation.metrics import (
     precision_recall,
 )
 from ddt_fast.evaluation.sources import Images, ImageSource, Source, open_source
-from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.provenance import environment
 from ddt_fast.wording import plural
 
-METRICS = ("fid", "sfid", "inception_score", "precision", "recall", "kid")
+Metric = Literal["fid", "sfid", "inception_score", "precision", "recall", "kid"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 NUM_SPLITS = 10
 NUM_NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -104,7 +104,7 @@ def evaluate(
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """ValueError for a name that is none of `METRICS`, or for no name at all."""
+    """ValueError for a name that is not in `METRICS`, or for no name at all."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         named = f"metric {unknown[0]!r} does not exist" if unknown else "no metrics are asked for"
@@ -134,44 +134,36 @@ def gather(
         ValueError: no such file, wrong content, or a damaged file.
     """
     source = place if isinstance(place, Source) else open_source(place)
-    path = source.path
+    path, images = source.path, source.images
     found = FeatureSet(str(path), pool=source.pool, spatial=source.spatial, statistics_count=source.statistics_count)
-    if source.images is None:
+    if images is None:
         return found
-    images = source.images
     of_features = {"precision", "recall", "kid"} | ({"inception_score"} if role == "samples" else set())
-    want_features = bool(of_features.intersection(metrics))
-    want_statistics = ("fid" in metrics and source.pool is None) or ("sfid" in metrics and source.spatial is None)
-    found = replace(found, count=images.count, size=images.size)
-    if not (want_features or want_statistics):
-        return found
+    keep: bool | frozenset[int] = bool(of_features.intersection(metrics))
+    if not (keep or ("fid" in metrics and source.pool is None) or ("sfid" in metrics and source.spatial is None)):
+        return replace(found, count=images.count, size=images.size)
     if role == "samples" and "inception_score" in metrics and images.sorted_by_class:
         warnings.warn(
             f"{path} is sorted by class; it is shuffled here before the Inception Score splits it, but ADM's evaluator "
             f"does not do so and would find far less",
             stacklevel=2,
         )
-    keep: bool | frozenset[int] = want_features
-    if role == "reference" and want_features and images.count > REFERENCE_FEATURES:
+    if role == "reference" and keep and images.count > REFERENCE_FEATURES:
         keep = frozenset(fixed_permutation(images.count)[:REFERENCE_FEATURES].tolist())
     started = time.perf_counter()
-    extractor = make_extractor()
-    accumulator = FeatureAccumulator(extractor, batch_size, keep)
-    if on_batch is not None:
-        on_batch(role, np.empty((0, *images.size, 3), np.uint8), images.count)
+    accumulator = FeatureAccumulator(make_extractor(), batch_size, keep)
+    show = on_batch or (lambda *_: None)
+    show(role, np.empty((0, *images.size, 3), np.uint8), images.count)
     for batch in _read_ahead(images, batch_size):
         accumulator.add(batch)
-        if on_batch is not None:
-            on_batch(role, batch, images.count)
+        show(role, batch, images.count)
     own = accumulator.finish(str(path))
     if source.pool is not None:
         # A file that has a Gaussian for FID alone does not say of how many images; its images may be some of them.
         if source.spatial is None and own.spatial is not None and "sfid" in metrics:
             warnings.warn(f"{path} holds no mu_s, sigma_s: sFID uses its {plural(images.count, 'image')}", stacklevel=2)
         own = replace(own, pool=source.pool, statistics_count=source.statistics_count)
-    if source.spatial is not None:
-        own = replace(own, spatial=source.spatial)
-    return replace(own, seconds=time.perf_counter() - started)
+    return replace(own, spatial=source.spatial or own.spatial, seconds=time.perf_counter() - started)
 
 
 def score(
@@ -184,23 +176,23 @@ def score(
     """
     wanted, missing = computable(samples, reference, metrics)
     values: dict[str, float] = {}
-    if reference is not None:
-        _warn_of_doubts(samples, reference, "fid" in wanted)
-        if "fid" in wanted:
-            values["fid"] = _gaussian_distance(samples.pool, reference.pool)
-        if "sfid" in wanted:
-            values["sfid"] = _gaussian_distance(samples.spatial, reference.spatial)
     if "inception_score" in wanted and samples.probabilities is not None:
         mean, deviation = inception_score(samples.probabilities.cpu().numpy(), NUM_SPLITS)
         values |= {"inception_score": mean, "inception_score_std": deviation}
-    if reference is not None and samples.features is not None and reference.features is not None:
+    if reference is None:
+        return values, missing
+    _warn_of_doubts(samples, reference, "fid" in wanted)
+    for name, own, other in (("fid", samples.pool, reference.pool), ("sfid", samples.spatial, reference.spatial)):
+        if name in wanted and own is not None and other is not None:
+            values[name] = frechet_distance(own.mu, own.sigma, other.mu, other.sigma)
+    given, real = samples.features, reference.features
+    if given is not None and real is not None:
         if "precision" in wanted or "recall" in wanted:
-            precision, recall = precision_recall(samples.features, reference.features, NUM_NEIGHBOURS)
-            values |= {"precision": precision} if "precision" in wanted else {}
-            values |= {"recall": recall} if "recall" in wanted else {}
+            both = zip(("precision", "recall"), precision_recall(given, real, NUM_NEIGHBOURS), strict=True)
+            values |= {name: value for name, value in both if name in wanted}
         if "kid" in wanted:
-            size = min(KID_SUBSET_SIZE, len(samples.features), len(reference.features))
-            mean, deviation = kernel_inception_distance(samples.features, reference.features, KID_SUBSETS, size)
+            size = min(KID_SUBSET_SIZE, len(given), len(real))
+            mean, deviation = kernel_inception_distance(given, real, KID_SUBSETS, size)
             values |= {"kid": mean, "kid_std": deviation}
     return values, missing
 
@@ -208,7 +200,7 @@ def score(
 def computable(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[list[str], dict[str, str]]:
-    """The metrics that what is there allows, and why the others cannot be computed. Numbers are not looked at.
+    """The metrics that can be computed of what is known, and why the others cannot. Numbers are not looked at.
 
     Raises:
         ValueError: features of different D or kind, or not one of the metrics can be computed.
@@ -223,16 +215,18 @@ def computable(
         reasons["kid"] = _without_features(samples, reference, 2)
         kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
         if len({*kinds}) > 1:
-            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; wanted the same")
-    missing = {name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None}
-    wanted = [name for name in METRICS if name in metrics and name not in missing]
+            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; they must match")
+    missing: dict[str, str] = {
+        name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None
+    }
+    wanted: list[str] = [name for name in METRICS if name in metrics and name not in missing]
     if not wanted:
         raise ValueError("; ".join(f"{name} cannot be computed: {reason}" for name, reason in missing.items()))
     if reference is not None:
         for name in wanted:
             own, other = _num_dimensions(samples, name), _num_dimensions(reference, name)
             if None not in (own, other) and own != other:
-                raise ValueError(f"samples have {plural(own or 0, 'feature')}, the reference {other}; wanted as many")
+                raise ValueError(f"samples have {plural(own or 0, 'feature')}, the reference {other}; they must match")
     return wanted, missing
 
 
@@ -241,12 +235,6 @@ def _num_dimensions(found: FeatureSet, metric: str) -> int | None:
         gaussian = found.pool if metric == "fid" else found.spatial
         return None if gaussian is None else len(gaussian.mu)
     return None if found.features is None else found.features.shape[1]
-
-
-def _gaussian_distance(first: Gaussian | None, second: Gaussian | None) -> float:
-    assert first is not None
-    assert second is not None
-    return frechet_distance(first.mu, first.sigma, second.mu, second.sigma)
 
 
 def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str) -> str | None:

@@ -23,7 +23,6 @@ from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 
 Images = NDArray[np.uint8]
 
-CROP_HELP = "take the centre crop of that many pixels, as ADM and ddt_fast.cache_latents do, of a folder's images"
 _CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
 
 
@@ -47,29 +46,11 @@ class ImageSource:
     files: tuple[Path, ...] | None
     crop: int | None = None
 
-    def check_sizes(self) -> None:
-        """Look at the sizes of a folder's images, without decoding them: a mixture is known before any work is done.
-
-        Raises:
-            ValueError: images of several sizes that are not cropped, or one that cannot be read.
-        """
-        if self.files is None or self.crop is not None:
-            return
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for file, size in zip(self.files, pool.map(_image_size, self.files), strict=True):
-                self._check_size(file, size)
-
-    def _check_size(self, file: Path, size: tuple[int, int]) -> None:
-        if size != self.size and self.files is not None:
-            (height, width), (first_height, first_width) = size, self.size
-            seen = f"{file} has {width}x{height} pixels, {self.files[0].name} {first_width}x{first_height}"
-            raise ValueError(f"{seen}; images must be of one size: --center-crop cuts a folder's to it")
-
     def batches(self, batch_size: int) -> Iterator[Images]:
         """All images in order, (up to batch_size, H, W, 3) uint8: one batch is held at a time.
 
         Raises:
-            ValueError: damaged or truncated data, or images of several sizes.
+            ValueError: damaged or truncated data.
         """
         return self._from_npz(batch_size) if self.files is None else self._from_folder(self.files, batch_size)
 
@@ -88,22 +69,18 @@ class ImageSource:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
                 _read_header(stream)
                 for start in range(0, self.count, batch_size):
-                    wanted = min(batch_size, self.count - start)
-                    data = stream.read(wanted * image_bytes)
-                    if len(data) < wanted * image_bytes:
+                    count = min(batch_size, self.count - start)
+                    data = stream.read(count * image_bytes)
+                    if len(data) < count * image_bytes:
                         raise ValueError(f"{self.path}: arr_0 ends at image {start + len(data) // image_bytes}")
-                    yield np.frombuffer(data, dtype=np.uint8).reshape(wanted, *shape)
+                    yield np.frombuffer(data, dtype=np.uint8).reshape(count, *shape)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{self.path} cannot be read: {error}") from error
 
     def _from_folder(self, files: tuple[Path, ...], batch_size: int) -> Iterator[Images]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, self.count, batch_size):
-                part = files[start : start + batch_size]
-                images = list(pool.map(self._read, part))
-                for file, image in zip(part, images, strict=True):
-                    self._check_size(file, image.shape[:2])
-                yield np.stack(images)
+                yield np.stack(list(pool.map(self._read, files[start : start + batch_size])))
 
     def _read(self, file: Path) -> Images:
         with _opened(file) as image:
@@ -130,7 +107,7 @@ class Source:
 
 
 def open_source(path: str | Path, crop: int | None = None) -> Source:
-    """Look at a path; images are not read yet.
+    """Look at a path; of images only sizes are read yet: a mixture is known before any work is done.
 
     Args:
         path: an npz with arr_0, (N, H, W, 3) uint8 (and, if known, their classes: labels, or arr_1 as in ADM), with mu
@@ -140,17 +117,17 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
             an npz is taken as it is.
 
     Raises:
-        ValueError: it is none of these, or is damaged.
+        ValueError: it is none of these, is damaged, or holds images of several sizes that are not cropped.
     """
     path = require_path("a source of images", path)
     if crop is not None:
-        require_int("--center-crop", crop, 1)
+        require_int("center_crop", crop, 1)
     if path.is_dir():
         return Source(path, _open_folder(path, crop))
     if not path.exists():
-        raise ValueError(f"{path} does not exist; wanted an npz or a folder of images")
+        raise ValueError(f"{path} does not exist; expected an npz or a folder of images")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no npz (or a truncated one); wanted an npz or a folder of images")
+        raise ValueError(f"{path} is not an npz (or a truncated one); expected an npz or a folder of images")
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -160,22 +137,15 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
     pool, spatial, count = load_statistics(path)
     if images is None and pool is None:
         held = ", ".join(sorted(names)) or "nothing"
-        raise ValueError(f"{path} holds {held}; wanted arr_0 (images), or mu and sigma (statistics)")
+        raise ValueError(f"{path} holds {held}; expected arr_0 (images), or mu and sigma (statistics)")
     return Source(path, images, pool, spatial, count)
 
 
 def open_sources(paths: Sequence[str | Path | None], crop: int | None) -> list[Source]:
-    """Those of the paths that are given, opened, their images of one size each.
-
-    Raises:
-        ValueError: as `open_source` and `ImageSource.check_sizes` do, or a crop without a folder to crop.
-    """
+    """The paths that are not None, opened; ValueError as `open_source`, or for a crop without a folder to crop."""
     sources = [open_source(path, crop) for path in paths if path is not None]
     if crop is not None and not any(source.path.is_dir() for source in sources):
-        raise ValueError(f"--center-crop is for folders of images; {sources[-1].path} is none")
-    for source in sources:
-        if source.images is not None:
-            source.images.check_sizes()
+        raise ValueError(f"center_crop is for folders of images; {sources[-1].path} is not one")
     return sources
 
 
@@ -183,9 +153,9 @@ def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSou
     with archive.open("arr_0.npy") as stream:
         shape, fortran_order, dtype = _read_header(stream)
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
-        raise ValueError(f"{path}: arr_0 is {dtype} {shape}; wanted uint8 (N, H, W, 3)")
+        raise ValueError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3)")
     if fortran_order:
-        raise ValueError(f"{path}: arr_0 is in Fortran order; wanted C order")
+        raise ValueError(f"{path}: arr_0 is in Fortran order; expected C order")
     labels = _labels(path, archive, shape[0], "labels") if "labels" in names else None
     if labels is None and "arr_1" in names:
         labels = _labels(path, archive, shape[0], "arr_1")
@@ -196,7 +166,7 @@ def _labels(path: Path, archive: zipfile.ZipFile, count: int, name: str) -> NDAr
     with archive.open(f"{name}.npy") as stream:
         labels = np.lib.format.read_array(stream, allow_pickle=False)
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: {name} (labels) is {labels.dtype} {labels.shape}; wanted integers ({count},)")
+        raise ValueError(f"{path}: {name} (labels) is {labels.dtype} {labels.shape}; expected integers ({count},)")
     return labels.astype(np.int64)
 
 
@@ -217,9 +187,20 @@ def _open_folder(path: Path, crop: int | None) -> ImageSource:
     files.sort()
     matches = [_CLASS_IN_NAME.search(file.name) for file in files]
     labels = np.array([int(match[1]) for match in matches if match], dtype=np.int64)
-    size = _image_size(files[0]) if crop is None else (crop, crop)
+    size = _common_size(files) if crop is None else (crop, crop)
     known = len(labels) == len(files)
     return ImageSource(path, len(files), size, labels if known else None, tuple(files), crop)
+
+
+def _common_size(files: list[Path]) -> tuple[int, int]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        sizes = pool.map(_image_size, files)
+        first = height, width = next(sizes)
+        for file, size in zip(files[1:], sizes, strict=True):
+            if size != first:
+                seen = f"{file} has {size[1]}x{size[0]} pixels, {files[0].name} {width}x{height}"
+                raise ValueError(f"{seen}; images must be of one size: `center_crop` cuts a folder's to it")
+    return first
 
 
 def _image_size(file: Path) -> tuple[int, int]:

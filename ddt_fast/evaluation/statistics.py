@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ class RunningStatistics:
             ValueError: another shape than before, or numbers that are not finite.
         """
         if rows.ndim != 2:
-            raise ValueError(f"features have shape {tuple(rows.shape)}; wanted (B, D)")
+            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (B, D)")
         if not len(rows):
             return
         rows = rows.double()
@@ -70,7 +69,7 @@ class RunningStatistics:
     def gaussian(self) -> Gaussian:
         """Mean and unbiased covariance; ValueError for fewer than two rows."""
         if self.count < 2:
-            raise ValueError(f"a covariance of {plural(self.count, 'row')} does not exist; wanted 2 or more")
+            raise ValueError(f"a covariance of {plural(self.count, 'row')} does not exist; expected 2 or more")
         return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
     def _shift_mean(self, count: int, mean: Tensor) -> Tensor:
@@ -96,11 +95,6 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
     if count is not None:
         arrays["num_images"] = np.array(count)
-    write_npz(path, arrays)
-
-
-def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays to an npz, whole or not at all."""
     with atomic_file(path) as temporary, temporary.open("wb") as stream:
         np.savez(stream, allow_pickle=False, **arrays)
 
@@ -109,7 +103,7 @@ def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int |
     """What an npz holds of FID's Gaussian, of sFID's, and the number of images they are of.
 
     Raises:
-        ValueError: half a Gaussian, or arrays that are none.
+        ValueError: half a Gaussian, or arrays that are not one.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -119,7 +113,7 @@ def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int |
         raise ValueError(f"{path} cannot be read: {error}") from error
     count = found.get("num_images")
     if count is not None and (count.shape or not np.issubdtype(count.dtype, np.integer)):
-        raise ValueError(f"{path}: num_images is {count.dtype} {count.shape}; wanted a whole number")
+        raise ValueError(f"{path}: num_images is {count.dtype} {count.shape}; expected a whole number")
     pool, spatial = _gaussian(path, found, "mu", "sigma"), _gaussian(path, found, "mu_s", "sigma_s")
     return pool, spatial, None if count is None else int(count)
 
@@ -130,12 +124,14 @@ def _gaussian(path: Path, found: dict[str, NDArray[Any]], mu_name: str, sigma_na
         return None
     if mu is None or sigma is None:
         missing, there = (mu_name, sigma_name) if mu is None else (sigma_name, mu_name)
-        raise ValueError(f"{path} holds {there} but no {missing}; wanted both")
+        raise ValueError(f"{path} holds {there} but no {missing}; expected both")
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: {mu_name} has shape {mu.shape}, {sigma_name} {sigma.shape}; wanted (D,) and (D, D)")
+        raise ValueError(
+            f"{path}: {mu_name} has shape {mu.shape}, {sigma_name} {sigma.shape}; expected (D,) and (D, D)"
+        )
     for name, array in ((mu_name, mu), (sigma_name, sigma)):
         if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"{path}: {name} is {array.dtype}; wanted floating point")
+            raise ValueError(f"{path}: {name} is {array.dtype}; expected floating point")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
     return Gaussian(mu.astype(np.float64), sigma.astype(np.float64))

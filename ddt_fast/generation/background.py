@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -114,7 +114,7 @@ class Timings:
     """Seconds of this process.
 
     Attributes:
-        sampling: from the first batch to the last image, with whatever the background thread could not hide.
+        sampling: from the first batch to the last image, with what the background thread could not hide.
         decoding, writing, hook: of the background thread, beside it.
     """
 
@@ -132,14 +132,14 @@ class ShardWriter:
         folder: of the shards.
         converter: samples → images.
         made_with: what goes on record with each shard.
-        on_images: called with positions (n,) and images (n, H, W, 3) of every batch; or None.
+        hooks: called with positions (n,) and images (n, H, W, 3) of every batch.
         timings: where to add up the seconds.
     """
 
     folder: ShardFolder
     converter: PixelConverter
     made_with: dict[str, Any]
-    on_images: OnImages | None
+    hooks: Sequence[OnImages]
     timings: Timings
     _images: list[Images] = field(default_factory=list)
     _shard_began: float = field(default_factory=time.perf_counter)
@@ -154,10 +154,10 @@ class ShardWriter:
         images = self.converter(samples, seeds)
         decoded = time.perf_counter()
         self.timings.decoding += decoded - began
-        if self.on_images is not None:
-            self.on_images(np.arange(positions.start, positions.stop), images)
+        for hook in self.hooks:
+            hook(np.arange(positions.start, positions.stop), images)
         hooked = time.perf_counter()
-        self.timings.hook += hooked - decoded
+        self.timings.hook += hooked - decoded if self.hooks else 0.0
         self._images.append(images)
         if positions.stop == self.folder.positions(shard).stop:
             seconds = hooked - self._shard_began

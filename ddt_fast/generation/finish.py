@@ -21,19 +21,13 @@ from typing import Any
 from PIL import Image
 
 from ddt_fast.files import atomic_file, atomic_folder, read_json, writing
-from ddt_fast.generation.images import labelled_grid
+from ddt_fast.generation.images import grid_columns, labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
-from ddt_fast.generation.seeds import Job
-from ddt_fast.generation.shards import (
-    DamagedShardError,
-    Images,
-    ShardFolder,
-    fingerprint,
-)
+from ddt_fast.generation.seeds import GRID_IMAGES, Assignment
+from ddt_fast.generation.shards import DamagedShardError, Images, ShardFolder, fingerprint
 
 SAMPLES, RECORD = "samples.npz", "generation.json"
 IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
-GRID_IMAGES = 100
 _TEMPORARY = r"\.samples\.\d+\.npz|\.grid\.\d+\.png|\.generation\.\d+\.json|\.images\.[a-z0-9_]{8}(\.old)?"
 
 
@@ -48,9 +42,9 @@ def finished_record(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any
 
 
 def finish(
-    output_dir: Path, shards: ShardFolder, job: Job, about: dict[str, Any], num_png: int, columns: int
+    output_dir: Path, shards: ShardFolder, assignment: Assignment, about: dict[str, Any], num_png: int
 ) -> dict[str, Any] | None:
-    """Write all outputs and return the record; None where shards are missing or another process is at it.
+    """Write all outputs and return the record; None where shards are missing or another process is writing them.
 
     Raises:
         DamagedShardError: a shard does not hold what was written; it is removed.
@@ -65,18 +59,18 @@ def finish(
         _remove_temporaries(output_dir)
         began = time.perf_counter()
         makers: list[dict[str, Any]] = []
-        shape = (len(job), *shards.read(0)[0].shape[1:])
+        shape = (len(assignment), *shards.read(0)[0].shape[1:])
         with (
             writing(output_dir / SAMPLES),
             atomic_file(output_dir / RECORD) as record_file,
             _pictures(output_dir) as (folder, grid),
             atomic_file(output_dir / SAMPLES) as samples,
         ):
-            write_npz(samples, shape, _stream(shards, makers), labels=job.labels, seeds=job.seeds)
-            _draw(open_images(samples), job, folder, grid, num_png, columns)
+            write_npz(samples, shape, _stream(shards, makers), labels=assignment.labels, seeds=assignment.seeds)
+            _draw(open_images(samples), assignment, folder, grid, num_png)
             record = {
                 "fingerprint": fingerprint(shards.settings),
-                "num_images": len(job),
+                "num_images": len(assignment),
                 "num_png": num_png,
                 "bytes": samples.stat().st_size,
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -90,14 +84,14 @@ def finish(
         return record
 
 
-def renew_pictures(output_dir: Path, job: Job, record: dict[str, Any], num_png: int, columns: int) -> dict[str, Any]:
+def renew_pictures(output_dir: Path, assignment: Assignment, record: dict[str, Any], num_png: int) -> dict[str, Any]:
     """Write grid.png and another number of PNGs from samples.npz, and return the record that says so."""
     with (
         writing(output_dir / "images"),
         atomic_file(output_dir / RECORD) as record_file,
         _pictures(output_dir) as (folder, grid),
     ):
-        _draw(open_images(output_dir / SAMPLES), job, folder, grid, num_png, columns)
+        _draw(open_images(output_dir / SAMPLES), assignment, folder, grid, num_png)
         record = {**record, "num_png": num_png}
         _write_record(record_file, record)
     return record
@@ -114,15 +108,17 @@ def _pictures(output_dir: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, grid
 
 
-def _draw(images: Images, job: Job, folder: Path, grid: Path, num_png: int, columns: int) -> None:
+def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_png: int) -> None:
+    labels = assignment.labels.tolist()
+
     def save(position: int) -> None:
-        name = f"{position:05d}_class_{job.labels[position]}_seed_{job.seeds[position]}.png"
+        name = f"{position:05d}_class_{labels[position]}_seed_{assignment.seeds[position]}.png"
         Image.fromarray(images[position]).save(folder / name)
 
     with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter's lock
-        list(pool.map(save, job.first_draws(num_png).tolist()))
-    shown = job.first_draws(GRID_IMAGES)
-    labelled_grid(images[shown], [str(label) for label in job.labels[shown]], columns).save(grid)
+        list(pool.map(save, assignment.first_draws(num_png).tolist()))
+    shown = assignment.first_draws(GRID_IMAGES).tolist()
+    labelled_grid(images[shown], [str(labels[p]) for p in shown], grid_columns(len({*labels}))).save(grid)
 
 
 def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:

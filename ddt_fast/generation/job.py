@@ -1,4 +1,4 @@
-"""The generation job: seeds and labels in; shards as it goes; samples.npz, pictures and a record at the end.
+"""Where samples are drawn, 16 or 50,000: a job is opened, run and finished.
 
 However many processes share a job, and however often they are killed, the same images come out: a sample depends on its
 seed and its label, a shard on nothing but its number, and what is finished is never drawn again.
@@ -6,266 +6,259 @@ seed and its label, a shard on nothing but its number, and what is finished is n
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from ddt_fast.files import check_replaceable, read_json
-from ddt_fast.generation.background import Background, Decode, OnImages, PixelConverter, ShardWriter, Timings
-from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
-from ddt_fast.generation.npz import open_images
-from ddt_fast.generation.seeds import Job
-from ddt_fast.generation.shards import (
-    DamagedShardError,
-    Images,
-    ShardFolder,
-    describe_other,
-    differences,
-    fingerprint,
-    other_jobs,
-    remove_job,
-)
-from ddt_fast.ranks import Ranks
-from ddt_fast.sampling.engine import Sampler
+from ddt_fast.autoencoder import deterministic_convolutions
+from ddt_fast.checks import require_kind
+from ddt_fast.config import SamplingConfig
+from ddt_fast.files import output_folder
+from ddt_fast.generation.background import Background, OnImages, PixelConverter, ShardWriter, Timings
+from ddt_fast.generation.engine import LoadedEngine, load_engine, open_device
+from ddt_fast.generation.folder import JobFolder, check_output
+from ddt_fast.generation.scorer import Scorer
+from ddt_fast.generation.seeds import Assignment, assign
+from ddt_fast.generation.settings import SHARD_IMAGES, Draws, Engine, Outputs, Scoring
+from ddt_fast.generation.shards import differences
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
+from ddt_fast.provenance import environment
+from ddt_fast.ranks import process_ranks
+from ddt_fast.sampling import Sampler
+from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.wording import plural
-
-_PRECIOUS_MINUTES = 10
-"""Finished samples that took longer are not replaced unasked."""
 
 _WAITING_BATCHES = 2
 """Batches that wait for the background thread: enough that neither waits for the other's fluctuations."""
 
+_ROUNDING = ("engine", "model", "device", "threads", "batch_size", "torch")
+"""Of what a shard was made with: what may change the last bits of an image."""
 
-class Generation:
-    """A job in an output folder, begun or gone on with.
+
+@deterministic_convolutions()
+def generate(
+    checkpoint: str | Path = EMBEDDED_CHECKPOINT,
+    output_dir: str | Path = "samples",
+    *,
+    preset: str | None = None,
+    sampling: SamplingConfig | None = None,
+    draws: Draws | None = None,
+    engine: Engine | None = None,
+    outputs: Outputs | None = None,
+    scoring: Scoring | None = None,
+    on_images: OnImages | None = None,
+) -> Path:
+    """Draw a job of samples and write it, as `python -m ddt_fast.sample`; a job that was stopped is continued.
+
+        generate("out/model", "samples", draws=Draws(num_images=50_000), engine=Engine(batch_size=250))
+
+    Under torchrun the processes share the work. Written to output_dir: samples.npz (`arr_0` (N, H, W, 3) uint8,
+    `labels`, `seeds`), images/ (PNGs), grid.png, generation.json (settings, counts, hardware, commit), and with
+    `scoring` metrics.json. What is done is printed.
 
     Args:
-        output_dir: exists and can be written.
-        job: what to generate.
-        settings: everything the images depend on, as plain JSON values; shards of other settings are never mixed in.
-        ranks: this process among those that share the job.
-        shard_size: images per shard; None: as the shards that are there, else `default_shard_size`.
-        default_shard_size: for a new job.
-        overwrite: begin anew, whatever the folder holds of an earlier job.
+        checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
+        output_dir: the job's folder.
+        preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
+        sampling: how samples are drawn; None: as the checkpoint says.
+        draws: number, classes and seeds; None: 16 images, 100 of digits.
+        engine: device, dtype, batch size, memory, implementation; None: the best device, batches of 100.
+        outputs: PNGs, shards, and whether an earlier job is dropped; None: see `Outputs`.
+        scoring: the reference to score the samples against, and how; None scores nothing.
+        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, each of this process's
+            images once: those of earlier calls first, then, from a background thread, batch by batch as they are drawn.
 
-    Attributes:
-        record: that of the finished job, else None.
-        todo: the shards this process has yet to make.
-        was_finished: whether the job was so before it was begun here.
-        wrote: whether it was this process that wrote samples.npz.
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: the folder holds shards of other settings, finished samples of other settings that took long, or
-            something of the user's where outputs go.
+        ValueError: settings that are not allowed or contradict each other, or a folder with another job in it.
+        OSError: files that cannot be read or written.
+    """
+    draws, engine, outputs = draws or Draws(), engine or Engine(), outputs or Outputs()
+    job = Job.open(checkpoint, output_dir, preset, sampling, draws, engine, outputs, scoring)
+    job.run(on_images)
+    job.finish()
+    return job.folder.path
+
+
+@dataclass
+class Job:
+    """Samples on their way from seeds to files.
+
+    Attributes:
+        assignment: labels and seeds.
+        engine: what draws.
+        folder: what is there already, and what is left to this process.
+        scorer: what scores, or None.
+        about: plain JSON values that go on record in generation.json.
+        timings: seconds spent by `run`.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        job: Job,
-        settings: dict[str, Any],
-        *,
-        ranks: Ranks,
-        shard_size: int | None,
-        default_shard_size: int,
-        overwrite: bool,
-    ) -> None:
-        check_output(output_dir)
-        settings = json.loads(json.dumps(settings))  # what a file holds of them: lists, where tuples were
-        self.output_dir, self.job, self.settings, self.ranks = output_dir, job, settings, ranks
-        if overwrite:
-            (output_dir / RECORD).unlink(missing_ok=True)
-            if ranks.world_size == 1:
-                remove_job(output_dir / f"shards-{fingerprint(settings)}")
-        self.shards = ShardFolder(output_dir, settings, len(job), shard_size, default_shard_size)
-        self.timings = Timings()
-        self.wrote = False
-        self.record = None if overwrite else finished_record(output_dir, settings)
-        self.was_finished = self.record is not None
-        own = range(ranks.rank, self.shards.num_shards, ranks.world_size)
-        if self.record is not None:
-            self.todo: list[int] = []
-            self._found = list(own)
-            return
-        self._make_way(overwrite)
-        if overwrite:
-            for shard in own:
-                self.shards.discard(shard)
-        self._found = [shard for shard in own if self._is_whole(shard)]
-        self.todo = sorted(set(own) - set(self._found))
-        if not overwrite and (record := finished_record(output_dir, settings)) is not None:
-            # Another process has finished the job meanwhile, and removed shards that were looked for.
-            self.record, self.todo, self._found = record, [], list(own)
+    assignment: Assignment
+    engine: LoadedEngine
+    folder: JobFolder
+    scorer: Scorer | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    timings: Timings = field(default_factory=Timings)
 
-    def _make_way(self, overwrite: bool) -> None:
-        for other in other_jobs(self.output_dir, self.shards):
-            if not overwrite:
-                raise ValueError(
-                    f"{describe_other(other, self.settings)}; go on with those settings, take another output folder, "
-                    "or give --overwrite to drop them"
-                )
-            remove_job(other)
-        earlier = self.output_dir / RECORD
-        if not overwrite and earlier.exists():
-            record = read_json(earlier)
-            minutes = record.get("process_seconds", 0) / 60
-            if minutes >= _PRECIOUS_MINUTES and (self.output_dir / SAMPLES).exists():
-                changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
-                raise ValueError(
-                    f"{self.output_dir} holds finished samples of other settings ({changed}) that took {minutes:.0f} "
-                    "minutes; take another output folder, or give --overwrite to replace them"
-                )
+    @classmethod
+    def open(
+        cls,
+        checkpoint: str | Path,
+        output_dir: str | Path,
+        preset: str | None,
+        sampling: SamplingConfig | None,
+        draws: Draws,
+        engine: Engine,
+        outputs: Outputs,
+        scoring: Scoring | None,
+    ) -> Job:
+        """Check everything that can be checked, cheap things first; load the model; look at what the folder holds.
 
-    def _is_whole(self, shard: int) -> bool:
-        if not self.shards.file(shard).exists():
-            return False
-        try:
-            self.shards.read(shard)
-        except DamagedShardError as error:
-            tqdm.write(f"warning: {error}; it is made again", file=sys.stderr)
-            self.shards.discard(shard)
-            return False
-        return True
+        Arguments and errors are those of `generate`.
+        """
+        ranks = process_ranks()
+        for value, kind in ((draws, Draws), (engine, Engine), (outputs, Outputs)):
+            require_kind(kind.__name__.lower(), value, kind)
+        device = open_device(engine.device)
+        source = resolve_checkpoint(checkpoint)
+        experiment = experiment_of(source, preset)
+        sampling = experiment.sampling if sampling is None else sampling
+        require_kind("sampling", sampling, SamplingConfig)
+        data = experiment.data
+        assignment = assign(draws, experiment.model.num_classes, 100 if data.autoencoder is None else 16)
+        path = output_folder(output_dir)
+        check_output(path)
+        scorer = None
+        if scoring is not None:
+            require_kind("scoring", scoring, Scoring)
+            scorer = Scorer(scoring, path, len(assignment), data.image_size, device, ranks)
+        loaded = load_engine(source, experiment, sampling, engine, device, len(assignment), ranks)
+        shard_size = loaded.batch_size * max(1, SHARD_IMAGES // loaded.batch_size)
+        folder = JobFolder(path, {**assignment.words, **loaded.settings}, len(assignment), shard_size, outputs, ranks)
+        plan, size = loaded.plan, loaded.size
+        tera = plan.flops(experiment.model, size, size) / 1e12
+        about = {
+            "checkpoint": str(source),
+            "autoencoder": data.autoencoder,
+            "network_evaluations": plan.network_evaluations,
+            "encoder_evaluations": plan.encoder_evaluations,
+            "tflop_per_image": tera,
+            **environment(device),
+        }
+        job = cls(assignment, loaded, folder, scorer, about)
+        job._announce()
+        return job
 
-    @property
-    def num_images(self) -> int:
-        """Images this process has yet to make."""
-        return sum(len(self.shards.positions(shard)) for shard in self.todo)
-
-    @property
-    def found(self) -> str:
-        """What was there before, in words; empty for a new job."""
-        if self.record is not None:
-            when = self.record["date"]
-            return f"{self.output_dir} holds these samples already, finished {when}; --overwrite makes them again"
-        if not self._found:
-            return ""
-        total = plural(len(self._found) + len(self.todo), "shard")
-        size = plural(self.shards.shard_size, "image")
-        return f"found {len(self._found)} of {total} of {size}; going on with the others"
-
-    def found_made_with(self) -> dict[str, Any]:
-        """What the first found shard was made with; empty where there is none."""
-        return {} if self.record is not None or not self._found else self.shards.read(self._found[0])[1]
-
-    def feed_found(self, on_images: OnImages) -> None:
-        """Call on_images(positions (n,), images (n, H, W, 3)) with what this process has not to make any more, so that
-        together with `run` it sees each of this process's images once."""
-        for shard in self._found:
-            on_images(np.array(self.shards.positions(shard)), self._found_images(shard))
-
-    def _found_images(self, shard: int) -> Images:
-        if self.record is None:
-            try:
-                return self.shards.read(shard)[0]
-            except FileNotFoundError:
-                # Another process may have finished the job meanwhile, and removed the shards.
-                self.record = finished_record(self.output_dir, self.settings)
-                if self.record is None:
-                    raise
-        positions = self.shards.positions(shard)
-        # Opened anew, because pages of a map that stays open count as memory of this process.
-        return open_images(self.output_dir / SAMPLES)[positions.start : positions.stop]
-
-    def run(
-        self,
-        sampler: Sampler,
-        decode: Decode | None = None,
-        *,
-        decode_batch_size: int = 8,
-        made_with: dict[str, Any] | None = None,
-        on_images: OnImages | None = None,
-        progress: Callable[[float], object] | None = None,
-    ) -> None:
-        """Draw, decode and write the shards in `todo`; the last two in a background thread, while the next are drawn.
-
-        Args:
-            sampler: what draws them; its batches do not cross shards.
-            decode: latents → pixels in [-1, 1]; None for a pixel-space model.
-            decode_batch_size: samples decoded at a time.
-            made_with: plain JSON values that go on record with the shards.
-            on_images: called in the background thread with positions (n,) and images (n, H, W, 3) of every batch.
-            progress: called after every solver step with the images done so far; a step is that fraction of its batch.
+    def run(self, on_images: OnImages | None = None) -> None:
+        """Draw, decode and write the shards left to this process, and pass all of its images to `on_images`.
 
         Raises:
             ValueError: samples that are not finite.
             OSError: no space left, or another failure of the file system. Finished shards are kept.
         """
-        self.shards.begin()
-        began = time.perf_counter()
-        shape = (sampler.model.config.in_channels, *sampler.image_size)
-        num_steps = len(sampler.plan.steps)
-        converter = PixelConverter(sampler.device, decode, sampler.batch_size if decode is None else decode_batch_size)
-        writer = ShardWriter(self.shards, converter, made_with or {}, on_images, self.timings)
-        done = 0
-        with Background(_WAITING_BATCHES) as background:
-            for shard in self.todo:
-                positions = self.shards.positions(shard)
-                for start in range(positions.start, positions.stop, sampler.batch_size):
-                    part = slice(start, min(start + sampler.batch_size, positions.stop))
-                    seeds = self.job.seeds[part]
-                    noise, generators = seeded_noise(seeds.tolist(), shape)
-                    labels = torch.from_numpy(self.job.labels[part])
-                    steps = None if progress is None else _Steps(progress, num_steps, done, len(seeds))
-                    samples = sampler(noise, labels, generators=generators, progress=steps)
-                    background.submit(writer.take, shard, part, samples, seeds, converter.mark())
-                    done += len(seeds)
-        self.timings.sampling += time.perf_counter() - began
+        if on_images is not None:
+            self.folder.feed_found(on_images)
+        hooks = [] if on_images is None else [on_images]
+        if self.scorer is not None:
+            self.scorer.begin(self.folder)
+            hooks.append(self.scorer.take)
+        if self.folder.todo:
+            sampler = self.engine.sampler()
+            self._announce_sampler(sampler)
+            self._draw(sampler, hooks)
+            self._report()
+        if self.scorer is not None:
+            self.scorer.save()
 
-    def finish(
-        self, about: dict[str, Any], *, num_png: int, columns: int, keep_shards: bool = False
-    ) -> dict[str, Any] | None:
-        """Once all shards of all processes are there: samples.npz, grid.png, images/ and generation.json from them.
-
-        Args:
-            about: plain JSON values that go on record.
-            num_png: images written as PNGs too, those of the first draws.
-            columns: of the grid.
-            keep_shards: do not remove the shards.
-
-        Returns:
-            The record, or None while other processes are still at work.
+    def finish(self) -> None:
+        """Write samples.npz, pictures, record and scores, once the shards of all processes are there.
 
         Raises:
-            DamagedShardError: a shard of another process does not hold what was written; it is removed.
-            OSError: no space left, or another failure of the file system. The shards are kept.
+            OSError: a damaged shard of another process, or outputs that cannot be written. Finished shards are kept.
+            ValueError: the reference of the scores is damaged. The samples are kept.
         """
-        if self.record is None:
-            about = {**about, "written_by_rank": self.ranks.rank}
-            self.record = finish(self.output_dir, self.shards, self.job, about, num_png, columns)
-            self.wrote = self.record is not None and self.record["written_by_rank"] == self.ranks.rank
-        elif self.ranks.rank == 0 and self.record["num_png"] != num_png:
-            self.record = renew_pictures(self.output_dir, self.job, self.record, num_png, columns)
-        if self.record is not None and not keep_shards:
-            remove_job(self.shards.path)
-        return self.record
+        ranks, earlier = self.folder.ranks, self.folder.record
+        record = self.folder.finish(self.assignment, self.about)
+        path = self.folder.path
+        if record is None:
+            print(f"{ranks.who}finished its shards; the last process to finish writes {path / 'samples.npz'}")
+        elif record is not earlier:
+            print(f"{ranks.who}wrote images/, grid.png, samples.npz and generation.json to {path}")
+        if self.scorer is not None:
+            self.scorer.finish(self.folder)
+
+    def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
+        """Draw the batches; images are decoded, converted and written in a background thread meanwhile."""
+        folder, ranks, decode = self.folder, self.folder.ranks, self.engine.decode
+        folder.shards.begin()
+        began = time.perf_counter()
+        shape, num_steps = (sampler.model.config.in_channels, *sampler.image_size), len(sampler.plan.steps)
+        batch_size = sampler.batch_size
+        converter = PixelConverter(sampler.device, decode, batch_size if decode is None else decode.batch_size)
+        made_with = self.engine.made_with(sampler, ranks)
+        writer = ShardWriter(folder.shards, converter, made_with, hooks, self.timings)
+        bar = tqdm(
+            total=folder.num_images,
+            desc=f"{ranks.who}{sampler.engine}, {self.engine.description}",
+            unit="img",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} img [{elapsed}<{remaining}, {rate_fmt}]",
+            smoothing=0,
+            disable=ranks.rank > 0,
+            dynamic_ncols=True,
+        )
+        with bar, Background(_WAITING_BATCHES) as background:
+            for shard in folder.todo:
+                positions = folder.shards.positions(shard)
+                for start in range(positions.start, positions.stop, batch_size):
+                    part = slice(start, min(start + batch_size, positions.stop))
+                    seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
+                    noise, generators = seeded_noise(seeds.tolist(), shape)
+                    # A step counts as that fraction of its images.
+                    step = partial(_advance, bar, len(seeds) / num_steps)
+                    samples = sampler(noise, labels, generators=generators, progress=step)
+                    background.submit(writer.take, shard, part, samples, seeds, converter.mark())
+        self.timings.sampling += time.perf_counter() - began
+
+    def _announce(self) -> None:
+        about, sampling, folder = self.about, self.engine.sampling, self.folder
+        interval = "({:g}, {:g})".format(*sampling.guidance_interval)
+        folder.ranks.say(
+            f"{about['checkpoint']}: {sampling.solver}, guidance {sampling.guidance_scale:g} in {interval}\n"
+            f"{plural(len(self.assignment), 'image')}, {plural(sampling.num_steps, 'step')}, per image: "
+            f"{plural(about['network_evaluations'], 'network evaluation')}, "
+            f"{plural(about['encoder_evaluations'], 'encoder run')}, {about['tflop_per_image'] * 1e3:.3g} GFLOP"
+        )
+        if folder.found:
+            print(f"{folder.ranks.who}{folder.found}")
+
+    def _announce_sampler(self, sampler: Sampler) -> None:
+        ranks, found = self.folder.ranks, self.folder.found_made_with()
+        captured = f", captured in {sampler.capture_seconds:.1f} s" if sampler.capture_seconds else ""
+        ranks.say(
+            f"{self.engine.description}, {sampler.engine}{captured}; batches of {sampler.batch_size} keep "
+            f"{format_bytes(sampler.buffers.kept_bytes)} between steps"
+        )
+        now = self.engine.made_with(sampler, ranks)
+        if changed := differences({n: found[n] for n in _ROUNDING if found}, {n: now[n] for n in _ROUNDING if found}):
+            print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree except for rounding")
+
+    def _report(self) -> None:
+        who, seconds, engine = self.folder.ranks.who, self.timings, self.engine
+        parts = {"decoding": seconds.decoding, "writing": seconds.writing, "features": seconds.hook}
+        spent = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items() if value or name != "features")
+        print(
+            f"{who}{self.folder.num_images / seconds.sampling:.1f} img/s on {engine.device}, {engine.description}\n"
+            f"{who}{seconds.sampling:.1f} s, in the background of which {spent}"
+        )
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """A sampler's progress in its batch as a number of images."""
-
-    progress: Callable[[float], object]
-    num_steps: int
-    done: int
-    batch: int
-
-    def __call__(self, step: int, _: object) -> None:
-        self.progress(self.done + self.batch * step / self.num_steps)
-
-
-def check_output(output_dir: Path) -> None:
-    """ValueError now, before any work, when outputs would have to replace something that is not ddt-fast's own."""
-    check_replaceable(output_dir / "images", IMAGE_NAMES)
-    for name in ("grid.png", SAMPLES, RECORD):
-        if (output_dir / name).is_dir():
-            raise ValueError(f"{output_dir / name} is a folder; a file of that name is to be written")
+def _advance(bar: tqdm[Any], images: float, *_: object) -> None:
+    bar.update(images)

@@ -1,6 +1,6 @@
 """samples.npz, as the ADM suite reads it: written image by image, so that memory stays flat, and read in place.
 
-Members are stored, not compressed (images of this kind hardly shrink), and carry a fixed date: the same images make the
+Members are stored, not compressed (such images barely shrink), and carry a fixed date: the same images make the
 same bytes.
 """
 
@@ -34,11 +34,11 @@ def write_npz(path: Path, shape: tuple[int, int, int, int], images: Iterable[Ima
             np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for part in images:
                 if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
-                    raise ValueError(f"images are {part.shape[1:]} {part.dtype}; wanted {shape[1:]} uint8")
+                    raise ValueError(f"images are {part.shape[1:]} {part.dtype}; expected {shape[1:]} uint8")
                 count += len(part)
                 stream.write(np.ascontiguousarray(part).data)
         if count != shape[0]:
-            raise ValueError(f"{plural(count, 'image')}; wanted {shape[0]}")
+            raise ValueError(f"{plural(count, 'image')}; expected {shape[0]}")
         for name, array in arrays.items():
             with archive.open(_member(name), "w") as stream:
                 np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
@@ -58,14 +58,14 @@ def open_images(path: Path) -> Images:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
         if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path} is compressed; wanted arr_0 as it is in memory")
+            raise ValueError(f"{path} is compressed; expected arr_0 as it is in memory")
         with path.open("rb") as stream:
             stream.seek(member.header_offset)
             name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
             stream.seek(name_length + extra_length, 1)
             if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError(f"{path} holds arr_0 in another version of the npy format; wanted 1.0")
+                raise ValueError(f"{path} holds arr_0 in another version of the npy format; expected 1.0")
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             return np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=shape)
     except (zipfile.BadZipFile, KeyError, struct.error) as error:
-        raise ValueError(f"{path} is no npz file with an arr_0: {error}") from error
+        raise ValueError(f"{path} is not an npz file with an arr_0: {error}") from error

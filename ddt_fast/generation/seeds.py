@@ -1,24 +1,31 @@
 """Which class and which seed belong to draw number i, and where in the file of samples it goes.
 
-Draws go round the classes. A file in that order would suit a grid, but scores that split a file into contiguous parts
-(ADM's Inception Score) want the classes mixed: a fixed permutation gives every draw its position.
+Draws cycle through the classes. A file in that order would suit a grid, but scores that split a file into contiguous
+parts (ADM's Inception Score) need the classes mixed: a fixed permutation gives every draw its position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.generation.settings import Draws
+from ddt_fast.wording import plural
+
+GRID_IMAGES = 100
+"""Images in a job's grid.png."""
+
 IntArray = NDArray[np.int64]
 
 
 def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
-    """(num_images,) int64 labels that go round the given classes (None: all), as evenly as the count allows.
+    """(num_images,) int64 labels that cycle through the given classes (None: all), as evenly as the count allows.
 
     Raises:
         ValueError: a class out of range.
@@ -33,9 +40,9 @@ def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | No
 def shuffled_order(count: int) -> IntArray:
     """(count,) int64, a fixed permutation: position p of a shuffled file holds draw number order[p].
 
-    Draws are sorted by a hash of their number, SplitMix64 (Steele, Lea, Flood 2014), which has no two alike: the order
-    is the same whatever the machine or the version of a library, and that of fewer draws is the same order with the
-    others left out.
+    Draws are sorted by a hash of their number, SplitMix64 (Steele, Lea, Flood 2014), in which no two are equal: the
+    order is the same whatever the machine or the version of a library, and that of fewer draws is the same order
+    without the others.
     """
     z = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -44,29 +51,63 @@ def shuffled_order(count: int) -> IntArray:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to generate, in the order of the file of samples.
+class Assignment:
+    """The labels and seeds of a job, in the order of the file of samples.
 
     Attributes:
         labels, seeds: (N,) int64; sample p is the image of seeds[p] and labels[p].
         order: (N,) int64; sample p is draw number order[p].
+        words: the same in plain JSON values, part of a job's fingerprint.
     """
 
     labels: IntArray
     seeds: IntArray
     order: IntArray
+    words: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_draws(cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool) -> Job:
-        """The job of draws with these labels (N,) and N seeds: in their order, or in `shuffled_order`."""
+    def of_draws(
+        cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, words: dict[str, Any] | None = None
+    ) -> Assignment:
+        """Draws with these labels (N,) and N seeds: in their order, or in `shuffled_order`."""
         order = shuffled_order(len(labels)) if shuffle else np.arange(len(labels), dtype=np.int64)
-        return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order)
+        return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, words or {})
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first_draws(self, count: int) -> IntArray:
-        """The positions of the first `count` draws (or all): as class-balanced as so few can be."""
+        """The positions of the first `count` draws (or all): as balanced over the classes as their number allows."""
         positions = np.empty(len(self), dtype=np.int64)
         positions[self.order] = np.arange(len(self))
         return positions[:count]
+
+
+def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
+    """The assignment that is asked for, of `default_count` images where no number, seeds or classes say how many.
+
+    Raises:
+        ValueError: a class or a seed out of range, or not one seed per image.
+    """
+    num_chosen = len(draws.classes or range(num_classes))
+    seeds = draws.seeds or [seed for seed in draws.class_seeds or () for _ in range(num_chosen)]
+    per_class = draws.seeds_per_class
+    count = draws.num_images or len(seeds) or (default_count if per_class is None else per_class * num_chosen)
+    if seeds and len(seeds) != count:
+        raise ValueError(f"`seeds` holds {plural(len(seeds), 'seed')} for {plural(count, 'image')}; give one per image")
+    first_seed = draws.first_seed or 0
+    for seed in seeds or (first_seed, first_seed + count - 1):
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
+    labels = assign_labels(count, num_classes, draws.classes)
+    # Seeds that are named come in the order they are named in; so do few images, which are for looking at.
+    shuffle = draws.seeds is None and count > GRID_IMAGES
+    words: dict[str, Any] = {
+        "num_images": count,
+        "classes": list(draws.classes) if draws.classes else "all",
+        "seeds": list(draws.seeds) if draws.seeds else f"{first_seed} and up",
+        "order": "shuffled" if shuffle else "as drawn",
+    }
+    if draws.class_seeds:
+        words["seeds"] = {"of every class": list(draws.class_seeds)}
+    return Assignment.of_draws(labels, seeds or range(first_seed, first_seed + count), shuffle=shuffle, words=words)

@@ -5,7 +5,7 @@ A job's shards lie in OUTPUT/shards-FINGERPRINT, the fingerprint being that of i
     shard-K-of-M.safetensors        images (n, H, W, 3) uint8 of positions K * shard_size and on; their SHA-256, and
                                     what they were made with, are in its metadata
 
-A shard is written under another name and renamed: what bears its name is finished. Which process makes which is settled
+A shard is written under another name and renamed: a file of that name is finished. Which process makes which is settled
 by number alone (K % world_size), so that processes need not know of each other.
 """
 
@@ -83,7 +83,7 @@ class ShardFolder:
         recorded = read_json(self.path / _JOB).get("shard_size") if (self.path / _JOB).exists() else None
         if recorded is not None and shard_size not in (None, recorded):
             raise ValueError(
-                f"{self.path} was begun with {recorded} images a shard, now {shard_size}; leave the shard size out"
+                f"{self.path} was started with {recorded} images per shard, now {shard_size}; leave `shard_size` out"
             )
         self.shard_size: int = recorded or shard_size or default
         self._width = max(5, len(str(self.num_shards)))
@@ -144,7 +144,7 @@ class ShardFolder:
         if hashlib.sha256(images.data).hexdigest() != metadata.get("sha256"):
             raise DamagedShardError(f"{file} is damaged: its images do not have the checksum on record")
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
-            raise DamagedShardError(f"{file} holds {images.shape} {images.dtype}; wanted {count} uint8 images")
+            raise DamagedShardError(f"{file} holds {images.shape} {images.dtype}; expected {count} uint8 images")
         return images, json.loads(metadata["made_with"])
 
     def discard(self, shard: int) -> None:

@@ -34,25 +34,12 @@ def test_agrees_with_the_matrix_square_root():
     assert frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(expected, rel=1e-9)
 
 
-def test_singular_covariances_are_fine():
-    features = np.random.default_rng(0).standard_normal((5, 12))
-    statistics = gaussian_statistics(features)
-    assert frechet_distance(*statistics, *statistics) == pytest.approx(0, abs=1e-6)
-
-
 def test_statistics_are_the_unbiased_ones_in_float64():
     features = np.random.default_rng(0).standard_normal((50, 4)).astype(np.float32)
     mean, covariance = gaussian_statistics(features)
     assert mean.dtype == covariance.dtype == np.float64
     centred = features - features.mean(0)
     np.testing.assert_allclose(covariance, centred.T @ centred / 49, rtol=1e-5)
-    with pytest.raises(ValueError, match="N of 2 or more"):
-        gaussian_statistics(features[:1])
-
-
-def test_shapes_must_agree():
-    with pytest.raises(ValueError, match="statistics have shapes"):
-        frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
 
 
 @pytest.mark.parametrize("dims", [8, 300])
@@ -65,11 +52,6 @@ def test_rotated_gaussians_have_a_closed_form(dims):
     expected = np.square(mu1 - mu2).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     distance = frechet_distance(mu1, rotation * a @ rotation.T, mu2, rotation * b @ rotation.T)
     assert distance == pytest.approx(expected, rel=1e-6)
-
-
-def test_statistics_must_be_finite():
-    with pytest.raises(ValueError, match="not finite"):
-        frechet_distance(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1))
 
 
 @pytest.mark.parametrize("name", ["pytorch_fid.fid_score.calculate_frechet_distance", "cleanfid.fid.frechet_distance"])
@@ -161,11 +143,16 @@ def test_kid_against_its_definition():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: gaussian_statistics(np.zeros((1, 4))), "N of 2 or more"),
+        (lambda: frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4)), "statistics have shapes"),
+        (lambda: frechet_distance(np.array([np.nan]), np.eye(1), np.zeros(1), np.eye(1)), "not finite"),
+        (lambda: score_digits(torch.zeros(64, 1, 8, 8), torch.zeros(64).long()), "64 samples; allowed: 65 or more"),
+        (lambda: score_digits(torch.zeros(70, 3, 8, 8), torch.zeros(70).long()), r"expected \(N, 1, 8, 8\), \(N,\)"),
         (lambda: inception_score(np.full((5, 4), 0.25)), "5 images cannot be split into 10 parts"),
         (lambda: inception_score(np.full((50, 4), 0.3)), "sum to 1"),
         (lambda: inception_score(np.full((50, 4), np.nan)), "finite"),
-        (lambda: inception_score(np.ones((50, 1), dtype=int)), "wanted floats"),
-        (lambda: inception_score(np.ones(50)), r"wanted floats \(N, classes\)"),
+        (lambda: inception_score(np.ones((50, 1), dtype=int)), "expected floats"),
+        (lambda: inception_score(np.ones(50)), r"expected floats \(N, classes\)"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 3))), "features have shapes"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((7, 2))), "subset_size is 1000; allowed: 2 to 7"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 3), "num_subsets is 0"),
@@ -193,10 +180,3 @@ def test_digits_score_tells_real_noisy_wrong_and_copied_apart():
     assert score_digits(real, (real_labels + 1) % 10).accuracy < 0.05
     assert score_digits(real, real_labels) == copied
     assert "class accuracy" in str(copied)
-
-
-def test_digits_score_refuses_what_it_cannot_score():
-    with pytest.raises(ValueError, match="64 samples; allowed: 65 or more"):
-        score_digits(torch.zeros(64, 1, 8, 8), torch.zeros(64).long())
-    with pytest.raises(ValueError, match="wanted"):
-        score_digits(torch.zeros(70, 3, 8, 8), torch.zeros(70).long())

@@ -75,13 +75,13 @@ def test_reference_batches_hold_images_and_statistics(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); wanted uint8 \(N, H, W, 3\)"),
-        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
-        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"wanted uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); expected uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 5, 3), np.uint8))}, "Fortran"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)}, r"labels \(labels\) is int64 \(3,\)"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; wanted arr_0"),
-        ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; wanted"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; expected arr_0"),
+        ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; expected"),
         ({"sigma": np.eye(2)}, "holds sigma but no mu"),
     ],
 )
@@ -91,53 +91,36 @@ def test_other_contents_are_refused(tmp_path, arrays, message):
         open_source(tmp_path / "wrong.npz")
 
 
-def test_no_npz_and_no_images(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; wanted an npz or a folder of images"):
-        open_source(tmp_path / "missing.npz")
-    (tmp_path / "text.npz").write_text("text")
-    with pytest.raises(ValueError, match="is no npz"):
-        open_source(tmp_path / "text.npz")
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "samples.npz"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
-        open_source(tmp_path / "empty")
-
-
-def test_damage_is_found(tmp_path):
-    path = tmp_path / "samples.npz"
     np.savez(path, arr_0=smooth_images(20, 0, size=16))
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no npz \\(or a truncated one\\)"):
-        open_source(path)
-    middle = len(whole) // 2
-    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
-    with pytest.raises(ValueError, match="cannot be read"):
-        list(open_source(path).images.batches(4))
-
-
-def test_an_array_shorter_than_its_header_says(tmp_path):
-    path = tmp_path / "samples.npz"
     np.save(tmp_path / "arr_0.npy", smooth_images(20, 0, size=16))
-    data = (tmp_path / "arr_0.npy").read_bytes()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("arr_0.npy", data[: -5 * 16 * 16 * 3])
-    with pytest.raises(ValueError, match="arr_0 ends at image 15"):
-        list(open_source(path).images.batches(4))
+    whole, middle = path.read_bytes(), path.stat().st_size // 2
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[: -5 * 16 * 16 * 3])
+    (tmp_path / "cut.npz").write_bytes(whole[:middle])
+    (tmp_path / "flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    for name, message in (
+        ("missing.npz", "does not exist; expected an npz or a folder of images"),
+        ("arr_0.npy", r"is not an npz \(or a truncated one\)"),
+        ("cut.npz", r"is not an npz \(or a truncated one\)"),
+        ("flipped.npz", "cannot be read"),
+        ("short.npz", "arr_0 ends at image 15"),
+        ("empty", "holds no images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(open_source(tmp_path / name).images.batches(4))
 
 
 def test_damaged_and_mixed_folders(tmp_path):
     write_folder(tmp_path / "mixed", smooth_images(5, 0, size=6))
     Image.new("RGB", (7, 6)).save(tmp_path / "mixed" / "0003.png")
     mixed = r"0003.png has 7x6 pixels, 0000.png 6x6; images must be of one size"
-    with pytest.raises(ValueError, match=mixed):
-        list(open_source(tmp_path / "mixed").images.batches(2))
-    with pytest.raises(ValueError, match=mixed):
-        open_source(tmp_path / "mixed").images.check_sizes()
-    (tmp_path / "mixed" / "0003.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"0003.png cannot be read"):
-        list(open_source(tmp_path / "mixed").images.batches(2))
-    with pytest.raises(ValueError, match=r"0003.png cannot be read"):
-        open_source(tmp_path / "mixed").images.check_sizes()
+    for message in (mixed, r"0003.png cannot be read"):
+        with pytest.raises(ValueError, match=message):
+            open_source(tmp_path / "mixed")
+        (tmp_path / "mixed" / "0003.png").write_text("not an image")
 
 
 def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
@@ -146,13 +129,12 @@ def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
         image = Image.fromarray(smooth_images(1, i, size=100)[0]).resize((width, height))
         image.save(tmp_path / "photos" / f"{i}.png")
     source = open_source(tmp_path / "photos", crop=16).images
-    source.check_sizes()
     assert source.size == (16, 16)
     expected = np.stack([read_image(tmp_path / "photos" / f"{i}.png", 16).permute(1, 2, 0).numpy() for i in range(3)])
     np.testing.assert_array_equal(np.concatenate(list(source.batches(2))), expected)
     np.savez(tmp_path / "whole.npz", arr_0=smooth_images(2, 0, size=20))
     assert open_source(tmp_path / "whole.npz", crop=16).images.size == (20, 20)
-    with pytest.raises(ValueError, match="--center-crop is 0; allowed: a whole number, 1 or more"):
+    with pytest.raises(ValueError, match="center_crop is 0; allowed: a whole number, 1 or more"):
         open_source(tmp_path / "photos", crop=0)
-    with pytest.raises(ValueError, match=r"--center-crop is for folders of images; .*whole\.npz is none"):
+    with pytest.raises(ValueError, match=r"center_crop is for folders of images; .*whole\.npz is not one"):
         open_sources([str(tmp_path / "whole.npz"), None], 16)

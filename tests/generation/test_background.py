@@ -1,4 +1,4 @@
-"""What happens beside the sampling: decoding, conversion, errors of the background thread."""
+"""Drawing, and what happens beside it: decoding, conversion, errors of the background thread."""
 
 import threading
 import time
@@ -7,20 +7,27 @@ import numpy as np
 import pytest
 import torch
 
+from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.background import Background, PixelConverter
+from ddt_fast.generation.engine import LoadedEngine
+from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.images import to_uint8
-from ddt_fast.generation.job import Generation
+from ddt_fast.generation.job import Job
 from ddt_fast.generation.npz import open_images
-from ddt_fast.generation.seeds import Job, assign_labels
-from ddt_fast.model.weights import load_model, read_experiment
+from ddt_fast.generation.seeds import Assignment, assign_labels
+from ddt_fast.generation.settings import Outputs
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, load_model, read_experiment
+from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import Ranks
-from ddt_fast.sampling import Sampler
+from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 
 class Colours:
     """Stands for a VAE's decoder: three channels, twice the side; remembers who called it with how many."""
+
+    batch_size = 2
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -30,27 +37,39 @@ class Colours:
         return torch.cat([latents, -latents, latents / 2], 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
-def generation(folder, job, **more) -> Generation:
-    return Generation(folder, job, {}, ranks=Ranks(), shard_size=8, default_shard_size=8, overwrite=False, **more)
+def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
+    outputs = Outputs(num_png=0, shard_size=8)
+    engine = LoadedEngine(model, sampling, 8, batch_size, "model", decode, None, False, {})
+    return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 
 def test_images_are_the_decoded_samples_of_their_seeds(tmp_path):
     model, config = load_model(EMBEDDED_CHECKPOINT), read_experiment(EMBEDDED_CHECKPOINT).sampling
-    job = Job.of_draws(assign_labels(20, 10), range(20), shuffle=True)
-    sampler, decode, steps = Sampler(model, config, 5, 8, 8), Colours(), []
-    running = generation(tmp_path, job)
-    running.run(sampler, decode, decode_batch_size=2, progress=steps.append)
-    running.finish({}, num_png=0, columns=10)
-    noise, _ = seeded_noise(job.seeds.tolist(), (1, 8, 8))
-    direct = torch.cat([sampler(noise[i : i + 5], torch.from_numpy(job.labels[i : i + 5])) for i in range(0, 20, 5)])
+    assignment = Assignment.of_draws(assign_labels(20, 10), range(20), shuffle=True)
+    decode = Colours()
+    running = job(tmp_path, model, config, assignment, 5, decode)
+    running.run()
+    running.finish()
+    noise, _ = seeded_noise(assignment.seeds.tolist(), (1, 8, 8))
+    labels = torch.from_numpy(assignment.labels)
+    direct = torch.cat([sample(model, noise[i : i + 5], labels[i : i + 5], config) for i in range(0, 20, 5)])
     images = open_images(tmp_path / "samples.npz")
     assert images.shape == (20, 16, 16, 3)
     np.testing.assert_array_equal(images, to_uint8(Colours()(direct)))
     assert [count for _, count in decode.calls] == [2, 2, 1, 2, 1] * 2 + [2, 2]
     assert {name.split("_")[0] for name, _ in decode.calls} == {"images"}
-    assert steps == sorted(steps)
-    assert steps[-1] == 20
     assert not list((tmp_path / "images").iterdir())
+
+
+def test_samples_that_are_not_finite_are_refused(tmp_path):
+    model = DDT(PRESETS["digits"].model)
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(float("nan"))
+    assignment = Assignment.of_draws(torch.tensor([1, 2]), [5, 6], shuffle=False)
+    running = job(tmp_path, model, SamplingConfig(num_steps=2), assignment, 2)
+    with pytest.raises(ValueError, match="the sample of seed 5 is not finite"):
+        running.run()
+    assert running.folder.shards.missing() == [0]
 
 
 def test_the_first_error_ends_it_and_later_tasks_do_not_run():

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ddt_fast.generation.images import grid_columns
-from ddt_fast.generation.seeds import Job, assign_labels, shuffled_order
+from ddt_fast.generation.seeds import Assignment, assign_labels, shuffled_order
 
 
 def test_the_permutation_never_changes():
@@ -15,7 +15,7 @@ def test_the_permutation_never_changes():
     assert digest == "d622806430ecc5bef7f2b1028f2d7f3ce52a44cde5e23d44bda036f5213a72db"
 
 
-def test_it_is_one_and_nested():
+def test_it_is_a_permutation_and_nested():
     order = shuffled_order(5000)
     assert sorted(order.tolist()) == list(range(5000))
     np.testing.assert_array_equal(order[order < 700], shuffled_order(700))
@@ -23,22 +23,22 @@ def test_it_is_one_and_nested():
 
 def test_contiguous_splits_hold_all_classes_about_equally():
     """What ADM's Inception Score needs of 50,000 samples in 10 splits: as mixed as drawing at random."""
-    job = Job.of_draws(assign_labels(50_000, 1000), range(50_000), shuffle=True)
-    assert np.bincount(job.labels).tolist() == [50] * 1000
-    for split in np.split(job.labels, 10):
+    drawn = Assignment.of_draws(assign_labels(50_000, 1000), range(50_000), shuffle=True)
+    assert np.bincount(drawn.labels).tolist() == [50] * 1000
+    for split in np.split(drawn.labels, 10):
         counts = np.bincount(split, minlength=1000)
         assert (counts > 0).sum() > 980
         assert 1.9 < counts.std() < 2.4  # hypergeometric: sqrt(50 · 0.1 · 0.9) = 2.12
-    np.testing.assert_array_equal(job.labels, job.seeds % 1000)
+    np.testing.assert_array_equal(drawn.labels, drawn.seeds % 1000)
 
 
 def test_first_draws_are_found_wherever_they_lie():
-    job = Job.of_draws(assign_labels(200, 10), range(300, 500), shuffle=True)
-    positions = job.first_draws(20)
-    assert job.seeds[positions].tolist() == list(range(300, 320))
-    assert job.labels[positions].tolist() == [*range(10), *range(10)]
-    assert len(job.first_draws(1000)) == 200
-    plain = Job.of_draws(torch.tensor([3, 1]), [5, 2**63 - 1], shuffle=False)
+    drawn = Assignment.of_draws(assign_labels(200, 10), range(300, 500), shuffle=True)
+    positions = drawn.first_draws(20)
+    assert drawn.seeds[positions].tolist() == list(range(300, 320))
+    assert drawn.labels[positions].tolist() == [*range(10), *range(10)]
+    assert len(drawn.first_draws(1000)) == 200
+    plain = Assignment.of_draws(torch.tensor([3, 1]), [5, 2**63 - 1], shuffle=False)
     assert plain.seeds.tolist() == [5, 2**63 - 1]
 
 

@@ -1,0 +1,170 @@
+"""The engine of a job: the model as it is run, its plan, and batches that fit the memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddt_fast.autoencoder import Decoder
+from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8
+from ddt_fast.generation.settings import Engine
+from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.attention import resolve_backend
+from ddt_fast.model.quantization import quantization_error, quantize_int8
+from ddt_fast.model.weights import has_config, load_model
+from ddt_fast.provenance import device_name, weights_sha256
+from ddt_fast.ranks import Ranks
+from ddt_fast.sampling import Sampler, SamplingPlan
+from ddt_fast.sampling.buffers import fitting_batch_size
+from ddt_fast.sampling.refresh import resolve_refresh_steps, schedule_cache_path
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """A model that is ready to draw.
+
+    Attributes:
+        model: as it is run.
+        sampling: which steps refresh the encoder is settled.
+        size: side of what the model sees.
+        batch_size: samples drawn at a time.
+        description: the model in words.
+        decode: latents → pixels in [-1, 1]; None for a pixel-space model.
+        memory_budget: bytes for what is kept between steps, or None.
+        compile: whether the model runs through torch.compile.
+        settings: what the images depend on, as plain JSON values.
+    """
+
+    model: DDT | FusedDDT
+    sampling: SamplingConfig
+    size: int
+    batch_size: int
+    description: str
+    decode: Decoder | None
+    memory_budget: int | None
+    compile: bool
+    settings: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """What is executed."""
+        return SamplingPlan.from_config(self.sampling)
+
+    def sampler(self) -> Sampler:
+        """What draws the batches; CUDA graphs are captured here."""
+        return Sampler(
+            self.model,
+            self.sampling,
+            self.batch_size,
+            self.size,
+            self.size,
+            memory_budget=self.memory_budget,
+            compile_model=self.compile,
+        )
+
+    def made_with(self, sampler: Sampler, ranks: Ranks) -> dict[str, Any]:
+        """What goes on record with each shard, as plain JSON values."""
+        return {
+            "engine": sampler.engine,
+            "model": self.description,
+            "device": device_name(sampler.device),
+            "threads": torch.get_num_threads() if sampler.device.type == "cpu" else None,
+            "processes": ranks.world_size,
+            "batch_size": sampler.batch_size,
+            "torch": torch.__version__,
+        }
+
+
+def open_device(name: str) -> torch.device:
+    """The device of that name, made this process's own where it is a GPU; ValueError where it cannot be used."""
+    device = choose_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
+
+
+def load_engine(
+    checkpoint: Path,
+    experiment: Experiment,
+    sampling: SamplingConfig,
+    engine: Engine,
+    device: torch.device,
+    count: int,
+    ranks: Ranks,
+) -> LoadedEngine:
+    """Load a local checkpoint as `engine` says, for `count` images.
+
+    Raises:
+        ValueError: weights that do not fit the settings, an engine that does not run here, or a sample that does not
+            fit the memory budget.
+        OSError: files that cannot be read.
+    """
+    data, budget = experiment.data, engine.budget_bytes
+    # float32 is the faster choice between int8 GEMMs.
+    dtype = choose_dtype(engine.dtype, device, data.autoencoder is not None and engine.quantize is None)
+    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
+    model, description = _prepare(reference, engine, ranks)
+    size = data.sample_size
+    if sampling.refresh_steps == "dp":
+        sampling = resolve_refresh_steps(reference, sampling, size, size, schedule_cache_path(checkpoint))
+    batch_size = min(engine.batch_size, count)
+    if budget is not None:
+        plan, asked = SamplingPlan.from_config(sampling), batch_size
+        batch_size = fitting_batch_size(plan, model, asked, size, size, budget)
+        if batch_size < asked:
+            ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
+    decode = None if data.autoencoder is None else Decoder(data.autoencoder, device)
+    return LoadedEngine(
+        model,
+        sampling,
+        size,
+        batch_size,
+        description,
+        decode,
+        budget,
+        engine.compile,
+        {
+            "image_size": data.image_size,
+            "model": asdict(experiment.model),
+            "weights_sha256": weights_sha256(reference),
+            "dtype": _name(dtype),
+            "quantize": engine.quantize,
+            "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
+            "autoencoder_sha256": None if decode is None else decode.sha256(),
+        },
+    )
+
+
+def _prepare(reference: DDT, engine: Engine, ranks: Ranks) -> tuple[DDT | FusedDDT, str]:
+    """The model as it is to be run, and that in words."""
+    parameter = next(reference.parameters())
+    dtype = _name(parameter.dtype)
+    if engine.reference:
+        return reference, f"{dtype}, reference model"
+    backend = resolve_backend(engine.attention, parameter.device, parameter.dtype, reference.config.head_dim)
+    model = FusedDDT.from_reference(reference, engine.attention)
+    if engine.quantize is None:
+        return model, f"{dtype}, attention {backend}"
+    quantized, config = quantize_int8(model), reference.config
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, config.in_channels, 4 * config.patch_size, 4 * config.patch_size, generator=generator)
+    t, y = torch.tensor([0.3, 0.7]), torch.tensor([0, config.num_classes])
+    error = quantization_error(model, quantized, x.to(parameter.dtype), t, y)
+    if not cpu_has_int8():
+        ranks.say("int8: this CPU has no int8 units; expect it to be slower than float32")
+    ranks.say(f"int8: relative error of a velocity {error:.2g} against {dtype}")
+    return quantized, f"int8 ({dtype} between), attention {backend}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

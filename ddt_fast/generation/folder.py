@@ -1,0 +1,198 @@
+"""What an output folder holds of a job, and which part of the job is left to this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ddt_fast.files import check_replaceable, read_json
+from ddt_fast.generation.background import OnImages
+from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
+from ddt_fast.generation.npz import open_images
+from ddt_fast.generation.seeds import Assignment
+from ddt_fast.generation.settings import Outputs
+from ddt_fast.generation.shards import (
+    DamagedShardError,
+    Images,
+    ShardFolder,
+    describe_other,
+    differences,
+    fingerprint,
+    other_jobs,
+    remove_job,
+)
+from ddt_fast.ranks import Ranks
+from ddt_fast.wording import plural
+
+_PRECIOUS_MINUTES = 10
+"""Finished samples that took longer are replaced only with overwrite."""
+
+
+class JobFolder:
+    """The output folder of a job, new or continued.
+
+    Args:
+        path: exists and can be written.
+        settings: everything the images depend on, as plain JSON values; shards of other settings are never mixed in.
+        num_images: of the job.
+        default_shard_size: images per shard of a new job, unless `outputs` says.
+        outputs: what is written, and whether an earlier job is dropped.
+        ranks: this process among those that share the job.
+
+    Attributes:
+        record: generation.json of the finished job, else None.
+        todo: the shards this process has yet to make.
+        was_finished: whether the job was finished before it was opened here.
+        wrote: whether it was this process that wrote samples.npz.
+
+    Raises:
+        ValueError: the folder holds shards of other settings, finished samples of other settings that took long, or
+            something of the user's where outputs go.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        num_images: int,
+        default_shard_size: int,
+        outputs: Outputs,
+        ranks: Ranks,
+    ) -> None:
+        check_output(path)
+        settings = json.loads(json.dumps(settings))  # as a file holds them: lists in place of tuples
+        self.path, self.settings, self.outputs, self.ranks = path, settings, outputs, ranks
+        overwrite = outputs.overwrite
+        if overwrite:
+            (path / RECORD).unlink(missing_ok=True)
+            if ranks.world_size == 1:
+                remove_job(path / f"shards-{fingerprint(settings)}")
+        self.shards = ShardFolder(path, settings, num_images, outputs.shard_size, default_shard_size)
+        self.wrote = False
+        self.record = None if overwrite else finished_record(path, settings)
+        self.was_finished = self.record is not None
+        self._found = list(range(ranks.rank, self.shards.num_shards, ranks.world_size))
+        self.todo: list[int] = []
+        if not self.was_finished:
+            self._look(self._found)
+
+    def _look(self, own: list[int]) -> None:
+        """Make room for the job, and sort this process's shards into those found and those left to make."""
+        self._make_way()
+        overwrite = self.outputs.overwrite
+        if overwrite:
+            for shard in own:
+                self.shards.discard(shard)
+        found = [shard for shard in own if self._is_whole(shard)]
+        if overwrite or (record := finished_record(self.path, self.settings)) is None:
+            self._found, self.todo = found, sorted({*own} - {*found})
+        else:  # another process has finished the job meanwhile, and removed shards that were looked for
+            self.record = record
+
+    def _make_way(self) -> None:
+        overwrite = self.outputs.overwrite
+        for other in other_jobs(self.path, self.shards):
+            if not overwrite:
+                raise ValueError(
+                    f"{describe_other(other, self.settings)}; continue with those settings, choose another output "
+                    "folder, or set `overwrite` to drop them"
+                )
+            remove_job(other)
+        earlier = self.path / RECORD
+        if not overwrite and earlier.exists():
+            record = read_json(earlier)
+            minutes = record.get("process_seconds", 0) / 60
+            if minutes >= _PRECIOUS_MINUTES and (self.path / SAMPLES).exists():
+                changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
+                raise ValueError(
+                    f"{self.path} holds finished samples of other settings ({changed}) that took {minutes:.0f} "
+                    "minutes; choose another output folder, or set `overwrite` to replace them"
+                )
+
+    def _is_whole(self, shard: int) -> bool:
+        if not self.shards.file(shard).exists():
+            return False
+        try:
+            self.shards.read(shard)
+        except DamagedShardError as error:
+            tqdm.write(f"warning: {error}; it is made again", file=sys.stderr)
+            self.shards.discard(shard)
+            return False
+        return True
+
+    @property
+    def num_images(self) -> int:
+        """Images this process has yet to make."""
+        return sum(len(self.shards.positions(shard)) for shard in self.todo)
+
+    @property
+    def found(self) -> str:
+        """What was there before, in words; empty for a new job."""
+        if self.record is not None:
+            when = self.record["date"]
+            return f"{self.path} holds these samples already, finished {when}; overwrite draws them again"
+        if not self._found:
+            return ""
+        total = plural(len(self._found) + len(self.todo), "shard")
+        size = plural(self.shards.shard_size, "image")
+        return f"found {len(self._found)} of {total} of {size}; continuing with the others"
+
+    def found_made_with(self) -> dict[str, Any]:
+        """What the first found shard was made with; empty where there is none."""
+        return {} if self.record is not None or not self._found else self.shards.read(self._found[0])[1]
+
+    def feed_found(self, on_images: OnImages) -> None:
+        """Call on_images(positions (n,), images (n, H, W, 3)) with this process's images that are there already."""
+        for shard in self._found:
+            on_images(np.array(self.shards.positions(shard)), self._found_images(shard))
+
+    def _found_images(self, shard: int) -> Images:
+        if self.record is None:
+            try:
+                return self.shards.read(shard)[0]
+            except FileNotFoundError:
+                # Another process may have finished the job meanwhile, and removed the shards.
+                self.record = finished_record(self.path, self.settings)
+                if self.record is None:
+                    raise
+        positions = self.shards.positions(shard)
+        # Reopened, because pages of a map that stays open count as memory of this process.
+        return open_images(self.path / SAMPLES)[positions.start : positions.stop]
+
+    def finish(self, assignment: Assignment, about: dict[str, Any]) -> dict[str, Any] | None:
+        """Once all shards of all processes are there: samples.npz, grid.png, images/ and generation.json from them.
+
+        Args:
+            assignment: labels and seeds of the samples.
+            about: plain JSON values that go on record.
+
+        Returns:
+            The record, or None while other processes are still at work.
+
+        Raises:
+            DamagedShardError: a shard of another process does not hold what was written; it is removed.
+            OSError: no space left, or another failure of the file system. The shards are kept.
+        """
+        num_png = self.outputs.png_count(len(assignment))
+        if self.record is None:
+            about = {**about, "written_by_rank": self.ranks.rank}
+            self.record = finish(self.path, self.shards, assignment, about, num_png)
+            self.wrote = self.record is not None and self.record["written_by_rank"] == self.ranks.rank
+        elif self.ranks.rank == 0 and self.record["num_png"] != num_png:
+            self.record = renew_pictures(self.path, assignment, self.record, num_png)
+        if self.record is not None and not self.outputs.keep_shards:
+            remove_job(self.shards.path)
+        return self.record
+
+
+def check_output(path: Path) -> None:
+    """ValueError now, before any work, when outputs would have to replace something that is not ddt-fast's own."""
+    check_replaceable(path / "images", IMAGE_NAMES)
+    for name in ("grid.png", SAMPLES, RECORD):
+        if (path / name).is_dir():
+            raise ValueError(f"{path / name} is a folder; a file of that name will be written")

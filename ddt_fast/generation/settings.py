@@ -1,0 +1,162 @@
+"""What `ddt_fast.generate` is told: what to draw, with which engine, what to write, how to score.
+
+Frozen dataclasses that refuse wrong values. The command's options are made from their fields, types and docstrings; in
+these and in messages, `name` is a parameter, which the command shows as its option.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ddt_fast.checks import require, require_int, whole_numbers
+from ddt_fast.evaluation.features import Features, check_features
+from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics
+from ddt_fast.model.attention import AttentionBackend
+
+ALL_PNG, SOME_PNG = 1000, 100
+"""Jobs of up to ALL_PNG images write all of them as PNGs too, larger ones SOME_PNG, unless told otherwise."""
+
+SHARD_IMAGES = 256
+"""Images in a shard, in whole batches: a minute of work or less, and even shares for eight processes."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What to draw: how many images, of which classes, from which seeds.
+
+    Args:
+        num_images: images to draw; default: 100 of digits, 16 of other models, or one per seed.
+        classes: classes to cycle through; default: all.
+        seeds_per_class: this many images of every class, in place of `num_images`.
+        class_seeds: draw every class with each of these seeds.
+        seeds: one per image, in this order; default: `first_seed` and up.
+        first_seed: seed of the first image, the next image has the next seed; default: 0.
+    """
+
+    num_images: int | None = None
+    classes: Sequence[int] | None = None
+    seeds_per_class: int | None = None
+    class_seeds: Sequence[int] | None = None
+    seeds: Sequence[int] | None = None
+    first_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("classes", "class_seeds", "seeds"):
+            numbers = whole_numbers(name, getattr(self, name))
+            object.__setattr__(self, name, None if numbers is None else tuple(numbers))
+        ways = ("seeds", "class_seeds", "seeds_per_class", "num_images")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) > 1 and given != ["seeds", "num_images"]:
+            raise ValueError(f"`{given[0]}` and `{given[1]}` are both given; give one")
+        if (self.seeds or self.class_seeds) and self.first_seed is not None:
+            raise ValueError(f"`{given[0]}` and `first_seed` are both given; give one")
+        _require_at_least(self, num_images=1, seeds_per_class=1)
+        first = self.first_seed
+        require(first is None or type(first) is int, "first_seed", first, "a whole number")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs the model: device, dtype, memory, implementation.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, float32, bfloat16 or float16; auto: bfloat16 for latents, where the device has units for it.
+        batch_size: images drawn at a time.
+        memory_budget: for what is kept between steps, e.g. 8GiB; batches are made to fit.
+        attention: attention implementation.
+        compile: run the model through torch.compile: slow to start, then faster.
+        quantize: CPU: 8-bit weights and activations; the error is measured and printed.
+        reference: run the plain PyTorch model instead of the fused one.
+    """
+
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = 100
+    memory_budget: str | None = None
+    attention: AttentionBackend = "auto"
+    compile: bool = False
+    quantize: Literal["int8"] | None = None
+    reference: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, batch_size=1)
+        require(self.quantize in (None, "int8"), "quantize", self.quantize, "int8")
+        if self.memory_budget is not None:
+            _parse_bytes(self.memory_budget)
+        if self.reference and (self.quantize or self.compile or self.attention != "auto"):
+            raise ValueError("`reference` is plain PyTorch; it excludes `quantize`, `compile` and `attention`")
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """The memory budget in bytes."""
+        return None if self.memory_budget is None else _parse_bytes(self.memory_budget)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What is written beside samples.npz, and what becomes of an earlier job.
+
+    Args:
+        num_png: images kept as PNGs too; default: all of up to 1000, 100 of more.
+        shard_size: images per shard; default: about 256, whole batches.
+        keep_shards: do not remove the shards when samples.npz is written.
+        overwrite: drop what an earlier job left in the output folder, and start again.
+    """
+
+    num_png: int | None = None
+    shard_size: int | None = None
+    keep_shards: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, shard_size=1, num_png=0)
+
+    def png_count(self, count: int) -> int:
+        """How many of `count` images are written as PNGs too."""
+        return min(count, (ALL_PNG if count <= ALL_PNG else SOME_PNG) if self.num_png is None else self.num_png)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How to score the samples.
+
+    Args:
+        reference: an npz or a folder of images to score them against.
+        metrics: metrics to compute; default: all that can be computed.
+        features: inception, or pixels for images of up to 64x64.
+        inception_weights: file of the network's weights; default: from torch's cache, else downloaded.
+        center_crop: side in pixels of the centre crop to take of the images of a folder.
+    """
+
+    reference: str | Path
+    metrics: Sequence[Metric] | None = None
+    features: Features = "inception"
+    inception_weights: str | None = None
+    center_crop: int | None = None
+
+    def __post_init__(self) -> None:
+        check_metrics(METRICS if self.metrics is None else self.metrics)
+        check_features(self.features, self.inception_weights)
+        if self.center_crop is not None:
+            require_int("center_crop", self.center_crop, 1)
+
+
+def _require_at_least(settings: Any, **minimum: int) -> None:
+    for name, low in minimum.items():
+        if (value := getattr(settings, name)) is not None:
+            require_int(name, value, low)
+
+
+def _parse_bytes(text: object) -> int:
+    """ "8GiB", "500 MB" or a plain number of bytes."""
+    pattern = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
+    match = re.fullmatch(pattern, text, re.IGNORECASE) if isinstance(text, str) else None
+    require(match is not None, "memory_budget", text, "a number and a unit, such as 8GiB or 500MB")
+    number, prefix, binary = match.groups()  # type: ignore[union-attr]
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
