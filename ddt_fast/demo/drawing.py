@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,7 @@ Images = NDArray[np.uint8]
 """(N, H, W, 3)."""
 
 TRAJECTORY_IMAGES = 4
-"""Shown by a trajectory at most, one a row."""
-
-_SMALL = 64
-"""Images below this side are enlarged without smoothing."""
+"""At most, one a row."""
 
 _TIMED_SECONDS, _TIMED_RUNS = 1.0, 5
 """A comparison repeats a run for so long, and so often at most: a single short run says little about speed."""
@@ -76,7 +73,7 @@ def generate(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
             file.write(folder / name, name)
     head = f"{plural(len(names), 'image')} in {seconds:.3g} s · **{len(names) / seconds:.3g} img/s**"
     costs = " · ".join(f"{name}: {cost}" for name, cost in _costs(request).items())
-    return f"{head}\n\n{costs}", gallery, gr.update(value=str(archive), visible=True)
+    return f"{head}\n{costs}", gallery, gr.update(value=str(archive), visible=True)
 
 
 def compare(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
@@ -111,7 +108,7 @@ def compare(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     head = f"Refresh {every} is {speedup} times as fast as refresh 1; samples differ by {error} (relative L2)"
-    return f"{head}\n\n{plural(count, 'image')} of the same seeds; times of sampling alone", table, *galleries
+    return f"{head}\n{plural(count, 'image')} of the same seeds; times of sampling alone", table, *galleries
 
 
 def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
@@ -121,12 +118,7 @@ def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...
     request = replace(request, labels=request.labels[few], seeds=request.seeds[few])
     shown = sorted({round(i * total / (request.frames - 1)) for i in range(request.frames)})
     x: dict[int, Tensor] = {}
-
-    def keep(done: int, latents: Tensor) -> None:
-        if done in shown or done - 1 in shown:
-            x[done] = latents.cpu()
-
-    samples, _ = _sample(request, report, "drawing", keep)
+    samples, _ = _sample(request, report, "drawing", x)
     x[0], _ = seeded_noise(request.seeds, samples.shape[1:])
     times = [step.t for step in request.plan.steps] + [1.0]
     states: list[Images] = []
@@ -146,7 +138,7 @@ def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...
         strips.append(_gallery(np.concatenate(rows), names, folder, captions, columns=len(shown)))
     noise = "; with the sde solver the heading includes the step's noise" * (request.sampling.solver == "sde")
     moments = f"{len(shown)} of {total + 1} moments of the run"
-    return f"{moments}\n\nfrom noise, t = 0, to the image, t = 1{noise}", *strips
+    return f"{moments}\nfrom noise, t = 0, to the image, t = 1{noise}", *strips
 
 
 def _timed(request: Request, report: Report, text: str) -> tuple[Tensor, float]:
@@ -161,21 +153,21 @@ def _timed(request: Request, report: Report, text: str) -> tuple[Tensor, float]:
 
 
 def _sample(
-    request: Request, report: Report, text: str, on_step: Callable[[int, Tensor], object] | None = None
+    request: Request, report: Report, text: str, states: dict[int, Tensor] | None = None
 ) -> tuple[Tensor, float]:
-    """(N, in_channels, h, w) float32 samples on the CPU, as the model draws them, and the seconds that they took;
-    on_step(steps done, x) is called after every step."""
+    """(N, in_channels, h, w) float32 samples on the CPU, as the model draws them, and the seconds that they took; x
+    after every step goes into `states`."""
     settings = asdict(request.sampling)
     settings["num_inference_steps"] = total = settings.pop("num_steps")
     settings["last_step"] = settings["last_step"] or 0
 
     def after_step(_pipe: Any, index: int, _t: Tensor, tensors: dict[str, Tensor]) -> None:
         report(text, index + 1, total)
-        if on_step is not None:
-            on_step(index + 1, tensors["latents"])
+        if states is not None:
+            states[index + 1] = tensors["latents"].cpu()
 
     settings["callback_on_step_end"] = after_step
-    settings["callback_on_step_end_tensor_inputs"] = [] if on_step is None else ["latents"]
+    settings["callback_on_step_end_tensor_inputs"] = [] if states is None else ["latents"]
     settings["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     report(text, 0, total)
     started = time.perf_counter()
@@ -196,12 +188,12 @@ def _file_names(request: Request) -> list[str]:
 
 
 def _gallery(images: Images, names: list[str], folder: Path, captions: Sequence[str] = (), **changes: Any) -> Any:
-    """The new content of a gallery: PNGs with the true pixels."""
+    """The new content of a gallery: PNGs with the true pixels; small images are enlarged without smoothing."""
     paths = [folder / name for name in names]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
     value: Any = list(zip(paths, captions, strict=True)) if captions else paths
-    return gr.update(value=value, elem_classes=["pixels"] if images.shape[1] < _SMALL else [], **changes)
+    return gr.update(value=value, elem_classes=["pixels"] if images.shape[1] < 64 else [], **changes)
 
 
 def _costs(request: Request) -> dict[str, str]:

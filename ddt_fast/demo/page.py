@@ -20,20 +20,19 @@ from ddt_fast.demo.requests import FIELDS, MAX_SEED, Models, class_choices, defa
 CONCURRENT = 4
 """Requests that draw or wait for their model; more wait in the queue."""
 
-_REPORT_SECONDS = 0.1
-_LONGEST_MESSAGE = 300
-
 _HEADER = """# DDT · Decoupled Diffusion Transformer
 An encoder turns time and class into a state, a decoder moves the image; a state may serve for K steps."""
 
 _CSS = """
 .gradio-container > main { max-width: 1240px !important; width: 100% !important; margin: 0 auto; }
-.status { min-height: 4.8rem; font-variant-numeric: tabular-nums; }
+.status { min-height: 4rem; font-variant-numeric: tabular-nums; }
 .status progress { width: 100%; }
 .grid-wrap { max-height: none !important; min-height: 5rem !important; padding-top: 1.6rem !important; }
 .grid-container { grid: auto-flow auto / repeat(var(--grid-cols), minmax(0, 1fr)) !important; gap: 6px !important; }
 .thumbnail-item, .thumbnail-item img { height: auto !important; aspect-ratio: auto !important; }
 .caption-label { position: static !important; max-width: 100% !important; border: none !important; }
+#compare-table table { width: 100%; }
+#compare-table :is(th, td) { padding: 0.2rem 0.6rem; border-width: 0 0 1px; }
 .pixels img { image-rendering: pixelated; }
 """
 
@@ -55,14 +54,13 @@ class Demo:
     def __init__(self, models: Models, max_images: int, max_steps: int) -> None:
         self.models = models
         self.fields: dict[str, Any] = {}
-        self._limits = {"num_images": max_images, "num_steps": max_steps}
         self.threads = {name: ThreadPoolExecutor(1, "draw") for name in models}
         self.reports: set[Report] = set()
         with gr.Blocks(title="DDT", analytics_enabled=False, delete_cache=(600, 3600)) as self.page:
             gr.Markdown(_HEADER)
             with gr.Row():
                 with gr.Column(scale=1, min_width=340):
-                    self._settings()
+                    self._settings(max_images, max_steps)
                 with gr.Column(scale=2, min_width=480), gr.Tabs():
                     self._tabs()
 
@@ -82,26 +80,23 @@ class Demo:
             request = read_request(values, self.models, self.fields)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 shown = self.threads[request.model].submit(tab, request, report, Path(folder))
-                while wait([shown], _REPORT_SECONDS).not_done:
+                while wait([shown], timeout=0.1).not_done:
                     yield _progress(report, len(request.seeds)), *unchanged
                 yield shown.result()  # gradio copies the files before it asks for more
         except Stopped:
             pass
-        except Exception as error:
-            message = str(error)
-            if not isinstance(error, ValueError):
-                # A CPU allocation that fails is a plain RuntimeError.
-                if not isinstance(error, MemoryError) and "memory" not in message:
-                    raise
-                message = "out of memory; ask for fewer images"
+        except (ValueError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):  # as is a CPU allocation that fails
+                raise
+            message = str(error) if isinstance(error, ValueError) else "out of memory; ask for fewer images"
             yield "", *unchanged
-            message = escape(message[:1].upper() + message[1:_LONGEST_MESSAGE], quote=False)
+            message = escape(message[:1].upper() + message[1:300], quote=False)
             raise gr.Error(message, print_exception=False) from error
         finally:
             report.stop.set()
             self.reports.discard(report)
 
-    def _settings(self) -> None:
+    def _settings(self, max_images: int, max_steps: int) -> None:
         name, pipe = next(iter(self.models.items()))
         values = default_values(pipe) | {"model": name}
 
@@ -115,8 +110,8 @@ class Demo:
         several = {"multiselect": True, "allow_custom_value": True, "info": "Type to search; empty: all in turn"}
         add(gr.Dropdown, "classes", "Classes", choices=class_choices(pipe), **several)
         with gr.Row():
-            number("num_images", "Images", 1, self._limits["num_images"])
-            number("num_steps", "Steps", 1, self._limits["num_steps"])
+            number("num_images", "Images", 1, max_images)
+            number("num_steps", "Steps", 1, max_steps)
         number("guidance_scale", "CFG scale", 0, 20, 0.1, kind=gr.Slider, info="1: no guidance")
         with gr.Row():
             number("guidance_low", "Guided from t", 0, 1, 0.05)
@@ -164,7 +159,8 @@ class Demo:
             start = gr.Button(label, variant="primary", scale=4, elem_id=f"{name}-run")
             stop = gr.Button("Stop", scale=1, min_width=80, elem_id=f"{name}-stop")
         text = "Choose, then press the button."
-        status = gr.Markdown(text, container=True, elem_id=f"{name}-status", elem_classes="status")
+        look = {"container": True, "line_breaks": True, "elem_classes": "status"}
+        status = gr.Markdown(text, elem_id=f"{name}-status", **look)
 
         def connect(outputs: list[Any]) -> None:
             event = start.click(
@@ -185,11 +181,10 @@ class Demo:
 
 def serve(demo: Demo, max_queue: int, **where: Any) -> None:
     """Launch the page with a queue of so many waiting requests; `where` is for gradio's `launch`."""
-    fonts = [gr.themes.LocalFont("IBM Plex Sans", weights=(400, 700)), "system-ui", "sans-serif"]
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=fonts)
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate")
+    look = {"theme": theme, "css": _CSS, "footer_links": ["api"], "ssr_mode": False}
     # Nothing is uploaded here.
-    look = {"theme": theme, "css": _CSS, "footer_links": ["api"], "ssr_mode": False, "max_file_size": "1kb"}
-    demo.page.queue(max_size=max_queue).launch(enable_monitoring=False, **look, **where)
+    demo.page.queue(max_size=max_queue).launch(enable_monitoring=False, max_file_size="1kb", **look, **where)
 
 
 def _gallery(name: str, columns: int, label: str | None = None) -> Any:
@@ -201,4 +196,4 @@ def _progress(report: Report, num_images: int) -> str:
     seconds, share = time.perf_counter() - report.started, report.done / max(report.total, 1)
     speed = f"{seconds:.1f} s · {share * num_images / seconds:.3g} img/s" * (share > 0)
     step = f", step {report.done} of {report.total}" * (report.total > 0)
-    return f'{report.text}{step}\n\n{speed}<progress value="{share}"></progress>'
+    return f'{report.text}{step}\n{speed}<progress value="{share}"></progress>'

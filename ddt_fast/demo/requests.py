@@ -52,24 +52,14 @@ class Request:
 
 
 def read_request(values: Sequence[Any], models: Models, fields: Mapping[str, Any]) -> Request:
-    """The request that a client's values make up.
-
-    Args:
-        values: in the order of `FIELDS`; classes are a list of labels or names, empty for all.
-        models: those on offer.
-        fields: the page's components; numbers have label, minimum, maximum and step.
-
-    Raises:
-        ValueError: a value that is not allowed.
-    """
+    """The request that a client's values make up, in the order of `FIELDS`; ValueError if one is not allowed. Classes
+    are a list of labels or names, empty for all; `fields` are the page's components."""
     name = values[0]
     if not isinstance(name, str) or name not in models:
         raise ValueError(f"model {reprlib.repr(name)} is not on offer; allowed: {', '.join(models)}")
     pipe = models[name]
     given = default_values(pipe) | dict(zip(FIELDS, values, strict=False))
-    numbers = {
-        field: _read_number(given[field], fields[field]) for field in FIELDS if hasattr(fields[field], "minimum")
-    }
+    numbers = {part: _read_number(given[part], field) for part, field in fields.items() if hasattr(field, "minimum")}
     count, seed, frames = (numbers.pop(part) for part in ("num_images", "seed", "frames"))
     if seed + count - 1 > MAX_SEED:
         raise ValueError(f"the last of {count} seeds from {seed} is too large; allowed: up to {MAX_SEED}")
@@ -77,7 +67,7 @@ def read_request(values: Sequence[Any], models: Models, fields: Mapping[str, Any
     choices = {field: given[field] for field in ("solver", "state_forecast")}
     sampling = replace(_own_sampling(pipe), **numbers, **choices)
     labels = assign_labels(count, pipe.class_names.num_classes, _read_classes(given["classes"], pipe))
-    request = Request(values[0], pipe, tuple(labels.tolist()), tuple(range(seed, seed + count)), sampling, frames)
+    request = Request(name, pipe, tuple(labels.tolist()), tuple(range(seed, seed + count)), sampling, frames)
     _ = request.plan  # refuses settings that no run can have
     return request
 
@@ -134,7 +124,7 @@ def load_models(checkpoints: Sequence[str], preset: str | None, device: torch.de
     """
     models: Models = {}
     for name in (*checkpoints, EMBEDDED_NAME):
-        if name in models or checkpoints.count(EMBEDDED_NAME):
+        if name in models:
             raise ValueError(f"--checkpoint names {name} twice; the {EMBEDDED_NAME} are always there")
         models[name] = _load(Path(EMBEDDED_CHECKPOINT if name == EMBEDDED_NAME else name), preset, device, dtype)
     return models

@@ -31,7 +31,7 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
         (["--max-steps", "20000"], "--max-steps is 20000; allowed: 1 to 10000"),
         (["--preset", "xxl"], "xxl"),
         (["--dtype", "int8"], "int8"),
-        (["--hots", "::1"], "--hots; nearest: --host"),
+        (["--hots", "::1"], "--hots ::1; nearest: --host"),
     ],
 )
 def test_wrong_options_are_one_line(capsys, arguments, message):

@@ -108,7 +108,7 @@ def test_a_trajectory_goes_from_noise_to_the_sample(request_of, tmp_path, frames
 def test_predictions_of_the_euler_solver_are_its_velocities_ends(request_of, tmp_path):
     asked = request_of(guidance_scale=1)
     seen = {}
-    drawing._sample(asked, drawing.Report(), "", seen.__setitem__)
+    drawing._sample(asked, drawing.Report(), "", seen)
     _, _, predictions = drawing.trajectory(asked, drawing.Report(), tmp_path)
     t = SamplingPlan.from_config(asked.sampling).steps[4].t
     velocity, _ = asked.pipe.transformer.reference(seen[4], torch.full((4,), t), torch.tensor(asked.labels))
