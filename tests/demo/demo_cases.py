@@ -1,59 +1,84 @@
-"""The demo's models and requests, as the page sends them."""
+"""The demo as the tests serve it: in their own process, so that they can hold its models and see who waits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddt_fast import demo as demo_command
 from ddt_fast.command import run_command
-from ddt_fast.webdemo.models import EMBEDDED_NAME, DemoModel, load_models
-from ddt_fast.webdemo.requests import FIELDS, Limits, Request, read_request
-from ddt_fast.webdemo.running import Finished, Progress
+from ddt_fast.demo import __main__ as command
+from ddt_fast.demo.requests import EMBEDDED_NAME, FIELDS, load_models
 
-LIMITS = Limits(images=12, steps=40)
+MAX_IMAGES, MAX_STEPS = 12, 40
 
 
 def error_line(capsys, *arguments: str) -> str:
     """What the command says when it must fail, on its only line."""
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda: demo_command.main(arguments))
+        run_command(lambda: command.main(arguments))
     assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    return lines[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
-def embedded() -> DemoModel:
-    """The digits in the package."""
-    return load_models([], None, torch.device("cpu"), "auto")[0]
-
-
-def fields(**changes: Any) -> dict[str, Any]:
-    """A page's fields: four digits in 8 steps, but for the changes."""
-    values = {
+def values(**changes: Any) -> list[Any]:
+    """What a page sends: four digits in 8 steps, except for the changes."""
+    fields = {
         "model": EMBEDDED_NAME,
         **{"classes": [], "num_images": 4, "num_steps": 8, "guidance_scale": 1.5},
         **{"guidance_low": 0.3, "guidance_high": 1, "refresh_every": 1, "seed": 0, "state_forecast": "hold"},
         **{"solver": "euler", "order": 2, "timeshift": 1},
     }
-    assert list(values) == list(FIELDS)
-    return values | changes
+    assert (*fields, "frames") == FIELDS
+    return list((fields | changes).values())
 
 
-def request(model: DemoModel, **changes: Any) -> Request:
-    return read_request(fields(**{"model": model.name} | changes), {model.name: model}, LIMITS)
+def models(*checkpoints: Path | str) -> dict[str, Any]:
+    """The checkpoints and the digits, on the CPU."""
+    return load_models([str(checkpoint) for checkpoint in checkpoints], None, torch.device("cpu"), "auto")
 
 
-def no_report(_text: str, _done: int, _total: int) -> None:
-    """For work that nobody watches."""
+@contextmanager
+def served(models: dict[str, Any], folder: Path) -> Iterator[Any]:
+    """A `Demo` of these models, served on loopback with a queue of one; images go into the folder."""
+    from ddt_fast.demo.page import Demo, serve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        demo = Demo(models, MAX_IMAGES, MAX_STEPS)
+        serve(demo, 1, server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True)
+        yield demo
+        demo.page.close(verbose=False)
+        demo.close()
 
 
-def result(updates: Iterator[Progress | Finished[Any]]) -> Any:
-    """What the work returned in the end."""
-    *_, last = updates
-    assert isinstance(last, Finished)
-    return last.result
+@contextmanager
+def held(demo: Any, name: str = EMBEDDED_NAME) -> Iterator[None]:
+    """Within, the model draws for nobody."""
+    release = threading.Event()
+    demo.threads[name].submit(release.wait, 60)
+    try:
+        yield
+    finally:
+        release.set()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)

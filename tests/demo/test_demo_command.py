@@ -1,20 +1,24 @@
-"""The demo's command answers mistakes in one line, a missing gradio among them."""
+"""The demo's command: mistakes are one line, and it serves on loopback until it is interrupted."""
 
+import os
+import signal
+import socket
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import urllib.request
 
 import pytest
 
-from demo_cases import error_line
+from demo_cases import error_line, free_port, values, wait_until
 
 
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "ddt_fast.demo.page", raising=False)
+    monkeypatch.delitem(sys.modules, "ddt_fast.demo.drawing", raising=False)
     line = error_line(capsys)
     assert line.startswith("error: the demo needs gradio (")
     assert line.endswith('; pip install ".[demo]" in the checkout')
-    with ThreadPoolExecutor(1) as thread:  # which takes no signals
-        assert thread.submit(error_line, capsys).result() == line
 
 
 @pytest.mark.parametrize(
@@ -23,13 +27,80 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
         (["--port", "0"], "--port is 0; allowed: 1 to 65535"),
         (["--port", "http"], "port"),
         (["--max-queue", "0"], "--max-queue is 0; allowed: 1 to 1000"),
-        (["--max-images", "-1"], "--max-images is -1"),
+        (["--max-images", "-1"], "--max-images is -1; allowed: 1 to 1000"),
+        (["--max-steps", "20000"], "--max-steps is 20000; allowed: 1 to 10000"),
         (["--preset", "xxl"], "xxl"),
         (["--dtype", "int8"], "int8"),
-        (["--hots", "::1"], "hots"),
+        (["--hots", "::1"], "--hots ::1; nearest: --host"),
     ],
 )
 def test_wrong_options_are_one_line(capsys, arguments, message):
-    line = error_line(capsys, *arguments)
-    assert line.startswith("error: ")
-    assert message in line
+    assert message in error_line(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere is no"),
+        (["--checkpoint", "digits"], "--checkpoint names digits twice"),
+        (["--checkpoint", __file__], "test_demo_command.py"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
+        (["--host", "no such host"], "cannot listen on --host no such host --port"),
+        (["--host", "x" * 70], "cannot listen on"),
+        (["--port", "{taken}"], "cannot listen on --host 127.0.0.1 --port {taken}: "),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
+    pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        line = error_line(capsys, *(argument.format(taken=taken) for argument in arguments))
+    assert message.format(taken=taken) in line
+
+
+@pytest.mark.parametrize(
+    ("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
+)
+def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing):
+    gradio_client = pytest.importorskip("gradio_client", reason='pip install ".[demo]" in the checkout')
+    port = free_port()
+    with subprocess.Popen(
+        [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell's background jobs are started deaf to interrupts, and so are their children.
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
+    ) as run:
+        try:
+            wait_until(lambda: run.poll() is not None or answers(port))
+            assert "Decoupled Diffusion Transformer" in page(port)
+            with pytest.raises(ConnectionRefusedError):  # another address of this machine than loopback's usual one
+                socket.create_connection(("127.0.0.2", port), timeout=5)
+            if drawing:
+                client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+                job = client.submit(*values(num_images=64, num_steps=1000), api_name="/generate")
+                wait_until(lambda: len(job.outputs()) > 0)
+        finally:
+            run.send_signal(number)
+            try:
+                output, _ = run.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                run.kill()
+                raise
+    assert run.returncode in (0, 130), output
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir() if "inductor" not in path.name] == [], "files were left"
+
+
+def page(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def answers(port: int) -> bool:
+    try:
+        return bool(page(port))
+    except OSError:
+        return False

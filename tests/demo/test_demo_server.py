@@ -1,175 +1,183 @@
-"""The demo as its command serves it, and as any client meets it."""
+"""The demo's server as any client meets it: hostile and mistaken ones, ones that vanish, more than it has room for."""
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
-import zipfile
 
+import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from ddt_fast.demo.requests import MAX_SEED, read_request
 from ddt_fast.pipeline import DDTPipeline
-from ddt_fast.webdemo import drawing
-from ddt_fast.webdemo.models import load_models
-from demo_cases import embedded, error_line, fields, no_report, request
+from demo_cases import held, models, served, values, wait_until
 from pipeline_cases import latent_folder
 
 gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 gradio_client = pytest.importorskip("gradio_client")
 
-from ddt_fast.webdemo.page import CONCURRENT  # noqa: E402
-from demo_server import drawing_threads, free_port, served, wait_until  # noqa: E402
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--checkpoint", "nowhere"], "nowhere is not a local folder"),
-        (["--checkpoint", "digits"], "--checkpoint names digits twice"),
-        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
-        (["--host", "no such host"], "no such host"),
-        (["--port", "{taken}"], "{taken}"),
-    ],
-)
-def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        taken = str(other.getsockname()[1])
-        line = error_line(capsys, *(argument.format(taken=taken) for argument in arguments))
-    assert line.startswith("error: ")
-    assert message.format(taken=taken) in line
-
-
-@pytest.mark.parametrize(
-    ("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)], ids=str
-)
-def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing):
-    port = free_port()
-    command = [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)]
-    environment = os.environ | {"TMPDIR": str(tmp_path)}
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell's background jobs are started deaf to interrupts, and so are their children.
-        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
-    ) as run:
-        try:
-            page = wait_for(f"http://127.0.0.1:{port}/", run)
-            assert "Decoupled Diffusion Transformer" in page
-            with pytest.raises(ConnectionRefusedError):  # another address of this machine than loopback's usual one
-                socket.create_connection(("127.0.0.2", port), timeout=5)
-            if drawing:
-                client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
-                job = client.submit(*fields(num_images=64, num_steps=1000).values(), api_name="/generate")
-                wait_until(lambda: len(job.outputs()) > 0)
-        finally:
-            run.send_signal(number)
-            try:
-                output, _ = run.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                run.kill()
-                raise
-    assert run.returncode in (0, 130), output
-    assert "Traceback" not in output
-    assert [path.name for path in tmp_path.iterdir() if "inductor" not in path.name] == [], "files were left"
-
-
-def wait_for(address: str, run: subprocess.Popen) -> str:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(address, timeout=10) as answer:
-                return answer.read().decode()
-        except OSError:
-            assert run.poll() is None, run.stdout.read()
-            time.sleep(0.2)
-    raise AssertionError("the page did not come")
+from ddt_fast.demo import drawing  # noqa: E402
+from ddt_fast.demo.page import CONCURRENT, Demo  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def model():
-    return embedded()
-
-
-@pytest.fixture(scope="module")
-def latent_models(tmp_path_factory):
+def latent_names(tmp_path_factory):
     """One model twice: as a run's model folder, and as a saved pipeline."""
     folder = tmp_path_factory.mktemp("latent")
     names = [str(latent_folder(folder)), str(folder / "saved")]
     DDTPipeline.from_pretrained(names[0]).save_pretrained(names[1])
-    return load_models(names, None, torch.device("cpu"), "auto")[:2]
+    return names
 
 
 @pytest.fixture(scope="module")
-def page(model, latent_models, tmp_path_factory):
-    with served([model, *latent_models], tmp_path_factory.mktemp("gradio"), max_queue=1) as page:
-        yield page
+def demo(latent_names, tmp_path_factory):
+    loaded = models(*latent_names)
+    loaded = {"digits": loaded.pop("digits"), **loaded}
+    with served(loaded, tmp_path_factory.mktemp("gradio")) as demo:
+        yield demo
 
 
 @pytest.fixture
-def client(page, tmp_path):
-    return gradio_client.Client(page.local_url, verbose=False, download_files=tmp_path)
+def client(demo, tmp_path):
+    return gradio_client.Client(demo.page.local_url, verbose=False, download_files=tmp_path)
 
 
 def call(client, name="/generate", *more, **changes):
-    return client.predict(*fields(**changes).values(), *more, api_name=name)
+    return client.predict(*values(**changes), *more, api_name=name)
 
 
-def test_generate_gives_files(client):
-    status, gallery, archive = call(client, seed=4)
-    assert "4 images" in status
-    assert "img/s" in status
-    assert [picture["caption"] for picture in gallery["value"]] == [f"{i} · seed {4 + i}" for i in range(4)]
-    assert archive["value"].endswith(".zip")
+def images(gallery) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(item["image"])) for item in gallery["value"]])
 
 
-def test_compare_and_trajectory_answer(client):
-    status, table, *_, fresh, kept, difference = call(client, "/compare", refresh_every=4)
-    assert "Refresh 4" in status
-    assert "encoder runs" in table
-    assert len(fresh["value"]) == len(kept["value"]) == len(difference["value"]) == 4
-    status, states, predictions = call(client, "/trajectory", 5, num_images=2)
-    assert "5 of 9 moments" in status
-    assert len(states["value"]) == len(predictions["value"]) == 10
-
-
-def pixels(gallery):
-    return np.stack([np.asarray(Image.open(picture["image"])) for picture in gallery["value"]])
-
-
-def test_models_of_latents_draw_their_pictures(client, latent_models):
-    for model in latent_models:
-        settings = {"num_images": 2, "num_steps": 5, "seed": 3}
-        expected = drawing.draw(request(model, **settings), no_report).images
-        assert expected.shape == (2, 64, 64, 3)
-        status, gallery, archive = call(client, model=model.name, **settings)
-        assert "2 images" in status
-        assert np.array_equal(pixels(gallery), expected)
-        assert zipfile.is_zipfile(archive["value"])
-        answer = call(client, "/compare", model=model.name, refresh_every=3, **settings)
-        assert "Refresh 3" in answer[0]
-        assert np.array_equal(pixels(answer[-3]), expected)
-        status, states, predictions = call(client, "/trajectory", 3, model=model.name, **settings)
+def test_every_model_answers_every_tab(client, demo, tmp_path):
+    for name in demo.models:
+        settings = {"model": name, "num_images": 2, "num_steps": 5, "seed": 3}
+        asked = read_request(values(**settings), demo.models, demo.fields)
+        _, drawn, _ = drawing.generate(asked, drawing.Report(), tmp_path)
+        expected = np.stack([np.asarray(Image.open(path)) for path, _ in drawn["value"]])
+        status, gallery, archive = call(client, **settings)
+        assert "2 images in " in status
+        assert "img/s" in status
+        assert [item["caption"] for item in gallery["value"]] == CAPTIONS[name == "digits"]
+        assert np.array_equal(images(gallery), expected)
+        assert archive["value"].endswith("_seed_3.zip")
+        status, table, fresh, kept, difference = call(client, "/compare", **settings | {"refresh_every": 4})
+        assert "Refresh 4 is" in status
+        assert "encoder runs" in table
+        assert np.array_equal(images(fresh), images(gallery))
+        assert images(kept).shape == images(difference).shape == images(fresh).shape
+        status, states, predictions = call(client, "/trajectory", 3, **settings)
         assert "3 of 6 moments" in status
-        assert pixels(states).shape == pixels(predictions).shape == (6, 64, 64, 3)
-        assert "Class 99 does not exist" in call(client, model=model.name, classes=["99"])[0]
+        assert images(states).shape == images(predictions).shape == (6, *expected.shape[1:])
 
 
-def test_a_client_is_served_while_another_one_waits_for_its_model(page, client, latent_models):
-    busy, free = latent_models
-    other = gradio_client.Client(page.local_url, verbose=False, download_files=False)
-    with busy.lock:
-        waiting = other.submit(*fields(model=busy.name).values(), api_name="/generate")
-        wait_until(lambda: drawing_threads() == 1)
-        assert "4 images" in call(client, model=free.name)[0]
+CAPTIONS = (["class 0 · seed 3", "class 1 · seed 4"], ["0 · seed 3", "1 · seed 4"])
+NAN, INFINITY = float("nan"), float("inf")
+REFUSED = [
+    ({"model": "/etc/passwd"}, "Model '/etc/passwd' is not on offer; allowed: digits, "),
+    ({"model": None}, "Model None is not on offer"),
+    ({"model": ["digits"]}, "Model ['digits'] is not on offer"),
+    ({"model": "x" * 10_000}, "Model 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not on offer"),
+    ({"classes": ["unicorn"]}, "Class 'unicorn' is unknown"),
+    ({"classes": ["<script>"]}, "Class '&lt;script&gt;' is unknown"),
+    ({"classes": ["10"]}, "Class 10 does not exist; allowed: 0 to 9"),
+    ({"classes": [-1]}, "Class -1 does not exist"),
+    ({"classes": [3.5]}, "Class 3.5 is a float"),
+    ({"classes": [[1]]}, "Class [1] is a list"),
+    ({"classes": [{"a": 1}]}, "is a dict"),
+    ({"classes": {"a": 1}}, "is a dict"),
+    ({"classes": [True]}, "Class True is a bool"),
+    ({"classes": ["3"] * 11}, "11 classes are chosen; allowed: up to 10"),
+    ({"classes": ["9" * 5000]}, "A class name has 5000 characters; allowed: up to 100"),
+    ({"num_images": 0}, "Images is 0; allowed: a whole number, 1 to 12"),
+    ({"num_images": 10**6}, "Images is 1000000; allowed: a whole number, 1 to 12"),
+    ({"num_images": 2.5}, "Images is 2.5"),
+    ({"num_images": NAN}, "Images is nan"),
+    ({"num_images": INFINITY}, "Images is inf"),
+    ({"num_images": 10**400}, "Images is 1000"),
+    ({"num_images": None}, "Images is empty"),
+    ({"num_images": "4"}, "Images is '4'"),
+    ({"num_images": True}, "Images is True"),
+    ({"num_steps": 41}, "Steps is 41; allowed: a whole number, 1 to 40"),
+    ({"num_steps": 10**9}, "Steps is 1000000000"),
+    ({"guidance_scale": -1}, "CFG scale is -1; allowed: 0 to 20"),
+    ({"guidance_scale": NAN}, "CFG scale is nan"),
+    ({"guidance_scale": 1e30}, "CFG scale is 1e+30"),
+    ({"guidance_scale": []}, "CFG scale is []"),
+    ({"guidance_low": -0.1}, "Guided from t is -0.1; allowed: 0 to 1"),
+    ({"guidance_high": 1.5}, "Guided to t is 1.5"),
+    ({"guidance_low": 0.8, "guidance_high": 0.3}, "Guidance_interval is (0.8, 0.3); allowed: "),
+    ({"timeshift": 0}, "Timeshift is 0; allowed: 0.1 to 10"),
+    ({"refresh_every": 0}, "Refresh K is 0; allowed: a whole number, 1 to 50"),
+    ({"refresh_every": 1000}, "Refresh K is 1000"),
+    ({"state_forecast": "cubic"}, "State_forecast is 'cubic'; allowed: hold, linear, quadratic"),
+    ({"state_forecast": [1]}, "State_forecast is [1]"),
+    ({"solver": "heun"}, "Solver is 'heun'; allowed: euler, lms, sde"),
+    ({"solver": None}, "Solver is None"),
+    ({"solver": "y" * 10_000}, "Solver is 'yyyy"),
+    ({"order": 5}, "Order of lms is 5; allowed: a whole number, 1 to 4"),
+    ({"order": {}}, "Order of lms is {}"),
+    ({"seed": "x"}, "Seed is 'x'"),
+    ({"seed": -1}, "Seed is -1"),
+    ({"seed": 2**53}, "Seed is 9007199254740992"),
+    ({"seed": MAX_SEED}, "The last of 4 seeds from 9007199254740991 is too large; allowed: up to 9007199254740991"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_wrong_values_are_refused_in_one_line(demo, changes, message):
+    with pytest.raises(gradio.Error) as error:
+        list(demo.answer(drawing.generate, 2, *values(**changes)))
+    assert message in error.value.message
+    assert "\n" not in error.value.message
+    assert len(error.value.message) <= 300
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED[::16])
+def test_over_the_wire_wrong_values_are_refused_too(demo, client, changes, message):
+    """gradio's own client sends no NaN."""
+    url = f"{demo.page.local_url}gradio_api/call/generate"
+    body = json.dumps({"data": values(**changes)})
+    event = httpx.post(url, content=body, headers={"Content-Type": "application/json"}).json()["event_id"]
+    *_, name, data = httpx.get(f"{url}/{event}", timeout=60).text.strip().splitlines()
+    assert name == "event: error"
+    assert message in json.loads(data.removeprefix("data: "))["error"]
+    with pytest.raises(gradio_client.exceptions.AppError):
+        call(client, **{"num_images": 0})
+    assert "4 images" in call(client)[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("steps is 0"), "Steps is 0"),
+        (MemoryError(), "Out of memory; ask for fewer images"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "Out of memory"),
+        (KeyError("secret path"), "has not enabled verbose error reporting"),
+    ],
+)
+def test_errors_are_told_and_the_next_request_is_served(client, monkeypatch, error, message):
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "_sample", fails)
+        with pytest.raises(gradio_client.exceptions.AppError, match=message):
+            call(client)
+    assert "4 images" in call(client)[0]
+
+
+def test_a_client_is_served_while_another_one_waits_for_its_model(client, demo, latent_names):
+    busy, free = latent_names
+    other = gradio_client.Client(demo.page.local_url, verbose=False, download_files=False)
+    with held(demo, busy):
+        waiting = other.submit(*values(model=busy), api_name="/generate")
+        wait_until(lambda: len(demo.reports) == 1)
+        assert "4 images" in call(client, model=free)[0]
         assert not waiting.done()
     assert "4 images" in waiting.result(timeout=60)[0]
 
@@ -184,67 +192,55 @@ os._exit(0)
 """
 
 
-def test_work_ends_with_a_client_that_disappears(page, client, monkeypatch):
-    def endless(_request, report):
-        while True:
-            report("drawing", 1, 2)
-            time.sleep(0.01)
+def test_a_run_ends_with_a_client_that_vanishes(demo, client, monkeypatch):
+    ended = threading.Event()
+
+    def endless(_request, report, _text):
+        try:
+            while True:
+                report("drawing", 1, 2)
+                time.sleep(0.01)
+        finally:
+            ended.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(drawing, "draw", endless)
-        values = json.dumps(list(fields().values()))
-        subprocess.run([sys.executable, "-c", GOES, page.local_url, values], check=True, timeout=60)
-        wait_until(lambda: drawing_threads() == 0)
+        patch.setattr(drawing, "_sample", endless)
+        subprocess.run([sys.executable, "-c", GOES, demo.page.local_url, json.dumps(values())], check=True, timeout=60)
+        assert ended.wait(timeout=60)
     assert "4 images" in call(client)[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_images": 10**6}, "Images is 1000000; allowed: a whole number, 1 to 12"),
-        ({"num_images": 0}, "Images is 0"),
-        ({"num_steps": 10**9}, "Steps is 1000000000"),
-        ({"classes": ["unicorn"]}, "is unknown"),
-        ({"classes": [[1]]}, "is a list"),
-        ({"seed": -1}, "Seed is -1"),
-        ({"order": {}}, "Order is {}"),
-        ({"seed": "x"}, "Seed is &#x27;x&#x27;"),
-        ({"guidance_low": 0.9, "guidance_high": 0.1}, "Guidance interval is (0.9, 0.1)"),
-    ],
-)
-def test_wrong_requests_are_answered_and_the_next_is_served(client, changes, message):
-    answer = call(client, **changes)[0]
-    assert "ddt-error" in answer
-    assert message in answer
-    assert "4 images" in call(client)[0]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"guidance_scale": -5},
-        {"refresh_every": 1000},
-        {"solver": "heun"},
-        {"model": "no"},
-    ],
-)
-def test_what_a_component_cannot_hold_is_refused_and_the_next_is_served(client, changes):
-    with pytest.raises(gradio_client.exceptions.AppError):
-        call(client, **changes)
-    assert "4 images" in call(client)[0]
-
-
-def test_a_full_queue_turns_requests_away_and_serves_the_others(client, page, model):
-    values = [list(fields(seed=100 * i).values()) for i in range(CONCURRENT + 2)]
-    with model.lock:
+def test_a_full_queue_turns_requests_away_and_serves_the_others(client, demo):
+    sent = [values(seed=100 * i) for i in range(CONCURRENT + 2)]
+    with held(demo):
         jobs = []
-        for i in range(CONCURRENT):  # one by one: they too pass through the queue, which one of them fills
-            jobs.append(client.submit(*values[i], api_name="/generate"))
-            wait_until(lambda count=i + 1: drawing_threads() == count)
-        jobs.append(client.submit(*values[CONCURRENT], api_name="/generate"))
-        wait_until(lambda: len(page._queue) == 1)
+        for count in range(1, CONCURRENT + 1):  # one by one: they too pass through the queue, which one of them fills
+            jobs.append(client.submit(*sent[count - 1], api_name="/generate"))
+            wait_until(lambda count=count: len(demo.reports) == count)
+        jobs.append(client.submit(*sent[CONCURRENT], api_name="/generate"))
+        wait_until(lambda: len(demo.page._queue) == 1)
         with pytest.raises(Exception, match="full"):
-            client.predict(*values[-1], api_name="/generate")
+            client.predict(*sent[-1], api_name="/generate")
     for i, job in enumerate(jobs):
         captions = [picture["caption"] for picture in job.result(timeout=60)[1]["value"]]
         assert captions == [f"{k} · seed {100 * i + k}" for k in range(4)]
+
+
+def test_closing_ends_the_run_and_lets_none_begin():
+    demo, begun = Demo(models(), 12, 40), []
+
+    def endless(_request, report, _folder):
+        while True:
+            report("working", 1, 2)
+            begun.append(threading.current_thread())
+            time.sleep(0.01)
+
+    answers = [demo.answer(endless, 1, *values()) for _ in range(2)]
+    next(answers[0])
+    wait_until(lambda: begun)
+    assert "waiting for the model" in next(answers[1])[0]
+    drawn = len(begun)
+    demo.close()
+    assert len(begun) <= drawn + 1, "the second request began"
+    assert not begun[0].is_alive()
+    assert [list(answer) for answer in answers] == [[], []]
