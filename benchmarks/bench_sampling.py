@@ -18,10 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, Run, Variant, Workload
+from benchmarks.harness import DEVICE, DTYPE, NEEDS_GPU, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
 from benchmarks.models import PUBLISHED, Model, lively_std, published_run, random_model
-from benchmarks.peers import NEEDS_GPU
-from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
@@ -60,8 +58,8 @@ def sampling_case(
     base = replace(PUBLISHED, num_steps=num_steps)
     base = base if num_steps >= 50 else replace(base, last_step=None)
 
-    def inputs(number: int) -> Inputs:
-        noise, _ = seeded_noise(range(number * batch, (number + 1) * batch), (4, side, side))
+    def inputs() -> Inputs:
+        noise, _ = seeded_noise(range(batch), (4, side, side))
         return Inputs((noise.to(DEVICE), torch.arange(batch, device=DEVICE) % model.num_classes))
 
     def build() -> Workload:
@@ -75,7 +73,7 @@ def sampling_case(
 
         @cache
         def expected(name: str) -> Tensor:
-            return Sampler(reference, settings(name), batch, side, side)(*inputs(0).tensors)
+            return Sampler(reference, settings(name), batch, side, side)(*inputs().tensors)
 
         def variant(name: str) -> Variant | str:
             if name == BASELINE:

@@ -7,13 +7,13 @@ each far below 1%: the time and label embeddings, and the sampler's own update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 import ddt_kernels as ops
-from benchmarks.tables import table
+from benchmarks.report.text import table
 from ddt_fast.config import DDTConfig
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
@@ -162,13 +162,12 @@ def sampling_table() -> str:
     return table(head, rows)
 
 
-def section() -> str:
+def paragraphs() -> Iterator[str]:
     """The tables, said to be what they are."""
-    parts = [
+    yield (
         "**Arithmetic, not a measurement:** each piece at its floor on one H200, "
-        f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the "
-        "other. A refresh step is a full forward; a reuse step is the decoder on kept modulations.",
-        *(step_table(*shape) for shape in SHAPES),
-        sampling_table(),
-    ]
-    return "\n\n".join(parts)
+        f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the other. A "
+        "refresh step is a full forward; a reuse step is the decoder on kept modulations."
+    )
+    yield from (step_table(*shape) for shape in SHAPES)
+    yield sampling_table()
