@@ -8,25 +8,7 @@
   call), long ones by the host's clock, launches included.
 - Ceilings: a large GEMM and a large copy, measured in the same run.
 
-The results file is one JSON object, complete at any moment; numbers that do not apply are null:
-
-    format        1
-    environment   hardware, driver, versions, commit, command (`environment.environment`)
-    sessions      one for every process that wrote to the file:
-        started, finished         times; finished is null where the process was cut off
-        command, load_average     load before anything was measured
-        ceilings, ceilings_after  GEMM FLOP/s by dtype, copy bytes/s, before the first and after the last case
-        not_measured              [{case, reason}]: cases that were chosen and have no result
-    cases         in the order they were measured:
-        group, case, size, dtype, session (its number), clock
-        variants                  [{name, baseline, ours, seconds: {median, lower_quartile, upper_quartile, minimum,
-                                  maximum, calls: rounds}, calls_per_round, ratio: median over the baseline's, error,
-                                  allowed_error, images_per_second, flops, bytes, floor_seconds, bound_by: "gemm" or
-                                  "copy", share_of_ceiling: floor_seconds over the median, note}]
-        wrong                     [{name, reason}]: wrong output, or failed though it is ours; never timed
-        missing                   [{name, reason}]: not installed, or not usable on this machine
-        gpu_before, gpu_after     clocks, temperature, power; null without a GPU
-        load_average              after the case
+The results file is described in README.md.
 """
 
 from __future__ import annotations

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import Run, Variant
-from ddt_fast.model.attention import CONCRETE_BACKENDS, AttentionBackend, attention, available_backends
+from ddt_fast.model.attention import CONCRETE_BACKENDS, attention, available_backends
 
 COMPILE = "torch.compile"
 
@@ -37,11 +37,10 @@ def packed(function: Callable[..., Tensor], qkv: Tensor) -> Tensor:
 
 def attention_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Peer]:
     """Every backend on a packed qkv."""
-    reasons = available_backends(device, dtype, head_dim)
 
-    def peer(name: str, wrap: Wrap) -> Variant | str:
-        function = partial(packed, partial(attention, backend=cast(AttentionBackend, name)))
-        return reasons[name] or Variant(lambda: wrap(function))
+    def peer(name: Any, wrap: Wrap) -> Variant | str:
+        function = partial(packed, partial(attention, backend=name))
+        return available_backends(device, dtype, head_dim)[name] or Variant(lambda: wrap(function))
 
     return {name: partial(peer, name) for name in CONCRETE_BACKENDS}
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, measure_memory, relative_error, timed
@@ -37,7 +37,6 @@ from ddt_fast.files import write_json
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.ema import EMA
-from ddt_fast.training.loop import clip_gradients
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
 from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
@@ -106,7 +105,7 @@ class Step:
 
     def __call__(self, batch: LatentBatch) -> Tensor:
         losses = self.backward(batch)
-        clip_gradients(self.state.masters, None)
+        nn.utils.get_total_norm([p.grad for p in self.state.masters.parameters() if p.grad is not None])
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         self.replica.copy_master_weights()

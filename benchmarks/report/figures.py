@@ -3,6 +3,7 @@ one drawn from other results is found out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,11 @@ from benchmarks.sampler_errors import front
 from ddt_fast.files import atomic_file
 
 Record = dict[str, Any]
-TITLES = {
-    "suite": "Sampling over what is refreshed",
-    "forecast": "What shortcuts cost: digits model, 250 steps, w 2, against the run that evaluates everything",
-    "pareto": "What FLOPs buy: digits model, w 2, settings near the front against the guided ODE's solution",
-}
-COST, ERROR = "TFLOP per image at XL/2, 256 px", "median relative error"
 
 
 def figure_of(file: ResultsFile) -> Path | None:
-    """The picture that a file has; None where it has nothing to show."""
-    shows = file.kind in TITLES and (file.kind != "suite" or _sampling_cases(file.record))
-    return file.path.with_suffix(".png") if shows else None
+    """The picture that a file has; None where it has none."""
+    return file.path.with_suffix(".png") if file.kind in FIGURES else None
 
 
 def is_current(file: ResultsFile, picture: Path) -> bool:
@@ -46,36 +40,17 @@ def draw(results: Path, folder: Path | None = None) -> None:
     picture = figure_of(file)
     if picture is None:
         return
-    panels = _sampling_cases(file.record) if file.kind == "suite" else [file.record]
-    figure, axes = plt.subplots(1, len(panels), figsize=(8 * len(panels), 6), layout="constrained", squeeze=False)
+    title, fill = FIGURES[file.kind]
+    figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
     try:
-        for axis, panel in zip(axes.flat, panels, strict=True):
-            {"suite": _draw_sampling, "forecast": _draw_forecast, "pareto": _draw_pareto}[file.kind](axis, panel)
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize="small")
-        figure.suptitle(TITLES[file.kind])
+        fill(axis, file.record)
+        axis.set(xlabel="TFLOP per image at XL/2, 256 px", ylabel="median relative error", yscale="log", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
         with atomic_file((folder or picture.parent) / picture.name) as temporary:
             figure.savefig(temporary, dpi=90, metadata={"Description": file.digest})
     finally:
         plt.close(figure)
-
-
-def _sampling_cases(record: Record) -> list[Record]:
-    """Those with runs of ours, "MODEL, SETTING, ENGINE"."""
-    cases = [case for case in record["cases"] if case["group"] == "sampling"]
-    return [case for case in cases if any(v["name"].count(", ") == 2 for v in case["variants"])]
-
-
-def _draw_sampling(axis: Any, case: Record) -> None:
-    """The time of every setting, of the baseline's."""
-    runs = [(*v["name"].split(", "), v["ratio"]) for v in case["variants"] if v["name"].count(", ") == 2]
-    settings = list(dict.fromkeys(setting for _, setting, _, _ in runs))
-    for model, engine in dict.fromkeys((model, engine) for model, _, engine, _ in runs):
-        own = [(settings.index(s), ratio) for m, s, e, ratio in runs if (m, e) == (model, engine)]
-        axis.plot(*zip(*own, strict=True), marker="o", label=f"{model}, {engine}")
-    axis.axhline(1, color="black", linestyle=":", label="baseline: both branches at every step")
-    axis.set_xticks(range(len(settings)), settings)
-    axis.set(title=f"{case['case']}: {case['size']}", ylabel="time, of the baseline's", ylim=(0, None))
 
 
 def _draw_forecast(axis: Any, record: Record) -> None:
@@ -86,7 +61,6 @@ def _draw_forecast(axis: Any, record: Record) -> None:
         own = [r for r, name in zip(chosen, names, strict=True) if name == (group, series)]
         points = sorted((r["tflop_per_image_xl2_256"], r["error_median"]) for r in own)
         axis.plot(*zip(*points, strict=True), marker="o", label=f"{group}: {series}")
-    axis.set(xlabel=COST, ylabel=ERROR, yscale="log")
 
 
 def _draw_pareto(axis: Any, record: Record) -> None:
@@ -101,4 +75,11 @@ def _draw_pareto(axis: Any, record: Record) -> None:
         axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
         place = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
         axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **place)
-    axis.set(xlabel=COST, ylabel=ERROR, xscale="log", yscale="log")
+    axis.set_xscale("log")
+
+
+FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
+    "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
+}
+"""By kind of file: title, and what draws it."""
