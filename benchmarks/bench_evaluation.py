@@ -1,22 +1,20 @@
-"""Scoring: Inception features per second, the Fréchet distance of their statistics, precision and recall.
+"""Scoring: Inception features per second, precision and recall.
 
-Peers are what the usual scripts do: the network with its batch norms apart, and compiled; scipy's matrix root; all
-distances at once. The network's weights are random, of the size of trained ones; its time does not depend on them.
+Peers are what the usual scripts do: the network with its batch norms apart, and compiled; all distances at once. The
+network's weights are random, of the size of trained ones; its time does not depend on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload
-from benchmarks.peers import COMPILE, not_installed
+from benchmarks.peers import COMPILE
 from ddt_fast.evaluation.inception import Inception, full_float32
-from ddt_fast.evaluation.metrics import frechet_distance, precision_recall
+from ddt_fast.evaluation.metrics import precision_recall
 from ddt_kernels import Cost
 
 PLAIN, OURS = "batch norms apart, NCHW", "ddt_fast, batch norms folded"
@@ -91,38 +89,6 @@ def features(number: int, count: int, dims: int) -> Tensor:
     return torch.randn(count, dims, generator=generator) @ mixing + number / 10
 
 
-def frechet_case(dims: int) -> Case:
-    """Of two Gaussians, on the host's CPU, in float64."""
-    names = ("scipy.linalg.sqrtm", "ddt_fast, symmetric eigenvalues")
-
-    def inputs() -> Inputs:
-        rows = [features(part, 2 * dims, dims).double() for part in range(2)]
-        return Inputs(tuple(tensor for r in rows for tensor in (r.mean(0), r.T.cov())))
-
-    def run(distance: Callable[..., float], x: Inputs) -> Sequence[Tensor]:
-        return [torch.tensor(distance(*(t.numpy() for t in x.tensors)), dtype=torch.float64)]
-
-    def scipy_root(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-        from scipy.linalg import sqrtm
-
-        root = np.real(sqrtm(sigma1 @ sigma2))
-        return float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(root))
-
-    def expected(x: Inputs) -> Sequence[Tensor]:
-        mu1, sigma1, mu2, sigma2 = x.tensors
-        # With sigma1 = L L^T, the product of the covariances has the eigenvalues of the symmetric L^T sigma2 L.
-        factor = torch.linalg.cholesky(sigma1)
-        roots = torch.linalg.eigvalsh(factor.T @ sigma2 @ factor).sqrt().sum()
-        return [(mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * roots]
-
-    def build() -> Workload:
-        plain = not_installed("scipy") or Variant(lambda: partial(run, scipy_root))
-        variants = {names[0]: plain, names[1]: Variant(lambda: partial(run, frechet_distance), ours=True)}
-        return Workload(inputs, variants, expected, torch.float64, tolerance=1e-6)
-
-    return Case("evaluation", "Fréchet distance", f"{dims} features, float64 on the CPU", names, build, rounds=3)
-
-
 def precision_recall_case(count: int, dims: int) -> Case:
     """Of as many samples as reference images."""
     names = ("all distances in float64, at once", "ddt_fast")
@@ -151,9 +117,9 @@ def precision_recall_case(count: int, dims: int) -> Case:
 
 
 CASES = (
-    [inception_case(64), precision_recall_case(10_000, 2048), frechet_case(1024)]
+    [inception_case(64), precision_recall_case(10_000, 2048)]
     if ON_GPU
-    else [inception_case(4), precision_recall_case(1500, 512), frechet_case(512)]
+    else [inception_case(4), precision_recall_case(1500, 512)]
 )
 
 

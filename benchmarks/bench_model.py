@@ -1,4 +1,4 @@
-"""Whole models, forward and backward: FusedDDT against the plain DDT, torch.compile of it, and diffusers' DiT.
+"""Whole models, forward and backward: FusedDDT against the plain DDT, and torch.compile of it.
 
 On a GPU DDT-XL/2 in bf16, and two blocks of it, for which torch.compile's slower modes are affordable; on a CPU a small
 model in fp32. The forward pass is one of training or of an unguided step: encoder, modulations, decoder.
@@ -30,7 +30,7 @@ from benchmarks.harness import (
     wider,
 )
 from benchmarks.models import Model, as_vector, lively_std, random_model, released_gradients
-from benchmarks.peers import COMPILE, not_installed
+from benchmarks.peers import COMPILE
 from ddt_fast.config import DDTConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
@@ -38,7 +38,7 @@ from ddt_fast.presets import PRESETS
 from ddt_kernels import Cost
 
 EAGER, FUSED, FUSED_COMPILED = "DDT, eager", "FusedDDT", "FusedDDT, torch.compile"
-BY_BLOCK, DIT = "DDT, torch.compile block by block", "diffusers DiT, another architecture"
+BY_BLOCK = "DDT, torch.compile block by block"
 SMALL = DDTConfig(4, 2, 384, 6, 8, 6, num_classes=1000)
 
 
@@ -83,15 +83,6 @@ def model_case(
     def variant(model: Any, runnable: Callable[[], Any], ours: bool = False) -> Variant:
         return Variant(lambda: wrap(runnable()), ours, check=partial(checked, model))
 
-    def diffusers_dit() -> Variant:
-        """Compared with itself in higher precision."""
-        torch.manual_seed(0)
-        with torch.device(DEVICE):  # a GPU draws XL/2's weights in no time
-            model = DiffusersDiT(config, side).eval().requires_grad_(backward).to(DTYPE)
-        c, n = config.hidden_size, config.num_tokens(side, side)
-        flops = batch * config.num_blocks * (24 * n * c * c + 4 * n * n * c + 12 * c * c) * (3 if backward else 1)
-        return replace(variant(model, lambda: model), expected=partial(exactly, model), cost=Cost(0, flops))
-
     def build() -> Workload:
         reference = random_model(config, lively_std(config), DEVICE).to(DTYPE).requires_grad_(backward)
         fused, by_block = FusedDDT.from_reference(reference), copy.deepcopy(reference)
@@ -104,12 +95,12 @@ def model_case(
             BY_BLOCK: variant(by_block, lambda: compile_blocks(by_block)),
             COMPILE: variant(reference, lambda: torch.compile(reference, dynamic=False)),
         }
-        variants |= {way: ways[way] for way in compiled} | {DIT: not_installed("diffusers") or diffusers_dit()}
+        variants |= {way: ways[way] for way in compiled}
         flops = batch * model_flops(config, side, side).total * (3 if backward else 1)
         weights = sum(p.numel() * p.element_size() for p in reference.parameters())
         return Workload(inputs, variants, partial(exactly, reference), DTYPE, Cost(weights, flops), images=batch)
 
-    names = (EAGER, FUSED, FUSED_COMPILED, *compiled, DIT)
+    names = (EAGER, FUSED, FUSED_COMPILED, *compiled)
     what, size = "forward+backward" if backward else "forward", f"{name} B {batch} {dtype_name(DTYPE)}"
     return Case("model", what, size, names, build, seconds=2.0)
 
@@ -119,27 +110,6 @@ def compile_blocks(model: Model) -> Model:
     for block in model.blocks:
         block.compile(dynamic=False)
     return model
-
-
-class DiffusersDiT(nn.Module):
-    """diffusers' DiTTransformer2DModel of the same width, depth and patch size, called as a DDT is. One modulation per
-    sample and block, LayerNorm, GELU, an MLP of 4C, no RoPE, no decoder."""
-
-    def __init__(self, config: DDTConfig, side: int) -> None:
-        super().__init__()
-        from diffusers import DiTTransformer2DModel
-
-        self.dit: Any = DiTTransformer2DModel(
-            num_attention_heads=config.num_heads,
-            attention_head_dim=config.head_dim,
-            in_channels=config.in_channels,
-            num_layers=config.num_blocks,
-            sample_size=side,
-            patch_size=config.patch_size,
-        )
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
-        return self.dit(x, timestep=1000 * t, class_labels=y, return_dict=False)
 
 
 def model_cases() -> Iterator[Case]:

@@ -33,7 +33,7 @@ BASELINE, PLAIN, FUSED = "DDT, autocast, AdamW as PyTorch has it", "DDT, this re
 COMPILED = ("DDT, torch.compile, this repository's step", "FusedDDT, torch.compile")
 ALL = (BASELINE, PLAIN, FUSED, *COMPILED)
 STEPS = {
-    BASELINE: Variant(BASELINE, "reference", torch.bfloat16, autocast=ON_GPU),
+    BASELINE: Variant(BASELINE, "reference", DTYPE, autocast=ON_GPU),
     PLAIN: Variant(PLAIN, "reference", DTYPE),
     FUSED: Variant(FUSED, "fused", DTYPE),
     COMPILED[0]: Variant(COMPILED[0], "reference", DTYPE, compile=True),

@@ -5,7 +5,6 @@ Plain eager PyTorch is not here: it is `ddt_kernels.reference` and `ddt_fast.mod
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,8 +42,3 @@ def attention_backends(device: torch.device, dtype: torch.dtype, head_dim: int) 
         return available_backends(device, dtype, head_dim)[name] or Variant(lambda: wrap(function))
 
     return {name: partial(peer, name) for name in CONCRETE_BACKENDS}
-
-
-def not_installed(module: str) -> str | None:
-    """Why a module cannot be imported; None if it is there."""
-    return None if importlib.util.find_spec(module) else f"{module} is not installed: pip install {module}"

@@ -19,7 +19,6 @@ from textwrap import TextWrapper
 from benchmarks.report import floors, tables
 from benchmarks.report.figures import draw, figure_of, is_current
 from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile, load
-from benchmarks.report.text import table
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.files import atomic_file, output_folder
 
@@ -50,22 +49,6 @@ def missing(kind: str) -> str:
     return f"No `{kind}.json` yet; `{KINDS[kind][0]}` makes it."
 
 
-def summary(files: Files) -> Iterator[str]:
-    """A line a piece of work, for each kind of machine."""
-    lacking = [missing(kind) for kind in ("suite", "training_step") if kind not in [file.kind for file in files]]
-    first = [*[NO_GPU] * (not any(file.gpu for file in files)), *lacking]
-    if first:
-        yield " ".join(first)
-    rows_of = {"training_step": tables.training_summary, "suite": tables.suite_summary}
-    for gpu in (True, False):
-        chosen = [file for kind in rows_of for file in files if file.kind == kind and file.gpu == gpu]
-        rows = [row for file in chosen for row in rows_of[file.kind](file.record)]
-        if rows:
-            yield f"On a {'GPU' if gpu else 'CPU'}, as times of the baseline's, less is faster:"
-            yield table([*tables.SUMMARY_HEAD, *["img/s", "share of ceiling"] * gpu], rows)
-            yield from (file.provenance() for file in chosen)
-
-
 def suite(files: Files) -> Iterator[str]:
     """Every group of every suite."""
     suites = [file for file in files if file.kind == "suite"]
@@ -81,10 +64,8 @@ def suite(files: Files) -> Iterator[str]:
 
 
 BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
-    "summary": summary,
     "suite": suite,
     "CPU sampling": of_kind("cpu_sampling", tables.cpu_sampling),
-    "CPU sampling, details": of_kind("cpu_sampling", tables.cpu_sampling_details),
     "training step": of_kind("training_step", tables.training_step),
     "forecast": of_kind("forecast", tables.forecast),
     "pareto": of_kind("pareto", tables.pareto),

@@ -19,19 +19,6 @@ ABOVE = (
 )
 
 
-def title(case: Record) -> str:
-    return f"{case['group']}: {case['case']}, {case['size']}"
-
-
-def baseline(case: Record) -> Record | None:
-    return next((variant for variant in case["variants"] if variant["baseline"]), None)
-
-
-def share(variant: Record) -> str:
-    """Of the ceiling that bounds the work."""
-    return f"{variant['share_of_ceiling']:.0%} {variant['bound_by']}" if variant["share_of_ceiling"] else "-"
-
-
 def suite_group(record: Record, group: str) -> Iterator[str]:
     """A group's table, and what is missing. On a CPU ratios only: times there say nothing of another machine."""
     cases = [case for case in record["cases"] if case["group"] == group]
@@ -39,7 +26,7 @@ def suite_group(record: Record, group: str) -> Iterator[str]:
     head = ["case", "variant", *["ms"] * gpu, "of the baseline's time", "middle half", *["img/s", "TFLOP/s"] * gpu]
     rows = []
     for case in cases:
-        base = baseline(case)
+        base = next((variant for variant in case["variants"] if variant["baseline"]), None)
         for i, variant in enumerate(case["variants"]):
             seconds, images, flops = variant["seconds"], variant["images_per_second"], variant["flops"]
             spread = (ratio(seconds[f"{q}_quartile"] / base["seconds"]["median"]) for q in ("lower", "upper") if base)
@@ -53,7 +40,8 @@ def suite_group(record: Record, group: str) -> Iterator[str]:
             if gpu:
                 row += [significant(images) if images else "-"]
                 row += [significant(flops / seconds["median"] / 1e12) if flops else "-"]
-            rows.append([*row, share(variant), relative(variant["error"]), variant["note"]])
+            share = f"{variant['share_of_ceiling']:.0%} {variant['bound_by']}" if variant["bound_by"] else "-"
+            rows.append([*row, share, relative(variant["error"]), variant["note"]])
     if rows:
         columns = zip([*head, "share of ceiling", "error", "note"], *rows, strict=True)
         kept = [column for column in columns if any(cell.strip("-") for cell in column[1:])]
@@ -74,7 +62,7 @@ def _not_timed(record: Record, group: str, cases: Sequence[Record]) -> Iterator[
             entries.append(f"{who}: {reason}")
         if entries:
             yield f"{words}: {'; '.join(entries)}."
-    measured = {title(case) for case in cases}
+    measured = {f"{group}: {case['case']}, {case['size']}" for case in cases}
     skipped = {e["case"]: e["reason"] for s in record["sessions"] for e in s["not_measured"]}
     left_out = [f"{t}: {r}" for t, r in skipped.items() if t.startswith(f"{group}:") and t not in measured]
     if left_out:
@@ -86,34 +74,6 @@ def suite_groups(record: Record) -> list[str]:
     names = [case["group"] for case in record["cases"]]
     names += [entry["case"].split(":")[0] for session in record["sessions"] for entry in session["not_measured"]]
     return list(dict.fromkeys(names))
-
-
-SUMMARY_HEAD = ("work", "baseline", "ours, of the baseline's time", "fastest other, of the baseline's time")
-
-
-def suite_summary(record: Record) -> Iterator[list[str]]:
-    """A row for every amount of work that a case's own variants take: the fastest of ours, and the fastest of the
-    others that does the baseline's work, against the baseline; on a GPU our img/s and share of the ceiling too. Kernels
-    alone stand for nothing a user does, and are left out."""
-
-    def fastest(variants: list[Record]) -> Record | None:
-        return min(variants, key=lambda v: v["ratio"], default=None)
-
-    for case in record["cases"]:
-        base, variants = baseline(case), case["variants"]
-        if case["group"] == "kernels" or base is None:
-            continue
-        peer = fastest([v for v in variants if not v["ours"] and not v["baseline"] and v["flops"] == base["flops"]])
-        for i, work in enumerate(dict.fromkeys(v["flops"] for v in variants if v["ours"])):
-            best = fastest([v for v in variants if v["ours"] and v["flops"] == work])
-            assert best is not None
-            row = [title(case), base["name"]] if i == 0 else ["", ""]
-            row.append(f"{ratio(best['ratio'])}: {best['name']}")
-            row.append(f"{ratio(peer['ratio'])}: {peer['name']}" if peer is not None and i == 0 else "")
-            if record["environment"]["gpus"]:
-                images = best["images_per_second"]
-                row += [significant(images) if images else "-", share(best)]
-            yield row
 
 
 def training_step(record: Record) -> Iterator[str]:
@@ -133,22 +93,6 @@ def training_step(record: Record) -> Iterator[str]:
     yield table(head + ["img/s", "TFLOP/s", "MFU"] * gpu, rows)
 
 
-def training_summary(record: Record) -> Iterator[list[str]]:
-    """A row of the summary: the fastest of ours and of the others; nothing where there is only a baseline."""
-    rows = record["rows"]
-    ours = [row for row in rows[1:] if row["variant"].startswith("FusedDDT")]
-    words = []
-    for chosen in (ours, [row for row in rows[1:] if row not in ours]):
-        best = max(chosen, key=lambda row: row["times_faster"], default=None)
-        words.append("" if best is None else f"{ratio(1 / best['times_faster'])}: {best['variant']}")
-    if ours:
-        line = [f"training step: {record['model']}, batch {record['batch_size']}", rows[0]["variant"], *words]
-        if record["environment"]["gpus"]:
-            best = max(ours, key=lambda row: row["times_faster"])
-            line += [significant(best["images_per_second"]), f"{_percent(best['mfu'])} (MFU)"]
-        yield line
-
-
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
@@ -162,7 +106,8 @@ CPU_SETTINGS = {
 
 
 def cpu_sampling(record: Record) -> Iterator[str]:
-    """Times faster by setting and precision, and a forward's."""
+    """Times faster by setting and precision; every precision's forward pass; whole runs against what their steps add up
+    to."""
     rows = record["sampling"]["settings"]
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     lines = []
@@ -176,17 +121,6 @@ def cpu_sampling(record: Record) -> Iterator[str]:
         "run the published way, runs of 250 steps put together from the times of their steps:"
     )
     yield table(["", *(f"{engine}: times faster" for engine in engines), "network evaluations"], lines)
-    times = [
-        f"{ratio(row['of_reference'])} of the reference's time in {row['variant']} (error {row['relative_error']:.1g})"
-        for row in record["forward"]
-        if row["variant"] in engines
-    ]
-    if times:
-        yield f"One forward of a guidance pair takes {', '.join(times)}."
-
-
-def cpu_sampling_details(record: Record) -> Iterator[str]:
-    """Every precision's forward pass, and whole runs against what their steps add up to."""
     rows = [[r["variant"], ratio(r["of_reference"]), relative(r["relative_error"])] for r in record["forward"]]
     yield table(["forward of a guidance pair", "of the reference's time", "error"], rows)
     yield (

@@ -103,7 +103,7 @@ def test_pages_and_figures_are_what_the_files_say():
 
 def test_on_a_cpu_there_are_ratios_and_no_speeds(tmp_path):
     files = results(tmp_path, suite=suite(), training_step=training())
-    text = "\n".join(report.block_text(name, files) for name in ("summary", "suite", "training step"))
+    text = "\n".join(report.block_text(name, files) for name in ("suite", "training step"))
     text += "".join(report.block_text(name, COMMITTED) for name in report.BLOCKS if name != "floors")
     assert not re.search(ABSOLUTE, text)
     assert ["", "**ddt_fast**", "0.50", "0.45 to 0.55", "65% gemm", "1.3e-03"] in rows("suite", files)
@@ -136,24 +136,8 @@ def test_on_a_gpu_there_are_speeds_and_shares(tmp_path):
     assert (line["share of ceiling"], line["of the baseline's time"]) == ("65% gemm", "0.50")
     text = report.block_text("suite", files)
     assert "Some GPU, driver 123.45; Some CPU" in text
-    assert "No GPU run" not in text + report.block_text("summary", files)
+    assert "No GPU run" not in text
     assert ["FusedDDT, bf16", "2.50", "0.38", "0.38", "0", "321", "123", "46%"] in rows("training step", files)
-    assert rows("summary", files)[2][4:] == ["321", "46% (MFU)"]
-
-
-def test_the_summary_compares_what_does_the_same_work(tmp_path):
-    found = rows("summary", results(tmp_path, suite=suite(), training_step=training()))
-    assert found[2:] == [
-        ["training step: some model, batch 3", "reference, fp32", "0.40: FusedDDT, bf16", "0.62: reference, bf16"],
-        [
-            "sampling: throughput, B 7",
-            "DDT, both branches always",
-            "0.40: FusedDDT, refresh 1, eager",
-            "0.80: DDT, refresh 1, eager",
-        ],
-        ["", "", "0.10: FusedDDT, refresh 6, eager", ""],
-        ["evaluation: features, B 7", "the usual way", "0.50: ddt_fast", ""],
-    ]
 
 
 def test_other_tables_hold_their_files_numbers(tmp_path):
@@ -201,7 +185,7 @@ def test_the_pieces_of_a_step_are_all_of_its_products():
         assert total > batch * flops.total / floors.GEMM_FLOPS_PER_SECOND
 
 
-PAGE = "# A page\n\n<!-- results: summary -->\nold\n<!-- end of results -->\n\nby hand\n"
+PAGE = "# A page\n\n<!-- results: suite -->\nold\n<!-- end of results -->\n\nby hand\n"
 
 
 @pytest.fixture
@@ -213,7 +197,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "FOLDER", folder)
     (tmp_path / "README.md").write_text(PAGE)
-    (tmp_path / "docs" / "sampling.md").write_text(PAGE.replace("summary", "suite"))
+    (tmp_path / "docs" / "sampling.md").write_text(PAGE.replace("suite", "pareto"))
     results(folder, suite=suite())
     shutil.copy(FOLDER / "pareto.json", folder)
     return tmp_path
@@ -225,24 +209,24 @@ def test_blocks_are_written_in_any_page_then_checked(checkout, capsys):
             report.main(["--check"])
         return re.search(r"say: (.*);", str(error.value))[1]
 
-    assert stale() == "README.md (summary), docs/sampling.md (suite), pareto.png"
+    assert stale() == "README.md (suite), docs/sampling.md (pareto), pareto.png"
     report.main(["--write-readme"])
     report.main(["--check"])
     report.main(["--write-readme"])
     assert capsys.readouterr().out.count("nothing to change") == 2
-    page = checkout / "docs" / "sampling.md"
+    page = checkout / "README.md"
     written = page.read_text()
     assert written.startswith("# A page\n\n<!-- results: suite -->\n**No GPU run")
     assert written.endswith("<!-- end of results -->\n\nby hand\n")
     page.write_text(written.replace("0.50", "0.49", 1))
-    assert stale() == "docs/sampling.md (suite)"
+    assert stale() == "README.md (suite)"
     page.write_text(written)
     content = suite()
     content["cases"][-1]["variants"][1]["ratio"] = 0.6
     results(checkout / "benchmarks" / "results", suite=content)
-    assert stale() == "README.md (summary), docs/sampling.md (suite)"
-    shutil.copy(FOLDER / "forecast.json", checkout / "benchmarks" / "results" / "pareto.json")
-    assert stale() == "README.md (summary), docs/sampling.md (suite), pareto.png"
+    assert stale() == "README.md (suite)"
+    write_json(checkout / "benchmarks" / "results" / "pareto.json", read_json(FOLDER / "pareto.json"))
+    assert stale() == "README.md (suite), pareto.png"
 
 
 @pytest.mark.parametrize(
@@ -250,8 +234,8 @@ def test_blocks_are_written_in_any_page_then_checked(checkout, capsys):
     [
         (PAGE.replace("<!-- end of results -->", ""), "1 markers .* and 0 "),
         (PAGE + "<!-- end of results -->", "1 markers .* and 2 "),
-        (PAGE.replace("old", "<!-- results: suite -->\n"), "2 markers .* and 1 "),
-        (PAGE.replace("summary", "three"), "asks for results called 'three'; allowed: summary, suite"),
+        (PAGE.replace("old", "<!-- results: pareto -->\n"), "2 markers .* and 1 "),
+        (PAGE.replace("suite", "three"), "asks for results called 'three'; allowed: suite, CPU sampling"),
     ],
 )
 def test_wrong_markers_are_refused(checkout, page, message):
