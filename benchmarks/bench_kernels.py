@@ -8,6 +8,7 @@ fp32 at a small shape. Backward passes are timed together with their forward. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,24 +16,56 @@ import torch
 from torch import Tensor
 
 import ddt_kernels as ops
-from benchmarks.cases import (
+from benchmarks.harness import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
     Case,
     Inputs,
     Run,
     Variant,
     Workload,
+    dtype_name,
     forward,
     forward_backward,
-    in_precision,
+    randn,
     wider,
-    with_gradients,
 )
-from benchmarks.peers import Peer, compiled, liger, liger_rms_norm_modulate, liger_swiglu, liger_swiglu_mlp
-from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, SHAPES, Shape, randn
-from ddt_fast.model.attention import CONCRETE_BACKENDS, attention, available_backends
+from benchmarks.peers import Peer, attention_backends, compiled, packed
 from ddt_fast.model.base import rotary_tables
 from ddt_kernels import Cost, reference
 
+
+@dataclass(frozen=True)
+class Shape:
+    """B images of `side` x `side` tokens, C channels, H heads, F wide in the MLP."""
+
+    name: str
+    batch: int
+    side: int
+    channels: int
+    heads: int
+    width: int
+
+    @property
+    def activations(self) -> tuple[int, int, int]:
+        """B, N, C."""
+        return self.batch, self.side**2, self.channels
+
+    @property
+    def packed_heads(self) -> tuple[int, int, int, int]:
+        """B, N, H, D."""
+        return self.batch, self.side**2, self.heads, self.channels // self.heads
+
+    def __str__(self) -> str:
+        return f"{self.name} B {self.batch} N {self.side**2} C {self.channels} {dtype_name(DTYPE)}"
+
+
+SHAPES = (
+    [Shape("XL/2 256 px", 128, 16, 1152, 16, 3072), Shape("XL/2 512 px", 32, 32, 1152, 16, 3072)]
+    if ON_GPU
+    else [Shape("small", 4, 16, 288, 4, 768)]
+)
 EAGER, OURS = "plain PyTorch", "ddt_kernels"
 NOTE = "" if ON_GPU else "plain PyTorch on a CPU"
 
@@ -57,22 +90,23 @@ def kernel_case(
     wrap: Callable[[Callable[..., Any]], Run] = forward_backward if backward else forward
     peers = peers or {}
 
-    def inputs(number: int) -> Inputs:
-        generator = torch.Generator(DEVICE).manual_seed(number)
-        made = Inputs(make(generator))
+    def inputs() -> Inputs:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        tensors = make(generator)
         if not backward:
-            return made
-        outputs = forward(plain)(made)
-        return with_gradients(made, tuple(randn(generator, *output.shape) for output in outputs), fixed)
+            return Inputs(tensors)
+        gradients = tuple(randn(generator, *output.shape) for output in forward(plain)(Inputs(tensors)))
+        count = len(tensors) - fixed
+        return Inputs((*(t.detach().requires_grad_() for t in tensors[:count]), *tensors[count:]), gradients)
 
     def build() -> Workload:
         variants: dict[str, Variant | str] = {EAGER: Variant(lambda: wrap(plain))}
         variants[OURS] = Variant(lambda: wrap(fused), ours=True, note=NOTE)
         variants |= {peer: make_peer(wrap) for peer, make_peer in peers.items()}
-        return Workload(inputs, variants, in_precision(wrap(plain), wider(dtype)), dtype, cost)
+        return Workload(inputs, variants, lambda x: wrap(plain)(x.to(wider(dtype))), dtype, cost)
 
     name += " forward+backward" if backward else " forward"
-    return Case("kernels", name, size, (EAGER, OURS, *peers), build, hide_launches=True, seconds=0.5)
+    return Case("kernels", name, size, (EAGER, OURS, *peers), build, seconds=0.5)
 
 
 NORMS = {
@@ -121,9 +155,7 @@ def norm_cases(shape: Shape) -> Iterator[Case]:
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
         for per_token, words in ((True, "token"), (False, "sample")):
-            peers = compiled(plain, autotune=per_token) if shape is SHAPES[0] else {}
-            if name == "rms_norm_modulate":
-                peers |= {"Liger RMSNorm, modulated by PyTorch": liger(liger_rms_norm_modulate)}
+            peers = compiled(plain) if shape is SHAPES[0] else {}
             size = f"{shape}, modulated per {words}"
             make = partial(norm_tensors, shape, names, per_token, 1)
             yield kernel_case(name, size, make, plain, fused, cost(per_token), peers=peers)
@@ -142,13 +174,9 @@ def norm_cases(shape: Shape) -> Iterator[Case]:
             )
 
 
-def heads(shape: Shape) -> tuple[int, int, int, int]:
-    return shape.batch, shape.tokens, shape.heads, shape.head_dim
-
-
 def packed_projection(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
     """qkv, weights of q and k, cos and sin."""
-    B, N, H, D = heads(shape)
+    B, N, H, D = shape.packed_heads
     weights = (1 + randn(generator, D) / 4 for _ in range(2))
     return randn(generator, B, N, 3, H, D), *weights, *rotary_tables(D, shape.side, shape.side, device=DEVICE)
 
@@ -164,12 +192,12 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
         return qkv
 
     size, plain = str(shape), reference.qk_norm_rope
-    cost, backward = (ops.qk_norm_rope_cost(*heads(shape), DTYPE, backward=b) for b in (False, True))
+    cost, backward = (ops.qk_norm_rope_cost(*shape.packed_heads, DTYPE, backward=b) for b in (False, True))
     peers = compiled(plain) if shape is SHAPES[0] else {}
     yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, cost, peers=peers)
     both = cost + backward
     yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, both, backward=True, peers=peers, fixed=2)
-    cost = ops.qk_norm_rope_cost(*heads(shape), DTYPE, in_place=True)
+    cost = ops.qk_norm_rope_cost(*shape.packed_heads, DTYPE, in_place=True)
     peers = compiled(plain_in_place) if shape is SHAPES[0] else {}
     yield kernel_case("qk_norm_rope_, in place,", size, make, plain_in_place, ops.qk_norm_rope_, cost, peers=peers)
 
@@ -186,7 +214,7 @@ def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
         return Variant(lambda: wrap(two))
 
     plain, make, cost = reference.qkv_attention, partial(packed_projection, shape), ops.qkv_attention_cost
-    both = cost(*heads(shape), DTYPE) + cost(*heads(shape), DTYPE, backward=True)
+    both = cost(*shape.packed_heads, DTYPE) + cost(*shape.packed_heads, DTYPE, backward=True)
     arguments = ("qkv_attention", str(shape), make, plain, ops.qkv_attention, both)
     peers = {"qk_norm_rope, attention": peer} | compiled(plain)
     yield kernel_case(*arguments, backward=True, peers=peers, fixed=2)
@@ -201,40 +229,28 @@ def swiglu_cases(shape: Shape) -> Iterator[Case]:
         w2 = (randn(generator, C, shape.width) / shape.width**0.5,) if whole else ()
         return randn(generator, B, N, C), w1, w3, *w2
 
-    for name, whole, liger_function in (("swiglu", False, liger_swiglu), ("swiglu_mlp", True, liger_swiglu_mlp)):
+    for name, whole in (("swiglu", False), ("swiglu_mlp", True)):
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost = partial(getattr(ops, f"{name}_cost"), B, N, C, shape.width, DTYPE)
         both = cost(training=True) + cost(backward=True)
-        peers = compiled(plain, autotune=not whole) | {"Liger SwiGLU": liger(liger_function)}
         arguments = (name, str(shape), partial(make, whole), plain, fused)
-        yield kernel_case(*arguments, cost(), peers=peers)
-        yield kernel_case(*arguments, both, backward=True, peers=peers)
+        yield kernel_case(*arguments, cost(), peers=compiled(plain))
+        yield kernel_case(*arguments, both, backward=True, peers=compiled(plain))
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:
-    """Attention on heads read from a packed qkv, by every backend there is."""
+    """Attention on heads read from a packed qkv, by every backend that is installed."""
 
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
-        B, N, H, D = heads(shape)
+        B, N, H, D = shape.packed_heads
         return (randn(generator, B, N, 3, H, D),)
 
-    def packed(function: Callable[..., Tensor], qkv: Tensor) -> Tensor:
-        return function(*qkv.unbind(2))
-
-    def backend(name: str) -> Peer:
-        function = partial(attention, backend=name)
-
-        def peer(wrap: Callable[[Callable[..., Any]], Run]) -> Variant | str:
-            reason = available_backends(DEVICE, DTYPE, shape.head_dim)[name]
-            return reason or Variant(lambda: wrap(partial(packed, function)))
-
-        return peer
-
-    peers = {name: backend(name) for name in CONCRETE_BACKENDS if name != "triton"}
-    cost, backward = (ops.attention_cost(*heads(shape), DTYPE, b) for b in (False, True))
-    plain, fused = partial(packed, reference.attention), partial(packed, ops.attention)
-    yield kernel_case("attention", str(shape), make, plain, fused, cost, peers=peers)
-    yield kernel_case("attention", str(shape), make, plain, fused, cost + backward, backward=True, peers=peers)
+    peers = attention_backends(DEVICE, DTYPE, shape.packed_heads[3])
+    del peers["triton"]  # ddt_kernels' own
+    cost, backward = (ops.attention_cost(*shape.packed_heads, DTYPE, b) for b in (False, True))
+    arguments = ("attention", str(shape), make, partial(packed, reference.attention), partial(packed, ops.attention))
+    yield kernel_case(*arguments, cost, peers=peers)
+    yield kernel_case(*arguments, cost + backward, backward=True, peers=peers)
 
 
 def guided_step_cases(shape: Shape) -> Iterator[Case]:
@@ -243,7 +259,7 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
     size = (B, 4, p * shape.side, p * shape.side)
 
     def make(velocities: int, differences: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        cond, uncond = randn(generator, 2 * B, shape.tokens, 4 * p * p).chunk(2)
+        cond, uncond = randn(generator, 2 * B, shape.side**2, 4 * p * p).chunk(2)
         shares = [0.004] if not velocities else [0.01, -0.008, 0.003, -0.001]
         row = ops.guided_step_coefficients(shares, [1.0] if not differences else [1.6, -0.6])
         table, step = torch.tensor([row] * 2, device=DEVICE), torch.tensor([1], device=DEVICE)
@@ -255,18 +271,16 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
     def plain_in_place(x: Tensor, *rest: Tensor) -> Tensor:
         return x.copy_(reference.guided_step(x, *rest, patch_size=p))
 
-    plain, fused = partial(reference.guided_step, patch_size=p), partial(ops.guided_step, patch_size=p)
-    cost = ops.guided_step_cost(*size, DTYPE)
-    peers = compiled(plain) if shape is SHAPES[0] else {}
-    name, fp32 = "guided_step, Euler,", torch.float32
-    yield kernel_case(name, str(shape), partial(make, 0, 0), plain, fused, cost, peers=peers, dtype=fp32)
-    cost = ops.guided_step_cost(*size, DTYPE, True, 3, 2)
-    make_all = partial(make, 3, 2)
-    name = "guided_step, 4 velocities and 2 differences,"
-    yield kernel_case(name, str(shape), make_all, plain, fused, cost, peers=peers, dtype=fp32)
-    fused, cost = partial(ops.guided_step_, patch_size=p), ops.guided_step_cost(*size, DTYPE)
-    name, peers = "guided_step_, Euler, in place,", compiled(plain_in_place) if shape is SHAPES[0] else {}
-    yield kernel_case(name, str(shape), partial(make, 0, 0), plain_in_place, fused, cost, peers=peers, dtype=fp32)
+    plain, cost = partial(reference.guided_step, patch_size=p), partial(ops.guided_step_cost, *size, DTYPE)
+    fused, in_place = (partial(function, patch_size=p) for function in (ops.guided_step, ops.guided_step_))
+    euler, most = partial(make, 0, 0), partial(make, 3, 2)
+    for name, inputs, baseline, ours, work in (
+        ("guided_step, Euler,", euler, plain, fused, cost()),
+        ("guided_step, 4 velocities and 2 differences,", most, plain, fused, cost(True, 3, 2)),
+        ("guided_step_, Euler, in place,", euler, plain_in_place, in_place, cost()),
+    ):
+        peers = compiled(baseline) if shape is SHAPES[0] else {}
+        yield kernel_case(name, str(shape), inputs, baseline, ours, work, peers=peers, dtype=torch.float32)
 
 
 OPS = (swiglu_cases, attention_cases, qkv_attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)

@@ -18,10 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, Inputs, Run, Variant, Workload
-from benchmarks.models import PUBLISHED, Model, lively_std, published_run, random_model
-from benchmarks.peers import NEEDS_GPU
-from benchmarks.shapes import DEVICE, DTYPE, ON_GPU, dtype_name
+from benchmarks.harness import DEVICE, DTYPE, NEEDS_GPU, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
+from benchmarks.models import PUBLISHED, lively_std, published_run, random_model
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
@@ -47,79 +45,77 @@ COMPILED = ("FusedDDT, refresh 1, torch.compile",)
 HEADLINE = (BASELINE, *(f"FusedDDT, {setting}, CUDA graphs" for setting in ("refresh 1", "refresh 6", "--fast")))
 
 
-def sampling_case(
-    name: str,
-    model: DDTConfig,
-    side: int,
-    batch: int,
-    num_steps: int,
-    variants: tuple[str, ...] = ALL,
-    rounds: int = 3,
-) -> Case:
-    """Runs of one length: guidance in (0.3, 1), Euler."""
-    base = replace(PUBLISHED, num_steps=num_steps)
-    base = base if num_steps >= 50 else replace(base, last_step=None)
+class Runs:
+    """Runs of one length on one batch: guidance in (0.3, 1), Euler. A variant is called "MODEL, SETTING, ENGINE"."""
 
-    def inputs(number: int) -> Inputs:
-        noise, _ = seeded_noise(range(number * batch, (number + 1) * batch), (4, side, side))
-        return Inputs((noise.to(DEVICE), torch.arange(batch, device=DEVICE) % model.num_classes))
+    def __init__(self, config: DDTConfig, side: int, batch: int, num_steps: int) -> None:
+        self.config, self.side, self.batch = config, side, batch
+        self.base = replace(PUBLISHED, num_steps=num_steps, last_step=0.04 if num_steps >= 50 else None)
+        self.reference = random_model(config, lively_std(config), DEVICE).to(DTYPE)
+        self.fused = FusedDDT.from_reference(self.reference)
+        self.settings, self.expected = cache(self._settings), cache(self._expected)
 
-    def build() -> Workload:
-        reference = random_model(model, lively_std(model), DEVICE).to(DTYPE)
-        fused = FusedDDT.from_reference(reference)
-        weights = sum(p.numel() * p.element_size() for p in reference.parameters())
+    def inputs(self) -> Inputs:
+        noise, _ = seeded_noise(range(self.batch), (4, self.side, self.side))
+        return Inputs((noise.to(DEVICE), torch.arange(self.batch, device=DEVICE) % self.config.num_classes))
 
-        @cache
-        def settings(name: str) -> SamplingConfig:
-            return resolve_refresh_steps(fused, SETTINGS[name](base), side, side)
+    def _settings(self, name: str) -> SamplingConfig:
+        return resolve_refresh_steps(self.fused, SETTINGS[name](self.base), self.side, self.side)
 
-        @cache
-        def expected(name: str) -> Tensor:
-            return Sampler(reference, settings(name), batch, side, side)(*inputs(0).tensors)
+    def _expected(self, setting: str) -> Sequence[Tensor]:
+        """What the plain DDT adds to the noise."""
+        x = self.inputs()
+        return added(self.sampler(f"DDT, {setting}, eager"), x)
 
-        def variant(name: str) -> Variant | str:
-            if name == BASELINE:
-                flops = 2 * num_steps * model_flops(model, side, side).total
-                return Variant(
-                    lambda: published,
-                    check=added,
-                    expected=lambda x: [expected("refresh 1") - x.tensors[0]],
-                    cost=Cost(weights, batch * flops),
-                )
-            kind, setting, engine = name.split(", ")
-            if engine == "CUDA graphs" and not ON_GPU:
-                return NEEDS_GPU
-            plan = SamplingPlan.from_config(settings(setting))
-            return Variant(
-                lambda: runner(fused if kind == "FusedDDT" else reference, settings(setting), engine),
-                ours=kind == "FusedDDT",
-                check=added,
-                expected=lambda x: [expected(setting) - x.tensors[0]],
-                cost=Cost(weights, batch * plan.flops(model, side, side)),
-                note=f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image",
-            )
+    def sampler(self, name: str) -> Run:
+        kind, setting, engine = name.split(", ")
+        config = replace(self.settings(setting), cuda_graphs=engine == "CUDA graphs")
+        model, compiled = self.fused if kind == "FusedDDT" else self.reference, engine == "torch.compile"
+        sampler = Sampler(model, config, self.batch, self.side, self.side, compile_model=compiled)
+        return lambda x: [sampler(*x.tensors)]
 
-        def published(x: Inputs) -> Sequence[Tensor]:
-            noise, labels = x.tensors
-            return [published_run(reference, noise, labels, base)]
+    def published(self, x: Inputs) -> Sequence[Tensor]:
+        noise, labels = x.tensors
+        return [published_run(self.reference, noise, labels, self.base)]
 
-        def runner(model: Model, config: SamplingConfig, engine: str) -> Run:
-            config = replace(config, cuda_graphs=engine == "CUDA graphs")
-            sampler = Sampler(model, config, batch, side, side, compile_model=engine == "torch.compile")
-            return lambda x: [sampler(*x.tensors)]
+    def variant(self, name: str) -> Variant | str:
+        if name.endswith("CUDA graphs") and not ON_GPU:
+            return NEEDS_GPU
+        weights = sum(p.numel() * p.element_size() for p in self.reference.parameters())
+        setting = "refresh 1" if name == BASELINE else name.split(", ")[1]
+        plan = SamplingPlan.from_config(self.settings(setting))
+        flops, note = plan.flops(self.config, self.side, self.side), ""
+        if name == BASELINE:
+            flops = 2 * self.base.num_steps * model_flops(self.config, self.side, self.side).total
+        else:
+            note = f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image"
+        return Variant(
+            (lambda: self.published) if name == BASELINE else (lambda: self.sampler(name)),
+            ours=name.startswith("FusedDDT"),
+            check=added,
+            expected=lambda _: self.expected(setting),
+            cost=Cost(weights, self.batch * flops),
+            note=note,
+        )
 
-        made = {name: variant(name) for name in variants}
-        return Workload(inputs, made, None, DTYPE, images=batch, tolerance=TOLERANCE)
-
-    what = "one image" if batch == 1 else "throughput"
-    return Case(
-        "sampling", what, f"{name} B {batch}, {num_steps} steps, {dtype_name(DTYPE)}", variants, build, rounds=rounds
-    )
+    def workload(self, variants: tuple[str, ...]) -> Workload:
+        made = {name: self.variant(name) for name in variants}
+        return Workload(self.inputs, made, None, DTYPE, images=self.batch, tolerance=TOLERANCE)
 
 
 def added(run: Run, x: Inputs) -> Sequence[Tensor]:
     """What a run added to the noise."""
     return [samples - x.tensors[0] for samples in run(x)]
+
+
+def sampling_case(
+    name: str, config: DDTConfig, side: int, batch: int, steps: int, variants: tuple[str, ...] = ALL, rounds: int = 3
+) -> Case:
+    size = f"{name} B {batch}, {steps} steps, {dtype_name(DTYPE)}"
+    what = "one image" if batch == 1 else "throughput"
+    return Case(
+        "sampling", what, size, variants, lambda: Runs(config, side, batch, steps).workload(variants), rounds=rounds
+    )
 
 
 def sampling_cases() -> Iterator[Case]:

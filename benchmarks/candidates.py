@@ -11,28 +11,31 @@ real digits, in pixels, where the same seeds make differences visible that are f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.digits_runs import KEEP_HELP, DigitsRuns, digits_model, kept_samples, sample_errors, xl2_flops
 from benchmarks.environment import environment
-from benchmarks.pareto_settings import BASE, PUBLISHED
-from benchmarks.report.files import ResultsFile
-from benchmarks.report.other_tables import candidates as candidates_tables
-from benchmarks.tables import write_record
+from benchmarks.report.tables import candidates as candidates_tables
+from benchmarks.sampler_errors import (
+    BASE,
+    PUBLISHED,
+    DigitsRuns,
+    command_parser,
+    kept_samples,
+    sample_errors,
+    write_record,
+    xl2_tflop,
+)
 from ddt_fast.checks import require_int
-from ddt_fast.command import CommandParser, run_command
+from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
 from ddt_fast.files import output_folder
-from ddt_fast.model import FusedDDT
-from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
@@ -55,7 +58,7 @@ EVERY_SECOND = replace(MULTISTEP, refresh_every=2, state_forecast="quadratic")
 
 
 def candidates() -> Iterator[tuple[str, SamplingConfig]]:
-    """Names and settings; guidance is another's matter."""
+    """Names and settings; `guided` adds the guidance."""
     yield "Euler 250, published", PUBLISHED
     yield "Euler 250, K 2 held", replace(PUBLISHED, refresh_every=2)
     yield "Euler 250, even steps, --fast", fast_settings(replace(BASE, num_steps=250))
@@ -93,8 +96,8 @@ def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
         truth = runs(guided(TRUTH, name))
         for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}"):
             config = guided(settings, name)
-            errors = asdict(sample_errors(runs(config), truth))
-            rows.append({"guidance": name, "candidate": candidate, "tflop_xl2": _tflop(config)} | errors)
+            row = {"guidance": name, "candidate": candidate, "tflop_xl2": xl2_tflop(config)}
+            rows.append(row | sample_errors(runs(config), truth))
     return rows
 
 
@@ -109,11 +112,11 @@ def frechet_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
         pixels = _pixels(runs(config))
         distance = frechet_distance(*gaussian_statistics(pixels), *real)
         blocks = np.array([frechet_distance(*gaussian_statistics(p), *real) for p in np.array_split(pixels, BLOCKS)])
-        row = {"candidate": name, "tflop_xl2": _tflop(config), "frechet": distance, "frechet_sd": _deviation(blocks)}
-        if reference is None:
-            reference = (distance, blocks)
-        else:
-            row |= {"difference": distance - reference[0], "difference_sd": _deviation(blocks - reference[1])}
+        reference = reference or (distance, blocks)
+        row = {"candidate": name, "tflop_xl2": xl2_tflop(config), "frechet": distance}
+        row["frechet_sd"] = _standard_error(blocks)
+        if rows:
+            row |= {"difference": distance - reference[0], "difference_sd": _standard_error(blocks - reference[1])}
         rows.append(row)
     return rows
 
@@ -123,39 +126,29 @@ def _pixels(samples: Tensor) -> Any:
     return samples.double().clamp(-1, 1).flatten(1).numpy()
 
 
-def _deviation(blocks: Any) -> float:
-    """Standard error of the mean over the blocks."""
+def _standard_error(blocks: Any) -> float:
     return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
-
-
-def _tflop(config: SamplingConfig) -> float:
-    return xl2_flops(SamplingPlan.from_config(config)) / 1e12
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = CommandParser(prog="python -m benchmarks.candidates", description=__doc__.splitlines()[0])
-    parser.add_argument("--output-dir", default="benchmarks/results")
+    parser = command_parser("candidates", __doc__)
     parser.add_argument("--samples", type=int, default=256, help="samples whose errors are measured")
     parser.add_argument("--frechet-samples", type=int, default=5_120, help="of the Fréchet distances; 650 or more")
-    parser.add_argument("--keep", help=KEEP_HELP)
     options = parser.parse_args(arguments)
     require_int("--samples", options.samples, 1)
     require_int("--frechet-samples", options.frechet_samples, 65 * BLOCKS)
-    folder = output_folder(options.output_dir)
-    keep: Path | None = kept_samples(options.keep)
-    model = FusedDDT.from_reference(digits_model())
+    path, keep = output_folder(options.output_dir) / "candidates.json", kept_samples(options.keep)
     record: dict[str, Any] = {
         "environment": environment(),
         "samples": options.samples,
         "frechet_samples": options.frechet_samples,
         "frechet_guidance": FRECHET_GUIDANCE,
-        "errors": error_rows(DigitsRuns(model, options.samples, keep)),
-        "frechet": frechet_rows(DigitsRuns(model, options.frechet_samples, keep)),
+        "errors": error_rows(DigitsRuns(options.samples, keep)),
+        "frechet": frechet_rows(DigitsRuns(options.frechet_samples, keep)),
     }
-    path = folder / "candidates.json"
     write_record(path, record)
-    print("\n\n".join(candidates_tables(ResultsFile(path))))
+    print("\n\n".join(candidates_tables(record)))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""`pytest benchmarks/ --benchmark-only`: every case measured once, shown by pytest-benchmark.
+"""`pytest benchmarks/ --benchmark-only`: every case measured once, shown by pytest-benchmark where it is installed.
 
-pytest-benchmark times one function after another; here the variants of a case take turns instead (`measure`). So a
-case is measured when the first of its tests runs, and every variant's test plays its own rounds back: its timer is a
-clock that goes only as far as the recorded seconds say. Statistics and tables are pytest-benchmark's, the numbers are
-the interleaved ones.
+pytest-benchmark times one function after another; here the variants of a case take turns instead. So a case is measured
+when the first of its tests runs, and every variant's test plays its own rounds back: its timer is a clock that advances
+only by the recorded seconds. Statistics and tables are pytest-benchmark's, the numbers are the interleaved ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.cases import Case
-from benchmarks.results import Recorder, summary
-from benchmarks.shapes import DEVICE
+from benchmarks.harness import Case, Recorder
 
 
 class PlaybackClock:
@@ -33,6 +31,14 @@ class PlaybackClock:
         self.now += seconds
 
 
+class NoBenchmark:
+    """Stands in for pytest-benchmark where it is not installed."""
+
+    @pytest.fixture
+    def benchmark(self) -> None:
+        return None
+
+
 CLOCK = PlaybackClock()
 RECORDER = pytest.StashKey[Recorder]()
 
@@ -42,17 +48,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", metavar="FILE", help="write everything measured to this JSON file, case by case")
     group.addoption("--append", action="store_true", help="keep the other cases that the file of --results holds")
     group.addoption("--only", default="", metavar="WORDS", help="cases whose title has these words")
-    group.addoption("--time-limit", type=float, metavar="SECONDS", help="start no case later than this")
+    group.addoption("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="start no case later")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    results = config.getoption("--results")
-    path = None if results is None else Path(results)
+    path = config.getoption("--results") and Path(config.getoption("--results"))
     try:
-        recorder = Recorder(path, DEVICE, config.getoption("--append"), config.getoption("--time-limit"))
+        recorder = Recorder(path, config.getoption("--append"), config.getoption("--time-limit"))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[RECORDER] = recorder
+    if not config.pluginmanager.hasplugin("benchmark"):
+        config.pluginmanager.register(NoBenchmark())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -64,30 +71,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("case", "variant"), pairs, ids=ids)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("benchmark"):
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
 @pytest.fixture
 def replay(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
     """Measure a case, or look up what was measured, and report one variant of it."""
-    recorder = request.config.stash[RECORDER]
 
     def report(case: Case, variant: str) -> None:
-        if not recorder.in_time(case):
+        result = request.config.stash[RECORDER].measure(case)
+        if result is None:
             pytest.skip("out of time")
-        result = recorder.measure(case)
         if variant in result.missing:
             pytest.skip(f"{variant}: {result.missing[variant]}")
         if variant in result.wrong:
             pytest.fail(f"{case.title}, {variant}: {result.wrong[variant]}", pytrace=False)
-        rounds = result.rounds[variant]
-        benchmark.name = variant
-        benchmark.group = case.title
-        benchmark.extra_info |= next(v for v in result.record["variants"] if v["name"] == variant)
-        recorded = cycle(rounds)
-        benchmark.pedantic(lambda: CLOCK.advance(next(recorded)), rounds=len(rounds))
+        if benchmark is not None:
+            rounds = result.rounds[variant]
+            benchmark.name, benchmark.group, recorded = variant, case.title, cycle(rounds)
+            benchmark.pedantic(lambda: CLOCK.advance(next(recorded)), rounds=len(rounds))
 
     return report
 
@@ -99,8 +104,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     recorder = config.stash[RECORDER]
-    if not recorder.results and not recorder.session["not_measured"]:
-        return
-    terminalreporter.section("ratios, shares of the ceiling, and what is missing")
-    for line in summary(recorder):
-        terminalreporter.write_line(line)
+    if recorder.results or recorder.session["not_measured"]:
+        terminalreporter.section("ratios, shares of the ceiling, and what is missing")
+        for line in recorder.summary():
+            terminalreporter.write_line(line)

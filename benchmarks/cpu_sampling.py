@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,32 +29,89 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.measure import relative_error
-from benchmarks.models import PUBLISHED, SETTINGS, WEIGHTS, Model, compiled_copy, published_run, random_model
-from benchmarks.step_costs import StepCosts, composed
-from benchmarks.timing import interleave, timed
-from ddt_fast.command import run_command
+from benchmarks.harness import Timing, interleave, relative_error, timed
+from benchmarks.models import PUBLISHED, Model, compiled_copy, published_run, random_model
+from ddt_fast.checks import require, require_int
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling.tables import StepKind
 
 REFERENCE = "reference, fp32 eager"
+WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
 MAX_ERROR = 0.1
 """Of a velocity, beyond which a variant is not timed: it is wrong, not imprecise."""
+
+FORECAST = {"state_forecast": "linear", "guidance_every": 10, "guidance_forecast": "linear"}
+SETTINGS = {
+    "refresh 1": PUBLISHED,
+    "refresh 6": replace(PUBLISHED, refresh_every=6),
+    "refresh 6, guidance every 10, linear": replace(PUBLISHED, refresh_every=6, **FORECAST),  # type: ignore[arg-type]
+}
+
+
+class StepCosts:
+    """The parts a sampler's run is made of, to be timed or profiled one by one; a part is named by a string.
+
+    Args:
+        sampler: its buffers are written to.
+        noise, labels: of a batch.
+    """
+
+    def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
+        self.sampler, self.noise, self.labels = sampler, noise, labels
+        # Which slot a refresh writes to does not change its time.
+        self.kinds = [replace(kind, slot=0) for kind in sampler.kinds]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often a run has each part."""
+        return {"start": 1} | {_words(kind): count for kind, count in Counter(self.kinds).items()}
+
+    def functions(self) -> dict[str, Callable[[], object]]:
+        """By part: a function that does it once. "start" is all that precedes the first step, and the encoder's
+        modulations for all steps."""
+        self.start()
+        functions: dict[str, Callable[[], object]] = {"start": self.start}
+        return functions | {_words(kind): partial(self.step, self.kinds.index(kind)) for kind in self.kinds}
+
+    @torch.no_grad()
+    def start(self) -> None:
+        self.sampler.buffers.start(self.noise, self.labels)
+        for step in range(len(self.kinds)):
+            self.sampler.buffers.prepare_conditions(step)
+
+    @torch.no_grad()
+    def step(self, number: int) -> None:
+        buffers = self.sampler.buffers
+        buffers.x.copy_(self.noise)
+        buffers.step.fill_(number)
+        self.sampler._advance(self.sampler.kinds[number])
+
+
+def _words(kind: StepKind) -> str:
+    parts = [f"encode {kind.encode}"] if kind.encode else []
+    parts.append(f"decode {kind.decode}" + (" forecast" if kind.forecast else ""))
+    if kind.fresh_uncond:
+        parts.append("unconditional afresh")
+    return ", ".join(parts) + ("" if kind.guided else ", unguided")
+
+
+def composed(counts: dict[str, int], timings: dict[str, Timing]) -> float:
+    """Seconds of a run that has each part so often."""
+    return sum(count * timings[part].median for part, count in counts.items())
 
 
 def variants(reference: DDT) -> dict[str, Model]:
     """Every way to run the model, the reference first."""
     fused = FusedDDT.from_reference(reference)
-    eager = {"fp32": fused, "int8": quantize_int8(fused)}
-    eager["bf16"] = FusedDDT.from_reference(reference).to(torch.bfloat16)
+    eager = {"fp32": fused, "bf16": FusedDDT.from_reference(reference).to(torch.bfloat16)}
     models: dict[str, Model] = {REFERENCE: reference}
-    for name in ("fp32", "bf16", "int8"):
-        models[f"{name} eager"] = eager[name]
-        models[f"{name} compiled"] = compiled_copy(eager[name])
+    for name, model in (eager | {"int8": quantize_int8(fused)}).items():
+        models |= {f"{name} eager": model, f"{name} compiled": compiled_copy(model)}
     return models
 
 
@@ -76,12 +133,11 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
         if not errors[name] <= MAX_ERROR:
             raise ValueError(f"{name}: relative error {errors[name]:.2g}; not timed")
     timings = interleave({name: partial(run, model) for name, model in models.items()}, calls, warmup=0)
-    base = timings[REFERENCE].median
     return [
         {
             "variant": name,
             "seconds": timing.as_dict(),
-            "of_reference": timing.median / base,
+            "of_reference": timing.median / timings[REFERENCE].median,
             "relative_error": errors[name],
             "first_call_seconds": first_seconds[name],
         }
@@ -89,83 +145,79 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
     ]
 
 
+class SamplingRuns:
+    """The parts of every run, timed in turn: of PUBLISHED's 250 steps (`long`) and of `run_steps` (`short`), by engine
+    and setting."""
+
+    def __init__(
+        self, reference: DDT, engines: dict[str, Model], size: int, batch_size: int, calls: int, run_steps: int
+    ) -> None:
+        self.reference, self.size, self.batch_size, self.run_steps = reference, size, batch_size, run_steps
+        self.noise, _ = seeded_noise(range(batch_size), (reference.config.in_channels, size, size))
+        self.labels = torch.arange(batch_size) % reference.config.num_classes
+        self.long: dict[tuple[str, str], StepCosts] = {}
+        self.short: dict[tuple[str, str], StepCosts] = {}
+        one_step = replace(PUBLISHED, num_steps=1, last_step=None)
+        functions: dict[Any, Callable[[], object]] = {REFERENCE: partial(self.published, one_step)}
+        for key in ((engine, setting) for engine in engines for setting in SETTINGS):
+            for costs, steps in ((self.long, PUBLISHED.num_steps), (self.short, run_steps)):
+                config = replace(SETTINGS[key[1]], num_steps=steps)
+                sampler = Sampler(engines[key[0]], config, batch_size, size, size)
+                costs[key] = StepCosts(sampler, self.noise, self.labels)
+            parts = self.short[key].functions() | self.long[key].functions()
+            functions |= {(*key, part): function for part, function in parts.items()}
+            functions[(*key, "short start")] = self.short[key].start
+        self.timings = interleave(functions, calls, warmup=2)
+
+    def published(self, config: Any) -> Tensor:
+        return published_run(self.reference, self.noise, self.labels, config)
+
+    def sampling(self) -> dict[str, Any]:
+        """The table "sampling"."""
+        step = self.timings[REFERENCE]
+        published = PUBLISHED.num_steps * step.median / self.batch_size
+        settings = []
+        for (engine, setting), costs in self.long.items():
+            own = {part: self.timings[engine, setting, part] for part in costs.counts}
+            total, plan = composed(costs.counts, own) / self.batch_size, costs.sampler.plan
+            settings.append(
+                {
+                    "engine": engine,
+                    "setting": setting,
+                    "seconds_per_image": total,
+                    "times_faster_than_published": published / total,
+                    "network_evaluations": plan.network_evaluations,
+                    "encoder_evaluations": plan.encoder_evaluations,
+                    "tflop_per_image": plan.flops(self.reference.config, self.size, self.size) / 1e12,
+                    "parts": [
+                        {"part": part, "count": count, "seconds": own[part].as_dict()}
+                        for part, count in costs.counts.items()
+                    ],
+                }
+            )
+        return {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": settings}
+
+    def runs(self) -> Iterator[dict[str, Any]]:
+        """The table "runs"."""
+        names = ("engine", "setting", "num_steps", "seconds", "composed_seconds", "relative_error")
+        results: list[Tensor] = []
+        config = replace(PUBLISHED, num_steps=self.run_steps)
+        seconds = timed(lambda: results.append(self.published(config)))
+        (expected,) = results
+        predicted = self.run_steps * self.timings[REFERENCE].median
+        yield dict(zip(names, (REFERENCE, "published", self.run_steps, seconds, predicted, 0.0), strict=True))
+        for (engine, setting), costs in self.short.items():
+            own = {part: self.timings[engine, setting, part] for part in costs.counts}
+            own["start"] = self.timings[engine, setting, "short start"]
+            predicted = composed(costs.counts, own)
+            costs.sampler(self.noise, self.labels)  # compiles what the kinds of steps, timed one by one, did not
+            seconds = timed(lambda sampler=costs.sampler: results.append(sampler(self.noise, self.labels)))  # type: ignore[misc]
+            error = relative_error(results[-1], expected)
+            yield dict(zip(names, (engine, setting, self.run_steps, seconds, predicted, error), strict=True))
+
+
 @torch.no_grad()
-def measure_sampling(
-    reference: DDT, engines: dict[str, Model], size: int, batch_size: int, calls: int, run_steps: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The tables "sampling" and "runs"."""
-    shape = (reference.config.in_channels, size, size)
-    noise, _ = seeded_noise(range(batch_size), shape)
-    labels = torch.arange(batch_size) % reference.config.num_classes
-    one_step = partial(published_run, reference, noise, labels, replace(PUBLISHED, num_steps=1, last_step=None))
-    names = [(engine, setting) for engine in engines for setting in SETTINGS]
-    long: dict[tuple[str, str], StepCosts] = {}
-    short: dict[tuple[str, str], StepCosts] = {}
-    functions: dict[Any, Callable[[], object]] = {REFERENCE: one_step}
-    for engine, setting in names:
-        for costs, config in ((long, SETTINGS[setting]), (short, replace(SETTINGS[setting], num_steps=run_steps))):
-            costs[engine, setting] = StepCosts(Sampler(engines[engine], config, batch_size, size, size), noise, labels)
-        parts = short[engine, setting].functions() | long[engine, setting].functions()
-        functions |= {(engine, setting, part): function for part, function in parts.items()}
-        functions[engine, setting, "short start"] = short[engine, setting].start
-    timings = interleave(functions, calls, warmup=2)
-    step = timings[REFERENCE]
-    published = PUBLISHED.num_steps * step.median / batch_size
-    sampling: dict[str, Any] = {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": []}
-    runs: list[dict[str, Any]] = []
-    run_config = replace(PUBLISHED, num_steps=run_steps)
-    started = time.perf_counter()
-    expected = published_run(reference, noise, labels, run_config)
-    seconds = time.perf_counter() - started
-    runs.append(_run_record(REFERENCE, "published", run_steps, seconds, run_steps * step.median, 0.0))
-    for engine, setting in names:
-        own = {
-            part: timings[engine, setting, part]
-            for part in long[engine, setting].counts | short[engine, setting].counts
-        }
-        total = composed(long[engine, setting].counts, own) / batch_size
-        plan = long[engine, setting].sampler.plan
-        sampling["settings"].append(
-            {
-                "engine": engine,
-                "setting": setting,
-                "seconds_per_image": total,
-                "times_faster_than_published": published / total,
-                "network_evaluations": plan.network_evaluations,
-                "encoder_evaluations": plan.encoder_evaluations,
-                "tflop_per_image": plan.flops(reference.config, size, size) / 1e12,
-                "parts": [
-                    {"part": part, "count": count, "seconds": own[part].as_dict()}
-                    for part, count in long[engine, setting].counts.items()
-                ],
-            }
-        )
-        own["start"] = timings[engine, setting, "short start"]
-        predicted = composed(short[engine, setting].counts, own)
-        sampler = short[engine, setting].sampler
-        sampler(noise, labels)  # compiles what the kinds of steps, timed one by one, did not
-        started = time.perf_counter()
-        result = sampler(noise, labels)
-        seconds = time.perf_counter() - started
-        error = relative_error(result, expected)
-        runs.append(_run_record(engine, setting, run_steps, seconds, predicted, error))
-    return sampling, runs
-
-
-def _run_record(
-    engine: str, setting: str, steps: int, seconds: float, predicted: float, error: float
-) -> dict[str, Any]:
-    return {
-        "engine": engine,
-        "setting": setting,
-        "num_steps": steps,
-        "seconds": seconds,
-        "composed_seconds": predicted,
-        "relative_error": error,
-    }
-
-
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_sampling.json"))
@@ -174,40 +226,32 @@ def main() -> None:
     parser.add_argument("--run-steps", type=int, default=24, help="steps of the whole runs")
     parser.add_argument("--only", nargs="+", help="variants to measure beside the reference, such as 'int8 compiled'")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("batch_size", "calls", "run_steps", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; allowed: 1 or more")
+        require_int(f"--{name.replace('_', '-')}", getattr(options, name), 1)
+    names = [REFERENCE, *(f"{dtype} {mode}" for dtype in ("fp32", "bf16", "int8") for mode in ("eager", "compiled"))]
+    for name in options.only or ():
+        require(name in names, "--only", name, ", ".join(names))
     torch.set_num_threads(options.threads)
     # One process compiles the same functions for several dtypes and shapes; none may fall back to eager unseen.
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    record = {
-        "environment": environment(),
-        "model": "XL/2, 256 px",
-        "weights": WEIGHTS,
-        "batch_size": options.batch_size,
-    }
+    record: dict[str, Any] = {"environment": environment(), "model": "XL/2, 256 px", "weights": WEIGHTS}
+    record["batch_size"] = options.batch_size
     preset = PRESETS["xl2_256"]
-    reference = random_model(preset.model)
-    models = variants(reference)
-    unknown = sorted(set(options.only or ()) - set(models))
-    if unknown:
-        raise ValueError(f"variant {unknown[0]!r} does not exist; allowed: {', '.join(models)}")
-    if options.only:
-        models = {name: models[name] for name in (REFERENCE, *options.only)}
-    size = preset.data.sample_size
+    reference, size = random_model(preset.model), preset.data.sample_size
+    models = {k: m for k, m in variants(reference).items() if k in (REFERENCE, *(options.only or names))}
     record["forward"] = measure_forward(models, size, options.calls)
     for row in record["forward"]:
         print("{variant:28} {of_reference:.3f} of the reference's time, error {relative_error:.2g}".format(**row))
     engines: dict[str, Model] = {name: models[name] for name in ("int8 compiled", "bf16 compiled") if name in models}
     del models
-    record["sampling"], record["runs"] = measure_sampling(
-        reference, engines, size, options.batch_size, options.calls, options.run_steps
-    )
+    runs = SamplingRuns(reference, engines, size, options.batch_size, options.calls, options.run_steps)
+    record["sampling"] = runs.sampling()
     print("published: {seconds_per_image:.0f} s per image".format(**record["sampling"]["published"]))
     for row in record["sampling"]["settings"]:
         print("{engine}, {setting}: {seconds_per_image:.1f} s, {times_faster_than_published:.2f}x".format(**row))
+    record["runs"] = list(runs.runs())
     for row in record["runs"]:
         words = "{engine}, {setting}, {num_steps} steps: {seconds:.1f} s, composed {composed_seconds:.1f} s"
         print((words + ", error {relative_error:.2g}").format(**row))
@@ -216,4 +260,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from ddt_fast.command import run_command
+
     run_command(main)

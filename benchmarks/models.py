@@ -1,9 +1,8 @@
-"""Models to measure: random weights, the sampling settings that are compared, and what the original would run."""
+"""Models to measure: random weights, the published sampling run, and gradients by released name."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -17,14 +16,6 @@ Model = DDT | FusedDDT
 PUBLISHED = SamplingConfig(
     num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), timeshift=1.0, last_step=0.04
 )
-SETTINGS = {
-    "refresh 1": PUBLISHED,
-    "refresh 6": replace(PUBLISHED, refresh_every=6),
-    "refresh 6, guidance every 10, linear": replace(
-        PUBLISHED, refresh_every=6, state_forecast="linear", guidance_every=10, guidance_forecast="linear"
-    ),
-}
-WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
 
 
 def random_model(config: DDTConfig, std: float = 0.02, device: torch.device | str = "cpu") -> DDT:
@@ -73,13 +64,13 @@ def lively_std(config: DDTConfig) -> float:
     return 0.8 * config.hidden_size**-0.5
 
 
-def released_gradients(model: Model) -> dict[str, Tensor]:
-    """The model's gradients by released name: those of merged parameters are split as their weights are."""
+def released_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The model's gradients by released name: those of merged parameters are split as their weights are, and
+    missing ones are zero."""
     weights = [parameter.data for parameter in model.parameters()]
     try:
         for parameter in model.parameters():
-            assert parameter.grad is not None
-            parameter.data = parameter.grad
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return model.state_dict()
     finally:
         for parameter, weight in zip(model.parameters(), weights, strict=True):

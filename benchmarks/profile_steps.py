@@ -19,10 +19,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench_sampling import TINY
+from benchmarks.cpu_sampling import StepCosts
 from benchmarks.environment import environment
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU
 from benchmarks.models import PUBLISHED, random_model
-from benchmarks.shapes import DEVICE, DTYPE, ON_GPU
-from benchmarks.step_costs import StepCosts
 from ddt_fast.files import atomic_file, write_json
 from ddt_fast.model import FusedDDT
 from ddt_fast.presets import PRESETS
@@ -35,24 +35,19 @@ PARTS = {"refresh": "encode 2, decode 2", "reuse": "decode 2"}
 def trace(run: Callable[[], object], file: Path) -> list[dict[str, Any]]:
     """Trace one call, after two that warm up; the time of each kernel or operator, the longest first. On a GPU an
     operator's device time is that of its kernels, which stand for themselves."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_GPU else [])]
     for _ in range(2):
         run()
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * ON_GPU]) as profiler:
         run()
         if ON_GPU:
             torch.cuda.synchronize()
     with atomic_file(file) as temporary:
         profiler.export_chrome_trace(str(temporary))
-    times = [
-        {
-            "name": event.key,
-            "calls": event.count,
-            "microseconds": event.self_device_time_total if ON_GPU else event.self_cpu_time_total,
-        }
-        for event in profiler.key_averages()
-        if not ON_GPU or event.device_type == DeviceType.CUDA
-    ]
+    times = []
+    for event in profiler.key_averages():
+        if not ON_GPU or event.device_type == DeviceType.CUDA:
+            microseconds = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+            times.append({"name": event.key, "calls": event.count, "microseconds": microseconds})
     return sorted((t for t in times if t["microseconds"] > 0), key=lambda t: -t["microseconds"])
 
 
@@ -65,8 +60,7 @@ def main() -> None:
     model = FusedDDT.from_reference(random_model(config, device=DEVICE).to(DTYPE))
     sampler = Sampler(model, replace(PUBLISHED, refresh_every=6), batch, side, side)
     noise, _ = seeded_noise(range(batch), (4, side, side))
-    labels = torch.arange(batch, device=DEVICE)
-    functions = StepCosts(sampler, noise.to(DEVICE), labels).functions()
+    functions = StepCosts(sampler, noise.to(DEVICE), torch.arange(batch, device=DEVICE)).functions()
     record: dict[str, Any] = {"environment": environment(), "batch_size": batch, "steps": {}}
     for name, part in PARTS.items():
         record["steps"][name] = trace(functions[part], folder / f"{name}_step.trace.json.gz")

@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.environment import environment
-from benchmarks.measure import relative_error
-from benchmarks.memory import measure_memory
+from benchmarks.harness import interleave, measure_memory, relative_error, timed
 from benchmarks.models import as_vector, random_model, released_gradients
-from benchmarks.timing import interleave, timed
-from ddt_fast.command import run_command
+from ddt_fast.checks import require, require_int
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.loader import LatentBatch
 from ddt_fast.device import choose_device
@@ -39,7 +37,6 @@ from ddt_fast.files import write_json
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.ema import EMA
-from ddt_fast.training.loop import clip_gradients
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.objective import Objective
 from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
@@ -86,52 +83,55 @@ class Step:
         shared = state.masters
         own = TrainingModel(shared.denoiser, shared.projector, shared.block)
         dtype = torch.float32 if variant.autocast else variant.dtype
+        self.device = next(shared.parameters()).device
         self.replica = MixedPrecisionReplica(own, dtype, "ddp", variant.compile)
         self.copies = 0
         if self.replica.compute is not own:
             self.copies = sum(p.numel() * p.element_size() for p in self.replica.compute.parameters())
 
     def precision(self) -> AbstractContextManager[object]:
-        device = next(self.state.masters.parameters()).device.type
-        return torch.autocast(device, self.variant.dtype) if self.variant.autocast else nullcontext()
+        return torch.autocast(self.device.type, self.variant.dtype) if self.variant.autocast else nullcontext()
 
-    def forward(self, batch: LatentBatch) -> tuple[Tensor, Tensor | None]:
+    def forward(self, batch: LatentBatch) -> object:
         """Velocity and projected features, ready for a backward pass."""
+        t = torch.full((len(batch.latents),), 0.5, device=self.device)
         with self.precision():
-            device = next(self.state.masters.parameters()).device
-            t = torch.full((len(batch.latents),), 0.5, device=device)
-            result: tuple[Tensor, Tensor | None] = self.replica.compute(
-                batch.latents.to(device), t, batch.labels.to(device)
-            )
-            return result
+            return self.replica.compute(batch.latents.to(self.device), t, batch.labels.to(self.device))
 
-    def backward(self, batch: LatentBatch) -> None:
-        """Leave the gradients in the shared weights."""
+    def backward(self, batch: LatentBatch) -> Tensor:
+        """The losses; leaves the gradients in the shared weights."""
         with self.precision():
-            self.objective.backward(self.replica, batch, step=1)
+            return self.objective.backward(self.replica, batch, step=1)
 
-    def __call__(self, batch: LatentBatch) -> None:
-        self.backward(batch)
-        clip_gradients(self.state.masters, None)
+    def __call__(self, batch: LatentBatch) -> Tensor:
+        losses = self.backward(batch)
+        nn.utils.get_total_norm([p.grad for p in self.state.masters.parameters() if p.grad is not None])
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         self.replica.copy_master_weights()
         self.state.ema.update(self.state.masters.denoiser)
+        return losses
 
-    def gradients(self, batch: LatentBatch) -> Tensor:
-        """All of the denoiser's gradients as one vector, in the order of the released names; leaves none behind."""
-        self.backward(batch)
-        denoiser = self.state.masters.denoiser
+    def check(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+        """The losses, and all of the denoiser's gradients as one vector in the order of the released names; leaves no
+        gradients behind."""
+        losses, denoiser = self.backward(batch), self.state.masters.denoiser
         assert isinstance(denoiser, (DDT, FusedDDT))
-        gradients = as_vector(released_gradients(denoiser)).cpu()
+        gradients = as_vector(released_gradients(denoiser))
         self.state.optimizer.zero_grad()
-        return gradients
+        return losses, gradients
 
 
-def experiment_of(config: DDTConfig, batch_size: int, repa: bool) -> Experiment:
-    """The settings that the objective reads."""
-    data = DataConfig(dataset="latents", image_size=256, autoencoder="none of it is read")
-    return Experiment(config, data, TrainingConfig(batch_size=batch_size, repa_weight=0.5 if repa else 0.0))
+def experiment_of(config: DDTConfig, batch_size: int, size: int, repa: bool) -> Experiment:
+    """The settings that the objective reads, for latents of `size` x `size`."""
+    data = DataConfig(dataset="latents", image_size=8 * size, autoencoder="none: latents are random")
+    training = TrainingConfig(batch_size=batch_size, repa_weight=0.5 if repa else 0.0, repa_block=repa_block(config))
+    return Experiment(config, data, training)
+
+
+def repa_block(config: DDTConfig) -> int:
+    """The 8th, as REPA has it, or the encoder's last."""
+    return min(8, config.num_encoder_blocks)
 
 
 def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], TrainingState]:
@@ -144,7 +144,9 @@ def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], 
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 projector = Projector(reference.config.hidden_size, FEATURES[1]) if repa else None
-            masters = TrainingModel(denoiser, projector).to(device).requires_grad_(True).train()
+            masters = (
+                TrainingModel(denoiser, projector, repa_block(reference.config)).to(device).requires_grad_(True).train()
+            )
             # A step changes next to nothing, so that all variants compute on the same weights.
             optimizer = torch.optim.AdamW(masters.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
             made[engine] = TrainingState(masters, EMA(masters.denoiser, 0.9999), optimizer)
@@ -154,7 +156,7 @@ def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], 
 
 
 def random_batch(config: DDTConfig, size: int, batch_size: int, repa: bool) -> LatentBatch:
-    """Seeded latents, labels and features."""
+    """Seeded latents, labels and features, on the host as a loader leaves them."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(batch_size, config.in_channels, size, size, generator=generator)
     labels = torch.randint(config.num_classes, (batch_size,), generator=generator)
@@ -170,10 +172,9 @@ def measure(
     Raises:
         ValueError: a variant's gradients are wrong.
     """
-    experiment = experiment_of(config, batch_size, repa)
-    size = experiment.data.sample_size
+    size = 32
     batch = random_batch(config, size, batch_size, repa)
-    objective = Objective(experiment, device, FEATURES if repa else None)
+    objective = Objective(experiment_of(config, batch_size, size, repa), device, FEATURES if repa else None)
     state = states(random_model(config, device=device), repa, device)
     steps, errors, first = {}, {}, {}
     expected: Tensor | None = None
@@ -181,7 +182,7 @@ def measure(
         step = Step(variant, state(variant.engine), objective)
         first[variant.name] = timed(partial(step.backward, batch))
         step.state.optimizer.zero_grad()
-        gradients = step.gradients(batch)
+        _, gradients = step.check(batch)
         expected = gradients if expected is None else expected
         errors[variant.name] = relative_error(gradients, expected)
         if not errors[variant.name] <= MAX_ERROR[variant.dtype]:
@@ -213,7 +214,7 @@ def measure(
         yield row
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.json"))
@@ -221,20 +222,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 32 on a GPU")
     parser.add_argument("--calls", type=int, default=5, help="of every variant")
     parser.add_argument("--only", nargs="+", help="variants to measure beside the baseline, such as 'FusedDDT, bf16'")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     device = choose_device(options.device)
     gpu = device.type == "cuda"
     # 32: the reference in fp32 keeps 1.2 GB an image, beside 25 GB that the variants share; a GPU has 80 GB or more.
     batch_size = options.batch_size if options.batch_size is not None else 32 if gpu else 4
-    for name, value in (("batch-size", batch_size), ("calls", options.calls)):
-        if value < 1:
-            raise ValueError(f"--{name} is {value}; allowed: 1 or more")
+    require_int("--batch-size", batch_size, 1)
+    require_int("--calls", options.calls, 1)
     variants = {variant.name: variant for variant in VARIANTS}
-    if options.only:
-        unknown = sorted(set(options.only) - set(variants))
-        if unknown:
-            raise ValueError(f"variant {unknown[0]!r} does not exist; allowed: {', '.join(variants)}")
-        variants = {name: variants[name] for name in (REFERENCE, *(n for n in options.only if n != REFERENCE))}
+    for name in options.only or ():
+        require(name in variants, "--only", name, ", ".join(variants))
+    chosen = [variant for variant in VARIANTS if variant.name in (REFERENCE, *(options.only or variants))]
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     config = PRESETS["xl2_256"].model if gpu else B_SHAPED
@@ -245,7 +243,7 @@ def main() -> None:
         "rows": [],
     }
     with process_group(device):
-        for row in measure(config, batch_size, options.calls, gpu, device, tuple(variants.values())):
+        for row in measure(config, batch_size, options.calls, gpu, device, tuple(chosen)):
             record["rows"].append(row)
             words = "{variant:36} {times_faster:.2f}x, kept {kept_of_reference:.2f}, peak {peak_of_reference:.2f}"
             print((words + ", gradients off by {gradient_error:.2g}").format(**row))
@@ -253,4 +251,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from ddt_fast.command import run_command
+
     run_command(main)

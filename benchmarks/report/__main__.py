@@ -1,46 +1,142 @@
-"""Tables and figures from results files; the READMEs' numbers.
+"""Tables and figures from results files; every number in the pages.
 
     python -m benchmarks.report                           every table, printed
     python -m benchmarks.report FILES --output-dir out    report.md and figures of these files
-    python -m benchmarks.report --write-readme            the marked texts of the READMEs, and their figures
+    python -m benchmarks.report --write-readme            fill the marked blocks of the pages, draw their figures
     python -m benchmarks.report --check                   exit code 2 where those are not what the files say
 
-Without FILES: all of benchmarks/results/*.json.
+Without FILES: all of benchmarks/results/*.json. A block stands between `<!-- results: NAME -->` and
+`<!-- end of results -->`, in any of PAGES. A figure is a picture beside its file.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import TextWrapper
 
-from benchmarks.report.files import FOLDER, ROOT, Results, load
-from benchmarks.report.marked import rewrite, stale
-from benchmarks.report.plots import figures
-from benchmarks.report.sections import texts, whole
+from benchmarks.report import floors, tables
+from benchmarks.report.figures import draw, figure_of, is_current
+from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile, load
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.files import atomic_file, output_folder
 
-PAGES = ("README.md", "benchmarks/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "docs/sampling.md", "kernels/README.md")
+END = "<!-- end of results -->"
+BLOCK = re.compile(r"<!-- results: (?P<name>[^>]*?) -->\n(?P<text>.*?)" + re.escape(END), re.DOTALL)
+PROSE = TextWrapper(128, break_long_words=False, break_on_hyphens=False)
+NO_GPU = "**No GPU run exists yet:** nothing here was measured on a GPU."
+
+Files = list[ResultsFile]
 
 
-def texts_of(page: Path, results: Results) -> dict[str, str]:
-    """Every section as it stands in a page."""
-    return texts(results, FOLDER.relative_to(page.parent).as_posix() + "/")
+def of_kind(kind: str, paragraphs: Callable[[tables.Record], Iterator[str]]) -> Callable[[Files], Iterator[str]]:
+    """A block from every file of a kind; where there is none, it says how to make one."""
+
+    def block(files: Files) -> Iterator[str]:
+        chosen = [file for file in files if file.kind == kind]
+        if not chosen:
+            yield missing(kind)
+        for file in chosen:
+            yield from paragraphs(file.record)
+            yield file.provenance()
+
+    return block
 
 
-def write_readme(results: Results) -> None:
+def missing(kind: str) -> str:
+    return f"No `{kind}.json` yet; `{KINDS[kind][0]}` makes it."
+
+
+def suite(files: Files) -> Iterator[str]:
+    """Every group of every suite."""
+    suites = [file for file in files if file.kind == "suite"]
+    if not suites:
+        yield missing("suite")
+    if not any(file.gpu for file in files):
+        yield NO_GPU
+    for file in suites:
+        for group in tables.suite_groups(file.record):
+            yield f"### {group.capitalize()}, on a {'GPU' if file.gpu else 'CPU'}"
+            yield from tables.suite_group(file.record, group)
+            yield file.provenance(group)
+
+
+BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
+    "suite": suite,
+    "CPU sampling": of_kind("cpu_sampling", tables.cpu_sampling),
+    "training step": of_kind("training_step", tables.training_step),
+    "forecast": of_kind("forecast", tables.forecast),
+    "pareto": of_kind("pareto", tables.pareto),
+    "candidates": of_kind("candidates", tables.candidates),
+    "candidates, in short": of_kind("candidates", tables.candidates_in_short),
+    "floors": lambda files: floors.paragraphs(),
+}
+
+
+def block_text(name: str, files: Files) -> str:
+    """A block's text, its prose in lines as long as the pages' own.
+
+    Raises:
+        ValueError: a file lacks what the block needs, or has it in another shape.
+    """
+    try:
+        paragraphs = [p if p[:1] in "|#!" else PROSE.fill(p) for p in BLOCKS[name](files)]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"block {name!r} cannot be made of {names}: {type(error).__name__}: {error}") from error
+    return "\n\n".join(paragraphs)
+
+
+def filled(page: Path, files: Files) -> dict[str, tuple[str, str]]:
+    """Every block of a page: its name, what it holds, and what it should hold.
+
+    Raises:
+        ValueError: a marker without its counterpart, or an unknown name.
+    """
+    content = page.read_text(encoding="utf-8")
+    found = list(BLOCK.finditer(content))
+    openings, endings = content.count("<!-- results:"), content.count(END)
+    if not len(found) == openings == endings or any("<!-- results:" in match["text"] for match in found):
+        raise ValueError(
+            f"{page} has {openings} markers '<!-- results: NAME -->' and {endings} '{END}'; each needs its counterpart"
+        )
+    unknown = [match["name"] for match in found if match["name"] not in BLOCKS]
+    if unknown:
+        raise ValueError(f"{page} asks for results called {unknown[0]!r}; allowed: {', '.join(BLOCKS)}")
+    return {m["name"]: (m["text"], block_text(m["name"], files) + "\n") for m in found}
+
+
+def pages() -> list[Path]:
+    return [ROOT / name for name in PAGES if (ROOT / name).is_file()]
+
+
+def write_readme(files: Files) -> None:
     """Bring the pages and their figures up to date."""
-    for figure in figures(results):
-        if not figure.is_current(FOLDER):
-            figure.draw(FOLDER / figure.name)
-    for name in PAGES:
-        page = ROOT / name
-        print(f"{name}: {'written' if rewrite(page, texts_of(page, results)) else 'nothing to change'}")
+    for file in files:
+        picture = figure_of(file)
+        if picture is not None and not is_current(file, picture):
+            draw(file.path)
+    for page in pages():
+        blocks, content = filled(page, files), page.read_text(encoding="utf-8")
+        new = BLOCK.sub(lambda m, blocks=blocks: f"<!-- results: {m['name']} -->\n{blocks[m['name']][1]}{END}", content)  # type: ignore[misc]
+        if new != content:
+            with atomic_file(page) as temporary:
+                temporary.write_text(new, encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: {'written' if new != content else 'nothing to change'}")
 
 
-def check(results: Results) -> None:
+def check(files: Files) -> None:
     """ValueError where a page or a figure is not what the results say."""
-    wrong = [f"{name} ({text})" for name in PAGES for text in stale(ROOT / name, texts_of(ROOT / name, results))]
-    wrong += [figure.name for figure in figures(results) if not figure.is_current(FOLDER)]
+    wrong = [
+        f"{page.relative_to(ROOT)} ({name})"
+        for page in pages()
+        for name, (old, new) in filled(page, files).items()
+        if old != new
+    ]
+    pictures = [(file, figure_of(file)) for file in files]
+    wrong += [picture.name for file, picture in pictures if picture is not None and not is_current(file, picture)]
     if wrong:
         raise ValueError(
             f"not what the results files say: {', '.join(wrong)}; run python -m benchmarks.report --write-readme"
@@ -52,27 +148,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", help="results files; default: benchmarks/results/*.json")
     parser.add_argument("--output-dir", help="folder for report.md and the figures")
-    parser.add_argument("--write-readme", action="store_true", help="fill README.md and benchmarks/README.md")
+    parser.add_argument("--write-readme", action="store_true", help=f"fill the blocks of {', '.join(PAGES)}")
     parser.add_argument("--check", action="store_true", help="exit code 2 unless they are what the files say")
     options = parser.parse_args(arguments)
     if options.check and (options.write_readme or options.output_dir is not None):
-        raise ValueError("--check writes nothing: it goes with no --write-readme and no --output-dir")
-    results = load([Path(file) for file in options.files] or sorted(FOLDER.glob("*.json")))
+        raise ValueError("--check writes nothing: it cannot be combined with --write-readme or --output-dir")
+    files = load([Path(file) for file in options.files] or sorted(FOLDER.glob("*.json")))
     if options.check:
-        check(results)
-        print("the READMEs are what the results files say")
+        check(files)
+        print("the pages are what the results files say")
         return
     if options.write_readme:
-        write_readme(results)
-    if options.output_dir is not None:
-        folder = output_folder(options.output_dir)
-        for figure in figures(results):
-            figure.draw(folder / figure.name)
-        with atomic_file(folder / "report.md") as file:
-            file.write_text(whole(results), encoding="utf-8")
-        print(f"{folder / 'report.md'}: written")
-    elif not options.write_readme:
-        print(whole(results), end="")
+        write_readme(files)
+        return
+    parts = [f"## {name[0].upper()}{name[1:]}\n\n{block_text(name, files)}" for name in BLOCKS]
+    text = "# Benchmarks of ddt-fast\n\n" + "\n\n".join(parts) + "\n"
+    if options.output_dir is None:
+        print(text, end="")
+        return
+    folder = output_folder(options.output_dir)
+    for file in files:
+        draw(file.path, folder)
+    with atomic_file(folder / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{folder / 'report.md'}: written")
 
 
 if __name__ == "__main__":

@@ -7,17 +7,15 @@ each far below 1%: the time and label embeddings, and the sampler's own update.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 import ddt_kernels as ops
-from benchmarks.tables import table
+from benchmarks.report.text import table
 from ddt_fast.config import DDTConfig
 from ddt_fast.presets import PRESETS
-from ddt_fast.sampling import SamplingPlan
-from ddt_fast.sampling.fast import fast_settings
 from ddt_kernels import Cost
 from ddt_kernels.floors import COPY_BYTES_PER_SECOND, GEMM_FLOPS_PER_SECOND, floor_seconds
 
@@ -35,14 +33,12 @@ class Piece:
         kind: of work, a row of the table.
         part: ENCODER, MODULATIONS (all that the decoder derives from a state) or DECODER.
         cost: of one call.
-        in_block: whether the calls belong to the blocks of their part.
     """
 
     kind: str
     part: str
     cost: Cost
     count: int = 1
-    in_block: bool = True
 
     @property
     def seconds(self) -> float:
@@ -55,17 +51,17 @@ def linear_cost(rows: int, inputs: int, outputs: int, weights: bool = True) -> C
     return Cost(moved * DTYPE.itemsize, 2 * rows * inputs * outputs)
 
 
-def pieces(config: DDTConfig, batch: int, side: int, history: int = 1) -> list[Piece]:
-    """Of a full forward of `batch` latents of `side` x `side`; history: kept modulations that the decoder combines."""
+def pieces(config: DDTConfig, batch: int, side: int) -> list[Piece]:
+    """Of a full forward of `batch` latents of `side` x `side`."""
     n, c, f = config.num_tokens(side, side), config.hidden_size, config.mlp_hidden_size
     rows, patch = batch * n, config.in_channels * config.patch_size**2
     heads = (batch, n, config.num_heads, config.head_dim)
     made = []
-    for part, blocks, per_token, read in (
-        (ENCODER, config.num_encoder_blocks, False, 1),
-        (DECODER, config.num_decoder_blocks, True, history),
+    for part, blocks, per_token in (
+        (ENCODER, config.num_encoder_blocks, False),
+        (DECODER, config.num_decoder_blocks, True),
     ):
-        shape = (batch, n, c, DTYPE, per_token, False, read)
+        shape = (batch, n, c, DTYPE, per_token)
         made += [
             Piece("qkv and proj GEMMs", part, linear_cost(rows, c, 3 * c), blocks),
             Piece("qkv and proj GEMMs", part, linear_cost(rows, c, c), blocks),
@@ -75,9 +71,8 @@ def pieces(config: DDTConfig, batch: int, side: int, history: int = 1) -> list[P
             # The first of a half has no residual to add; the last residual is added after the last block.
             Piece("norm, residual", part, ops.gated_residual_rms_norm_modulate_cost(*shape), 2 * blocks - 1),
             Piece("norm, residual", part, ops.rms_norm_modulate_cost(*shape)),
-            Piece("embedders, final layer", part, linear_cost(rows, patch, c), in_block=False),
+            Piece("embedders, final layer", part, linear_cost(rows, patch, c)),
         ]
-    token = (batch, n, c, DTYPE, True, False, history)
     # One GEMM before the loop makes the encoder's modulations of all steps: its weights are read once, not every step.
     encoder_rows = linear_cost(batch, c, 6 * config.num_encoder_blocks * c, weights=False)
     decoder_width = (6 * config.num_decoder_blocks + 2) * c
@@ -86,8 +81,8 @@ def pieces(config: DDTConfig, batch: int, side: int, history: int = 1) -> list[P
         Piece("adaLN GEMM", ENCODER, encoder_rows),
         Piece("norm, residual", ENCODER, ops.gated_residual_cost(batch, n, c, DTYPE, False)),
         Piece("adaLN GEMM", MODULATIONS, linear_cost(rows, c, decoder_width)),
-        Piece("norm, residual", DECODER, ops.gated_residual_layer_norm_modulate_cost(*token)),
-        Piece("embedders, final layer", DECODER, linear_cost(rows, c, patch), in_block=False),
+        Piece("norm, residual", DECODER, ops.gated_residual_layer_norm_modulate_cost(batch, n, c, DTYPE, True)),
+        Piece("embedders, final layer", DECODER, linear_cost(rows, c, patch)),
     ]
 
 
@@ -99,16 +94,11 @@ def seconds_by_kind(chosen: Sequence[Piece]) -> dict[str, float]:
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
 
 
-def of_parts(made: Sequence[Piece], *parts: str) -> list[Piece]:
-    """Those of these parts."""
-    return [piece for piece in made if piece.part in parts]
-
-
 def step_table(name: str, preset: str, batch: int) -> str:
     """Floors of a step that refreshes and of one that reuses a state, by kind of work."""
     config, size = PRESETS[preset].model, PRESETS[preset].data.sample_size
     made = pieces(config, batch, size)
-    whole, reuse = seconds_by_kind(made), seconds_by_kind(of_parts(made, DECODER))
+    whole, reuse = seconds_by_kind(made), seconds_by_kind([piece for piece in made if piece.part == DECODER])
     sums = sum(whole.values()), sum(reuse.values())
     rows: list[list[object]] = []
     for kind, seconds in whole.items():
@@ -126,49 +116,11 @@ def step_table(name: str, preset: str, batch: int) -> str:
     return table(head, rows)
 
 
-def sampling_seconds(plan: SamplingPlan, config: DDTConfig, batch: int, side: int) -> float:
-    """Of a run, per image."""
-
-    def seconds(history: int, *parts: str) -> float:
-        return sum(piece.seconds for piece in of_parts(pieces(config, batch, side, history), *parts))
-
-    encoder = seconds(1, ENCODER, MODULATIONS)
-    decoder = {history: seconds(history, DECODER) for history in range(1, plan.state_history + 1)}
-    total = 0.0
-    for branch in (branch for step in plan.steps for branch in (step.cond, step.uncond) if branch is not None):
-        total += encoder * branch.encode
-        if branch.decode:
-            total += decoder[sum(weight != 0 for weight in branch.state_weights)]
-    return total / batch
-
-
-def sampling_table() -> str:
-    """Floors of whole runs."""
-    head = ["250 steps, guidance 2.0 in (0.3, 1)", *(f"{name}: s per image" for name, _, _ in SHAPES)]
-    published = PRESETS["xl2_256"].sampling
-    plans = {
-        "every step refreshed": published,
-        "`refresh_every=6`": replace(published, refresh_every=6),
-        "`--fast`": fast_settings(published),
-    }
-    rows = []
-    for words, config in plans.items():
-        plan = SamplingPlan.from_config(config)
-        seconds = (
-            sampling_seconds(plan, PRESETS[preset].model, batch, PRESETS[preset].data.sample_size)
-            for _, preset, batch in SHAPES
-        )
-        rows.append([words, *(f"{value:.4f}" for value in seconds)])
-    return table(head, rows)
-
-
-def section() -> str:
+def paragraphs() -> Iterator[str]:
     """The tables, said to be what they are."""
-    parts = [
+    yield (
         "**Arithmetic, not a measurement:** each piece at its floor on one H200, "
-        f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the "
-        "other. A refresh step is a full forward; a reuse step is the decoder on kept modulations.",
-        *(step_table(*shape) for shape in SHAPES),
-        sampling_table(),
-    ]
-    return "\n\n".join(parts)
+        f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the other. A "
+        "refresh step is a full forward; a reuse step is the decoder on kept modulations."
+    )
+    yield from (step_table(*shape) for shape in SHAPES)

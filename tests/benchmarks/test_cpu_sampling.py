@@ -7,46 +7,18 @@ import golden_data as golden
 from benchmarks.cpu_sampling import (
     PUBLISHED,
     SETTINGS,
+    SamplingRuns,
     StepCosts,
     composed,
     measure_forward,
-    measure_sampling,
     published_run,
 )
-from benchmarks.environment import environment
-from benchmarks.timing import Timing, interleave
+from benchmarks.harness import Timing
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.sampling import Sampler
 
 SIZE = 8
-
-
-def test_variants_take_turns():
-    order = []
-    timings = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, calls=3, warmup=1)
-    assert order == ["a", "b"] * 4
-    assert timings["a"].calls == 3
-    assert 0 <= timings["a"].minimum <= timings["a"].median <= timings["a"].maximum
-
-
-def test_quartiles_and_median():
-    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (timing.minimum, timing.lower_quartile, timing.median, timing.upper_quartile, timing.maximum) == (
-        1,
-        2,
-        3,
-        4,
-        5,
-    )
-    assert Timing.of([2.0]) == Timing(2, 2, 2, 2, 2, 1)
-
-
-def test_environment_says_where_and_what():
-    record = environment()
-    assert record["torch"] == torch.__version__
-    assert record["cpu"]["model"]
-    assert record["threads"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -58,10 +30,8 @@ def test_parts_are_all_that_a_run_does(setting):
     assert sum(costs.counts.values()) == len(plan.steps) + 1
     assert costs.functions().keys() == costs.counts.keys()
     # A decoder run costs 1, all else nothing: what is composed are the plan's network evaluations.
-    price = {
-        part: Timing.of([part.count("decode 1") + 2 * part.count("decode 2") + part.count("afresh")])
-        for part in costs.counts
-    }
+    decoders = {p: p.count("decode 1") + 2 * p.count("decode 2") + p.count("afresh") for p in costs.counts}
+    price = {part: Timing.of([count]) for part, count in decoders.items()}
     assert composed(costs.counts, price) == plan.network_evaluations
 
 
@@ -73,19 +43,34 @@ def test_the_published_run_is_the_engines_exactly():
     assert golden.relative_error(published_run(reference, noise, labels, PUBLISHED), expected) < 1e-5
 
 
-def test_both_parts_run_and_refuse_what_is_wrong():
+@pytest.fixture(scope="module")
+def models():
     reference = golden.model("tiny_h48_d24")
     model = FusedDDT.from_reference(reference)
-    models = {"reference, fp32 eager": reference, "fp32 eager": model, "int8 eager": quantize_int8(model)}
+    return {"reference, fp32 eager": reference, "fp32 eager": model, "int8 eager": quantize_int8(model)}
+
+
+def test_forwards_are_verified_then_timed(models):
     rows = measure_forward(models, SIZE, calls=1)
     assert rows[0]["of_reference"] == 1
     assert [row["relative_error"] < limit for row, limit in zip(rows, (1e-9, 1e-5, 0.01), strict=True)] == [True] * 3
-    engines = {"int8 eager": models["int8 eager"]}
-    sampling, runs = measure_sampling(reference, engines, SIZE, batch_size=1, calls=1, run_steps=24)
-    assert [row["network_evaluations"] for row in sampling["settings"]] == [422, 422, 268]
-    assert [run["setting"] for run in runs] == ["published", *SETTINGS]
-    assert 1e-5 < runs[1]["relative_error"] < 0.01
-    wrong = FusedDDT.from_reference(reference)
+    wrong = FusedDDT.from_reference(models["reference, fp32 eager"])
     wrong.final_layer.linear.bias.data += 1
     with pytest.raises(ValueError, match="not timed"):
         measure_forward({**models, "wrong": wrong}, SIZE, calls=1)
+
+
+@torch.no_grad()
+def test_a_runs_time_is_the_sum_of_its_parts(models):
+    reference, engines = models["reference, fp32 eager"], {"int8 eager": models["int8 eager"]}
+    made = SamplingRuns(reference, engines, SIZE, batch_size=1, calls=1, run_steps=24)
+    sampling, runs = made.sampling(), list(made.runs())
+    assert [row["network_evaluations"] for row in sampling["settings"]] == [422, 422, 268]
+    published = sampling["published"]["seconds_per_image"]
+    for row in sampling["settings"]:
+        total = sum(part["count"] * part["seconds"]["median"] for part in row["parts"])
+        assert row["seconds_per_image"] == pytest.approx(total)
+        assert row["times_faster_than_published"] == pytest.approx(published / total)
+    assert published == pytest.approx(250 * sampling["published"]["step"]["median"])
+    assert [run["setting"] for run in runs] == ["published", *SETTINGS]
+    assert 1e-5 < runs[1]["relative_error"] < 0.01

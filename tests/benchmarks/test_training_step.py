@@ -1,16 +1,15 @@
-"""The training-step benchmark on a tiny model: what is compared, what is refused, and how memory is plural."""
+"""The training-step benchmark on a tiny model: what is compared, and what is refused."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import training_step
+from benchmarks import bench_training, training_step
 from benchmarks.gpu_run import TRAINING_VARIANTS
-from benchmarks.memory import measure_memory
+from benchmarks.harness import Ceilings
+from benchmarks.harness import measure as measure_case
 from benchmarks.training_step import REFERENCE, VARIANTS, Variant, measure
 from ddt_fast.config import DDTConfig
 from ddt_fast.training.parallel import process_group
@@ -22,9 +21,7 @@ EAGER = tuple(variant for variant in VARIANTS if not variant.compile)
 
 def rows(repa=False, variants=EAGER):
     with process_group(CPU):
-        return list(
-            measure(replace(TINY, num_blocks=9, num_encoder_blocks=8) if repa else TINY, 2, 1, repa, CPU, variants)
-        )
+        return list(measure(TINY, 2, 1, repa, CPU, variants))
 
 
 @pytest.mark.parametrize("repa", [False, True])
@@ -54,43 +51,13 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
         rows(variants=(VARIANTS[0], Variant("FusedDDT, fp32", "fused")))
 
 
-def test_memory_is_what_lives_and_what_lived_at_most():
-    def run():
-        first = torch.empty(1000)
-        second = first + 1
-        del first
-        return second[:10]
-
-    measured = measure_memory(run, CPU)
-    assert measured.kept == 4000
-    assert 8000 <= measured.peak < 8100  # the scalar that is added is a tensor too
-
-
-def test_memory_counts_compiled_functions_too():
-    linear = torch.nn.Linear(100, 100)
-    function = torch.compile(lambda x: torch.relu(linear(x)).square())
-    x = torch.randn(50, 100)
-    function(x)
-    assert measure_memory(lambda: function(x), CPU).kept >= 50 * 100 * 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--calls", "0"], "--calls is 0; allowed: 1 or more"),
-        (["--batch-size", "-1"], "--batch-size is -1; allowed: 1 or more"),
-        (["--only", "mine"], "variant 'mine' does not exist; allowed: reference, fp32"),
-        (["--device", "cuda:9"], "device 'cuda:9' cannot be used here"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, message, tmp_path):
-    output = tmp_path / "out.json"
-    command = [sys.executable, "-m", "benchmarks.training_step", "--output", str(output), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {message}")
-    assert len(result.stderr.splitlines()) == 1
-    assert not output.exists()
+def test_the_suites_case_verifies_losses_and_gradients():
+    names = (bench_training.BASELINE, bench_training.PLAIN, bench_training.FUSED)
+    model = replace(TINY, patch_size=2)  # as many tokens as the features
+    case = bench_training.training_case("tiny", model, 32, 2, names)
+    result = measure_case(replace(case, rounds=1), Ceilings({"float32": 1e9}, 1e9, ""))
+    assert list(result.rounds) == list(names), result.wrong
+    assert all(v["error"] < 1e-4 for v in result.record["variants"])
 
 
 def test_the_variants_of_a_gpu_run_exist():
@@ -100,10 +67,7 @@ def test_the_variants_of_a_gpu_run_exist():
 def test_the_command_writes_what_it_was_made_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_step, "B_SHAPED", TINY)
     output = tmp_path / "out.json"
-    monkeypatch.setattr(
-        sys, "argv", ["x", "--output", str(output), "--calls", "1", "--device", "cpu", "--only", "FusedDDT, fp32"]
-    )
-    training_step.main()
+    training_step.main(["--output", str(output), "--calls", "1", "--device", "cpu", "--only", "FusedDDT, fp32"])
     record = json.loads(output.read_text())
     assert [row["variant"] for row in record["rows"]] == [REFERENCE, "FusedDDT, fp32"]
     assert record["environment"]["torch"] == torch.__version__

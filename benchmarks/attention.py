@@ -1,0 +1,116 @@
+"""Which attention backends work on this machine, and how fast: `python -m benchmarks.attention`.
+
+Every installed backend is verified against plain PyTorch in higher precision, then all that are right are timed in
+turn, forward and with the backward pass. `ddt_fast.model.attention` takes its "auto" order from these tables.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Case, Ceilings, Inputs, Variant, Workload, forward, forward_backward, measure, wider
+from benchmarks.peers import attention_backends, packed
+from benchmarks.report.text import table
+from ddt_fast.checks import require, require_int
+from ddt_fast.command import CommandParser, run_command
+from ddt_fast.device import DTYPES, choose_device
+from ddt_fast.model.attention import CONCRETE_BACKENDS, resolve_backend
+from ddt_fast.wording import plural
+from ddt_kernels import reference
+
+Shape = tuple[int, int, int, int]
+
+# (B, N, H, D): the digits model, XL/2 at 256 and 512 px, L/2, the widest head the Triton kernel takes; on a CPU also
+# few tokens, where the order changes.
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "cpu": (
+        *((256, 16, 2, 32), (64, 32, 2, 32), (32, 16, 16, 72), (2, 16, 16, 72), (2, 128, 16, 72), (2, 256, 16, 72)),
+        *((1, 1024, 16, 72), (2, 256, 16, 64), (2, 256, 8, 128)),
+    ),
+    "cuda": ((256, 16, 2, 32), (128, 256, 16, 72), (32, 1024, 16, 72), (128, 256, 16, 64), (32, 1024, 8, 128)),
+}
+BASELINE = "plain PyTorch"
+
+
+def attention_case(device: torch.device, dtype: torch.dtype, shape: Shape, backward: bool, rounds: int) -> Case:
+    """Every backend on views of one packed qkv."""
+    wrap, plain = forward_backward if backward else forward, partial(packed, reference.attention)
+
+    def inputs() -> Inputs:
+        B, N, H, D = shape
+        generator = torch.Generator().manual_seed(0)
+        qkv = torch.randn(B, N, 3, H, D, generator=generator).to(device, dtype).requires_grad_(backward)
+        return Inputs((qkv,), (torch.randn(shape, generator=generator).to(device, dtype),) if backward else ())
+
+    def build() -> Workload:
+        peers = attention_backends(device, dtype, shape[3])
+        variants = {BASELINE: Variant(lambda: wrap(plain)), **{name: peer(wrap) for name, peer in peers.items()}}
+        return Workload(inputs, variants, lambda x: wrap(plain)(x.to(wider(dtype))), dtype)
+
+    size = f"B, N, H, D = {', '.join(map(str, shape))}"
+    names = (BASELINE, *CONCRETE_BACKENDS)
+    return Case("attention", "forward+backward" if backward else "forward", size, names, build, rounds=rounds)
+
+
+def compare(device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int) -> tuple[str, dict[str, str]]:
+    """A Markdown table, the fastest forward first, what "auto" takes marked; and why the others have no time."""
+    results = []
+    for backward in (False, True):
+        case = attention_case(device, dtype, shape, backward, rounds)
+        results.append(measure(case, Ceilings({}, 1.0, ""), device))
+    columns = [{v["name"]: v for v in result.record["variants"]} for result in results]
+    chosen = [resolve_backend("auto", device, dtype, shape[3], shape[1], gradient) for gradient in (False, True)]
+
+    def cells(name: str, times: dict[str, Any], auto: str) -> list[object]:
+        if name not in times:
+            return [None, None]
+        median = times[name]["seconds"]["median"]
+        fastest = min(v["seconds"]["median"] for v in times.values())
+        return [f"{1e6 * median:.1f}", f"{median / fastest:.2f}{' (auto)' * (name == auto)}"]
+
+    order = sorted(columns[0], key=lambda name: columns[0][name]["seconds"]["median"])
+    rows = [
+        [name, *cells(name, columns[0], chosen[0]), *cells(name, columns[1], chosen[1]), columns[0][name]["error"]]
+        for name in order
+    ]
+    head = ["backend", "forward, µs", "ratio", "forward + backward, µs", "ratio", "error"]
+    return table(head, rows), {k: v for r in results for reasons in (r.missing, r.wrong) for k, v in reasons.items()}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Verify, time, print."""
+    parser = CommandParser(prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtypes", type=list[str], default=["float32", "bfloat16"], help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--shapes", type=list[Shape] | None, default=None, help="[[B,N,H,D],...]; default: DDT's")
+    parser.add_argument("--rounds", type=int, default=15, help="timings per backend, whose median is printed")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on a CPU")
+    options = parser.parse_args(arguments)
+    device = choose_device(options.device)
+    for name in ("threads", "rounds"):
+        require_int(f"--{name}", getattr(options, name), 1)
+    for name in options.dtypes:
+        require(name in DTYPES, "--dtypes", name, ", ".join(DTYPES))
+    torch.set_num_threads(options.threads)
+    shapes = options.shapes or SHAPES[device.type]
+    if any(min(shape) < 1 for shape in shapes):
+        raise ValueError(f"--shapes is {shapes}; allowed: B, N, H and D of 1 or more")
+    threads = f"{plural(torch.get_num_threads(), 'thread')} of {platform.machine()}"
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    print(f"{hardware}, torch {torch.__version__}, median of {options.rounds}, in turn")
+    said: dict[str, str] = {}
+    for name in options.dtypes:
+        for shape in shapes:
+            text, reasons = compare(device, DTYPES[name], shape, options.rounds)
+            print(f"\n{name}, B, N, H, D = {', '.join(map(str, shape))}\n\n{text}", flush=True)
+            if reasons != said:
+                print("\n".join(["", *(f"- {backend}: {reason}" for backend, reason in reasons.items())]))
+            said = reasons
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,599 @@
+"""The harness of all bench_*.py: cases are verified, timed in turn, and written to one results file.
+
+- A case is a piece of work and the ways to do it, of which the first is the baseline.
+- Verified: outputs, and gradients where they are timed, against the right result in higher precision. A variant that is
+  wrong gets no time.
+- Timed: the variants take turns, so that whatever else the machine does falls on all of them alike, and the median
+  counts. On a GPU short calls are timed by `triton.testing.do_bench` (CUDA events, the L2 cache cleared before every
+  call), long ones by the host's clock, launches included.
+- Ceilings: a large GEMM and a large copy, measured in the same run.
+
+The results file is described in README.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import environment, gpu_state, load_average, now
+from ddt_fast.device import cpu_has_bf16
+from ddt_fast.files import read_json, write_json
+from ddt_fast.wording import plural
+from ddt_kernels import Cost
+
+FORMAT = 1
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+NEEDS_GPU = "needs an NVIDIA GPU"
+
+MAX_BASELINE_ERROR = {2: 0.1, 4: 1e-3, 8: 1e-6}
+"""Relative error, by the bytes of an element, above which plain PyTorch itself counts as wrong."""
+
+MIN_SECONDS, MAX_REPEATS = 1e-3, 50
+"""On a CPU calls are repeated until one timing takes as long, so that reading the clock costs nothing beside it."""
+
+SHORT_SECONDS, BENCH_MILLISECONDS = 0.02, 10
+"""Calls that `do_bench` times, and for how long in every round."""
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+
+Run = Callable[["Inputs"], Sequence[Tensor]]
+"""Does the work once and returns what is verified."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+# Cases
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call reads: the arguments, of which those to be differentiated require a gradient, and the gradients of
+    the outputs (empty where no gradient is timed)."""
+
+    tensors: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...] = ()
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """A copy with floating-point tensors in `dtype`."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            made = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+            return made.clone().requires_grad_(tensor.requires_grad)
+
+        return Inputs(tuple(map(copy, self.tensors)), tuple(map(copy, self.gradients)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a case's work.
+
+    Attributes:
+        make: prepares the run (imports, compilation); not timed.
+        ours: it is this repository's; otherwise a peer, which may not work on this machine.
+        check: what to compare, given what was made and inputs; None compares what the timed run returns.
+        expected: the right result, where it differs from the case's.
+        cost: where it differs from the case's.
+        note: for the results.
+    """
+
+    make: Callable[[], Any]
+    ours: bool = False
+    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = None
+    expected: Run | None = None
+    cost: Cost | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A case with its tensors.
+
+    Attributes:
+        inputs: of a call; the same at every call.
+        variants: by name, the baseline first; a string is the reason why that one is missing here.
+        expected: the right result, in higher precision; None where every variant has its own.
+        dtype: what the work is done in.
+        cost: of one call, for the roofline.
+        images: that one call makes or reads.
+        tolerance: largest relative error allowed; None: as `allowed_errors`.
+        clean_up: called when the case is over.
+    """
+
+    inputs: Callable[[], Inputs]
+    variants: Mapping[str, Variant | str]
+    expected: Run | None
+    dtype: torch.dtype
+    cost: Cost | None = None
+    images: int | None = None
+    tolerance: float | None = None
+    clean_up: Callable[[], object] = lambda: None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A piece of work to be measured.
+
+    Attributes:
+        group: "kernels", "model", ...
+        variants: names of those that `build` makes, the baseline's first.
+        seconds: that timing should take in all.
+        rounds: None: as many as the time allows, 5 to 50.
+    """
+
+    group: str
+    name: str
+    size: str
+    variants: tuple[str, ...]
+    build: Callable[[], Workload]
+    seconds: float = 1.0
+    rounds: int | None = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.group}: {self.name}, {self.size}"
+
+
+def forward(function: Callable[..., Any]) -> Run:
+    """Calls `function` on the tensors, for inference."""
+
+    @torch.no_grad()
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        return _outputs(function(*inputs.tensors))
+
+    return run
+
+
+def forward_backward(function: Callable[..., Any]) -> Run:
+    """Calls `function` on the tensors, then computes the gradients in all that require one."""
+
+    def run(inputs: Inputs) -> Sequence[Tensor]:
+        outputs = _outputs(function(*inputs.tensors))
+        leaves = [tensor for tensor in inputs.tensors if tensor.requires_grad]
+        return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, inputs.gradients)]
+
+    return run
+
+
+def _outputs(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What the right result is computed in."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def randn(generator: torch.Generator, *size: int, dtype: torch.dtype = DTYPE) -> Tensor:
+    """Normal numbers on the generator's device, drawn in fp32."""
+    return torch.randn(*size, generator=generator, device=generator.device).to(dtype)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+# Timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one variant: median, first and third quartile, extremes, and the number of calls."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    minimum: float
+    maximum: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+        lower, median, upper = quartiles
+        return cls(median, lower, upper, min(seconds), max(seconds), len(seconds))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def timed(run: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds per call on the host's clock, the device's work included."""
+    _synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _gpu_seconds(run: Callable[[], object]) -> float:
+    """Median seconds of a short call on the GPU, which finds nothing in its L2 cache."""
+    from triton.testing import do_bench
+
+    milliseconds: float = do_bench(run, warmup=2, rep=BENCH_MILLISECONDS, return_mode="median")
+    return milliseconds / 1e3
+
+
+def record(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What every clock reads in each of `rounds` rounds, in which they take turns."""
+    seconds: dict[Key, list[float]] = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+    return seconds
+
+
+def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, Timing]:
+    """Times runs in turn on the host's clock, after `warmup` rounds that do not count."""
+    for _ in range(warmup):
+        for run in runs.values():
+            run()
+    readings = record({name: partial(timed, run) for name, run in runs.items()}, rounds)
+    return {name: Timing.of(seconds) for name, seconds in readings.items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above what was allocated before: what was left when the call returned, its result alive, and the peak."""
+
+    kept: int
+    peak: int
+
+
+def measure_memory(run: Callable[[], object], device: torch.device) -> Memory:
+    """Call `run` once and follow PyTorch's allocator, compiled functions' allocations included."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        kept, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
+        del result
+        return Memory(kept, peak)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    del result
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return Memory(now, peak)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best: FLOP/s of a square GEMM by its dtype's name ("float32" without TF32), bytes/s
+    of a copy, read plus written, and the sizes in words."""
+
+    gemm_flops_per_second: dict[str, float]
+    copy_bytes_per_second: float
+    sizes: str
+
+    def floor(self, cost: Cost | None, dtype: torch.dtype) -> tuple[float, str] | None:
+        """Seconds that work of that cost takes at least, and what bounds it, "gemm" or "copy"; None where the GEMM of
+        that dtype was not measured."""
+        rate = self.gemm_flops_per_second.get(dtype_name(dtype))
+        if cost is None or rate is None:
+            return None
+        compute, memory = cost.flops / rate, cost.bytes_moved / self.copy_bytes_per_second
+        return (compute, "gemm") if compute >= memory else (memory, "copy")
+
+
+def measure_ceilings(device: torch.device) -> Ceilings:
+    """Medians of several calls; takes about a second."""
+    on_gpu = device.type == "cuda"
+    sizes = {torch.float32: 4096, torch.bfloat16: 8192} if on_gpu else {torch.float32: 1536, torch.bfloat16: 1536}
+    if not on_gpu and not cpu_has_bf16():
+        del sizes[torch.bfloat16]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def median(run: Callable[[], object]) -> float:
+        return interleave({"": run}, 20 if on_gpu else 7, warmup=2)[""].median
+
+    gemm = {}
+    for dtype, n in sizes.items():
+        a, b = (randn(generator, n, n, dtype=dtype) for _ in range(2))
+        gemm[dtype_name(dtype)] = 2 * n**3 / median(partial(torch.mm, a, b))
+    size = 2**31 if on_gpu else 2**28
+    source = torch.rand(size // 4, generator=generator, device=device)
+    seconds = median(partial(torch.empty_like(source).copy_, source))
+    words = ", ".join(f"{dtype_name(dtype)} GEMM {n}x{n}x{n}" for dtype, n in sizes.items())
+    return Ceilings(gemm, 2 * size / seconds, f"{words}; copy of {size >> 20} MiB")
+
+
+# Measuring a case
+
+
+@dataclass
+class Result:
+    """What was measured of a case: the record for JSON, the seconds per call in every round by variant, and why the
+    others have none: `wrong` where they should have, `missing` where they cannot be had here."""
+
+    record: dict[str, Any]
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def note_failure(self, name: str, variant: Variant | str, error: Exception) -> None:
+        """A peer that fails counts as missing; ours counts as wrong."""
+        ours = isinstance(variant, Variant) and variant.ours
+        reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        (self.wrong if ours else self.missing)[name] = reason
+
+
+def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Result:
+    """Verify and time a case's variants.
+
+    Raises:
+        ValueError: its workload has other variants than the case names.
+    """
+    workload = case.build()
+    try:
+        if tuple(workload.variants) != case.variants:
+            raise ValueError(f"{case.title} builds {tuple(workload.variants)}; expected {case.variants}")
+        result = Result({"group": case.group, "case": case.name, "size": case.size})
+        runs, errors = _verify(workload, result)
+        before, repeats = gpu_state(), _time(case, workload, runs, result, device)
+        result.record |= {
+            "dtype": dtype_name(workload.dtype),
+            "clock": "CUDA events or host clock" if device.type == "cuda" else "host clock",
+            "variants": [_entry(workload, name, result, errors, repeats, ceilings) for name in result.rounds],
+            "wrong": [{"name": name, "reason": reason} for name, reason in result.wrong.items()],
+            "missing": [{"name": name, "reason": reason} for name, reason in result.missing.items()],
+            "gpu_before": before,
+            "gpu_after": gpu_state(),
+            "load_average": load_average(),
+        }
+        return result
+    finally:
+        workload.clean_up()
+        del workload
+        gc.collect()
+        torch._dynamo.reset()  # one function compiled for many cases would reach dynamo's limit of recompilations
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _entry(
+    workload: Workload,
+    name: str,
+    result: Result,
+    errors: Mapping[str, tuple[float, float]],
+    repeats: Mapping[str, int],
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    """A variant's record."""
+    variant, baseline = workload.variants[name], next(iter(workload.variants))
+    assert isinstance(variant, Variant)
+    timing, base = Timing.of(result.rounds[name]), result.rounds.get(baseline)
+    cost = variant.cost or workload.cost
+    floor = ceilings.floor(cost, workload.dtype)
+    return {
+        "name": name,
+        "baseline": name == baseline,
+        "ours": variant.ours,
+        "seconds": timing.as_dict(),
+        "calls_per_round": repeats[name],
+        "ratio": base and timing.median / Timing.of(base).median,
+        "error": errors[name][0],
+        "allowed_error": errors[name][1],
+        "images_per_second": workload.images and workload.images / timing.median,
+        "flops": cost and cost.flops,
+        "bytes": cost and cost.bytes_moved,
+        "floor_seconds": floor and floor[0],
+        "bound_by": floor and floor[1],
+        "share_of_ceiling": floor and floor[0] / timing.median,
+        "note": variant.note,
+    }
+
+
+def _verify(workload: Workload, result: Result) -> tuple[dict[str, Run], dict[str, tuple[float, float]]]:
+    """The runs found right, and their (error, allowed error); the others are noted in the result."""
+    runs: dict[str, Run] = {}
+    found: dict[str, tuple[float, float]] = {}
+    shared: Sequence[Tensor] | None = None
+    allowed: list[float] | None = None
+    at_most = workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]
+    baseline = next(iter(workload.variants))
+    for name, variant in workload.variants.items():
+        if isinstance(variant, str):
+            result.missing[name] = variant
+            continue
+        try:
+            run = variant.make()
+            outputs = run(workload.inputs()) if variant.check is None else variant.check(run, workload.inputs())
+        except Exception as error:  # of any package or compiler: reported, and the run continues
+            result.note_failure(name, variant, error)
+            continue
+        if variant.expected is not None:
+            expected = variant.expected(workload.inputs())
+        else:
+            assert workload.expected is not None
+            expected = shared = workload.expected(workload.inputs()) if shared is None else shared
+        errors = relative_errors(outputs, expected)
+        del outputs
+        # Plain PyTorch's own errors set the limits for all others, if it is right.
+        limits = allowed or [at_most] * len(errors)
+        worst = max(range(len(errors)), key=lambda i: errors[i] / limits[i])
+        if errors[worst] <= limits[worst]:
+            runs[name], found[name] = run, (errors[worst], limits[worst])
+            if name == baseline and workload.tolerance is None:
+                allowed = allowed_errors(errors, workload.dtype)
+        else:
+            result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {limits[worst]:.2g}"
+    return runs, found
+
+
+def allowed_errors(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
+    """The relative errors allowed: twice plain PyTorch's in the same dtype plus half an ulp, or in fp32 16 ulps, enough
+    for another order of summation and another exponential, but not for TF32."""
+    floor = torch.finfo(dtype).eps * (0.5 if dtype.itemsize == 2 else 16)
+    return [2 * error + floor for error in plain]
+
+
+def relative_errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of every output; infinite where it is not a number, or of another shape, or missing."""
+    if len(outputs) != len(expected):
+        return [math.inf] * len(expected)
+    errors = [relative_error(a, e) if a.shape == e.shape else math.inf for a, e in zip(outputs, expected, strict=True)]
+    return [math.inf if math.isnan(error) else error for error in errors]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of the expected tensor, or the plain norm where that is zero."""
+    wide = expected.double()
+    norm = torch.linalg.vector_norm(wide).item()
+    return torch.linalg.vector_norm(actual.to(wide.device).double() - wide).item() / (norm or 1.0)
+
+
+def _time(
+    case: Case, workload: Workload, runs: Mapping[str, Run], result: Result, device: torch.device
+) -> dict[str, int]:
+    """Leave the seconds per call and round in the result; return calls per round."""
+    inputs = workload.inputs()
+    calls = {name: partial(run, inputs) for name, run in runs.items()}
+    first = {}
+    for name, call in calls.items():
+        try:
+            first[name] = timed(call)
+        except Exception as error:  # memory that sufficed to verify one after the other, for example
+            result.note_failure(name, workload.variants[name], error)
+    if not first:
+        return {}
+    if device.type == "cuda":
+        short = max(first.values()) < SHORT_SECONDS
+        repeats = {name: max(1, int(BENCH_MILLISECONDS / 1e3 / s)) if short else 1 for name, s in first.items()}
+        clocks = {name: partial(_gpu_seconds if short else timed, calls[name]) for name in first}
+    else:
+        repeats = {name: min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / s))) for name, s in first.items()}
+        clocks = {name: partial(timed, calls[name], repeats[name]) for name in first}
+    total = sum(first[name] * repeats[name] for name in first)
+    rounds = case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
+    result.rounds = record(clocks, rounds)
+    return repeats
+
+
+# The results file
+
+
+class Recorder:
+    """Measures cases, each once, and writes the results file after every one.
+
+    Args:
+        path: of the file; None writes none.
+        append: keep the cases of an existing file, except those measured again.
+        time_limit: seconds from now after which no case is started.
+        ceilings: what measures them.
+
+    Raises:
+        ValueError: the file to append to is of another format or another machine.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        append: bool = False,
+        time_limit: float = math.inf,
+        ceilings: Callable[[torch.device], Ceilings] = measure_ceilings,
+    ) -> None:
+        self.path, self._measure_ceilings = path, ceilings
+        self._started, self._time_limit = time.monotonic(), time_limit
+        self.results: dict[str, Result | Exception] = {}
+        here = environment()
+        self._content: dict[str, Any] = {"format": FORMAT, "environment": here, "sessions": [], "cases": []}
+        if append and path is not None and path.exists():
+            self._content = read_json(path)
+            if self._content.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {self._content.get('format')!r}; allowed: {FORMAT}")
+            for name in ("commit", "cpu", "gpus", "torch"):
+                there = self._content["environment"].get(name)
+                if there != here[name]:
+                    raise ValueError(f"{path} holds results of {name} {there}, here it is {here[name]}; name another")
+        self.session: dict[str, Any] = {"started": now(), "finished": None, "command": here["command"]}
+        self.session |= {"load_average": here["load_average"], "ceilings": None, "ceilings_after": None}
+        self.session["not_measured"] = []
+        self._content["sessions"].append(self.session)
+        self._ceilings: Ceilings | None = None
+
+    def measure(self, case: Case) -> Result | None:
+        """The case's result, measured at the first call; None where time is out; raises what building it raised, at
+        every call."""
+        result = self.results.get(case.title)
+        if result is None:
+            if time.monotonic() - self._started > self._time_limit:
+                self._skip(case, f"not started within the time limit of {self._time_limit:g} s")
+                return None
+            result = self.results[case.title] = self._measure(case)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _measure(self, case: Case) -> Result | Exception:
+        if self._ceilings is None:
+            self._ceilings = self._measure_ceilings(DEVICE)
+            self.session["ceilings"] = asdict(self._ceilings)
+        try:
+            result = measure(case, self._ceilings)
+        except Exception as error:
+            self._skip(case, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            return error
+        result.record["session"] = len(self._content["sessions"]) - 1
+        key = ("group", "case", "size")
+        others = [c for c in self._content["cases"] if any(c[name] != result.record[name] for name in key)]
+        self._content["cases"] = [*others, result.record]
+        self._write()
+        return result
+
+    def _skip(self, case: Case, reason: str) -> None:
+        entry = {"case": case.title, "reason": reason}
+        if entry not in self.session["not_measured"]:
+            self.session["not_measured"].append(entry)
+            self._write()
+
+    def finish(self) -> None:
+        """Measure the ceilings again, and close the session, if anything was measured."""
+        if self._ceilings is not None:
+            self.session["ceilings_after"] = asdict(self._measure_ceilings(DEVICE))
+            self.session["finished"] = now()
+            self._write()
+
+    def _write(self) -> None:
+        if self.path is not None:
+            write_json(self.path, self._content)
+
+    def summary(self) -> Iterator[str]:
+        """What pytest-benchmark's table does not say, line by line."""
+        results = {title: result for title, result in self.results.items() if isinstance(result, Result)}
+        for title, result in results.items():
+            yield title
+            for variant in result.record["variants"]:
+                ratio, share = variant["ratio"], variant["share_of_ceiling"]
+                parts = [f"{variant['seconds']['median'] * 1e3:10.4f} ms", "" if ratio is None else f"x{ratio:.3f}"]
+                parts.append("" if share is None else f"{share:.0%} of {variant['bound_by']}")
+                yield f"  {variant['name']:44s} {' '.join(parts)}  error {variant['error']:.1e}"
+            yield from (f"  {name}: {reason}" for name, reason in result.wrong.items())
+        for (name, reason), count in Counter(m for r in results.values() for m in r.missing.items()).items():
+            yield f"missing in {plural(count, 'case')}: {name}: {reason}"
+        yield from (f"not measured: {entry['case']}: {entry['reason']}" for entry in self.session["not_measured"])
+        yield f"ceilings: {self.session['ceilings']}"

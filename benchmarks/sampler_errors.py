@@ -1,0 +1,186 @@
+"""What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
+how far their samples are from the true ones, what settings cost, and which are worth having."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import ddt_fast
+import ddt_kernels
+from benchmarks.harness import relative_error
+from ddt_fast import SamplingConfig, load_model
+from ddt_fast.command import CommandParser
+from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.generation.seeds import assign_labels
+from ddt_fast.model import FusedDDT
+from ddt_fast.presets import PRESETS
+from ddt_fast.sampling import Sampler, SamplingPlan
+from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
+
+SIZE, BATCH = 8, 256
+"""Side of the digits in pixels; samples drawn at a time."""
+
+PUBLISHED = PRESETS["xl2_256"].sampling
+BASE = replace(PUBLISHED, last_step=None)
+"""Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone."""
+
+MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
+"""Names of `sample_errors`, and what tables call them."""
+
+
+class DigitsRuns:
+    """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
+
+    Args:
+        num_samples: of every run; scores need 65 or more.
+        keep: as `kept_samples` returns it: samples are written there, and read instead of drawn again.
+    """
+
+    def __init__(self, num_samples: int, keep: Path | None = None) -> None:
+        # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
+        self.model, self.num_samples, self._keep = digits_model(), num_samples, keep
+        self.labels = assign_labels(num_samples, self.model.config.num_classes)
+        self.noise, _ = seeded_noise(range(num_samples), (self.model.config.in_channels, SIZE, SIZE))
+
+    def __call__(self, config: SamplingConfig) -> Tensor:
+        """The samples, (num_samples, 1, 8, 8) float32."""
+        starts = range(0, self.num_samples, BATCH)
+        return torch.cat([self._batch(config, start, min(start + BATCH, self.num_samples)) for start in starts])
+
+    def _batch(self, config: SamplingConfig, start: int, end: int) -> Tensor:
+        file = None
+        if self._keep is not None:
+            settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
+            file = self._keep / f"{settings}_{start}_{end}.safetensors"
+            if file.is_file():
+                return load_file(file)["samples"]
+        sampler = Sampler(self.model, config, end - start, SIZE, SIZE)
+        samples = sampler(self.noise[start:end], self.labels[start:end])
+        if file is not None:
+            with atomic_file(file) as temporary:
+                save_file({"samples": samples}, temporary)
+        return samples
+
+    def score(self, samples: Tensor) -> DigitsScore:
+        """Of samples that a run drew."""
+        return score_digits(samples, self.labels)
+
+    def flops(self, plan: SamplingPlan) -> int:
+        """Per image, of the digits model itself."""
+        return plan.flops(self.model.config, SIZE, SIZE)
+
+
+def digits_model() -> FusedDDT:
+    """The trained model in the package, in float32 on the CPU."""
+    return FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT))
+
+
+def sample_errors(samples: Tensor, truth: Tensor) -> dict[str, float]:
+    """Relative L2 distances of samples (N, C, H, W) from the true ones.
+
+    error: of all samples as one vector. One that lies near a fork and goes another way outweighs hundreds.
+    error_median, error_p90: of each sample by itself, the median and the 90% quantile.
+    """
+    off = (samples - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    median, p90 = off.quantile(torch.tensor([0.5, 0.9])).tolist()
+    return {"error": relative_error(samples, truth), "error_median": median, "error_p90": p90}
+
+
+def xl2_tflop(config: SamplingConfig) -> float:
+    """TFLOP per image that these settings take at XL/2, 256 px."""
+    preset = PRESETS["xl2_256"]
+    return SamplingPlan.from_config(config).flops(preset.model, preset.data.sample_size, preset.data.sample_size) / 1e12
+
+
+def label(config: SamplingConfig) -> str:
+    """Settings in a few words."""
+    words = ["Euler" if config.solver == "euler" else f"multistep {config.order}", f"{config.num_steps} steps"]
+    if config.refresh_every > 1:
+        words.append(f"K {config.refresh_every} {config.state_forecast}")
+    if config.guidance_every > 1:
+        words.append(f"M {config.guidance_every} {config.guidance_forecast}")
+    return ", ".join(words)
+
+
+def kept_samples(folder: str | None) -> Path | None:
+    """The part of the folder of --keep that holds what this code draws; None without one. Samples depend on the two
+    packages' files, the weights among them, and on PyTorch: another version of any is another part."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (ddt_fast, ddt_kernels):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*")):
+            if file.suffix in (".py", ".safetensors", ".json"):
+                digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return output_folder(Path(folder) / digest.hexdigest()[:16])
+
+
+def command_parser(name: str, description: str | None) -> CommandParser:
+    """With the options that all three commands have."""
+    parser = CommandParser(prog=f"python -m benchmarks.{name}", description=(description or "").splitlines()[0])
+    parser.add_argument("--output-dir", default="benchmarks/results")
+    parser.add_argument("--keep", help="folder in which samples are kept, for a command that was stopped to continue")
+    return parser
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write an object as JSON, an item of a list a line, floats rounded to 5 significant digits."""
+    lines = []
+    for name, value in json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}")).items():
+        items = value if isinstance(value, list) else []
+        text = "[\n  " + ",\n  ".join(map(json.dumps, items)) + "\n ]" if items else json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    with atomic_file(path) as file:
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
+
+
+def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
+    """The Pareto front: the points, by number and ascending cost, that no other beats."""
+    return _ahead(costs, losses, 1.0)
+
+
+def near_front(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
+    """The points, by number and ascending cost, that lose less than `factor` times the least of those that cost at most
+    as much, and the front."""
+    return sorted({*_ahead(costs, losses, factor), *front(costs, losses)}, key=lambda i: (costs[i], losses[i], i))
+
+
+def _ahead(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
+    """Points that lose less than `factor` times the least of those before them, in order of cost."""
+    chosen, least = [], float("inf")
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
+        if losses[i] < factor * least:
+            chosen.append(i)
+        least = min(least, losses[i])
+    return chosen
+
+
+def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
+    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
+    other = (costs[point], losses[point])
+    pairs = list(zip(costs, losses, strict=True))
+    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
+
+
+def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
+    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
+    affords nothing. A tolerance of 1 buys the last percent at any price."""
+    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
+    least = min((losses[i] for i in affordable), default=0.0)
+    enough = (i for i in affordable if losses[i] <= tolerance * least)
+    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)
