@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +17,8 @@ from pipeline_cases import latent_folder
 
 gradio = pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 gradio_client = pytest.importorskip("gradio_client")
+
+import httpx  # noqa: E402
 
 from ddt_fast.demo import drawing  # noqa: E402
 from ddt_fast.demo.page import CONCURRENT, Demo  # noqa: E402
