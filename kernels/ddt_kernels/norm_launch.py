@@ -176,22 +176,8 @@ def launch_backward(
         norm_modulate_backward_kernel,
         (B * splits,),
         like.device,
-        *(
-            grad_residual,
-            grad_y,
-            x,
-            branch,
-            gate,
-            weight,
-            scale,
-            grad_x,
-            grad_branch,
-            grad_gate,
-            grad_scale,
-            sum_shift,
-            sum_scale,
-            sum_gate,
-        ),
+        *(grad_residual, grad_y, x, branch, gate, weight, scale),
+        *(grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
         *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
         C=C,
         MAIN=config.main,
@@ -208,10 +194,7 @@ def launch_backward(
         sum_weight = like.new_empty((B, C), dtype=torch.float32) if weighted else None
         sums, gradients = (sum_shift, sum_scale, sum_gate), (grad_shift, grad_scale, grad_gate, sum_weight)
         _launch_modulation_gradients(like.shape, like.device, norm, splits, weight, scale, sums, gradients)
-    grad_weight = None
-    if weight is not None:
-        assert sum_weight is not None
-        grad_weight = sum_weight.sum(0).to(weight.dtype)
+    grad_weight = None if weight is None or sum_weight is None else sum_weight.sum(0).to(weight.dtype)
     return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
 
 
