@@ -20,7 +20,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
     return [
         {
             "variant": name,
-            "seconds": timing.as_dict(),
+            "seconds": asdict(timing),
             "of_reference": timing.median / timings[REFERENCE].median,
             "relative_error": errors[name],
             "first_call_seconds": first_seconds[name],
@@ -190,12 +190,12 @@ class SamplingRuns:
                     "encoder_evaluations": plan.encoder_evaluations,
                     "tflop_per_image": plan.flops(self.reference.config, self.size, self.size) / 1e12,
                     "parts": [
-                        {"part": part, "count": count, "seconds": own[part].as_dict()}
+                        {"part": part, "count": count, "seconds": asdict(own[part])}
                         for part, count in costs.counts.items()
                     ],
                 }
             )
-        return {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": settings}
+        return {"published": {"seconds_per_image": published, "step": asdict(step)}, "settings": settings}
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The table "runs"."""

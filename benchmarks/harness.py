@@ -5,7 +5,7 @@
   wrong gets no time.
 - Timed: the variants take turns, so that whatever else the machine does falls on all of them alike, and the median
   counts. On a GPU short calls are timed by `triton.testing.do_bench` (CUDA events, the L2 cache cleared before every
-  call), long ones by the host's clock, launches included.
+  call), long ones by PyTorch's `timer` on the host's clock, launches included.
 - Ceilings: a large GEMM and a large copy, measured in the same run.
 
 The results file is described in README.md.
@@ -20,12 +20,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 from benchmarks.environment import environment, gpu_state, load_average, now
 from ddt_fast.device import cpu_has_bf16
@@ -105,7 +106,7 @@ class Workload:
     Attributes:
         inputs: of a call; the same at every call.
         variants: by name, the baseline first; a string is the reason why that one is missing here.
-        expected: the right result, in higher precision; None where every variant has its own.
+        expected: the right result, in higher precision.
         dtype: what the work is done in.
         cost: of one call, for the roofline.
         images: that one call makes or reads.
@@ -115,7 +116,7 @@ class Workload:
 
     inputs: Callable[[], Inputs]
     variants: Mapping[str, Variant | str]
-    expected: Run | None
+    expected: Run
     dtype: torch.dtype
     cost: Cost | None = None
     images: int | None = None
@@ -207,26 +208,16 @@ class Timing:
         lower, median, upper = quartiles
         return cls(median, lower, upper, min(seconds), max(seconds), len(seconds))
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def timed(run: Callable[[], object], repeats: int = 1) -> float:
     """Seconds per call on the host's clock, the device's work included."""
-    _synchronize()
-    started = time.perf_counter()
+    started = timer()
     for _ in range(repeats):
         run()
-    _synchronize()
-    return (time.perf_counter() - started) / repeats
+    return (timer() - started) / repeats
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _gpu_seconds(run: Callable[[], object]) -> float:
+def gpu_seconds(run: Callable[[], object]) -> float:
     """Median seconds of a short call on the GPU, which finds nothing in its L2 cache."""
     from triton.testing import do_bench
 
@@ -234,51 +225,16 @@ def _gpu_seconds(run: Callable[[], object]) -> float:
     return milliseconds / 1e3
 
 
-def record(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """What every clock reads in each of `rounds` rounds, in which they take turns."""
-    seconds: dict[Key, list[float]] = {name: [] for name in clocks}
-    for _ in range(rounds):
-        for name, clock in clocks.items():
-            seconds[name].append(clock())
-    return seconds
+def take_turns(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What every clock reads in each round."""
+    readings = [{name: clock() for name, clock in clocks.items()} for _ in range(rounds)]
+    return {name: [reading[name] for reading in readings] for name in clocks}
 
 
 def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, Timing]:
     """Times runs in turn on the host's clock, after `warmup` rounds that do not count."""
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    readings = record({name: partial(timed, run) for name, run in runs.items()}, rounds)
-    return {name: Timing.of(seconds) for name, seconds in readings.items()}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes above what was allocated before: what was left when the call returned, its result alive, and the peak."""
-
-    kept: int
-    peak: int
-
-
-def measure_memory(run: Callable[[], object], device: torch.device) -> Memory:
-    """Call `run` once and follow PyTorch's allocator, compiled functions' allocations included."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = run()
-        kept, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
-        del result
-        return Memory(kept, peak)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    now = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return Memory(now, peak)
+    readings = take_turns({name: partial(timed, run) for name, run in runs.items()}, warmup + rounds)
+    return {name: Timing.of(seconds[warmup:]) for name, seconds in readings.items()}
 
 
 @dataclass(frozen=True)
@@ -300,23 +256,22 @@ class Ceilings:
         return (compute, "gemm") if compute >= memory else (memory, "copy")
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Medians of several calls; takes about a second."""
-    on_gpu = device.type == "cuda"
-    sizes = {torch.float32: 4096, torch.bfloat16: 8192} if on_gpu else {torch.float32: 1536, torch.bfloat16: 1536}
-    if not on_gpu and not cpu_has_bf16():
-        del sizes[torch.bfloat16]
-    generator = torch.Generator(device).manual_seed(0)
+def measure_ceilings() -> Ceilings:
+    """Medians of several calls on DEVICE; takes about a second."""
+    sizes = {torch.float32: 4096, torch.bfloat16: 8192} if ON_GPU else {torch.float32: 1536}
+    if not ON_GPU and cpu_has_bf16():
+        sizes[torch.bfloat16] = 1536
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def median(run: Callable[[], object]) -> float:
-        return interleave({"": run}, 20 if on_gpu else 7, warmup=2)[""].median
+        return interleave({"": run}, 20 if ON_GPU else 7, warmup=2)[""].median
 
     gemm = {}
     for dtype, n in sizes.items():
         a, b = (randn(generator, n, n, dtype=dtype) for _ in range(2))
         gemm[dtype_name(dtype)] = 2 * n**3 / median(partial(torch.mm, a, b))
-    size = 2**31 if on_gpu else 2**28
-    source = torch.rand(size // 4, generator=generator, device=device)
+    size = 2**31 if ON_GPU else 2**28
+    source = torch.rand(size // 4, generator=generator, device=DEVICE)
     seconds = median(partial(torch.empty_like(source).copy_, source))
     words = ", ".join(f"{dtype_name(dtype)} GEMM {n}x{n}x{n}" for dtype, n in sizes.items())
     return Ceilings(gemm, 2 * size / seconds, f"{words}; copy of {size >> 20} MiB")
@@ -335,11 +290,14 @@ class Result:
     wrong: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def note_failure(self, name: str, variant: Variant | str, error: Exception) -> None:
+    def note_failure(self, name: str, ours: bool, error: Exception) -> None:
         """A peer that fails counts as missing; ours counts as wrong."""
-        ours = isinstance(variant, Variant) and variant.ours
-        reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        (self.wrong if ours else self.missing)[name] = reason
+        (self.wrong if ours else self.missing)[name] = f"failed: {words_of(error)}"
+
+
+def words_of(error: Exception) -> str:
+    """On one line, cut where it is long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Result:
@@ -353,12 +311,17 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
         if tuple(workload.variants) != case.variants:
             raise ValueError(f"{case.title} builds {tuple(workload.variants)}; expected {case.variants}")
         result = Result({"group": case.group, "case": case.name, "size": case.size})
-        runs, errors = _verify(workload, result)
-        before, repeats = gpu_state(), _time(case, workload, runs, result, device)
+        right = _verify(workload, result)
+        before = gpu_state()
+        repeats = _time(case, workload, {name: run for name, (run, *_) in right.items()}, result, device)
         result.record |= {
             "dtype": dtype_name(workload.dtype),
             "clock": "CUDA events or host clock" if device.type == "cuda" else "host clock",
-            "variants": [_entry(workload, name, result, errors, repeats, ceilings) for name in result.rounds],
+            "variants": [
+                _entry(workload, name, result, ceilings)
+                | {"error": right[name][1], "allowed_error": right[name][2], "calls_per_round": repeats[name]}
+                for name in result.rounds
+            ],
             "wrong": [{"name": name, "reason": reason} for name, reason in result.wrong.items()],
             "missing": [{"name": name, "reason": reason} for name, reason in result.missing.items()],
             "gpu_before": before,
@@ -375,47 +338,34 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
             torch.cuda.empty_cache()
 
 
-def _entry(
-    workload: Workload,
-    name: str,
-    result: Result,
-    errors: Mapping[str, tuple[float, float]],
-    repeats: Mapping[str, int],
-    ceilings: Ceilings,
-) -> dict[str, Any]:
-    """A variant's record."""
+def _entry(workload: Workload, name: str, result: Result, ceilings: Ceilings) -> dict[str, Any]:
+    """What a variant's record says of its time."""
     variant, baseline = workload.variants[name], next(iter(workload.variants))
     assert isinstance(variant, Variant)
     timing, base = Timing.of(result.rounds[name]), result.rounds.get(baseline)
     cost = variant.cost or workload.cost
-    floor = ceilings.floor(cost, workload.dtype)
+    floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)
     return {
         "name": name,
         "baseline": name == baseline,
         "ours": variant.ours,
-        "seconds": timing.as_dict(),
-        "calls_per_round": repeats[name],
+        "seconds": asdict(timing),
         "ratio": base and timing.median / Timing.of(base).median,
-        "error": errors[name][0],
-        "allowed_error": errors[name][1],
         "images_per_second": workload.images and workload.images / timing.median,
         "flops": cost and cost.flops,
         "bytes": cost and cost.bytes_moved,
-        "floor_seconds": floor and floor[0],
-        "bound_by": floor and floor[1],
-        "share_of_ceiling": floor and floor[0] / timing.median,
+        "floor_seconds": floor,
+        "bound_by": bound,
+        "share_of_ceiling": floor and floor / timing.median,
         "note": variant.note,
     }
 
 
-def _verify(workload: Workload, result: Result) -> tuple[dict[str, Run], dict[str, tuple[float, float]]]:
-    """The runs found right, and their (error, allowed error); the others are noted in the result."""
-    runs: dict[str, Run] = {}
-    found: dict[str, tuple[float, float]] = {}
-    shared: Sequence[Tensor] | None = None
-    allowed: list[float] | None = None
-    at_most = workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]
-    baseline = next(iter(workload.variants))
+def _verify(workload: Workload, result: Result) -> dict[str, tuple[Run, float, float]]:
+    """The runs found right, with their error and the one allowed; the others are noted in the result."""
+    right: dict[str, tuple[Run, float, float]] = {}
+    expected_of = cache(lambda run: run(workload.inputs()))
+    limits: list[float] = []
     for name, variant in workload.variants.items():
         if isinstance(variant, str):
             result.missing[name] = variant
@@ -424,25 +374,20 @@ def _verify(workload: Workload, result: Result) -> tuple[dict[str, Run], dict[st
             run = variant.make()
             outputs = run(workload.inputs()) if variant.check is None else variant.check(run, workload.inputs())
         except Exception as error:  # of any package or compiler: reported, and the run continues
-            result.note_failure(name, variant, error)
+            result.note_failure(name, variant.ours, error)
             continue
-        if variant.expected is not None:
-            expected = variant.expected(workload.inputs())
-        else:
-            assert workload.expected is not None
-            expected = shared = workload.expected(workload.inputs()) if shared is None else shared
-        errors = relative_errors(outputs, expected)
+        errors = relative_errors(outputs, expected_of(variant.expected or workload.expected))
         del outputs
-        # Plain PyTorch's own errors set the limits for all others, if it is right.
-        limits = allowed or [at_most] * len(errors)
-        worst = max(range(len(errors)), key=lambda i: errors[i] / limits[i])
-        if errors[worst] <= limits[worst]:
-            runs[name], found[name] = run, (errors[worst], limits[worst])
-            if name == baseline and workload.tolerance is None:
-                allowed = allowed_errors(errors, workload.dtype)
-        else:
-            result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {limits[worst]:.2g}"
-    return runs, found
+        allowed = limits or [workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]] * len(errors)
+        worst = max(range(len(errors)), key=lambda i: errors[i] / allowed[i])
+        if errors[worst] > allowed[worst]:
+            result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {allowed[worst]:.2g}"
+            continue
+        right[name] = run, errors[worst], allowed[worst]
+        if name == next(iter(workload.variants)) and workload.tolerance is None:
+            # Plain PyTorch's own errors set the limits for all others, if it is right.
+            limits = allowed_errors(errors, workload.dtype)
+    return right
 
 
 def allowed_errors(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
@@ -454,9 +399,9 @@ def allowed_errors(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
 
 def relative_errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Of every output; infinite where it is not a number, or of another shape, or missing."""
-    if len(outputs) != len(expected):
+    if [a.shape for a in outputs] != [e.shape for e in expected]:
         return [math.inf] * len(expected)
-    errors = [relative_error(a, e) if a.shape == e.shape else math.inf for a, e in zip(outputs, expected, strict=True)]
+    errors = map(relative_error, outputs, expected)
     return [math.inf if math.isnan(error) else error for error in errors]
 
 
@@ -478,19 +423,20 @@ def _time(
         try:
             first[name] = timed(call)
         except Exception as error:  # memory that sufficed to verify one after the other, for example
-            result.note_failure(name, workload.variants[name], error)
+            variant = workload.variants[name]
+            result.note_failure(name, isinstance(variant, Variant) and variant.ours, error)
     if not first:
         return {}
     if device.type == "cuda":
         short = max(first.values()) < SHORT_SECONDS
         repeats = {name: max(1, int(BENCH_MILLISECONDS / 1e3 / s)) if short else 1 for name, s in first.items()}
-        clocks = {name: partial(_gpu_seconds if short else timed, calls[name]) for name in first}
+        clocks = {name: partial(gpu_seconds if short else timed, calls[name]) for name in first}
     else:
         repeats = {name: min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / s))) for name, s in first.items()}
         clocks = {name: partial(timed, calls[name], repeats[name]) for name in first}
     total = sum(first[name] * repeats[name] for name in first)
     rounds = case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
-    result.rounds = record(clocks, rounds)
+    result.rounds = take_turns(clocks, rounds)
     return repeats
 
 
@@ -515,7 +461,7 @@ class Recorder:
         path: Path | None,
         append: bool = False,
         time_limit: float = math.inf,
-        ceilings: Callable[[torch.device], Ceilings] = measure_ceilings,
+        ceilings: Callable[[], Ceilings] = measure_ceilings,
     ) -> None:
         self.path, self._measure_ceilings = path, ceilings
         self._started, self._time_limit = time.monotonic(), time_limit
@@ -551,12 +497,12 @@ class Recorder:
 
     def _measure(self, case: Case) -> Result | Exception:
         if self._ceilings is None:
-            self._ceilings = self._measure_ceilings(DEVICE)
+            self._ceilings = self._measure_ceilings()
             self.session["ceilings"] = asdict(self._ceilings)
         try:
             result = measure(case, self._ceilings)
         except Exception as error:
-            self._skip(case, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._skip(case, words_of(error))
             return error
         result.record["session"] = len(self._content["sessions"]) - 1
         key = ("group", "case", "size")
@@ -574,7 +520,7 @@ class Recorder:
     def finish(self) -> None:
         """Measure the ceilings again, and close the session, if anything was measured."""
         if self._ceilings is not None:
-            self.session["ceilings_after"] = asdict(self._measure_ceilings(DEVICE))
+            self.session["ceilings_after"] = asdict(self._measure_ceilings())
             self.session["finished"] = now()
             self._write()
 
