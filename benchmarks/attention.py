@@ -66,7 +66,7 @@ def compare(device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int)
             ratio = median and f"{median / fastest:.2f}{' (auto)' * (name == chosen)}"
             row += [median and f"{1e6 * median:.1f}", ratio]
         rows.append([*row, columns[0][name][1]])
-    return table(["backend", "forward, µs", "ratio", "forward + backward, µs", "ratio", "error"], rows), reasons
+    return table("backend | forward, µs | ratio | forward + backward, µs | ratio | error", rows), reasons
 
 
 def main(arguments: list[str] | None = None) -> None:

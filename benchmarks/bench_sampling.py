@@ -18,7 +18,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, DTYPE, NEEDS_GPU, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
 from benchmarks.models import PUBLISHED, lively_std, published_run, random_model
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
@@ -80,7 +80,7 @@ class Runs:
 
     def variant(self, name: str) -> Variant | str:
         if name.endswith("CUDA graphs") and not ON_GPU:
-            return NEEDS_GPU
+            return "needs an NVIDIA GPU"
         weights = sum(p.numel() * p.element_size() for p in self.reference.parameters())
         setting = "refresh 1" if name == BASELINE else name.split(", ")[1]
         plan = SamplingPlan.from_config(self.settings(setting))

@@ -38,22 +38,16 @@ FORMAT = 1
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-NEEDS_GPU = "needs an NVIDIA GPU"
 
+# Relative error, by the bytes of an element, above which plain PyTorch itself counts as wrong.
 MAX_BASELINE_ERROR = {2: 0.1, 4: 1e-3, 8: 1e-6}
-"""Relative error, by the bytes of an element, above which plain PyTorch itself counts as wrong."""
-
+# On a CPU calls are repeated until one timing takes as long, so that reading the clock costs nothing beside it.
 MIN_SECONDS, MAX_REPEATS = 1e-3, 50
-"""On a CPU calls are repeated until one timing takes as long, so that reading the clock costs nothing beside it."""
-
+# Calls that `do_bench` times, and for how long in every round.
 SHORT_SECONDS, BENCH_MILLISECONDS = 0.02, 10
-"""Calls that `do_bench` times, and for how long in every round."""
-
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
-Run = Callable[["Inputs"], Sequence[Tensor]]
-"""Does the work once and returns what is verified."""
-
+Run = Callable[["Inputs"], Sequence[Tensor]]  # does the work once and returns what is verified
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -80,68 +74,43 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do a case's work.
+    """One way to do a case's work."""
 
-    Attributes:
-        make: prepares the run (imports, compilation); not timed.
-        ours: it is this repository's; otherwise a peer, which may not work on this machine.
-        check: what to compare, given what was made and inputs; None compares what the timed run returns.
-        expected: the right result, where it differs from the case's.
-        cost: where it differs from the case's.
-        note: for the results.
-    """
-
-    make: Callable[[], Any]
-    ours: bool = False
-    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = None
-    expected: Run | None = None
-    cost: Cost | None = None
-    note: str = ""
+    make: Callable[[], Any]  # prepares the run (imports, compilation); not timed
+    ours: bool = False  # this repository's; otherwise a peer, which may not work on this machine
+    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = (
+        None  # of what was made; None: compare what the run returns
+    )
+    expected: Run | None = None  # the right result, where it differs from the case's
+    cost: Cost | None = None  # where it differs from the case's
+    note: str = ""  # for the results
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A case with its tensors.
+    """A case with its tensors."""
 
-    Attributes:
-        inputs: of a call; the same at every call.
-        variants: by name, the baseline first; a string is the reason why that one is missing here.
-        expected: the right result, in higher precision.
-        dtype: what the work is done in.
-        cost: of one call, for the roofline.
-        images: that one call makes or reads.
-        tolerance: largest relative error allowed; None: as `allowed_errors`.
-        clean_up: called when the case is over.
-    """
-
-    inputs: Callable[[], Inputs]
-    variants: Mapping[str, Variant | str]
-    expected: Run
-    dtype: torch.dtype
-    cost: Cost | None = None
-    images: int | None = None
-    tolerance: float | None = None
-    clean_up: Callable[[], object] = lambda: None
+    inputs: Callable[[], Inputs]  # of a call; the same at every call
+    variants: Mapping[str, Variant | str]  # by name, the baseline first; a string: why that one is missing here
+    expected: Run  # the right result, in higher precision
+    dtype: torch.dtype  # what the work is done in
+    cost: Cost | None = None  # of one call, for the roofline
+    images: int | None = None  # that one call makes or reads
+    tolerance: float | None = None  # largest relative error allowed; None: as `allowed_errors`
+    clean_up: Callable[[], object] = lambda: None  # called when the case is over
 
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work to be measured.
+    """A piece of work to be measured."""
 
-    Attributes:
-        group: "kernels", "model", ...
-        variants: names of those that `build` makes, the baseline's first.
-        seconds: that timing should take in all.
-        rounds: None: as many as the time allows, 5 to 50.
-    """
-
-    group: str
+    group: str  # "kernels", "model", ...
     name: str
     size: str
-    variants: tuple[str, ...]
+    variants: tuple[str, ...]  # names of those that `build` makes, the baseline's first
     build: Callable[[], Workload]
-    seconds: float = 1.0
-    rounds: int | None = None
+    seconds: float = 1.0  # that timing should take in all
+    rounds: int | None = None  # None: as many as the time allows, 5 to 50
 
     @property
     def title(self) -> str:
@@ -191,22 +160,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 # Timing
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one variant: median, first and third quartile, extremes, and the number of calls."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    minimum: float
-    maximum: float
-    calls: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
-        lower, median, upper = quartiles
-        return cls(median, lower, upper, min(seconds), max(seconds), len(seconds))
+def timing(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, first and third quartile, extremes, and the number of calls."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+    names = ("lower_quartile", "median", "upper_quartile", "minimum", "maximum", "calls")
+    return dict(zip(names, (*quartiles, min(seconds), max(seconds), len(seconds)), strict=True))
 
 
 def timed(run: Callable[[], object], repeats: int = 1) -> float:
@@ -231,10 +189,10 @@ def take_turns(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[K
     return {name: [reading[name] for reading in readings] for name in clocks}
 
 
-def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, Timing]:
-    """Times runs in turn on the host's clock, after `warmup` rounds that do not count."""
+def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, dict[str, Any]]:
+    """The `timing` of runs timed in turn on the host's clock, after `warmup` rounds that do not count."""
     readings = take_turns({name: partial(timed, run) for name, run in runs.items()}, warmup + rounds)
-    return {name: Timing.of(seconds[warmup:]) for name, seconds in readings.items()}
+    return {name: timing(seconds[warmup:]) for name, seconds in readings.items()}
 
 
 @dataclass(frozen=True)
@@ -264,7 +222,7 @@ def measure_ceilings() -> Ceilings:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def median(run: Callable[[], object]) -> float:
-        return interleave({"": run}, 20 if ON_GPU else 7, warmup=2)[""].median
+        return interleave({"": run}, 20 if ON_GPU else 7, warmup=2)[""]["median"]
 
     gemm = {}
     for dtype, n in sizes.items():
@@ -342,21 +300,21 @@ def _entry(workload: Workload, name: str, result: Result, ceilings: Ceilings) ->
     """What a variant's record says of its time."""
     variant, baseline = workload.variants[name], next(iter(workload.variants))
     assert isinstance(variant, Variant)
-    timing, base = Timing.of(result.rounds[name]), result.rounds.get(baseline)
+    seconds, base = timing(result.rounds[name]), result.rounds.get(baseline)
     cost = variant.cost or workload.cost
     floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)
     return {
         "name": name,
         "baseline": name == baseline,
         "ours": variant.ours,
-        "seconds": asdict(timing),
-        "ratio": base and timing.median / Timing.of(base).median,
-        "images_per_second": workload.images and workload.images / timing.median,
+        "seconds": seconds,
+        "ratio": base and seconds["median"] / statistics.median(base),
+        "images_per_second": workload.images and workload.images / seconds["median"],
         "flops": cost and cost.flops,
         "bytes": cost and cost.bytes_moved,
         "floor_seconds": floor,
         "bound_by": bound,
-        "share_of_ceiling": floor and floor / timing.median,
+        "share_of_ceiling": floor and floor / seconds["median"],
         "note": variant.note,
     }
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,8 @@ class DigitsRuns:
         """Of samples that a run drew."""
         return score_digits(samples, self.labels)
 
-    def flops(self, plan: SamplingPlan) -> int:
-        """Per image, of the digits model itself."""
-        return plan.flops(self.model.config, SIZE, SIZE)
 
-
+@cache
 def digits_model() -> FusedDDT:
     """The trained model in the package, in float32 on the CPU."""
     return FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT))
@@ -101,6 +99,11 @@ def xl2_tflop(config: SamplingConfig) -> float:
     """TFLOP per image that these settings take at XL/2, 256 px."""
     preset = PRESETS["xl2_256"]
     return SamplingPlan.from_config(config).flops(preset.model, preset.data.sample_size, preset.data.sample_size) / 1e12
+
+
+def digits_mflop(plan: SamplingPlan) -> float:
+    """MFLOP per image that a plan takes with the digits model."""
+    return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
 
 
 def label(config: SamplingConfig) -> str:

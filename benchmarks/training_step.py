@@ -19,7 +19,7 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,10 @@ from ddt_fast.training.throughput import peak_flops, training_flops
 
 B_SHAPED = DDTConfig(4, 2, hidden_size=384, num_heads=6, num_blocks=12, num_encoder_blocks=8, num_classes=1000)
 REFERENCE = "reference, fp32"
+# Of all gradients together, relative: beyond it a variant is wrong, not imprecise, and is not timed.
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of all gradients together, relative: beyond it a variant is wrong, not imprecise, and is not timed."""
-
-SIDE = 32
-"""Of the latents of a 256 px image."""
-
-FEATURES = (256, 768)
-"""Tokens of DINOv2 ViT-B/14 for a 256 px image, and their size."""
+SIDE = 32  # of the latents of a 256 px image
+FEATURES = (256, 768)  # tokens of DINOv2 ViT-B/14 for a 256 px image, and their size
 
 
 @dataclass(frozen=True)
@@ -216,10 +212,10 @@ def measure(
     for variant, step in steps.items():
         (kept, _), (_, peak) = (measure_memory(part, device) for part in (step.forward, step.backward))
         step.state.optimizer.zero_grad()
-        seconds, fastest = timings[variant].median, peak_flops(device, variant.dtype)
+        seconds, fastest = timings[variant]["median"], peak_flops(device, variant.dtype)
         row: dict[str, Any] = {
             "variant": variant.name,
-            "seconds": asdict(timings[variant]),
+            "seconds": timings[variant],
             "images_per_second": batch_size / seconds,
             "tflops": flops / seconds / 1e12,
             "mfu": fastest and flops / seconds / fastest,
