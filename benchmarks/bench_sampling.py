@@ -18,8 +18,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
-from benchmarks.models import PUBLISHED, lively_std, published_run, random_model
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name, forward
+from benchmarks.models import PUBLISHED, lively_std, published_run, random_model, weight_bytes
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
@@ -54,6 +54,7 @@ class Runs:
         self.reference = random_model(config, lively_std(config), DEVICE).to(DTYPE)
         self.fused = FusedDDT.from_reference(self.reference)
         self.settings = cache(self._settings)
+        # One function for a setting: what it yields is computed once.
         self.expected = {name: partial(self._expected, name) for name in SETTINGS}
 
     def inputs(self) -> Inputs:
@@ -65,43 +66,27 @@ class Runs:
 
     def _expected(self, setting: str, x: Inputs) -> Sequence[Tensor]:
         """What the plain DDT adds to the noise."""
-        return added(self.sampler(f"DDT, {setting}, eager"), x)
+        return added(self.run(f"DDT, {setting}, eager"), x)
 
-    def sampler(self, name: str) -> Run:
+    def run(self, name: str) -> Run:
+        if name == BASELINE:
+            return forward(lambda noise, labels: published_run(self.reference, noise, labels, self.base))
         kind, setting, engine = name.split(", ")
         config = replace(self.settings(setting), cuda_graphs=engine == "CUDA graphs")
         model, compiled = self.fused if kind == "FusedDDT" else self.reference, engine == "torch.compile"
-        sampler = Sampler(model, config, self.batch, self.side, self.side, compile_model=compiled)
-        return lambda x: [sampler(*x.tensors)]
-
-    def published(self, x: Inputs) -> Sequence[Tensor]:
-        noise, labels = x.tensors
-        return [published_run(self.reference, noise, labels, self.base)]
+        return forward(Sampler(model, config, self.batch, self.side, self.side, compile_model=compiled))
 
     def variant(self, name: str) -> Variant | str:
         if name.endswith("CUDA graphs") and not ON_GPU:
             return "needs an NVIDIA GPU"
-        weights = sum(p.numel() * p.element_size() for p in self.reference.parameters())
         setting = "refresh 1" if name == BASELINE else name.split(", ")[1]
         plan = SamplingPlan.from_config(self.settings(setting))
-        flops, note = plan.flops(self.config, self.side, self.side), ""
+        flops = plan.flops(self.config, self.side, self.side)
+        note = f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image"
         if name == BASELINE:
-            flops = 2 * self.base.num_steps * model_flops(self.config, self.side, self.side).total
-        else:
-            note = f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image"
-        return Variant(
-            (lambda: self.published) if name == BASELINE else (lambda: self.sampler(name)),
-            ours=name.startswith("FusedDDT"),
-            check=added,
-            expected=self.expected[setting],
-            cost=Cost(weights, self.batch * flops),
-            note=note,
-        )
-
-    def workload(self, variants: tuple[str, ...]) -> Workload:
-        made = {name: self.variant(name) for name in variants}
-        expected = self.expected["refresh 1"]
-        return Workload(self.inputs, made, expected, DTYPE, images=self.batch, tolerance=TOLERANCE)
+            flops, note = 2 * self.base.num_steps * model_flops(self.config, self.side, self.side).total, ""
+        cost, ours = Cost(weight_bytes(self.reference), self.batch * flops), name.startswith("FusedDDT")
+        return Variant(partial(self.run, name), ours, added, self.expected[setting], cost, note)
 
 
 def added(run: Run, x: Inputs) -> Sequence[Tensor]:
@@ -112,11 +97,14 @@ def added(run: Run, x: Inputs) -> Sequence[Tensor]:
 def sampling_case(
     name: str, config: DDTConfig, side: int, batch: int, steps: int, variants: tuple[str, ...] = ALL, rounds: int = 3
 ) -> Case:
+    def build() -> Workload:
+        runs = Runs(config, side, batch, steps)
+        made, expected = {name: runs.variant(name) for name in variants}, runs.expected["refresh 1"]
+        return Workload(runs.inputs, made, expected, DTYPE, images=batch, tolerance=TOLERANCE)
+
     size = f"{name} B {batch}, {steps} steps, {dtype_name(DTYPE)}"
     what = "one image" if batch == 1 else "throughput"
-    return Case(
-        "sampling", what, size, variants, lambda: Runs(config, side, batch, steps).workload(variants), rounds=rounds
-    )
+    return Case("sampling", what, size, variants, build, rounds=rounds)
 
 
 def sampling_cases() -> Iterator[Case]:

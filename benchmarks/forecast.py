@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.report.figures import draw
+from benchmarks.report.files import ResultsFile
 from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, command_parser, kept_samples, sample_errors, xl2_tflop
 from ddt_fast import SamplingConfig
 from ddt_fast.checks import require_int
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = {"environment": environment(), "num_samples": options.num_samples}
     record["results"] = measure(options.num_samples, kept_samples(options.keep))
     write_json(folder / "forecast.json", record)
-    draw(folder / "forecast.json")
+    draw(ResultsFile(folder / "forecast.json"))
 
 
 if __name__ == "__main__":

@@ -80,3 +80,8 @@ def released_gradients(model: nn.Module) -> dict[str, Tensor]:
 def as_vector(tensors: dict[str, Tensor]) -> Tensor:
     """All of them end to end, in the order of their names."""
     return torch.cat([tensors[name].detach().flatten() for name in sorted(tensors)])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.report.figures import draw
+from benchmarks.report.files import ResultsFile
 from benchmarks.report.tables import pareto as pareto_tables
 from benchmarks.sampler_errors import (
     BASE,
@@ -260,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = options.screen_samples, options.samples, options.truth_steps
     record |= measure(options.steps, *counts, kept_samples(options.keep))
     write_record(path, record)
-    draw(path)
+    draw(ResultsFile(path))
     print("\n\n".join(pareto_tables(record)))
 
 

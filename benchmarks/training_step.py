@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, relative_error, timed
-from benchmarks.models import as_vector, random_model, released_gradients
+from benchmarks.models import as_vector, random_model, released_gradients, weight_bytes
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.loader import LatentBatch
@@ -127,8 +127,7 @@ class Step:
     def copied_bytes(self) -> int:
         """Of the weights' copy in another dtype."""
         compute = self.replica.compute
-        copied = [] if compute is self.replica.masters else compute.parameters()
-        return sum(parameter.numel() * parameter.element_size() for parameter in copied)
+        return 0 if compute is self.replica.masters else weight_bytes(compute)
 
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.variant.dtype) if self.variant.autocast else nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import FORMAT
@@ -28,7 +27,7 @@ class ResultsFile:
     """A file of any kind.
 
     Attributes:
-        path: of the file; name: within the repository, else its name alone.
+        path: of the file; name: within the repository, else its name alone; picture: beside it.
         kind: one of KINDS.
         record: all that it holds.
         gpu: whether it was made on one.
@@ -39,7 +38,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path, self.picture = path.resolve(), path.resolve().with_suffix(".png")
         self.name = self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else path.name
         self.record = read_json(path)
         kinds = [kind for kind, (_, keys) in KINDS.items() if {"environment"} | keys <= self.record.keys()]
@@ -74,8 +73,3 @@ class ResultsFile:
             f"From `{self.name}`: {hardware}; {load}{', '.join(versions)}; commit {commit}; {env['date'][:10]}; "
             f"{commands}."
         )
-
-
-def load(paths: Sequence[Path]) -> list[ResultsFile]:
-    """The files, in order."""
-    return [ResultsFile(path) for path in paths]
