@@ -14,12 +14,11 @@ import torch
 from ddt_fast.device import cpu_capabilities
 from ddt_fast.provenance import device_name, package_version, source_commit
 
+# The instruction sets that matter to PyTorch's GEMMs.
 CPU_FLAGS = ("avx2", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm")
-"""The instruction sets that matter to PyTorch's GEMMs."""
-
 PACKAGES = ("numpy", "triton", "flash-attn", "xformers", "liger-kernel", "diffusers", "ddt-fast")
+# Environment variable that names the commit where the source came without its history.
 COMMIT_VARIABLE = "DDT_FAST_COMMIT"
-"""Environment variable that names the commit where the source came without its history."""
 
 
 def environment() -> dict[str, Any]:

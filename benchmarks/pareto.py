@@ -65,31 +65,22 @@ from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 
 STEPS = (10, 15, 25, 35, 55, 105, 245)
+# Solvers and their orders, which Euler does not read.
 SOLVERS: tuple[tuple[Solver, int], ...] = (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4))
-"""And their orders, which Euler does not read."""
-
 FORECASTS: tuple[StateForecast, ...] = ("linear", "quadratic")
-PERIODS = (2, 3, 4, 6, 10, 16)
-"""Of the encoder and of guidance."""
+PERIODS = (2, 3, 4, 6, 10, 16)  # of the encoder and of guidance
 
+# Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
+# shortcut's.
 MANY_STEPS = 40
-"""Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
-shortcut's."""
-
-NEAR = 1.15
-"""Times the front's error or median, in the screening, up to which settings are run again."""
-
-BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)
-"""TFLOP per image at XL/2, 256 px."""
-
-TOLERANCE = 1.1
-"""Times the least error within a budget, up to which the cheapest setting is recommended."""
-
+NEAR = 1.15  # times the front's error or median, in the screening, up to which settings are run again
+BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)  # TFLOP per image at XL/2, 256 px
+TOLERANCE = 1.1  # times the least error within a budget, up to which the cheapest setting is recommended
 INTERVALS = ((0.0, 1.0), (0.15, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 0.8), (0.3, 0.6))
 COSTS = ("tflop_xl2", "mflop_digits")
 
+# Settings, and what pareto.json says of them: costs, errors ("screening_..." of few samples), scores.
 Point = dict[str, Any]
-"""Settings, and what pareto.json says of them: costs, errors ("screening_..." of few samples), scores."""
 
 
 def grid(steps: Sequence[int]) -> Iterator[SamplingConfig]:
@@ -142,8 +133,8 @@ def other_intervals() -> Iterator[SamplingConfig]:
             yield replace(config, guidance_interval=interval)
 
 
+# Fields of a point's settings, beside the solver's order.
 SETTINGS = ("num_steps", "solver", "last_step", "refresh_every", "state_forecast", "guidance_every")
-"""Fields of a point's settings, beside the solver's order."""
 
 
 def point(config: SamplingConfig, name: str = "") -> Point:

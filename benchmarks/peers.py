@@ -19,11 +19,8 @@ from ddt_kernels import Cost
 EAGER, OURS, COMPILE = "plain PyTorch", "ddt_kernels", "torch.compile"
 ON_CPU = "plain PyTorch on a CPU"
 
-Function = Callable[..., Any]
-"""Takes a case's tensors, returns one or several."""
-
-Peer = Callable[[], Function | str]
-"""Makes a function, or says why it is missing here."""
+Function = Callable[..., Any]  # takes a case's tensors, returns one or several
+Peer = Callable[[], Function | str]  # makes a function, or says why it is missing here
 
 
 def compiled(function: Function) -> dict[str, Peer]:

@@ -29,15 +29,13 @@ from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
-SIZE, BATCH = 8, 256
-"""Side of the digits in pixels; samples drawn at a time."""
-
+SIZE, BATCH = 8, 256  # side of the digits in pixels; samples drawn at a time
 PUBLISHED = PRESETS["xl2_256"].sampling
+# Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone.
 BASE = replace(PUBLISHED, last_step=None)
-"""Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone."""
 
+# Names of `sample_errors`, and what tables call them.
 MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
-"""Names of `sample_errors`, and what tables call them."""
 
 
 class DigitsRuns:

@@ -73,8 +73,8 @@ def _draw_pareto(axis: Any, record: Record) -> None:
     axis.set_xscale("log")
 
 
+# By kind of file: title, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
     "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
 }
-"""By kind of file: title, and what draws it."""

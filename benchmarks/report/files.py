@@ -12,6 +12,7 @@ from ddt_fast.wording import plural
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
 
+# By kind of file: the command that writes one, and the keys it is known by.
 KINDS = {
     "suite": ("pytest benchmarks --benchmark-only --results benchmarks/results/suite.json", {"format", "cases"}),
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
@@ -20,7 +21,6 @@ KINDS = {
     "pareto": ("python -m benchmarks.pareto", {"points", "recommended"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
-"""By kind of file: the command that writes one, and the keys it is known by."""
 
 
 class ResultsFile:

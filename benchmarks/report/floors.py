@@ -22,8 +22,7 @@ from ddt_kernels.floors import COPY_BYTES_PER_SECOND, GEMM_FLOPS_PER_SECOND, flo
 
 DTYPE = torch.bfloat16
 ENCODER, MODULATIONS, DECODER = "encoder", "modulations", "decoder"
-SHAPES = (("256 px", "xl2_256", 128), ("512 px", "xl2_512", 32))
-"""(name, preset, images): 32,768 rows in both."""
+SHAPES = (("256 px", "xl2_256", 128), ("512 px", "xl2_512", 32))  # (name, preset, images): 32,768 rows in both
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,12 @@ def training_step(record: Record) -> Iterator[str]:
     yield table(head + " | img/s | TFLOP/s | MFU" * gpu, rows)
 
 
+# Names of `benchmarks.cpu_sampling.SETTINGS` as users know them.
 CPU_SETTINGS = {
     "refresh 1": "every step refreshed",
     "refresh 6": "`refresh_every=6`",
     "refresh 6, guidance every 10, linear": "`--fast`",
 }
-"""Names of `benchmarks.cpu_sampling.SETTINGS` as users know them."""
 
 
 def cpu_sampling(record: Record) -> Iterator[str]:
@@ -136,6 +136,7 @@ def cpu_sampling(record: Record) -> Iterator[str]:
     yield table("run | steps | measured / put together | error", runs)
 
 
+# (label, group, series, place on the group's axis, None: any) of the settings that the table shows.
 FORECAST_ROWS = (
     ("everything evaluated", "encoder, w 2", "everything", None),
     ("hold, K = 2 (the paper: no loss of FID)", "encoder, w 2", "hold", 2),
@@ -144,7 +145,6 @@ FORECAST_ROWS = (
     ("linear, K = 6 and M = 10 (`--fast`)", "both", "K 6, M 10, linear", 6),
     ("linear, K = 10 and M = 10", "both", "K 10, M 10, linear", 10),
 )
-"""(label, group, series, place on the group's axis, None: any) of the settings that the table shows."""
 
 
 def forecast(record: Record) -> Iterator[str]:
@@ -230,11 +230,11 @@ def candidates(record: Record) -> Iterator[str]:
     yield table("setting | TFLOP | Fréchet | difference", distances)
 
 
+# The candidates of the short table.
 SHORT = (
     *("Euler 250, published", "Euler 250, K 2 held", "Euler 250, --fast", "Euler 250, even steps, --fast"),
     *(f"multistep 3, {steps}, K 2 quadratic" for steps in (55, 35)),
 )
-"""The candidates of the short table."""
 
 
 def candidates_in_short(record: Record) -> Iterator[str]:
