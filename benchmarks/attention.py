@@ -4,8 +4,6 @@ Every installed backend is verified against plain PyTorch in higher precision, t
 turn, forward and with the backward pass. `ddt_fast.model.attention` takes its "auto" order from these tables.
 """
 
-from __future__ import annotations
-
 import platform
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ shards a sample at a time, as the public latent trainers do. On the host's CPU, 
 Verified: an epoch has every latent once. (The cache's variance is next to nothing, so a drawn latent is its mean.)
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path

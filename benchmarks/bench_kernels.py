@@ -5,8 +5,6 @@ fp32 at a small shape. Backward passes are timed together with their forward. Th
 512 px as at 256 px: what torch.compile makes of them is measured once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -9,8 +9,6 @@ dtype: on a GPU an fp32 run of XL/2 would take minutes.) Weights are random, so 
 costs in quality: `benchmarks.forecast` does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial

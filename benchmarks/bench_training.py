@@ -5,8 +5,6 @@ parameter. The other variants are this repository's step on either model (`bench
 losses and all gradients of a step, which the optimiser would hide.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial

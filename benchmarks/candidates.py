@@ -8,8 +8,6 @@ ODE, from a fine multistep run that evaluates everything. Beside them: Fréchet 
 real digits, in pixels, where the same seeds make differences visible that are far below the noise of the distance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

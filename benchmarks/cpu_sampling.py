@@ -14,8 +14,6 @@ XL/2 at 256 px with random weights. Three tables:
   t: these errors compare precisions, they do not say what a shortcut costs a trained model.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator

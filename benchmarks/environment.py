@@ -1,7 +1,5 @@
 """What a measurement was made on, and by what: the record in every results file."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

@@ -8,8 +8,6 @@ guidance interval): of all samples, and the median and the 90% quantile of the s
 digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path

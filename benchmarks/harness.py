@@ -11,8 +11,6 @@
 The results file is described in README.md.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import statistics
@@ -62,7 +60,7 @@ class Inputs:
     tensors: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...] = ()
 
-    def to(self, dtype: torch.dtype) -> Inputs:
+    def to(self, dtype: torch.dtype) -> "Inputs":
         """A copy with floating-point tensors in `dtype`."""
 
         def copy(tensor: Tensor) -> Tensor:

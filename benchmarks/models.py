@@ -1,7 +1,5 @@
 """Models to measure: random weights, the published sampling run, and gradients by released name."""
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 

@@ -25,8 +25,6 @@ well. Step counts of the grid (except 10) put the bound 0.3 midway between two s
 With the published 250 steps it lies beside one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product

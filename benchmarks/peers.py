@@ -3,8 +3,6 @@
 Plain eager PyTorch is `ddt_kernels.reference` and `ddt_fast.model.DDT`, in the original's structure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@ or of every operator on a CPU, without what it calls. A guided step of DDT-XL/2 
 CPU a tiny model.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
 how far their samples are from the true ones, what settings cost, and which are worth having."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -13,8 +13,6 @@ features.
   pass on, and the peak over forward and backward, gradients included. bf16 copies of weights count, in both.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 from collections.abc import Callable, Iterator

@@ -9,8 +9,6 @@ Without FILES: all of benchmarks/results/*.json. A block stands between `<!-- re
 `<!-- end of results -->`, in any of PAGES. A figure is a picture beside its file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,8 +1,6 @@
 """One figure for a results file that has something to show: a picture beside it that carries the file's digest, so that
 one drawn from other results is found out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

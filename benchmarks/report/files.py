@@ -1,7 +1,5 @@
 """Results files, told apart by what they hold."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -5,8 +5,6 @@ ceiling, whichever takes longer (`ddt_kernels.floors`). Overlap of pieces is not
 each far below 1%: the time and label embeddings, and the sampler's own update.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass

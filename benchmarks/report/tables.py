@@ -1,7 +1,5 @@
 """Markdown from the record of a results file: a function for every kind of table, which yields its paragraphs."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How numbers and tables read in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 
