@@ -28,13 +28,6 @@ from ddt_fast.files import output_folder, write_json
 from ddt_fast.sampling.fast import fast_settings
 
 LINEAR = replace(PUBLISHED, state_forecast="linear", guidance_forecast="linear")
-EVERYTHING = {
-    "refresh_every": 1,
-    "refresh_steps": None,
-    "state_forecast": "hold",
-    "guidance_every": 1,
-    "guidance_forecast": "hold",
-}
 
 
 def settings() -> Iterator[tuple[str, str, float, SamplingConfig]]:
@@ -67,7 +60,8 @@ def measure(num_samples: int, keep: Path | None) -> list[dict[str, Any]]:
     truths: dict[SamplingConfig, torch.Tensor] = {}
     results = []
     for group, series, at, config in tqdm(list(settings()), unit="setting"):
-        everything = replace(config, **EVERYTHING)  # type: ignore[arg-type]
+        everything = replace(config, refresh_every=1, refresh_steps=None, state_forecast="hold")
+        everything = replace(everything, guidance_every=1, guidance_forecast="hold")
         new = everything not in truths
         for name, run in [("everything", everything)] * new + [(series, config)]:
             samples = runs(run)

@@ -49,7 +49,6 @@ from benchmarks.sampler_errors import (
     front,
     kept_samples,
     label,
-    near_front,
     recommend,
     sample_errors,
     write_record,
@@ -155,7 +154,7 @@ def screened(configs: Sequence[SamplingConfig], points: Sequence[Point], runs: D
         values |= {f"screening_{name}": error for name, error in errors.items()}
     chosen: set[int] = set()
     for cost, loss in product(COSTS, ("screening_error", "screening_error_median")):
-        chosen.update(near_front(column(points, cost), column(points, loss), NEAR))
+        chosen.update(front(column(points, cost), column(points, loss), NEAR))
     return sorted(chosen)
 
 

@@ -148,19 +148,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 # Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
 
 
-def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """The Pareto front: the points, by number and ascending cost, that no other beats."""
-    return _ahead(costs, losses, 1.0)
-
-
-def near_front(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
-    """The points, by number and ascending cost, that lose less than `factor` times the least of those that cost at most
-    as much, and the front."""
-    return sorted({*_ahead(costs, losses, factor), *front(costs, losses)}, key=lambda i: (costs[i], losses[i], i))
-
-
-def _ahead(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
-    """Points that lose less than `factor` times the least of those before them, in order of cost."""
+def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
+    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
+    near it, which lose less than `factor` times the least of those that cost at most as much."""
     chosen, least = [], float("inf")
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
         if losses[i] < factor * least:

@@ -15,7 +15,6 @@ from benchmarks.sampler_errors import (
     dominating,
     front,
     kept_samples,
-    near_front,
     recommend,
     sample_errors,
     write_record,
@@ -102,7 +101,7 @@ def test_fronts_and_recommendations_against_brute_force(costs, losses):
     unbeaten = [j for j in numbers if not any(beats(costs, losses, i, j) for i in numbers)]
     assert sorted(edge) == [j for j in unbeaten if pairs.index(pairs[j]) == j]
     assert [costs[i] for i in edge] == sorted({costs[i] for i in unbeaten})
-    near = near_front(costs, losses, 1.3)
+    near = front(costs, losses, 1.3)
     assert set(edge) <= set(near)
     for j in set(numbers) - set(edge):
         cheaper = [losses[i] for i in numbers if pairs[i] < pairs[j]]
