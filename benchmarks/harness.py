@@ -267,17 +267,12 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
         if tuple(workload.variants) != case.variants:
             raise ValueError(f"{case.title} builds {tuple(workload.variants)}; expected {case.variants}")
         result = Result({"group": case.group, "case": case.name, "size": case.size})
-        right = _verify(workload, result)
-        before = gpu_state()
-        repeats = _time(case, workload, {name: run for name, (run, *_) in right.items()}, result, device)
+        right, before = _verify(workload, result), gpu_state()
+        _time(case, right, workload.inputs(), result, device)
         result.record |= {
             "dtype": dtype_name(workload.dtype),
             "clock": "CUDA events or host clock" if device.type == "cuda" else "host clock",
-            "variants": [
-                _entry(workload, name, result, ceilings)
-                | {"error": right[name][1], "allowed_error": right[name][2], "calls_per_round": repeats[name]}
-                for name in result.rounds
-            ],
+            "variants": [_entry(workload, right[name], result, ceilings) for name in result.rounds],
             "wrong": [{"name": name, "reason": reason} for name, reason in result.wrong.items()],
             "missing": [{"name": name, "reason": reason} for name, reason in result.missing.items()],
             "gpu_before": before,
@@ -294,32 +289,45 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
             torch.cuda.empty_cache()
 
 
-def _entry(workload: Workload, name: str, result: Result, ceilings: Ceilings) -> dict[str, Any]:
-    """What a variant's record says of its time."""
-    variant, baseline = workload.variants[name], next(iter(workload.variants))
-    assert isinstance(variant, Variant)
-    seconds, base = timing(result.rounds[name]), result.rounds.get(baseline)
-    cost = variant.cost or workload.cost
+@dataclass
+class _Right:
+    """A variant that was found right."""
+
+    name: str
+    variant: Variant
+    run: Run
+    error: float
+    allowed_error: float
+    calls_per_round: int = 1
+
+
+def _entry(workload: Workload, right: _Right, result: Result, ceilings: Ceilings) -> dict[str, Any]:
+    """A variant's record."""
+    baseline, cost = next(iter(workload.variants)), right.variant.cost or workload.cost
+    seconds, base = timing(result.rounds[right.name]), result.rounds.get(baseline)
     floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)
     return {
-        "name": name,
-        "baseline": name == baseline,
-        "ours": variant.ours,
+        "name": right.name,
+        "baseline": right.name == baseline,
+        "ours": right.variant.ours,
         "seconds": seconds,
+        "calls_per_round": right.calls_per_round,
         "ratio": base and seconds["median"] / statistics.median(base),
+        "error": right.error,
+        "allowed_error": right.allowed_error,
         "images_per_second": workload.images and workload.images / seconds["median"],
         "flops": cost and cost.flops,
         "bytes": cost and cost.bytes_moved,
         "floor_seconds": floor,
         "bound_by": bound,
         "share_of_ceiling": floor and floor / seconds["median"],
-        "note": variant.note,
+        "note": right.variant.note,
     }
 
 
-def _verify(workload: Workload, result: Result) -> dict[str, tuple[Run, float, float]]:
-    """The runs found right, with their error and the one allowed; the others are noted in the result."""
-    right: dict[str, tuple[Run, float, float]] = {}
+def _verify(workload: Workload, result: Result) -> dict[str, _Right]:
+    """The variants found right; the others are noted in the result."""
+    right: dict[str, _Right] = {}
     expected_of = cache(lambda run: run(workload.inputs()))
     limits: list[float] = []
     for name, variant in workload.variants.items():
@@ -339,7 +347,7 @@ def _verify(workload: Workload, result: Result) -> dict[str, tuple[Run, float, f
         if errors[worst] > allowed[worst]:
             result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {allowed[worst]:.2g}"
             continue
-        right[name] = run, errors[worst], allowed[worst]
+        right[name] = _Right(name, variant, run, errors[worst], allowed[worst])
         if name == next(iter(workload.variants)) and workload.tolerance is None:
             # Plain PyTorch's own errors set the limits for all others, if it is right.
             limits = allowed_errors(errors, workload.dtype)
@@ -368,32 +376,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return torch.linalg.vector_norm(actual.to(wide.device).double() - wide).item() / (norm or 1.0)
 
 
-def _time(
-    case: Case, workload: Workload, runs: Mapping[str, Run], result: Result, device: torch.device
-) -> dict[str, int]:
-    """Leave the seconds per call and round in the result; return calls per round."""
-    inputs = workload.inputs()
-    calls = {name: partial(run, inputs) for name, run in runs.items()}
+def _time(case: Case, right: Mapping[str, _Right], inputs: Inputs, result: Result, device: torch.device) -> None:
+    """Leave the seconds per call and round in the result."""
+    calls = {name: partial(entry.run, inputs) for name, entry in right.items()}
     first = {}
     for name, call in calls.items():
         try:
             first[name] = timed(call)
         except Exception as error:  # memory that sufficed to verify one after the other, for example
-            variant = workload.variants[name]
-            result.note_failure(name, isinstance(variant, Variant) and variant.ours, error)
-    if not first:
-        return {}
-    if device.type == "cuda":
-        short = max(first.values()) < SHORT_SECONDS
-        repeats = {name: max(1, int(BENCH_MILLISECONDS / 1e3 / s)) if short else 1 for name, s in first.items()}
-        clocks = {name: partial(gpu_seconds if short else timed, calls[name]) for name in first}
-    else:
-        repeats = {name: min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / s))) for name, s in first.items()}
-        clocks = {name: partial(timed, calls[name], repeats[name]) for name in first}
-    total = sum(first[name] * repeats[name] for name in first)
-    rounds = case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
-    result.rounds = take_turns(clocks, rounds)
-    return repeats
+            result.note_failure(name, right[name].variant.ours, error)
+    short = device.type == "cuda" and max(first.values(), default=0.0) < SHORT_SECONDS
+    clocks: dict[str, Callable[[], float]] = {}
+    total = 0.0
+    for name, seconds in first.items():
+        repeats = 1
+        if short:
+            repeats = max(1, int(BENCH_MILLISECONDS / 1e3 / seconds))
+        elif device.type == "cpu":
+            repeats = min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / seconds)))
+        clocks[name] = partial(gpu_seconds, calls[name]) if short else partial(timed, calls[name], repeats)
+        right[name].calls_per_round, total = repeats, total + repeats * seconds
+    if first:
+        result.rounds = take_turns(clocks, case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total))))
 
 
 # The results file
