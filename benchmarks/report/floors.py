@@ -25,17 +25,11 @@ SHAPES = (("256 px", "xl2_256", 128), ("512 px", "xl2_512", 32))  # (name, prese
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` calls of one kernel in one part of the model.
+    """`count` calls of one kernel in one part of the model."""
 
-    Attributes:
-        kind: of work, a row of the table.
-        part: ENCODER, MODULATIONS (all that the decoder derives from a state) or DECODER.
-        cost: of one call.
-    """
-
-    kind: str
-    part: str
-    cost: Cost
+    kind: str  # of work, a row of the table
+    part: str  # ENCODER, MODULATIONS (all that the decoder derives from a state) or DECODER
+    cost: Cost  # of one call
     count: int = 1
 
     @property

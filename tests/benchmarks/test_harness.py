@@ -52,10 +52,8 @@ def make_case(variants, name="double", backward=False):
         return Inputs((x.requires_grad_(backward),), (gradient,) if backward else ())
 
     def build():
-        made = {
-            name: Variant(lambda v=v: wrap(v), ours=name != "peer" and name != "plain") if callable(v) else v
-            for name, v in variants.items()
-        }
+        ours = {name for name, function in variants.items() if callable(function)} - {"peer", "plain"}
+        made = {name: Variant(lambda v=v: wrap(v), name in ours) if callable(v) else v for name, v in variants.items()}
         exact = lambda x: wrap(double)(x.to(torch.float64))  # noqa: E731
         return Workload(inputs, made, exact, torch.float32, Cost(512, 64), images=4)
 
@@ -106,8 +104,8 @@ def test_a_variant_that_is_wrong_or_fails_gets_no_time():
     assert result.missing == {"peer that breaks": reason, "not here": "not installed: pip install it"}
     assert len(calls) == 1
     record = result.record
-    assert {entry["name"] for entry in record["wrong"]} == set(result.wrong)
-    assert {entry["name"] for entry in record["missing"]} == set(result.missing)
+    for key, reasons in (("wrong", result.wrong), ("missing", result.missing)):
+        assert {entry["name"]: entry["reason"] for entry in record[key]} == reasons
     plain, ours = record["variants"]
     assert (plain["name"], plain["baseline"], ours["name"], ours["baseline"]) == ("plain", True, "ours", False)
     assert plain["seconds"]["calls"] == 3
