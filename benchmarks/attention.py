@@ -4,21 +4,19 @@ Every installed backend is verified against plain PyTorch in higher precision, t
 turn, forward and with the backward pass. `ddt_fast.model.attention` takes its "auto" order from these tables.
 """
 
-from __future__ import annotations
-
 import platform
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Case, Ceilings, Inputs, Variant, Workload, forward, forward_backward, measure, wider
-from benchmarks.peers import attention_backends, packed
+from benchmarks.harness import Ceilings, measure, randn
+from benchmarks.peers import attention_backends, function_case, packed
 from benchmarks.report.text import table
 from ddt_fast.checks import require, require_int
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.device import DTYPES, choose_device
-from ddt_fast.model.attention import CONCRETE_BACKENDS, resolve_backend
+from ddt_fast.model.attention import resolve_backend
 from ddt_fast.wording import plural
 from ddt_kernels import reference
 
@@ -33,52 +31,40 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     ),
     "cuda": ((256, 16, 2, 32), (128, 256, 16, 72), (32, 1024, 16, 72), (128, 256, 16, 64), (32, 1024, 8, 128)),
 }
-BASELINE = "plain PyTorch"
-
-
-def attention_case(device: torch.device, dtype: torch.dtype, shape: Shape, backward: bool, rounds: int) -> Case:
-    """Every backend on views of one packed qkv."""
-    wrap, plain = forward_backward if backward else forward, partial(packed, reference.attention)
-
-    def inputs() -> Inputs:
-        B, N, H, D = shape
-        generator = torch.Generator().manual_seed(0)
-        qkv = torch.randn(B, N, 3, H, D, generator=generator).to(device, dtype).requires_grad_(backward)
-        return Inputs((qkv,), (torch.randn(shape, generator=generator).to(device, dtype),) if backward else ())
-
-    def build() -> Workload:
-        peers = attention_backends(device, dtype, shape[3])
-        variants = {BASELINE: Variant(lambda: wrap(plain)), **{name: peer(wrap) for name, peer in peers.items()}}
-        return Workload(inputs, variants, lambda x: wrap(plain)(x.to(wider(dtype))), dtype)
-
-    size = f"B, N, H, D = {', '.join(map(str, shape))}"
-    names = (BASELINE, *CONCRETE_BACKENDS)
-    return Case("attention", "forward+backward" if backward else "forward", size, names, build, rounds=rounds)
 
 
 def compare(device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int) -> tuple[str, dict[str, str]]:
-    """A Markdown table, the fastest forward first, what "auto" takes marked; and why the others have no time."""
-    results = []
+    """A Markdown table of every backend on views of one packed qkv, the fastest forward first, what "auto" takes
+    marked; and why the others have no time."""
+    B, N, H, D = shape
+    plain, peers = partial(packed, reference.attention), attention_backends(device, dtype, D)
+    columns: list[dict[str, Any]] = []
+    reasons: dict[str, str] = {}
     for backward in (False, True):
-        case = attention_case(device, dtype, shape, backward, rounds)
-        results.append(measure(case, Ceilings({}, 1.0, ""), device))
-    columns = [{v["name"]: v for v in result.record["variants"]} for result in results]
-    chosen = [resolve_backend("auto", device, dtype, shape[3], shape[1], gradient) for gradient in (False, True)]
-
-    def cells(name: str, times: dict[str, Any], auto: str) -> list[object]:
-        if name not in times:
-            return [None, None]
-        median = times[name]["seconds"]["median"]
-        fastest = min(v["seconds"]["median"] for v in times.values())
-        return [f"{1e6 * median:.1f}", f"{median / fastest:.2f}{' (auto)' * (name == auto)}"]
-
-    order = sorted(columns[0], key=lambda name: columns[0][name]["seconds"]["median"])
-    rows = [
-        [name, *cells(name, columns[0], chosen[0]), *cells(name, columns[1], chosen[1]), columns[0][name]["error"]]
-        for name in order
-    ]
-    head = ["backend", "forward, µs", "ratio", "forward + backward, µs", "ratio", "error"]
-    return table(head, rows), {k: v for r in results for reasons in (r.missing, r.wrong) for k, v in reasons.items()}
+        case = function_case(
+            ("attention", "forward+backward" if backward else "forward", f"B, N, H, D = {shape}"),
+            lambda generator: (randn(generator, B, N, 3, H, D, dtype=dtype),),
+            plain,
+            peers,
+            device,
+            dtype,
+            backward=backward,
+            rounds=rounds,
+        )
+        result = measure(case, Ceilings({}, 1.0, ""), device)
+        columns.append({v["name"]: (v["seconds"]["median"], v["error"]) for v in result.record["variants"]})
+        reasons |= result.missing | result.wrong
+    auto = [resolve_backend("auto", device, dtype, D, N, gradient) for gradient in (False, True)]
+    rows = []
+    for name in sorted(columns[0], key=columns[0].__getitem__):
+        row: list[object] = [name]
+        for times, chosen in zip(columns, auto, strict=True):
+            median = times[name][0] if name in times else None
+            fastest = min(times.values())[0]
+            ratio = median and f"{median / fastest:.2f}{' (auto)' * (name == chosen)}"
+            row += [median and f"{1e6 * median:.1f}", ratio]
+        rows.append([*row, columns[0][name][1]])
+    return table("backend | forward, µs | ratio | forward + backward, µs | ratio | error", rows), reasons
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,8 +4,6 @@ shards a sample at a time, as the public latent trainers do. On the host's CPU, 
 Verified: an epoch has every latent once. (The cache's variance is next to nothing, so a drawn latent is its mean.)
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,10 +41,9 @@ class SampleBySample(Dataset[Tensor]):
 
 def write_cache(folder: Path) -> Tensor:
     """A latent cache; returns its means, whose first two elements say which latent it is."""
-    names = tuple(f"class {i}" for i in range(10))
-    settings = CacheSettings(
-        256, "none", "none", SCALE, SHAPE, "float16", "float32", False, SHARD, 1, COUNT, "none", names
-    )
+    classes = tuple(f"class {i}" for i in range(10))
+    of_images = (256, "none", "none", SCALE, SHAPE, "float16", "float32", False)
+    settings = CacheSettings(*of_images, SHARD, 1, COUNT, "none", classes)
     cache = CacheFolder(folder, settings)
     means = torch.randn(COUNT, *SHAPE, generator=torch.Generator().manual_seed(0)).half()
     number = torch.arange(COUNT)

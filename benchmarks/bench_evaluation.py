@@ -4,14 +4,14 @@ Peers are what the usual scripts do: the network with its batch norms apart, and
 network's weights are random, of the size of trained ones; its time does not depend on them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload
+from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward
 from benchmarks.peers import COMPILE
 from ddt_fast.evaluation.inception import Inception, full_float32
 from ddt_fast.evaluation.metrics import precision_recall
@@ -27,32 +27,33 @@ def inception_case(batch: int) -> Case:
         generator, size = torch.Generator(DEVICE).manual_seed(0), (batch, 3, 256, 256)
         return Inputs((torch.randint(256, size, generator=generator, device=DEVICE, dtype=torch.uint8),))
 
-    def run(network: Callable[[Tensor], Sequence[Tensor]]) -> Run:
-        @torch.no_grad()
-        def features(x: Inputs) -> Sequence[Tensor]:
-            with full_float32():
-                return list(network(*x.tensors))
-
-        return features
-
     def build() -> Workload:
         exact = random_inception()
         cost = Cost(4 * 24_000_000, batch * convolution_flops(exact))
 
-        def network() -> Inception:
-            made = Inception()
-            made.load_state_dict(exact.state_dict())
-            return made.to(DEVICE)
+        def variant(make: Callable[[Inception], Callable[..., Any]], ours: bool = False) -> Variant:
+            return Variant(lambda: features_of(make(copy.deepcopy(exact).to(DEVICE, torch.float32))), ours)
 
         variants = {
-            PLAIN: Variant(lambda: run(network())),
-            OURS: Variant(lambda: run(network().fold()), ours=True),
-            COMPILE: Variant(lambda: run(torch.compile(network(), dynamic=False))),
+            PLAIN: variant(lambda network: network),
+            OURS: variant(Inception.fold, ours=True),
+            COMPILE: variant(lambda network: torch.compile(network, dynamic=False)),
         }
-        return Workload(inputs, variants, run(exact.to(DEVICE, torch.float64)), torch.float32, cost, images=batch)
+        right = features_of(exact.to(DEVICE, torch.float64))
+        return Workload(inputs, variants, right, torch.float32, cost, images=batch)
 
     size = f"B {batch}, 256 px, float32"
     return Case("evaluation", "Inception features", size, (PLAIN, OURS, COMPILE), build, seconds=3.0)
+
+
+def features_of(network: Callable[..., Any]) -> Run:
+    """A network's features, without TF32."""
+
+    @full_float32()
+    def features(images: Tensor) -> Any:
+        return network(images)
+
+    return forward(features)
 
 
 def random_inception() -> Inception:
@@ -89,6 +90,15 @@ def features(number: int, count: int, dims: int) -> Tensor:
     return torch.randn(count, dims, generator=generator) @ mixing + number / 10
 
 
+def all_distances(samples: Tensor, real: Tensor) -> Tensor:
+    """Precision and recall from all distances at once, in float64."""
+    shares = []
+    for points, manifold in ((samples.double(), real.double()), (real.double(), samples.double())):
+        radii = torch.cdist(manifold, manifold).kthvalue(4).values  # the nearest is the member itself
+        shares.append((torch.cdist(points, manifold) <= radii).any(1).double().mean())
+    return torch.stack(shares)
+
+
 def precision_recall_case(count: int, dims: int) -> Case:
     """Of as many samples as reference images."""
     names = ("all distances in float64, at once", "ddt_fast")
@@ -96,21 +106,14 @@ def precision_recall_case(count: int, dims: int) -> Case:
     def inputs() -> Inputs:
         return Inputs(tuple(features(i, count, dims).to(DEVICE) for i in range(2)))
 
-    def plain(x: Inputs) -> Sequence[Tensor]:
-        samples, real = (t.double() for t in x.tensors)
-        shares = []
-        for points, manifold in ((samples, real), (real, samples)):
-            radii = torch.cdist(manifold, manifold).kthvalue(4).values  # the nearest is the member itself
-            shares.append((torch.cdist(points, manifold) <= radii).any(1).double().mean())
-        return [torch.stack(shares)]
-
-    def ours(x: Inputs) -> Sequence[Tensor]:
-        return [torch.tensor(precision_recall(x.tensors[0], x.tensors[1]), dtype=torch.float64)]
+    def ours(samples: Tensor, real: Tensor) -> Tensor:
+        return torch.tensor(precision_recall(samples, real), dtype=torch.float64)
 
     def build() -> Workload:
-        made = {names[0]: Variant(lambda: plain), names[1]: Variant(lambda: ours, ours=True)}
+        right = forward(all_distances)
+        made = {names[0]: Variant(lambda: right), names[1]: Variant(lambda: forward(ours), ours=True)}
         cost = Cost(2 * 4 * count * dims, 3 * 2 * count * count * dims)
-        return Workload(inputs, made, plain, torch.float32, cost, tolerance=1e-9)
+        return Workload(inputs, made, right, torch.float32, cost, tolerance=1e-9)
 
     size = f"{count} of {dims} features each"
     return Case("evaluation", "precision and recall", size, names, build, seconds=2.0)

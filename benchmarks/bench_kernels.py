@@ -5,8 +5,6 @@ fp32 at a small shape. Backward passes are timed together with their forward. Th
 512 px as at 256 px: what torch.compile makes of them is measured once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +14,8 @@ import torch
 from torch import Tensor
 
 import ddt_kernels as ops
-from benchmarks.harness import (
-    DEVICE,
-    DTYPE,
-    ON_GPU,
-    Case,
-    Inputs,
-    Run,
-    Variant,
-    Workload,
-    dtype_name,
-    forward,
-    forward_backward,
-    randn,
-    wider,
-)
-from benchmarks.peers import Peer, attention_backends, compiled, packed
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, dtype_name, randn
+from benchmarks.peers import OURS, Function, Peer, attention_backends, compiled, function_case, packed
 from ddt_fast.model.base import rotary_tables
 from ddt_kernels import Cost, reference
 
@@ -66,47 +50,32 @@ SHAPES = (
     if ON_GPU
     else [Shape("small", 4, 16, 288, 4, 768)]
 )
-EAGER, OURS = "plain PyTorch", "ddt_kernels"
-NOTE = "" if ON_GPU else "plain PyTorch on a CPU"
-
-Make = Callable[[torch.Generator], tuple[Tensor, ...]]
-"""The arguments of a call."""
 
 
-def kernel_case(
+def kernel_cases(
     name: str,
     size: str,
-    make: Make,
-    plain: Callable[..., Any],
-    fused: Callable[..., Any],
-    cost: Cost,
-    backward: bool = False,
-    peers: Mapping[str, Peer] | None = None,
+    make: Callable[[torch.Generator], tuple[Tensor, ...]],
+    plain: Function,
+    fused: Function,
+    peers: Mapping[str, Peer],
+    forward: Cost | None = None,
+    both: Cost | None = None,
     dtype: torch.dtype = DTYPE,
     fixed: int = 0,
-) -> Case:
-    """A case of one op; plain and fused take what `make` makes, and with `backward` are differentiated in all of it but
-    the last `fixed` tensors. dtype: of the results."""
-    wrap: Callable[[Callable[..., Any]], Run] = forward_backward if backward else forward
-    peers = peers or {}
+) -> Iterator[Case]:
+    """A case of an op, `fused`, for each cost that is given: of its forward pass, and of both passes together. See
+    `function_case` for the other arguments."""
+    ways = {OURS: lambda: fused, **peers}
+    for words, cost in (("forward", forward), ("forward+backward", both)):
+        if cost is not None:
+            names = ("kernels", f"{name} {words}", size)
+            yield function_case(names, make, plain, ways, DEVICE, dtype, cost, cost is both, fixed, seconds=0.5)
 
-    def inputs() -> Inputs:
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        tensors = make(generator)
-        if not backward:
-            return Inputs(tensors)
-        gradients = tuple(randn(generator, *output.shape) for output in forward(plain)(Inputs(tensors)))
-        count = len(tensors) - fixed
-        return Inputs((*(t.detach().requires_grad_() for t in tensors[:count]), *tensors[count:]), gradients)
 
-    def build() -> Workload:
-        variants: dict[str, Variant | str] = {EAGER: Variant(lambda: wrap(plain))}
-        variants[OURS] = Variant(lambda: wrap(fused), ours=True, note=NOTE)
-        variants |= {peer: make_peer(wrap) for peer, make_peer in peers.items()}
-        return Workload(inputs, variants, lambda x: wrap(plain)(x.to(wider(dtype))), dtype, cost)
-
-    name += " forward+backward" if backward else " forward"
-    return Case("kernels", name, size, (EAGER, OURS, *peers), build, seconds=0.5)
+def compiled_once(plain: Function, shape: Shape) -> Mapping[str, Peer]:
+    """`plain` by torch.compile, at the first shape."""
+    return compiled(plain) if shape is SHAPES[0] else {}
 
 
 NORMS = {
@@ -136,14 +105,14 @@ def norm_tensors(
     return (*made, weights, torch.tensor([1], device=DEVICE))
 
 
-def plain_forecast(plain: Callable[..., Any], names: tuple[str, ...], *tensors: Tensor) -> Any:
+def plain_forecast(plain: Function, names: tuple[str, ...], *tensors: Tensor) -> Any:
     """`plain` on combined modulations."""
     *rest, weights, step = tensors
     named = zip(names, rest, strict=True)
     return plain(*(reference.forecast(t, weights, step) if name in MODULATIONS else t for name, t in named))
 
 
-def fused_forecast(fused: Callable[..., Any], *tensors: Tensor) -> Any:
+def fused_forecast(fused: Function, *tensors: Tensor) -> Any:
     """`fused` on cached modulations."""
     *rest, weights, step = tensors
     return fused(*rest, forecast=(weights, step))
@@ -154,24 +123,16 @@ def norm_cases(shape: Shape) -> Iterator[Case]:
     for name, names in NORMS.items():
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
-        for per_token, words in ((True, "token"), (False, "sample")):
-            peers = compiled(plain) if shape is SHAPES[0] else {}
-            size = f"{shape}, modulated per {words}"
+        for per_token in (True, False):
+            size = f"{shape}, modulated per {'token' if per_token else 'sample'}"
             make = partial(norm_tensors, shape, names, per_token, 1)
-            yield kernel_case(name, size, make, plain, fused, cost(per_token), peers=peers)
-            both = cost(per_token) + cost(per_token, backward=True)
-            yield kernel_case(name, size, make, plain, fused, both, backward=True, peers=peers)
+            costs = cost(per_token), cost(per_token) + cost(per_token, backward=True)
+            yield from kernel_cases(name, size, make, plain, fused, compiled_once(plain, shape), *costs)
         if name != "gated_residual":
-            forecast = partial(plain_forecast, plain, names)
-            yield kernel_case(
-                f"{name}, forecast from 2,",
-                f"{shape}, modulated per token",
-                partial(norm_tensors, shape, names, True, 2),
-                forecast,
-                partial(fused_forecast, fused),
-                cost(True, history=2),
-                peers=compiled(forecast) if shape is SHAPES[0] else {},
-            )
+            forecast, size = partial(plain_forecast, plain, names), f"{shape}, modulated per token"
+            make, peers = partial(norm_tensors, shape, names, True, 2), compiled_once(forecast, shape)
+            work, name = cost(True, history=2), f"{name}, forecast from 2,"
+            yield from kernel_cases(name, size, make, forecast, partial(fused_forecast, fused), peers, work)
 
 
 def packed_projection(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -183,23 +144,19 @@ def packed_projection(shape: Shape, generator: torch.Generator) -> tuple[Tensor,
 
 def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
     """Norm and rotation of q and k: as a new tensor, differentiated, and in place."""
-    make = partial(packed_projection, shape)
+    make, cost = partial(packed_projection, shape), partial(ops.qk_norm_rope_cost, *shape.packed_heads, DTYPE)
 
-    def plain_in_place(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def in_place(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, _ = qkv.unbind(2)
         q.copy_(reference.norm_rope(q, q_weight, cos, sin))
         k.copy_(reference.norm_rope(k, k_weight, cos, sin))
         return qkv
 
-    size, plain = str(shape), reference.qk_norm_rope
-    cost, backward = (ops.qk_norm_rope_cost(*shape.packed_heads, DTYPE, backward=b) for b in (False, True))
-    peers = compiled(plain) if shape is SHAPES[0] else {}
-    yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, cost, peers=peers)
-    both = cost + backward
-    yield kernel_case("qk_norm_rope", size, make, plain, ops.qk_norm_rope, both, backward=True, peers=peers, fixed=2)
-    cost = ops.qk_norm_rope_cost(*shape.packed_heads, DTYPE, in_place=True)
-    peers = compiled(plain_in_place) if shape is SHAPES[0] else {}
-    yield kernel_case("qk_norm_rope_, in place,", size, make, plain_in_place, ops.qk_norm_rope_, cost, peers=peers)
+    plain, both = reference.qk_norm_rope, cost() + cost(backward=True)
+    peers = compiled_once(plain, shape)
+    yield from kernel_cases("qk_norm_rope", str(shape), make, plain, ops.qk_norm_rope, peers, cost(), both, fixed=2)
+    name, peers = "qk_norm_rope_, in place,", compiled_once(in_place, shape)
+    yield from kernel_cases(name, str(shape), make, in_place, ops.qk_norm_rope_, peers, cost(in_place=True))
 
 
 def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
@@ -210,14 +167,10 @@ def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
         q, k, v = ops.qk_norm_rope(qkv, q_weight, k_weight, cos, sin).unbind(2)
         return ops.attention(q, k, v)
 
-    def peer(wrap: Callable[[Callable[..., Any]], Run]) -> Variant:
-        return Variant(lambda: wrap(two))
-
-    plain, make, cost = reference.qkv_attention, partial(packed_projection, shape), ops.qkv_attention_cost
-    both = cost(*shape.packed_heads, DTYPE) + cost(*shape.packed_heads, DTYPE, backward=True)
-    arguments = ("qkv_attention", str(shape), make, plain, ops.qkv_attention, both)
-    peers = {"qk_norm_rope, attention": peer} | compiled(plain)
-    yield kernel_case(*arguments, backward=True, peers=peers, fixed=2)
+    plain, make = reference.qkv_attention, partial(packed_projection, shape)
+    cost = partial(ops.qkv_attention_cost, *shape.packed_heads, DTYPE)
+    peers, both = {"qk_norm_rope, attention": lambda: two, **compiled(plain)}, cost() + cost(backward=True)
+    yield from kernel_cases("qkv_attention", str(shape), make, plain, ops.qkv_attention, peers, both=both, fixed=2)
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:
@@ -232,10 +185,8 @@ def swiglu_cases(shape: Shape) -> Iterator[Case]:
     for name, whole in (("swiglu", False), ("swiglu_mlp", True)):
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost = partial(getattr(ops, f"{name}_cost"), B, N, C, shape.width, DTYPE)
-        both = cost(training=True) + cost(backward=True)
-        arguments = (name, str(shape), partial(make, whole), plain, fused)
-        yield kernel_case(*arguments, cost(), peers=compiled(plain))
-        yield kernel_case(*arguments, both, backward=True, peers=compiled(plain))
+        costs = cost(), cost(training=True) + cost(backward=True)
+        yield from kernel_cases(name, str(shape), partial(make, whole), plain, fused, compiled(plain), *costs)
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:
@@ -248,9 +199,8 @@ def attention_cases(shape: Shape) -> Iterator[Case]:
     peers = attention_backends(DEVICE, DTYPE, shape.packed_heads[3])
     del peers["triton"]  # ddt_kernels' own
     cost, backward = (ops.attention_cost(*shape.packed_heads, DTYPE, b) for b in (False, True))
-    arguments = ("attention", str(shape), make, partial(packed, reference.attention), partial(packed, ops.attention))
-    yield kernel_case(*arguments, cost, peers=peers)
-    yield kernel_case(*arguments, cost + backward, backward=True, peers=peers)
+    plain, fused = partial(packed, reference.attention), partial(packed, ops.attention)
+    yield from kernel_cases("attention", str(shape), make, plain, fused, peers, cost, cost + backward)
 
 
 def guided_step_cases(shape: Shape) -> Iterator[Case]:
@@ -263,9 +213,8 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
         shares = [0.004] if not velocities else [0.01, -0.008, 0.003, -0.001]
         row = ops.guided_step_coefficients(shares, [1.0] if not differences else [1.6, -0.6])
         table, step = torch.tensor([row] * 2, device=DEVICE), torch.tensor([1], device=DEVICE)
-        histories = [
-            randn(generator, depth, *size, dtype=torch.float32) for depth in (velocities, differences) if depth
-        ]
+        depths = [depth for depth in (velocities, differences) if depth]
+        histories = [randn(generator, depth, *size, dtype=torch.float32) for depth in depths]
         return randn(generator, *size, dtype=torch.float32), cond, uncond, table, step, *histories
 
     def plain_in_place(x: Tensor, *rest: Tensor) -> Tensor:
@@ -279,8 +228,8 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
         ("guided_step, 4 velocities and 2 differences,", most, plain, fused, cost(True, 3, 2)),
         ("guided_step_, Euler, in place,", euler, plain_in_place, in_place, cost()),
     ):
-        peers = compiled(baseline) if shape is SHAPES[0] else {}
-        yield kernel_case(name, str(shape), inputs, baseline, ours, work, peers=peers, dtype=torch.float32)
+        peers = compiled_once(baseline, shape)
+        yield from kernel_cases(name, str(shape), inputs, baseline, ours, peers, work, dtype=torch.float32)
 
 
 OPS = (swiglu_cases, attention_cases, qkv_attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)

@@ -9,17 +9,15 @@ dtype: on a GPU an fp32 run of XL/2 would take minutes.) Weights are random, so 
 costs in quality: `benchmarks.forecast` does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, DTYPE, NEEDS_GPU, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name
-from benchmarks.models import PUBLISHED, lively_std, published_run, random_model
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name, forward
+from benchmarks.models import PUBLISHED, lively_std, published_run, random_model, weight_bytes
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
@@ -53,7 +51,9 @@ class Runs:
         self.base = replace(PUBLISHED, num_steps=num_steps, last_step=0.04 if num_steps >= 50 else None)
         self.reference = random_model(config, lively_std(config), DEVICE).to(DTYPE)
         self.fused = FusedDDT.from_reference(self.reference)
-        self.settings, self.expected = cache(self._settings), cache(self._expected)
+        self.settings = cache(self._settings)
+        # One function for a setting: what it yields is computed once.
+        self.expected = {name: partial(self._expected, name) for name in SETTINGS}
 
     def inputs(self) -> Inputs:
         noise, _ = seeded_noise(range(self.batch), (4, self.side, self.side))
@@ -62,45 +62,29 @@ class Runs:
     def _settings(self, name: str) -> SamplingConfig:
         return resolve_refresh_steps(self.fused, SETTINGS[name](self.base), self.side, self.side)
 
-    def _expected(self, setting: str) -> Sequence[Tensor]:
+    def _expected(self, setting: str, x: Inputs) -> Sequence[Tensor]:
         """What the plain DDT adds to the noise."""
-        x = self.inputs()
-        return added(self.sampler(f"DDT, {setting}, eager"), x)
+        return added(self.run(f"DDT, {setting}, eager"), x)
 
-    def sampler(self, name: str) -> Run:
+    def run(self, name: str) -> Run:
+        if name == BASELINE:
+            return forward(lambda noise, labels: published_run(self.reference, noise, labels, self.base))
         kind, setting, engine = name.split(", ")
         config = replace(self.settings(setting), cuda_graphs=engine == "CUDA graphs")
         model, compiled = self.fused if kind == "FusedDDT" else self.reference, engine == "torch.compile"
-        sampler = Sampler(model, config, self.batch, self.side, self.side, compile_model=compiled)
-        return lambda x: [sampler(*x.tensors)]
-
-    def published(self, x: Inputs) -> Sequence[Tensor]:
-        noise, labels = x.tensors
-        return [published_run(self.reference, noise, labels, self.base)]
+        return forward(Sampler(model, config, self.batch, self.side, self.side, compile_model=compiled))
 
     def variant(self, name: str) -> Variant | str:
         if name.endswith("CUDA graphs") and not ON_GPU:
-            return NEEDS_GPU
-        weights = sum(p.numel() * p.element_size() for p in self.reference.parameters())
+            return "needs an NVIDIA GPU"
         setting = "refresh 1" if name == BASELINE else name.split(", ")[1]
         plan = SamplingPlan.from_config(self.settings(setting))
-        flops, note = plan.flops(self.config, self.side, self.side), ""
+        flops = plan.flops(self.config, self.side, self.side)
+        note = f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image"
         if name == BASELINE:
-            flops = 2 * self.base.num_steps * model_flops(self.config, self.side, self.side).total
-        else:
-            note = f"{plan.network_evaluations} network and {plan.encoder_evaluations} encoder evaluations per image"
-        return Variant(
-            (lambda: self.published) if name == BASELINE else (lambda: self.sampler(name)),
-            ours=name.startswith("FusedDDT"),
-            check=added,
-            expected=lambda _: self.expected(setting),
-            cost=Cost(weights, self.batch * flops),
-            note=note,
-        )
-
-    def workload(self, variants: tuple[str, ...]) -> Workload:
-        made = {name: self.variant(name) for name in variants}
-        return Workload(self.inputs, made, None, DTYPE, images=self.batch, tolerance=TOLERANCE)
+            flops, note = 2 * self.base.num_steps * model_flops(self.config, self.side, self.side).total, ""
+        cost, ours = Cost(weight_bytes(self.reference), self.batch * flops), name.startswith("FusedDDT")
+        return Variant(partial(self.run, name), ours, added, self.expected[setting], cost, note)
 
 
 def added(run: Run, x: Inputs) -> Sequence[Tensor]:
@@ -111,11 +95,14 @@ def added(run: Run, x: Inputs) -> Sequence[Tensor]:
 def sampling_case(
     name: str, config: DDTConfig, side: int, batch: int, steps: int, variants: tuple[str, ...] = ALL, rounds: int = 3
 ) -> Case:
+    def build() -> Workload:
+        runs = Runs(config, side, batch, steps)
+        made, expected = {name: runs.variant(name) for name in variants}, runs.expected["refresh 1"]
+        return Workload(runs.inputs, made, expected, DTYPE, images=batch, tolerance=TOLERANCE)
+
     size = f"{name} B {batch}, {steps} steps, {dtype_name(DTYPE)}"
     what = "one image" if batch == 1 else "throughput"
-    return Case(
-        "sampling", what, size, variants, lambda: Runs(config, side, batch, steps).workload(variants), rounds=rounds
-    )
+    return Case("sampling", what, size, variants, build, rounds=rounds)
 
 
 def sampling_cases() -> Iterator[Case]:

@@ -8,8 +8,6 @@ ODE, from a fine multistep run that evaluates everything. Beside them: Fréchet 
 real digits, in pixels, where the same seeds make differences visible that are far below the noise of the distance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,6 +36,7 @@ from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
 from ddt_fast.files import output_folder
 from ddt_fast.sampling.fast import fast_settings
 
+# By name: scale and interval.
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
     "none": (1.0, (0.0, 1.0)),
     "1.5 in (0.3, 1)": (1.5, (0.3, 1.0)),
@@ -45,14 +44,10 @@ GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
     "2 always": (2.0, (0.0, 1.0)),
     "4 in (0.3, 1)": (4.0, (0.3, 1.0)),
 }
-"""By name: scale and interval."""
+FRECHET_GUIDANCE = "2 in (0.3, 1)"  # the published one
 
-FRECHET_GUIDANCE = "2 in (0.3, 1)"
-"""The published one."""
-
+# `benchmarks.pareto` finds it within 1e-5 of one of twice the steps.
 TRUTH = replace(BASE, num_steps=155, solver="lms", order=4)
-"""`benchmarks.pareto` finds it within 1e-5 of one of twice the steps."""
-
 MULTISTEP = replace(BASE, num_steps=35, solver="lms", order=3)
 EVERY_SECOND = replace(MULTISTEP, refresh_every=2, state_forecast="quadratic")
 
@@ -75,12 +70,10 @@ def candidates() -> Iterator[tuple[str, SamplingConfig]]:
     yield "multistep 4, 25, everything", replace(MULTISTEP, num_steps=25, order=4)
 
 
+# Stands for the truth where there are many samples.
 FRECHET_REFERENCE = ("multistep 4, 55, everything", replace(BASE, num_steps=55, solver="lms", order=4))
-"""Stands for the truth where there are many samples."""
-
 FRECHET_CANDIDATES = ("Euler 250, --fast", "multistep 3, 55, K 2 quadratic", "multistep 3, 35, K 2 quadratic")
-BLOCKS = 10
-"""Of the many samples: differences between blocks are the standard errors."""
+BLOCKS = 10  # of the many samples: differences between blocks are the standard errors
 
 
 def guided(config: SamplingConfig, name: str) -> SamplingConfig:

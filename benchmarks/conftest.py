@@ -5,8 +5,6 @@ when the first of its tests runs, and every variant's test plays its own rounds 
 only by the recorded seconds. Statistics and tables are pytest-benchmark's, the numbers are the interleaved ones.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import cycle
@@ -21,8 +19,7 @@ from benchmarks.harness import Case, Recorder
 class PlaybackClock:
     """A timer that stands still until `advance` is called."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self) -> float:
         return self.now
@@ -39,22 +36,20 @@ class NoBenchmark:
         return None
 
 
-CLOCK = PlaybackClock()
-RECORDER = pytest.StashKey[Recorder]()
+CLOCK, RECORDER = PlaybackClock(), pytest.StashKey[Recorder]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("ddt-fast benchmarks")
-    group.addoption("--results", metavar="FILE", help="write everything measured to this JSON file, case by case")
+    group.addoption("--results", type=Path, metavar="FILE", help="write everything measured to this JSON file")
     group.addoption("--append", action="store_true", help="keep the other cases that the file of --results holds")
     group.addoption("--only", default="", metavar="WORDS", help="cases whose title has these words")
     group.addoption("--time-limit", type=float, default=math.inf, metavar="SECONDS", help="start no case later")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--results") and Path(config.getoption("--results"))
     try:
-        recorder = Recorder(path, config.getoption("--append"), config.getoption("--time-limit"))
+        recorder = Recorder(*map(config.getoption, ("--results", "--append", "--time-limit")))
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
     config.stash[RECORDER] = recorder
@@ -65,16 +60,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         words = metafunc.config.getoption("--only")
-        cases = [case for case in metafunc.module.CASES if words in case.title]
-        pairs = [(case, variant) for case in cases for variant in case.variants]
+        pairs = [(case, name) for case in metafunc.module.CASES if words in case.title for name in case.variants]
         ids = ["-".join((case.name, case.size, variant)).replace(" ", "_") for case, variant in pairs]
         metafunc.parametrize(("case", "variant"), pairs, ids=ids)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.pluginmanager.hasplugin("benchmark"):
-        for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    for item in items if config.pluginmanager.hasplugin("benchmark") else ():
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
 
 
 @pytest.fixture

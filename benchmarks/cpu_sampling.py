@@ -14,14 +14,12 @@ XL/2 at 256 px with random weights. Three tables:
   t: these errors compare precisions, they do not say what a shortcut costs a trained model.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import environment
-from benchmarks.harness import Timing, interleave, relative_error, timed
+from benchmarks.harness import interleave, relative_error, timed
 from benchmarks.models import PUBLISHED, Model, compiled_copy, published_run, random_model
 from ddt_fast.checks import require, require_int
-from ddt_fast.files import atomic_file
+from ddt_fast.config import SamplingConfig
+from ddt_fast.files import write_json
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.presets import PRESETS
@@ -40,11 +39,10 @@ from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.tables import StepKind
 
+Timing = dict[str, Any]  # see `harness.timing`
 REFERENCE = "reference, fp32 eager"
 WEIGHTS = "random: matrices and embeddings N(0, 0.02), the final layer's and adaLN's too, norms 1, biases 0"
-MAX_ERROR = 0.1
-"""Of a velocity, beyond which a variant is not timed: it is wrong, not imprecise."""
-
+MAX_ERROR = 0.1  # of a velocity, beyond which a variant is not timed: it is wrong, not imprecise
 FORECAST = {"state_forecast": "linear", "guidance_every": 10, "guidance_forecast": "linear"}
 SETTINGS = {
     "refresh 1": PUBLISHED,
@@ -64,24 +62,24 @@ class StepCosts:
     def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
         self.sampler, self.noise, self.labels = sampler, noise, labels
         # Which slot a refresh writes to does not change its time.
-        self.kinds = [replace(kind, slot=0) for kind in sampler.kinds]
+        self.parts = [_words(replace(kind, slot=0)) for kind in sampler.kinds]
 
     @property
     def counts(self) -> dict[str, int]:
         """How often a run has each part."""
-        return {"start": 1} | {_words(kind): count for kind, count in Counter(self.kinds).items()}
+        return {"start": 1} | Counter(self.parts)
 
     def functions(self) -> dict[str, Callable[[], object]]:
         """By part: a function that does it once. "start" is all that precedes the first step, and the encoder's
         modulations for all steps."""
         self.start()
-        functions: dict[str, Callable[[], object]] = {"start": self.start}
-        return functions | {_words(kind): partial(self.step, self.kinds.index(kind)) for kind in self.kinds}
+        steps = {part: partial(self.step, self.parts.index(part)) for part in self.parts}
+        return {"start": self.start, **steps}
 
     @torch.no_grad()
     def start(self) -> None:
         self.sampler.buffers.start(self.noise, self.labels)
-        for step in range(len(self.kinds)):
+        for step in range(len(self.parts)):
             self.sampler.buffers.prepare_conditions(step)
 
     @torch.no_grad()
@@ -102,7 +100,7 @@ def _words(kind: StepKind) -> str:
 
 def composed(counts: dict[str, int], timings: dict[str, Timing]) -> float:
     """Seconds of a run that has each part so often."""
-    return sum(count * timings[part].median for part, count in counts.items())
+    return sum(count * timings[part]["median"] for part, count in counts.items())
 
 
 def variants(reference: DDT) -> dict[str, Model]:
@@ -136,8 +134,8 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
     return [
         {
             "variant": name,
-            "seconds": timing.as_dict(),
-            "of_reference": timing.median / timings[REFERENCE].median,
+            "seconds": timing,
+            "of_reference": timing["median"] / timings[REFERENCE]["median"],
             "relative_error": errors[name],
             "first_call_seconds": first_seconds[name],
         }
@@ -146,8 +144,8 @@ def measure_forward(models: dict[str, Model], size: int, calls: int) -> list[dic
 
 
 class SamplingRuns:
-    """The parts of every run, timed in turn: of PUBLISHED's 250 steps (`long`) and of `run_steps` (`short`), by engine
-    and setting."""
+    """The parts of every run, timed in turn, by engine, setting and number of steps: PUBLISHED's 250 and `run_steps`.
+    A step of either run is timed once."""
 
     def __init__(
         self, reference: DDT, engines: dict[str, Model], size: int, batch_size: int, calls: int, run_steps: int
@@ -155,30 +153,33 @@ class SamplingRuns:
         self.reference, self.size, self.batch_size, self.run_steps = reference, size, batch_size, run_steps
         self.noise, _ = seeded_noise(range(batch_size), (reference.config.in_channels, size, size))
         self.labels = torch.arange(batch_size) % reference.config.num_classes
-        self.long: dict[tuple[str, str], StepCosts] = {}
-        self.short: dict[tuple[str, str], StepCosts] = {}
+        self.costs: dict[tuple[str, str, int], StepCosts] = {}
         one_step = replace(PUBLISHED, num_steps=1, last_step=None)
         functions: dict[Any, Callable[[], object]] = {REFERENCE: partial(self.published, one_step)}
-        for key in ((engine, setting) for engine in engines for setting in SETTINGS):
-            for costs, steps in ((self.long, PUBLISHED.num_steps), (self.short, run_steps)):
-                config = replace(SETTINGS[key[1]], num_steps=steps)
-                sampler = Sampler(engines[key[0]], config, batch_size, size, size)
-                costs[key] = StepCosts(sampler, self.noise, self.labels)
-            parts = self.short[key].functions() | self.long[key].functions()
-            functions |= {(*key, part): function for part, function in parts.items()}
-            functions[(*key, "short start")] = self.short[key].start
+        for engine, setting, steps in product(engines, SETTINGS, (run_steps, PUBLISHED.num_steps)):
+            config = replace(SETTINGS[setting], num_steps=steps)
+            costs = StepCosts(Sampler(engines[engine], config, batch_size, size, size), self.noise, self.labels)
+            self.costs[engine, setting, steps] = costs
+            for part, function in costs.functions().items():
+                functions[engine, setting, steps if part == "start" else part] = function
         self.timings = interleave(functions, calls, warmup=2)
 
-    def published(self, config: Any) -> Tensor:
+    def published(self, config: SamplingConfig) -> Tensor:
         return published_run(self.reference, self.noise, self.labels, config)
+
+    def runs_of(self, num_steps: int) -> Iterator[tuple[str, str, StepCosts, dict[str, Timing]]]:
+        """Engine, setting, and the timings of the parts of every run of that many steps."""
+        for (engine, setting, steps), costs in self.costs.items():
+            if steps == num_steps:
+                keys = {part: (engine, setting, steps if part == "start" else part) for part in costs.counts}
+                yield engine, setting, costs, {part: self.timings[key] for part, key in keys.items()}
 
     def sampling(self) -> dict[str, Any]:
         """The table "sampling"."""
         step = self.timings[REFERENCE]
-        published = PUBLISHED.num_steps * step.median / self.batch_size
+        published = PUBLISHED.num_steps * step["median"] / self.batch_size
         settings = []
-        for (engine, setting), costs in self.long.items():
-            own = {part: self.timings[engine, setting, part] for part in costs.counts}
+        for engine, setting, costs, own in self.runs_of(PUBLISHED.num_steps):
             total, plan = composed(costs.counts, own) / self.batch_size, costs.sampler.plan
             settings.append(
                 {
@@ -189,31 +190,25 @@ class SamplingRuns:
                     "network_evaluations": plan.network_evaluations,
                     "encoder_evaluations": plan.encoder_evaluations,
                     "tflop_per_image": plan.flops(self.reference.config, self.size, self.size) / 1e12,
-                    "parts": [
-                        {"part": part, "count": count, "seconds": own[part].as_dict()}
-                        for part, count in costs.counts.items()
-                    ],
+                    "parts": [{"part": p, "count": count, "seconds": own[p]} for p, count in costs.counts.items()],
                 }
             )
-        return {"published": {"seconds_per_image": published, "step": step.as_dict()}, "settings": settings}
+        return {"published": {"seconds_per_image": published, "step": step}, "settings": settings}
 
     def runs(self) -> Iterator[dict[str, Any]]:
         """The table "runs"."""
         names = ("engine", "setting", "num_steps", "seconds", "composed_seconds", "relative_error")
-        results: list[Tensor] = []
-        config = replace(PUBLISHED, num_steps=self.run_steps)
+        steps, results = self.run_steps, list[Tensor]()
+        config = replace(PUBLISHED, num_steps=steps)
         seconds = timed(lambda: results.append(self.published(config)))
-        (expected,) = results
-        predicted = self.run_steps * self.timings[REFERENCE].median
-        yield dict(zip(names, (REFERENCE, "published", self.run_steps, seconds, predicted, 0.0), strict=True))
-        for (engine, setting), costs in self.short.items():
-            own = {part: self.timings[engine, setting, part] for part in costs.counts}
-            own["start"] = self.timings[engine, setting, "short start"]
-            predicted = composed(costs.counts, own)
-            costs.sampler(self.noise, self.labels)  # compiles what the kinds of steps, timed one by one, did not
-            seconds = timed(lambda sampler=costs.sampler: results.append(sampler(self.noise, self.labels)))  # type: ignore[misc]
-            error = relative_error(results[-1], expected)
-            yield dict(zip(names, (engine, setting, self.run_steps, seconds, predicted, error), strict=True))
+        predicted = steps * self.timings[REFERENCE]["median"]
+        yield dict(zip(names, (REFERENCE, "published", steps, seconds, predicted, 0.0), strict=True))
+        for engine, setting, costs, own in self.runs_of(steps):
+            predicted, run = composed(costs.counts, own), partial(costs.sampler, self.noise, self.labels)
+            run()  # compiles what the kinds of steps, timed one by one, did not
+            seconds = timed(lambda run=run: results.append(run()))  # type: ignore[misc]
+            error = relative_error(results[-1], results[0])
+            yield dict(zip(names, (engine, setting, steps, seconds, predicted, error), strict=True))
 
 
 @torch.no_grad()
@@ -237,8 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     record: dict[str, Any] = {"environment": environment(), "model": "XL/2, 256 px", "weights": WEIGHTS}
-    record["batch_size"] = options.batch_size
-    preset = PRESETS["xl2_256"]
+    record["batch_size"], preset = options.batch_size, PRESETS["xl2_256"]
     reference, size = random_model(preset.model), preset.data.sample_size
     models = {k: m for k, m in variants(reference).items() if k in (REFERENCE, *(options.only or names))}
     record["forward"] = measure_forward(models, size, options.calls)
@@ -255,8 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     for row in record["runs"]:
         words = "{engine}, {setting}, {num_steps} steps: {seconds:.1f} s, composed {composed_seconds:.1f} s"
         print((words + ", error {relative_error:.2g}").format(**row))
-    with atomic_file(options.output) as file:
-        file.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.output, record)
 
 
 if __name__ == "__main__":

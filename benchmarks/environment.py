@@ -1,7 +1,5 @@
 """What a measurement was made on, and by what: the record in every results file."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform
@@ -14,21 +12,18 @@ import torch
 from ddt_fast.device import cpu_capabilities
 from ddt_fast.provenance import device_name, package_version, source_commit
 
+# The instruction sets that matter to PyTorch's GEMMs.
 CPU_FLAGS = ("avx2", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "bf16", "i8mm")
-"""The instruction sets that matter to PyTorch's GEMMs."""
-
 PACKAGES = ("numpy", "triton", "flash-attn", "xformers", "liger-kernel", "diffusers", "ddt-fast")
+# Environment variable that names the commit where the source came without its history.
 COMMIT_VARIABLE = "DDT_FAST_COMMIT"
-"""Environment variable that names the commit where the source came without its history."""
 
 
 def environment() -> dict[str, Any]:
     """Hardware, driver, versions, commit, command and load average, ready for JSON. Call it before measuring: the load
     average says what else was running."""
-    capabilities = cpu_capabilities()
+    capabilities, commit, driver = cpu_capabilities(), source_commit(), _nvidia_smi("driver_version")
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    driver = _nvidia_smi("driver_version")
-    commit = source_commit()
     return {
         "date": now(),
         "command": " ".join(["python", *sys.orig_argv[1:]]),
@@ -44,7 +39,7 @@ def environment() -> dict[str, Any]:
             {"name": gpu.name, "capability": f"{gpu.major}.{gpu.minor}", "memory_gib": gpu.total_memory >> 30}
             for gpu in gpus
         ],
-        "driver": driver and driver[0],
+        "driver": driver and driver["driver_version"],
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "platform": platform.platform(),
@@ -66,18 +61,15 @@ def load_average() -> list[float] | None:
 
 def gpu_state() -> dict[str, str] | None:
     """The first GPU's clocks (MHz), temperature (°C) and power (W) as nvidia-smi prints them; None without one."""
-    fields = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-    values = _nvidia_smi(*fields)
-    return None if values is None else dict(zip(fields, values, strict=True))
+    return _nvidia_smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
-def _nvidia_smi(*fields: str) -> list[str] | None:
+def _nvidia_smi(*fields: str) -> dict[str, str] | None:
     if not torch.cuda.is_available():
         return None
     command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
+        return dict(zip(fields, map(str.strip, result.stdout.split(",")), strict=True))
+    except (OSError, subprocess.SubprocessError, ValueError):  # absent, or another answer than asked for
         return None
-    values = [value.strip() for value in result.stdout.split(",")]
-    return values if len(values) == len(fields) else None

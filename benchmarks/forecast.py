@@ -8,8 +8,6 @@ guidance interval): of all samples, and the median and the 90% quantile of the s
 digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.report.figures import draw
+from benchmarks.report.files import ResultsFile
 from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, command_parser, kept_samples, sample_errors, xl2_tflop
 from ddt_fast import SamplingConfig
 from ddt_fast.checks import require_int
@@ -29,13 +28,6 @@ from ddt_fast.files import output_folder, write_json
 from ddt_fast.sampling.fast import fast_settings
 
 LINEAR = replace(PUBLISHED, state_forecast="linear", guidance_forecast="linear")
-EVERYTHING = {
-    "refresh_every": 1,
-    "refresh_steps": None,
-    "state_forecast": "hold",
-    "guidance_every": 1,
-    "guidance_forecast": "hold",
-}
 
 
 def settings() -> Iterator[tuple[str, str, float, SamplingConfig]]:
@@ -68,7 +60,8 @@ def measure(num_samples: int, keep: Path | None) -> list[dict[str, Any]]:
     truths: dict[SamplingConfig, torch.Tensor] = {}
     results = []
     for group, series, at, config in tqdm(list(settings()), unit="setting"):
-        everything = replace(config, **EVERYTHING)  # type: ignore[arg-type]
+        everything = replace(config, refresh_every=1, refresh_steps=None, state_forecast="hold")
+        everything = replace(everything, guidance_every=1, guidance_forecast="hold")
         new = everything not in truths
         for name, run in [("everything", everything)] * new + [(series, config)]:
             samples = runs(run)
@@ -90,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     record = {"environment": environment(), "num_samples": options.num_samples}
     record["results"] = measure(options.num_samples, kept_samples(options.keep))
     write_json(folder / "forecast.json", record)
-    draw(folder / "forecast.json")
+    draw(ResultsFile(folder / "forecast.json"))
 
 
 if __name__ == "__main__":

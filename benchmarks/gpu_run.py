@@ -17,8 +17,6 @@ from the folder that --wheels names.
 --dry-run does the same on a machine without a GPU, on small shapes.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util
@@ -33,26 +31,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of the suite's time, in the order of what is wanted most; what one module leaves goes to the next ones.
 SHARES = {
-    "bench_kernels": 0.4,
-    "bench_sampling": 0.25,
-    "bench_model": 0.19,
-    "bench_training": 0.07,
-    "bench_evaluation": 0.05,
-    "bench_data": 0.04,
+    **{"bench_kernels": 0.4, "bench_sampling": 0.25, "bench_model": 0.19},
+    **{"bench_training": 0.07, "bench_evaluation": 0.05, "bench_data": 0.04},
 }
-"""Of the suite's time, in the order of what is wanted most; what one module leaves goes to the next ones."""
-
 TESTS_SHARE, PROFILE_SECONDS, TRAINING_SHARE = 0.25, 60.0, 0.15
-START_SECONDS, GRACE_SECONDS = 10.0, 30.0
-"""Until a module of the suite measures, and for its last case to end."""
-
-STOP_SECONDS = 20.0
-"""What it may take to stop a step; kept free at the end. No step starts with less left."""
-
+START_SECONDS, GRACE_SECONDS = 10.0, 30.0  # until a module of the suite measures, and for its last case to end
+STOP_SECONDS = 20.0  # what it may take to stop a step; kept free at the end: no step starts with less left
+# Beside the baseline, on a GPU: to compile takes minutes, and the suite's training cases do it on a smaller model.
 TRAINING_VARIANTS = ("reference, bf16 autocast", "FusedDDT, bf16")
-"""Beside the baseline, on a GPU: to compile takes minutes, and the suite's training cases do it on a smaller model."""
-
 WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensors", "triton", "scipy")
 
 
@@ -66,8 +54,7 @@ class Steps:
     """
 
     def __init__(self, folder: Path, seconds: float, packages: Path | None = None) -> None:
-        self.folder = folder
-        self.deadline = time.monotonic() + seconds - STOP_SECONDS
+        self.folder, self.deadline = folder, time.monotonic() + seconds - STOP_SECONDS
         self.done: list[dict[str, Any]] = []
         paths = [str(packages or ""), str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
@@ -78,20 +65,17 @@ class Steps:
 
     def run(self, name: str, command: list[str], log: str, seconds: float) -> None:
         """Run a Python command, its output appended to a log file; after `seconds` it is interrupted, then killed."""
-        if self.left < STOP_SECONDS:
-            self._note(name, "left out: no time left", 0.0)
-            return
-        seconds, started = min(seconds, self.left), time.monotonic()
-        print(f"{name}: python {' '.join(command)} (up to {seconds:.0f} s)", flush=True)
-        with (self.folder / log).open("a") as stream:
-            print(f"\n$ python {' '.join(command)}", file=stream, flush=True)
-            options: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
-            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, **options)
-            status = _wait(process, seconds)
-        self._note(name, status, time.monotonic() - started)
-        print("\n".join((self.folder / log).read_text(errors="replace").splitlines()[-4:]), flush=True)
-
-    def _note(self, name: str, status: str, seconds: float) -> None:
+        started, status = time.monotonic(), "left out: no time left"
+        if self.left >= STOP_SECONDS:
+            seconds = min(seconds, self.left)
+            print(f"{name}: python {' '.join(command)} (up to {seconds:.0f} s)", flush=True)
+            with (self.folder / log).open("a") as stream:
+                print(f"\n$ python {' '.join(command)}", file=stream, flush=True)
+                options: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
+                process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, **options)
+                status = _wait(process, seconds)
+            print("\n".join((self.folder / log).read_text(errors="replace").splitlines()[-4:]), flush=True)
+        seconds = time.monotonic() - started
         print(f"{name}: {status}, {seconds:.0f} s, {self.left:.0f} s left", flush=True)
         self.done.append({"step": name, "status": status, "seconds": round(seconds, 1)})
         (self.folder / "steps.json").write_text(json.dumps(self.done, indent=1) + "\n")
@@ -131,30 +115,33 @@ def install(wheels: Path, target: Path) -> None:
     importlib.invalidate_caches()
 
 
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
 def preflight(folder: Path, dry_run: bool) -> None:
     """Say what this machine has.
 
     Raises:
         ValueError: it has no torch, or no GPU and this is not a dry run.
     """
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         raise ValueError("torch is not installed; expected torch 2.11 or later")
     import torch
 
     if not torch.cuda.is_available() and not dry_run:
         raise ValueError("PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one")
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU, a dry run"
-    missing = [name for name in WANTED if importlib.util.find_spec(name) is None]
     print(f"{device}; torch {torch.__version__}; files under {folder}", flush=True)
+    missing = [name for name in WANTED if not installed(name)]
     print(f"not installed here: {', '.join(missing) or 'nothing'}", flush=True)
 
 
 def run_steps(steps: Steps, options: argparse.Namespace) -> None:
     """All of them, one after the other."""
-    folder, seconds = steps.folder, 60 * options.minutes
+    folder, seconds, cores = steps.folder, 60 * options.minutes, os.cpu_count() or 1
     tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
-    cores = os.cpu_count() or 1
-    if importlib.util.find_spec("xdist") and cores >= 8:
+    if installed("xdist") and cores >= 8:
         tests += ["-n", str(min(8, cores // 2))]  # most of their time is Triton's compiler, on the CPU
     steps.run("tests", tests, "tests.txt", TESTS_SHARE * seconds)
     if options.profile:
@@ -163,13 +150,12 @@ def run_steps(steps: Steps, options: argparse.Namespace) -> None:
     command = ["-m", "benchmarks.training_step", "--output", str(folder / "training_step.json"), "--only"]
     command += ["FusedDDT, bf16", "--batch-size", "1", "--calls", "1"] if options.dry_run else TRAINING_VARIANTS
     steps.run("training_step", command, "suite.txt", TRAINING_SHARE * seconds)
-    benchmark_only = ["--benchmark-only"] if importlib.util.find_spec("pytest_benchmark") else []
     modules = [name for name in SHARES if name in options.modules]
     for i, name in enumerate(modules):
         limit = SHARES[name] / sum(SHARES[other] for other in modules[i:]) * steps.left
-        command = ["-m", "pytest", f"benchmarks/{name}.py", *benchmark_only, "-q", "-rfE", "--append"]
-        command += ["--results", str(folder / "results.json"), "--only", options.only]
-        command += ["--time-limit", f"{max(1.0, limit - START_SECONDS):.0f}"]
+        command = ["-m", "pytest", f"benchmarks/{name}.py", "-q", "-rfE", "--append", "--only", options.only]
+        command += ["--benchmark-only"] * installed("pytest_benchmark")
+        command += ["--results", str(folder / "results.json"), "--time-limit", f"{max(1.0, limit - START_SECONDS):.0f}"]
         steps.run(name, command, "suite.txt", limit + GRACE_SECONDS)
 
 
@@ -191,7 +177,7 @@ def main() -> None:
     if options.commit:
         os.environ["DDT_FAST_COMMIT"] = options.commit
     with tempfile.TemporaryDirectory() as temporary:
-        packages = None if options.wheels is None else Path(temporary)
+        packages = options.wheels and Path(temporary)
         try:
             if (folder / "results.json").exists():
                 raise ValueError(f"{folder} holds results.json of another run; name another folder")

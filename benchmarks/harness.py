@@ -5,13 +5,11 @@
   wrong gets no time.
 - Timed: the variants take turns, so that whatever else the machine does falls on all of them alike, and the median
   counts. On a GPU short calls are timed by `triton.testing.do_bench` (CUDA events, the L2 cache cleared before every
-  call), long ones by the host's clock, launches included.
+  call), long ones by PyTorch's `timer` on the host's clock, launches included.
 - Ceilings: a large GEMM and a large copy, measured in the same run.
 
 The results file is described in README.md.
 """
-
-from __future__ import annotations
 
 import gc
 import math
@@ -20,12 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 from benchmarks.environment import environment, gpu_state, load_average, now
 from ddt_fast.device import cpu_has_bf16
@@ -37,22 +36,16 @@ FORMAT = 1
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-NEEDS_GPU = "needs an NVIDIA GPU"
 
+# Relative error, by the bytes of an element, above which plain PyTorch itself counts as wrong.
 MAX_BASELINE_ERROR = {2: 0.1, 4: 1e-3, 8: 1e-6}
-"""Relative error, by the bytes of an element, above which plain PyTorch itself counts as wrong."""
-
+# On a CPU calls are repeated until one timing takes as long, so that reading the clock costs nothing beside it.
 MIN_SECONDS, MAX_REPEATS = 1e-3, 50
-"""On a CPU calls are repeated until one timing takes as long, so that reading the clock costs nothing beside it."""
-
+# Calls that `do_bench` times, and for how long in every round.
 SHORT_SECONDS, BENCH_MILLISECONDS = 0.02, 10
-"""Calls that `do_bench` times, and for how long in every round."""
-
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
-Run = Callable[["Inputs"], Sequence[Tensor]]
-"""Does the work once and returns what is verified."""
-
+Run = Callable[["Inputs"], Sequence[Tensor]]  # does the work once and returns what is verified
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -67,7 +60,7 @@ class Inputs:
     tensors: tuple[Tensor, ...]
     gradients: tuple[Tensor, ...] = ()
 
-    def to(self, dtype: torch.dtype) -> Inputs:
+    def to(self, dtype: torch.dtype) -> "Inputs":
         """A copy with floating-point tensors in `dtype`."""
 
         def copy(tensor: Tensor) -> Tensor:
@@ -79,68 +72,43 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to do a case's work.
+    """One way to do a case's work."""
 
-    Attributes:
-        make: prepares the run (imports, compilation); not timed.
-        ours: it is this repository's; otherwise a peer, which may not work on this machine.
-        check: what to compare, given what was made and inputs; None compares what the timed run returns.
-        expected: the right result, where it differs from the case's.
-        cost: where it differs from the case's.
-        note: for the results.
-    """
-
-    make: Callable[[], Any]
-    ours: bool = False
-    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = None
-    expected: Run | None = None
-    cost: Cost | None = None
-    note: str = ""
+    make: Callable[[], Any]  # prepares the run (imports, compilation); not timed
+    ours: bool = False  # this repository's; otherwise a peer, which may not work on this machine
+    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = (
+        None  # of what was made; None: compare what the run returns
+    )
+    expected: Run | None = None  # the right result, where it differs from the case's
+    cost: Cost | None = None  # where it differs from the case's
+    note: str = ""  # for the results
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A case with its tensors.
+    """A case with its tensors."""
 
-    Attributes:
-        inputs: of a call; the same at every call.
-        variants: by name, the baseline first; a string is the reason why that one is missing here.
-        expected: the right result, in higher precision; None where every variant has its own.
-        dtype: what the work is done in.
-        cost: of one call, for the roofline.
-        images: that one call makes or reads.
-        tolerance: largest relative error allowed; None: as `allowed_errors`.
-        clean_up: called when the case is over.
-    """
-
-    inputs: Callable[[], Inputs]
-    variants: Mapping[str, Variant | str]
-    expected: Run | None
-    dtype: torch.dtype
-    cost: Cost | None = None
-    images: int | None = None
-    tolerance: float | None = None
-    clean_up: Callable[[], object] = lambda: None
+    inputs: Callable[[], Inputs]  # of a call; the same at every call
+    variants: Mapping[str, Variant | str]  # by name, the baseline first; a string: why that one is missing here
+    expected: Run  # the right result, in higher precision
+    dtype: torch.dtype  # what the work is done in
+    cost: Cost | None = None  # of one call, for the roofline
+    images: int | None = None  # that one call makes or reads
+    tolerance: float | None = None  # largest relative error allowed; None: as `allowed_errors`
+    clean_up: Callable[[], object] = lambda: None  # called when the case is over
 
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work to be measured.
+    """A piece of work to be measured."""
 
-    Attributes:
-        group: "kernels", "model", ...
-        variants: names of those that `build` makes, the baseline's first.
-        seconds: that timing should take in all.
-        rounds: None: as many as the time allows, 5 to 50.
-    """
-
-    group: str
+    group: str  # "kernels", "model", ...
     name: str
     size: str
-    variants: tuple[str, ...]
+    variants: tuple[str, ...]  # names of those that `build` makes, the baseline's first
     build: Callable[[], Workload]
-    seconds: float = 1.0
-    rounds: int | None = None
+    seconds: float = 1.0  # that timing should take in all
+    rounds: int | None = None  # None: as many as the time allows, 5 to 50
 
     @property
     def title(self) -> str:
@@ -190,43 +158,22 @@ def dtype_name(dtype: torch.dtype) -> str:
 # Timing
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one variant: median, first and third quartile, extremes, and the number of calls."""
-
-    median: float
-    lower_quartile: float
-    upper_quartile: float
-    minimum: float
-    maximum: float
-    calls: int
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Timing:
-        quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
-        lower, median, upper = quartiles
-        return cls(median, lower, upper, min(seconds), max(seconds), len(seconds))
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+def timing(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, first and third quartile, extremes, and the number of calls."""
+    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+    names = ("lower_quartile", "median", "upper_quartile", "minimum", "maximum", "calls")
+    return dict(zip(names, (*quartiles, min(seconds), max(seconds), len(seconds)), strict=True))
 
 
 def timed(run: Callable[[], object], repeats: int = 1) -> float:
     """Seconds per call on the host's clock, the device's work included."""
-    _synchronize()
-    started = time.perf_counter()
+    started = timer()
     for _ in range(repeats):
         run()
-    _synchronize()
-    return (time.perf_counter() - started) / repeats
+    return (timer() - started) / repeats
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _gpu_seconds(run: Callable[[], object]) -> float:
+def gpu_seconds(run: Callable[[], object]) -> float:
     """Median seconds of a short call on the GPU, which finds nothing in its L2 cache."""
     from triton.testing import do_bench
 
@@ -234,51 +181,16 @@ def _gpu_seconds(run: Callable[[], object]) -> float:
     return milliseconds / 1e3
 
 
-def record(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
-    """What every clock reads in each of `rounds` rounds, in which they take turns."""
-    seconds: dict[Key, list[float]] = {name: [] for name in clocks}
-    for _ in range(rounds):
-        for name, clock in clocks.items():
-            seconds[name].append(clock())
-    return seconds
+def take_turns(clocks: Mapping[Key, Callable[[], float]], rounds: int) -> dict[Key, list[float]]:
+    """What every clock reads in each round."""
+    readings = [{name: clock() for name, clock in clocks.items()} for _ in range(rounds)]
+    return {name: [reading[name] for reading in readings] for name in clocks}
 
 
-def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, Timing]:
-    """Times runs in turn on the host's clock, after `warmup` rounds that do not count."""
-    for _ in range(warmup):
-        for run in runs.values():
-            run()
-    readings = record({name: partial(timed, run) for name, run in runs.items()}, rounds)
-    return {name: Timing.of(seconds) for name, seconds in readings.items()}
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes above what was allocated before: what was left when the call returned, its result alive, and the peak."""
-
-    kept: int
-    peak: int
-
-
-def measure_memory(run: Callable[[], object], device: torch.device) -> Memory:
-    """Call `run` once and follow PyTorch's allocator, compiled functions' allocations included."""
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = run()
-        kept, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
-        del result
-        return Memory(kept, peak)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-    del result
-    now = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return Memory(now, peak)
+def interleave(runs: Mapping[Key, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[Key, dict[str, Any]]:
+    """The `timing` of runs timed in turn on the host's clock, after `warmup` rounds that do not count."""
+    readings = take_turns({name: partial(timed, run) for name, run in runs.items()}, warmup + rounds)
+    return {name: timing(seconds[warmup:]) for name, seconds in readings.items()}
 
 
 @dataclass(frozen=True)
@@ -300,23 +212,22 @@ class Ceilings:
         return (compute, "gemm") if compute >= memory else (memory, "copy")
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Medians of several calls; takes about a second."""
-    on_gpu = device.type == "cuda"
-    sizes = {torch.float32: 4096, torch.bfloat16: 8192} if on_gpu else {torch.float32: 1536, torch.bfloat16: 1536}
-    if not on_gpu and not cpu_has_bf16():
-        del sizes[torch.bfloat16]
-    generator = torch.Generator(device).manual_seed(0)
+def measure_ceilings() -> Ceilings:
+    """Medians of several calls on DEVICE; takes about a second."""
+    sizes = {torch.float32: 4096, torch.bfloat16: 8192} if ON_GPU else {torch.float32: 1536}
+    if not ON_GPU and cpu_has_bf16():
+        sizes[torch.bfloat16] = 1536
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def median(run: Callable[[], object]) -> float:
-        return interleave({"": run}, 20 if on_gpu else 7, warmup=2)[""].median
+        return interleave({"": run}, 20 if ON_GPU else 7, warmup=2)[""]["median"]
 
     gemm = {}
     for dtype, n in sizes.items():
         a, b = (randn(generator, n, n, dtype=dtype) for _ in range(2))
         gemm[dtype_name(dtype)] = 2 * n**3 / median(partial(torch.mm, a, b))
-    size = 2**31 if on_gpu else 2**28
-    source = torch.rand(size // 4, generator=generator, device=device)
+    size = 2**31 if ON_GPU else 2**28
+    source = torch.rand(size // 4, generator=generator, device=DEVICE)
     seconds = median(partial(torch.empty_like(source).copy_, source))
     words = ", ".join(f"{dtype_name(dtype)} GEMM {n}x{n}x{n}" for dtype, n in sizes.items())
     return Ceilings(gemm, 2 * size / seconds, f"{words}; copy of {size >> 20} MiB")
@@ -335,11 +246,14 @@ class Result:
     wrong: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def note_failure(self, name: str, variant: Variant | str, error: Exception) -> None:
+    def note_failure(self, name: str, ours: bool, error: Exception) -> None:
         """A peer that fails counts as missing; ours counts as wrong."""
-        ours = isinstance(variant, Variant) and variant.ours
-        reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        (self.wrong if ours else self.missing)[name] = reason
+        (self.wrong if ours else self.missing)[name] = f"failed: {words_of(error)}"
+
+
+def words_of(error: Exception) -> str:
+    """On one line, cut where it is long."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Result:
@@ -353,12 +267,12 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
         if tuple(workload.variants) != case.variants:
             raise ValueError(f"{case.title} builds {tuple(workload.variants)}; expected {case.variants}")
         result = Result({"group": case.group, "case": case.name, "size": case.size})
-        runs, errors = _verify(workload, result)
-        before, repeats = gpu_state(), _time(case, workload, runs, result, device)
+        right, before = _verify(workload, result), gpu_state()
+        _time(case, right, workload.inputs(), result, device)
         result.record |= {
             "dtype": dtype_name(workload.dtype),
             "clock": "CUDA events or host clock" if device.type == "cuda" else "host clock",
-            "variants": [_entry(workload, name, result, errors, repeats, ceilings) for name in result.rounds],
+            "variants": [_entry(workload, right[name], result, ceilings) for name in result.rounds],
             "wrong": [{"name": name, "reason": reason} for name, reason in result.wrong.items()],
             "missing": [{"name": name, "reason": reason} for name, reason in result.missing.items()],
             "gpu_before": before,
@@ -375,47 +289,47 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
             torch.cuda.empty_cache()
 
 
-def _entry(
-    workload: Workload,
-    name: str,
-    result: Result,
-    errors: Mapping[str, tuple[float, float]],
-    repeats: Mapping[str, int],
-    ceilings: Ceilings,
-) -> dict[str, Any]:
+@dataclass
+class _Right:
+    """A variant that was found right."""
+
+    name: str
+    variant: Variant
+    run: Run
+    error: float
+    allowed_error: float
+    calls_per_round: int = 1
+
+
+def _entry(workload: Workload, right: _Right, result: Result, ceilings: Ceilings) -> dict[str, Any]:
     """A variant's record."""
-    variant, baseline = workload.variants[name], next(iter(workload.variants))
-    assert isinstance(variant, Variant)
-    timing, base = Timing.of(result.rounds[name]), result.rounds.get(baseline)
-    cost = variant.cost or workload.cost
-    floor = ceilings.floor(cost, workload.dtype)
+    baseline, cost = next(iter(workload.variants)), right.variant.cost or workload.cost
+    seconds, base = timing(result.rounds[right.name]), result.rounds.get(baseline)
+    floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)
     return {
-        "name": name,
-        "baseline": name == baseline,
-        "ours": variant.ours,
-        "seconds": timing.as_dict(),
-        "calls_per_round": repeats[name],
-        "ratio": base and timing.median / Timing.of(base).median,
-        "error": errors[name][0],
-        "allowed_error": errors[name][1],
-        "images_per_second": workload.images and workload.images / timing.median,
+        "name": right.name,
+        "baseline": right.name == baseline,
+        "ours": right.variant.ours,
+        "seconds": seconds,
+        "calls_per_round": right.calls_per_round,
+        "ratio": base and seconds["median"] / statistics.median(base),
+        "error": right.error,
+        "allowed_error": right.allowed_error,
+        "images_per_second": workload.images and workload.images / seconds["median"],
         "flops": cost and cost.flops,
         "bytes": cost and cost.bytes_moved,
-        "floor_seconds": floor and floor[0],
-        "bound_by": floor and floor[1],
-        "share_of_ceiling": floor and floor[0] / timing.median,
-        "note": variant.note,
+        "floor_seconds": floor,
+        "bound_by": bound,
+        "share_of_ceiling": floor and floor / seconds["median"],
+        "note": right.variant.note,
     }
 
 
-def _verify(workload: Workload, result: Result) -> tuple[dict[str, Run], dict[str, tuple[float, float]]]:
-    """The runs found right, and their (error, allowed error); the others are noted in the result."""
-    runs: dict[str, Run] = {}
-    found: dict[str, tuple[float, float]] = {}
-    shared: Sequence[Tensor] | None = None
-    allowed: list[float] | None = None
-    at_most = workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]
-    baseline = next(iter(workload.variants))
+def _verify(workload: Workload, result: Result) -> dict[str, _Right]:
+    """The variants found right; the others are noted in the result."""
+    right: dict[str, _Right] = {}
+    expected_of = cache(lambda run: run(workload.inputs()))
+    limits: list[float] = []
     for name, variant in workload.variants.items():
         if isinstance(variant, str):
             result.missing[name] = variant
@@ -424,25 +338,20 @@ def _verify(workload: Workload, result: Result) -> tuple[dict[str, Run], dict[st
             run = variant.make()
             outputs = run(workload.inputs()) if variant.check is None else variant.check(run, workload.inputs())
         except Exception as error:  # of any package or compiler: reported, and the run continues
-            result.note_failure(name, variant, error)
+            result.note_failure(name, variant.ours, error)
             continue
-        if variant.expected is not None:
-            expected = variant.expected(workload.inputs())
-        else:
-            assert workload.expected is not None
-            expected = shared = workload.expected(workload.inputs()) if shared is None else shared
-        errors = relative_errors(outputs, expected)
+        errors = relative_errors(outputs, expected_of(variant.expected or workload.expected))
         del outputs
-        # Plain PyTorch's own errors set the limits for all others, if it is right.
-        limits = allowed or [at_most] * len(errors)
-        worst = max(range(len(errors)), key=lambda i: errors[i] / limits[i])
-        if errors[worst] <= limits[worst]:
-            runs[name], found[name] = run, (errors[worst], limits[worst])
-            if name == baseline and workload.tolerance is None:
-                allowed = allowed_errors(errors, workload.dtype)
-        else:
-            result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {limits[worst]:.2g}"
-    return runs, found
+        allowed = limits or [workload.tolerance or MAX_BASELINE_ERROR[workload.dtype.itemsize]] * len(errors)
+        worst = max(range(len(errors)), key=lambda i: errors[i] / allowed[i])
+        if errors[worst] > allowed[worst]:
+            result.wrong[name] = f"wrong: error {errors[worst]:.2g} of output {worst}, allowed {allowed[worst]:.2g}"
+            continue
+        right[name] = _Right(name, variant, run, errors[worst], allowed[worst])
+        if name == next(iter(workload.variants)) and workload.tolerance is None:
+            # Plain PyTorch's own errors set the limits for all others, if it is right.
+            limits = allowed_errors(errors, workload.dtype)
+    return right
 
 
 def allowed_errors(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
@@ -454,9 +363,9 @@ def allowed_errors(plain: Sequence[float], dtype: torch.dtype) -> list[float]:
 
 def relative_errors(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     """Of every output; infinite where it is not a number, or of another shape, or missing."""
-    if len(outputs) != len(expected):
+    if [a.shape for a in outputs] != [e.shape for e in expected]:
         return [math.inf] * len(expected)
-    errors = [relative_error(a, e) if a.shape == e.shape else math.inf for a, e in zip(outputs, expected, strict=True)]
+    errors = map(relative_error, outputs, expected)
     return [math.inf if math.isnan(error) else error for error in errors]
 
 
@@ -467,31 +376,28 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return torch.linalg.vector_norm(actual.to(wide.device).double() - wide).item() / (norm or 1.0)
 
 
-def _time(
-    case: Case, workload: Workload, runs: Mapping[str, Run], result: Result, device: torch.device
-) -> dict[str, int]:
-    """Leave the seconds per call and round in the result; return calls per round."""
-    inputs = workload.inputs()
-    calls = {name: partial(run, inputs) for name, run in runs.items()}
+def _time(case: Case, right: Mapping[str, _Right], inputs: Inputs, result: Result, device: torch.device) -> None:
+    """Leave the seconds per call and round in the result."""
+    calls = {name: partial(entry.run, inputs) for name, entry in right.items()}
     first = {}
     for name, call in calls.items():
         try:
             first[name] = timed(call)
         except Exception as error:  # memory that sufficed to verify one after the other, for example
-            result.note_failure(name, workload.variants[name], error)
-    if not first:
-        return {}
-    if device.type == "cuda":
-        short = max(first.values()) < SHORT_SECONDS
-        repeats = {name: max(1, int(BENCH_MILLISECONDS / 1e3 / s)) if short else 1 for name, s in first.items()}
-        clocks = {name: partial(_gpu_seconds if short else timed, calls[name]) for name in first}
-    else:
-        repeats = {name: min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / s))) for name, s in first.items()}
-        clocks = {name: partial(timed, calls[name], repeats[name]) for name in first}
-    total = sum(first[name] * repeats[name] for name in first)
-    rounds = case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total)))
-    result.rounds = record(clocks, rounds)
-    return repeats
+            result.note_failure(name, right[name].variant.ours, error)
+    short = device.type == "cuda" and max(first.values(), default=0.0) < SHORT_SECONDS
+    clocks: dict[str, Callable[[], float]] = {}
+    total = 0.0
+    for name, seconds in first.items():
+        repeats = 1
+        if short:
+            repeats = max(1, int(BENCH_MILLISECONDS / 1e3 / seconds))
+        elif device.type == "cpu":
+            repeats = min(MAX_REPEATS, max(1, math.ceil(MIN_SECONDS / seconds)))
+        clocks[name] = partial(gpu_seconds, calls[name]) if short else partial(timed, calls[name], repeats)
+        right[name].calls_per_round, total = repeats, total + repeats * seconds
+    if first:
+        result.rounds = take_turns(clocks, case.rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(case.seconds / total))))
 
 
 # The results file
@@ -515,7 +421,7 @@ class Recorder:
         path: Path | None,
         append: bool = False,
         time_limit: float = math.inf,
-        ceilings: Callable[[torch.device], Ceilings] = measure_ceilings,
+        ceilings: Callable[[], Ceilings] = measure_ceilings,
     ) -> None:
         self.path, self._measure_ceilings = path, ceilings
         self._started, self._time_limit = time.monotonic(), time_limit
@@ -551,12 +457,12 @@ class Recorder:
 
     def _measure(self, case: Case) -> Result | Exception:
         if self._ceilings is None:
-            self._ceilings = self._measure_ceilings(DEVICE)
+            self._ceilings = self._measure_ceilings()
             self.session["ceilings"] = asdict(self._ceilings)
         try:
             result = measure(case, self._ceilings)
         except Exception as error:
-            self._skip(case, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            self._skip(case, words_of(error))
             return error
         result.record["session"] = len(self._content["sessions"]) - 1
         key = ("group", "case", "size")
@@ -574,7 +480,7 @@ class Recorder:
     def finish(self) -> None:
         """Measure the ceilings again, and close the session, if anything was measured."""
         if self._ceilings is not None:
-            self.session["ceilings_after"] = asdict(self._measure_ceilings(DEVICE))
+            self.session["ceilings_after"] = asdict(self._measure_ceilings())
             self.session["finished"] = now()
             self._write()
 

@@ -1,7 +1,5 @@
 """Models to measure: random weights, the published sampling run, and gradients by released name."""
 
-from __future__ import annotations
-
 import copy
 from itertools import pairwise
 
@@ -80,3 +78,8 @@ def released_gradients(model: nn.Module) -> dict[str, Tensor]:
 def as_vector(tensors: dict[str, Tensor]) -> Tensor:
     """All of them end to end, in the order of their names."""
     return torch.cat([tensors[name].detach().flatten() for name in sorted(tensors)])
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -25,18 +25,18 @@ well. Step counts of the grid (except 10) put the bound 0.3 midway between two s
 With the published 250 steps it lies beside one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.environment import environment
 from benchmarks.report.figures import draw
+from benchmarks.report.files import ResultsFile
 from benchmarks.report.tables import pareto as pareto_tables
 from benchmarks.sampler_errors import (
     BASE,
@@ -44,11 +44,11 @@ from benchmarks.sampler_errors import (
     PUBLISHED,
     DigitsRuns,
     command_parser,
+    digits_mflop,
     dominating,
     front,
     kept_samples,
     label,
-    near_front,
     recommend,
     sample_errors,
     write_record,
@@ -62,28 +62,22 @@ from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 
 STEPS = (10, 15, 25, 35, 55, 105, 245)
+# Solvers and their orders, which Euler does not read.
 SOLVERS: tuple[tuple[Solver, int], ...] = (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4))
-"""And their orders, which Euler does not read."""
-
 FORECASTS: tuple[StateForecast, ...] = ("linear", "quadratic")
-PERIODS = (2, 3, 4, 6, 10, 16)
-"""Of the encoder and of guidance."""
+PERIODS = (2, 3, 4, 6, 10, 16)  # of the encoder and of guidance
 
+# Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
+# shortcut's.
 MANY_STEPS = 40
-"""Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
-shortcut's."""
-
-NEAR = 1.15
-"""Times the front's error or median, in the screening, up to which settings are run again."""
-
-BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)
-"""TFLOP per image at XL/2, 256 px."""
-
-TOLERANCE = 1.1
-"""Times the least error within a budget, up to which the cheapest setting is recommended."""
-
+NEAR = 1.15  # times the front's error or median, in the screening, up to which settings are run again
+BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)  # TFLOP per image at XL/2, 256 px
+TOLERANCE = 1.1  # times the least error within a budget, up to which the cheapest setting is recommended
 INTERVALS = ((0.0, 1.0), (0.15, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 0.8), (0.3, 0.6))
 COSTS = ("tflop_xl2", "mflop_digits")
+
+# Settings, and what pareto.json says of them: costs, errors ("screening_..." of few samples), scores.
+Point = dict[str, Any]
 
 
 def grid(steps: Sequence[int]) -> Iterator[SamplingConfig]:
@@ -136,108 +130,105 @@ def other_intervals() -> Iterator[SamplingConfig]:
             yield replace(config, guidance_interval=interval)
 
 
-@dataclass
-class Point:
-    """Settings, and what pareto.json says of them: costs, errors ("screening_..." of few samples), scores."""
-
-    config: SamplingConfig
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        names = ["num_steps", "solver", "last_step", "refresh_every", "state_forecast", "guidance_every"]
-        names += ["guidance_forecast", "guidance_interval", *["order"] * (self.config.solver == "lms")]
-        return self.values | {"settings": {name: getattr(self.config, name) for name in names}}
+# Fields of a point's settings, beside the solver's order.
+SETTINGS = ("num_steps", "solver", "last_step", "refresh_every", "state_forecast", "guidance_every")
 
 
-class Measurement:
-    """All runs. See `main` for the arguments; attributes: `points` of the grid and the named settings, of which
-    `finalists` (numbers) were run with many samples, `intervals`, and `truth`."""
+def point(config: SamplingConfig, name: str = "") -> Point:
+    """What pareto.json says of settings before they are run."""
+    plan = SamplingPlan.from_config(config)
+    names = (*SETTINGS, "guidance_forecast", "guidance_interval", *["order"] * (config.solver == "lms"))
+    values = {"name": name} if name else {}
+    return values | {
+        "network_evaluations": plan.network_evaluations,
+        "tflop_xl2": xl2_tflop(config),
+        "mflop_digits": digits_mflop(plan),
+        "settings": {name: getattr(config, name) for name in names},
+    }
 
-    def __init__(
-        self, steps: Sequence[int], screen_samples: int, samples: int, truth_steps: int, keep: Path | None
-    ) -> None:
-        screen, self._final = DigitsRuns(screen_samples, keep), DigitsRuns(samples, keep)
-        fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
-        half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
-        truth = screen(fine)
-        self.points = [self._point(config) for config in grid(steps)]
-        for point in tqdm(self.points, unit="setting", desc="screening"):
-            errors = sample_errors(screen(point.config), truth)
-            point.values |= {f"screening_{name}": error for name, error in errors.items()}
-        self.truth: dict[str, Any] = {
-            "what": f"{label(fine)}, everything evaluated",
-            "own_error": sample_errors(screen(half), truth)["error"],
-            "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
-        }
-        chosen: set[int] = set()
-        for cost in COSTS:
-            costs = [point.values[cost] for point in self.points]
-            for measure in ("screening_error", "screening_error_median"):
-                chosen.update(near_front(costs, [point.values[measure] for point in self.points], NEAR))
-        self.finalists = sorted(chosen)
-        for name, config in named():
-            self.finalists.append(len(self.points))
-            self.points.append(self._point(config, name))
-        truth = self._final(fine)
-        score = self._final.score(truth)
-        scores = ("frechet", "accuracy", "frechet_real", "accuracy_real")
-        self.truth |= {name: getattr(score, name) for name in scores}
-        for number in tqdm(self.finalists, unit="setting", desc="finalists"):
-            self._score(self.points[number], truth)
-        self.intervals = [self._point(config) for config in other_intervals()]
-        for point in tqdm(self.intervals, unit="setting", desc="intervals"):
-            self._score(point, None)
 
-    def _point(self, config: SamplingConfig, name: str = "") -> Point:
-        plan = SamplingPlan.from_config(config)
-        costs = {"tflop_xl2": xl2_tflop(config), "mflop_digits": self._final.flops(plan) / 1e6}
-        values = {"name": name} if name else {}
-        return Point(config, values | {"network_evaluations": plan.network_evaluations} | costs)
+def screened(configs: Sequence[SamplingConfig], points: Sequence[Point], runs: DigitsRuns, truth: Tensor) -> list[int]:
+    """Add the errors of few samples to the points; the numbers of those that are near a front by any."""
+    for config, values in tqdm(list(zip(configs, points, strict=True)), unit="setting", desc="screening"):
+        errors = sample_errors(runs(config), truth)
+        values |= {f"screening_{name}": error for name, error in errors.items()}
+    chosen: set[int] = set()
+    for cost, loss in product(COSTS, ("screening_error", "screening_error_median")):
+        chosen.update(front(column(points, cost), column(points, loss), NEAR))
+    return sorted(chosen)
 
-    def _score(self, point: Point, truth: torch.Tensor | None) -> None:
-        samples = self._final(point.config)
-        score = self._final.score(samples)
-        point.values |= {} if truth is None else sample_errors(samples, truth)
-        point.values |= {"frechet": score.frechet, "accuracy": score.accuracy}
 
-    def column(self, name: str) -> list[float]:
-        """A value of every finalist."""
-        return [self.points[number].values[name] for number in self.finalists]
+def add_scores(values: Point, samples: Tensor, runs: DigitsRuns) -> None:
+    score = runs.score(samples)
+    values |= {"frechet": score.frechet, "accuracy": score.accuracy}
 
-    def fronts(self) -> dict[str, list[int]]:
-        """Numbers of points, by loss and cost."""
-        return {
-            f"{loss} over {cost}": [self.finalists[i] for i in front(self.column(cost), self.column(loss))]
-            for loss in (*MEASURES, "frechet")
-            for cost in COSTS
-        }
 
-    def recommended(self) -> list[dict[str, Any]]:
-        """By each measure, every recommended setting once, for the least budget."""
-        rows = []
-        for measure in MEASURES:
-            chosen: dict[int, float] = {}
-            for budget in BUDGETS:
-                i = recommend(self.column("tflop_xl2"), self.column(measure), budget, TOLERANCE)
-                if i is not None:
-                    chosen.setdefault(i, budget)
-            rows += [
-                {"by": measure, "budget_tflop_xl2": budget, "point": self.finalists[i]} for i, budget in chosen.items()
-            ]
-        return rows
+def column(points: Sequence[Point], name: str) -> list[float]:
+    """A value of every point."""
+    return [point[name] for point in points]
 
-    def better_than_named(self) -> list[dict[str, int | None]]:
-        """For every named setting the cheapest that errs no more by any measure, if there is one."""
-        rows: list[dict[str, int | None]] = []
-        costs = self.column("tflop_xl2")
-        for i, number in enumerate(self.finalists):
-            if "name" in self.points[number].values:
-                better = set.intersection(*(dominating(costs, self.column(measure), i) for measure in MEASURES))
-                medians = self.column("error_median")
-                cheapest = min(better, key=lambda j: (costs[j], medians[j]), default=None)
-                rows.append({"point": number, "cheapest": None if cheapest is None else self.finalists[cheapest]})
-        return rows
+
+def measure(steps: Sequence[int], few: int, samples: int, truth_steps: int, keep: Path | None) -> dict[str, Any]:
+    """All that pareto.json holds beside the environment."""
+    screen, final = DigitsRuns(few, keep), DigitsRuns(samples, keep)
+    fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
+    half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
+    configs = [*grid(steps), *(config for _, config in named())]
+    points = [*map(point, grid(steps)), *(point(config, name) for name, config in named())]
+    truth, size = screen(fine), len(points) - len(list(named()))
+    finalists = screened(configs[:size], points[:size], screen, truth) + list(range(size, len(points)))
+    own_error = sample_errors(screen(half), truth)["error"]
+    truth = final(fine)
+    for number in tqdm(finalists, unit="setting", desc="finalists"):
+        drawn = final(configs[number])
+        points[number] |= sample_errors(drawn, truth)
+        add_scores(points[number], drawn, final)
+    intervals = [point(config) for config in other_intervals()]
+    for config, values in tqdm(list(zip(other_intervals(), intervals, strict=True)), unit="setting", desc="intervals"):
+        add_scores(values, final(config), final)
+    score = final.score(truth)
+    about_truth: dict[str, Any] = {
+        "what": f"{label(fine)}, everything evaluated",
+        "own_error": own_error,
+        "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
+    }
+    about_truth |= {name: getattr(score, name) for name in ("frechet", "accuracy", "frechet_real", "accuracy_real")}
+    return {
+        "screen_samples": few,
+        "samples": samples,
+        "guidance_scale": BASE.guidance_scale,
+        "truth": about_truth,
+        "points": points,
+        **choices(points, finalists),
+        "intervals": intervals,
+    }
+
+
+def choices(points: Sequence[Point], finalists: Sequence[int]) -> dict[str, Any]:
+    """Of the finalists, by number: the fronts by loss and cost; by each measure of the error every recommended setting
+    once, for the least budget; and for every setting that has a name the cheapest that errs no more by any measure."""
+    chosen = [points[number] for number in finalists]
+    costs, losses = column(chosen, "tflop_xl2"), {name: column(chosen, name) for name in (*MEASURES, "frechet")}
+    fronts = {
+        f"{loss} over {cost}": [finalists[i] for i in front(column(chosen, cost), losses[loss])]
+        for loss, cost in product(losses, COSTS)
+    }
+    recommended: dict[tuple[str, int], float] = {}
+    for measure, budget in product(MEASURES, BUDGETS):
+        best = recommend(costs, losses[measure], budget, TOLERANCE)
+        if best is not None:
+            recommended.setdefault((measure, finalists[best]), budget)
+    cheapest: list[dict[str, int | None]] = []
+    for i, number in enumerate(finalists):
+        if "name" in points[number]:
+            better = set.intersection(*(dominating(costs, losses[measure], i) for measure in MEASURES))
+            j = min(better, key=lambda j: (costs[j], losses["error_median"][j]), default=None)
+            cheapest.append({"point": number, "cheapest": None if j is None else finalists[j]})
+    return {
+        "fronts": fronts,
+        "recommended": [{"by": m, "budget_tflop_xl2": b, "point": p} for (m, p), b in recommended.items()],
+        "better_than_named": cheapest,
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -246,35 +237,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="numbers of steps of the grid")
     parser.add_argument("--screen-samples", type=int, default=32, help="samples that the grid is screened with")
     parser.add_argument("--samples", type=int, default=256, help="samples of what is run again; 65 or more")
-    parser.add_argument(
-        "--truth-steps",
-        type=int,
-        default=305,
-        help="steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two",
-    )
+    words = "steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two"
+    parser.add_argument("--truth-steps", type=int, default=305, help=words)
     options = parser.parse_args(arguments)
     require_int("--screen-samples", options.screen_samples, 1)
     require_int("--samples", options.samples, 65)
     for steps in options.steps:
         require_int("--steps", steps, 1)
     require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
-    path = output_folder(options.output_dir) / "pareto.json"
-    record: dict[str, Any] = {"environment": environment()}
-    counts = options.steps, options.screen_samples, options.samples, options.truth_steps
-    measured = Measurement(*counts, kept_samples(options.keep))
-    record |= {
-        "screen_samples": options.screen_samples,
-        "samples": options.samples,
-        "guidance_scale": BASE.guidance_scale,
-        "truth": measured.truth,
-        "points": [point.as_dict() for point in measured.points],
-        "fronts": measured.fronts(),
-        "recommended": measured.recommended(),
-        "better_than_named": measured.better_than_named(),
-        "intervals": [point.as_dict() for point in measured.intervals],
-    }
+    path, record = output_folder(options.output_dir) / "pareto.json", {"environment": environment()}
+    counts = options.screen_samples, options.samples, options.truth_steps
+    record |= measure(options.steps, *counts, kept_samples(options.keep))
     write_record(path, record)
-    draw(path)
+    draw(ResultsFile(path))
     print("\n\n".join(pareto_tables(record)))
 
 

@@ -6,8 +6,6 @@ or of every operator on a CPU, without what it calls. A guided step of DDT-XL/2 
 CPU a tiny model.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench_sampling import TINY
 from benchmarks.cpu_sampling import StepCosts
 from benchmarks.environment import environment
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, timed
 from benchmarks.models import PUBLISHED, random_model
 from ddt_fast.files import atomic_file, write_json
 from ddt_fast.model import FusedDDT
@@ -38,17 +36,13 @@ def trace(run: Callable[[], object], file: Path) -> list[dict[str, Any]]:
     for _ in range(2):
         run()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * ON_GPU]) as profiler:
-        run()
-        if ON_GPU:
-            torch.cuda.synchronize()
+        timed(run)
     with atomic_file(file) as temporary:
         profiler.export_chrome_trace(str(temporary))
-    times = []
-    for event in profiler.key_averages():
-        if not ON_GPU or event.device_type == DeviceType.CUDA:
-            microseconds = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
-            times.append({"name": event.key, "calls": event.count, "microseconds": microseconds})
-    return sorted((t for t in times if t["microseconds"] > 0), key=lambda t: -t["microseconds"])
+    events = [e for e in profiler.key_averages() if not ON_GPU or e.device_type == DeviceType.CUDA]
+    times = [(e.self_device_time_total if ON_GPU else e.self_cpu_time_total, e.count, e.key) for e in events]
+    names = ("microseconds", "calls", "name")
+    return [dict(zip(names, entry, strict=True)) for entry in sorted(times, reverse=True) if entry[0] > 0]
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
 """What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
 how far their samples are from the true ones, what settings cost, and which are worth having."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,13 @@ from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
-SIZE, BATCH = 8, 256
-"""Side of the digits in pixels; samples drawn at a time."""
-
+SIZE, BATCH = 8, 256  # side of the digits in pixels; samples drawn at a time
 PUBLISHED = PRESETS["xl2_256"].sampling
+# Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone.
 BASE = replace(PUBLISHED, last_step=None)
-"""Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone."""
 
+# Names of `sample_errors`, and what tables call them.
 MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
-"""Names of `sample_errors`, and what tables call them."""
 
 
 class DigitsRuns:
@@ -76,11 +73,8 @@ class DigitsRuns:
         """Of samples that a run drew."""
         return score_digits(samples, self.labels)
 
-    def flops(self, plan: SamplingPlan) -> int:
-        """Per image, of the digits model itself."""
-        return plan.flops(self.model.config, SIZE, SIZE)
 
-
+@cache
 def digits_model() -> FusedDDT:
     """The trained model in the package, in float32 on the CPU."""
     return FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT))
@@ -101,6 +95,11 @@ def xl2_tflop(config: SamplingConfig) -> float:
     """TFLOP per image that these settings take at XL/2, 256 px."""
     preset = PRESETS["xl2_256"]
     return SamplingPlan.from_config(config).flops(preset.model, preset.data.sample_size, preset.data.sample_size) / 1e12
+
+
+def digits_mflop(plan: SamplingPlan) -> float:
+    """MFLOP per image that a plan takes with the digits model."""
+    return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
 
 
 def label(config: SamplingConfig) -> str:
@@ -149,19 +148,9 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 # Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
 
 
-def front(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """The Pareto front: the points, by number and ascending cost, that no other beats."""
-    return _ahead(costs, losses, 1.0)
-
-
-def near_front(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
-    """The points, by number and ascending cost, that lose less than `factor` times the least of those that cost at most
-    as much, and the front."""
-    return sorted({*_ahead(costs, losses, factor), *front(costs, losses)}, key=lambda i: (costs[i], losses[i], i))
-
-
-def _ahead(costs: Sequence[float], losses: Sequence[float], factor: float) -> list[int]:
-    """Points that lose less than `factor` times the least of those before them, in order of cost."""
+def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
+    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
+    near it, which lose less than `factor` times the least of those that cost at most as much."""
     chosen, least = [], float("inf")
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
         if losses[i] < factor * least:

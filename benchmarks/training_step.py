@@ -13,13 +13,12 @@ features.
   pass on, and the peak over forward and backward, gradients included. bf16 copies of weights count, in both.
 """
 
-from __future__ import annotations
-
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.environment import environment
-from benchmarks.harness import interleave, measure_memory, relative_error, timed
-from benchmarks.models import as_vector, random_model, released_gradients
+from benchmarks.harness import interleave, relative_error, timed
+from benchmarks.models import as_vector, random_model, released_gradients, weight_bytes
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.loader import LatentBatch
@@ -46,10 +45,10 @@ from ddt_fast.training.throughput import peak_flops, training_flops
 
 B_SHAPED = DDTConfig(4, 2, hidden_size=384, num_heads=6, num_blocks=12, num_encoder_blocks=8, num_classes=1000)
 REFERENCE = "reference, fp32"
+# Of all gradients together, relative: beyond it a variant is wrong, not imprecise, and is not timed.
 MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""Of all gradients together, relative: beyond it a variant is wrong, not imprecise, and is not timed."""
-FEATURES = (256, 768)
-"""Tokens of DINOv2 ViT-B/14 for a 256 px image, and their size."""
+SIDE = 32  # of the latents of a 256 px image
+FEATURES = (256, 768)  # tokens of DINOv2 ViT-B/14 for a 256 px image, and their size
 
 
 @dataclass(frozen=True)
@@ -75,93 +74,112 @@ VARIANTS = (
 )
 
 
-class Step:
-    """A variant on the weights, moments and averages that all variants of its engine share."""
+class Setup:
+    """What all variants share.
 
-    def __init__(self, variant: Variant, state: TrainingState, objective: Objective) -> None:
-        self.variant, self.state, self.objective = variant, state, objective
-        shared = state.masters
+    Attributes:
+        batch: seeded latents, labels and, with REPA, features, on the host as a loader leaves them.
+        objective: the loss.
+        state: what training changes, by engine; made at the first call.
+    """
+
+    def __init__(self, reference: DDT, batch_size: int, repa: bool, device: torch.device) -> None:
+        config, generator = reference.config, torch.Generator().manual_seed(0)
+        latents = torch.randn(batch_size, config.in_channels, SIDE, SIDE, generator=generator)
+        labels = torch.randint(config.num_classes, (batch_size,), generator=generator)
+        features = torch.randn(batch_size, *FEATURES, generator=generator).bfloat16() if repa else None
+        batch = LatentBatch(latents, labels, features, None)
+        self.batch = batch.pin_memory() if device.type == "cuda" else batch
+        data = DataConfig(dataset="latents", image_size=8 * SIDE, autoencoder="none: latents are random")
+        block = min(8, config.num_encoder_blocks)  # the 8th, as REPA has it, or the encoder's last
+        training = TrainingConfig(batch_size=batch_size, repa_weight=0.5 if repa else 0.0, repa_block=block)
+        self.objective = Objective(Experiment(config, data, training), device, FEATURES if repa else None)
+
+        @cache
+        def state(engine: str) -> TrainingState:
+            denoiser = FusedDDT.from_reference(reference) if engine == "fused" else reference
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                projector = Projector(config.hidden_size, FEATURES[1]) if repa else None
+            masters = TrainingModel(denoiser, projector, block).to(device).requires_grad_(True).train()
+            # A step changes next to nothing, so that all variants compute on the same weights.
+            optimizer = torch.optim.AdamW(masters.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
+            return TrainingState(masters, EMA(masters.denoiser, 0.9999), optimizer)
+
+        self.state = state
+
+
+class Step:
+    """A variant on the weights, moments and averages that all variants of its engine share. Arguments of its calls are
+    ignored."""
+
+    def __init__(self, variant: Variant, setup: Setup) -> None:
+        self.variant, self.setup, self.state = variant, setup, setup.state(variant.engine)
+        shared = self.state.masters
         own = TrainingModel(shared.denoiser, shared.projector, shared.block)
-        dtype = torch.float32 if variant.autocast else variant.dtype
         self.device = next(shared.parameters()).device
+        dtype = torch.float32 if variant.autocast else variant.dtype
         self.replica = MixedPrecisionReplica(own, dtype, "ddp", variant.compile)
-        self.copies = 0
-        if self.replica.compute is not own:
-            self.copies = sum(p.numel() * p.element_size() for p in self.replica.compute.parameters())
+
+    @property
+    def copied_bytes(self) -> int:
+        """Of the weights' copy in another dtype."""
+        compute = self.replica.compute
+        return 0 if compute is self.replica.masters else weight_bytes(compute)
 
     def precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, self.variant.dtype) if self.variant.autocast else nullcontext()
 
-    def forward(self, batch: LatentBatch) -> object:
+    def forward(self) -> object:
         """Velocity and projected features, ready for a backward pass."""
-        t = torch.full((len(batch.latents),), 0.5, device=self.device)
+        latents, labels, *_ = self.setup.batch
         with self.precision():
-            return self.replica.compute(batch.latents.to(self.device), t, batch.labels.to(self.device))
+            t = torch.full((len(latents),), 0.5, device=self.device)
+            return self.replica.compute(latents.to(self.device), t, labels.to(self.device))
 
-    def backward(self, batch: LatentBatch) -> Tensor:
+    def backward(self) -> Tensor:
         """The losses; leaves the gradients in the shared weights."""
         with self.precision():
-            return self.objective.backward(self.replica, batch, step=1)
+            return self.setup.objective.backward(self.replica, self.setup.batch, step=1)
 
-    def __call__(self, batch: LatentBatch) -> Tensor:
-        losses = self.backward(batch)
+    def __call__(self, *_: object) -> list[Tensor]:
+        """The losses of a whole step."""
+        losses = self.backward()
         nn.utils.get_total_norm([p.grad for p in self.state.masters.parameters() if p.grad is not None])
         self.state.optimizer.step()
         self.state.optimizer.zero_grad()
         self.replica.copy_master_weights()
         self.state.ema.update(self.state.masters.denoiser)
-        return losses
+        return [losses]
 
-    def check(self, batch: LatentBatch) -> tuple[Tensor, Tensor]:
+    def check(self, *_: object) -> tuple[Tensor, Tensor]:
         """The losses, and all of the denoiser's gradients as one vector in the order of the released names; leaves no
         gradients behind."""
-        losses, denoiser = self.backward(batch), self.state.masters.denoiser
-        assert isinstance(denoiser, (DDT, FusedDDT))
-        gradients = as_vector(released_gradients(denoiser))
+        losses, gradients = self.backward(), as_vector(released_gradients(self.state.masters.denoiser))
         self.state.optimizer.zero_grad()
         return losses, gradients
 
 
-def experiment_of(config: DDTConfig, batch_size: int, size: int, repa: bool) -> Experiment:
-    """The settings that the objective reads, for latents of `size` x `size`."""
-    data = DataConfig(dataset="latents", image_size=8 * size, autoencoder="none: latents are random")
-    training = TrainingConfig(batch_size=batch_size, repa_weight=0.5 if repa else 0.0, repa_block=repa_block(config))
-    return Experiment(config, data, training)
-
-
-def repa_block(config: DDTConfig) -> int:
-    """The 8th, as REPA has it, or the encoder's last."""
-    return min(8, config.num_encoder_blocks)
-
-
-def states(reference: DDT, repa: bool, device: torch.device) -> Callable[[str], TrainingState]:
-    """What training changes, by engine: made at the first call, shared after."""
-    made: dict[str, TrainingState] = {}
-
-    def state(engine: str) -> TrainingState:
-        if engine not in made:
-            denoiser = FusedDDT.from_reference(reference) if engine == "fused" else reference
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                projector = Projector(reference.config.hidden_size, FEATURES[1]) if repa else None
-            masters = (
-                TrainingModel(denoiser, projector, repa_block(reference.config)).to(device).requires_grad_(True).train()
-            )
-            # A step changes next to nothing, so that all variants compute on the same weights.
-            optimizer = torch.optim.AdamW(masters.parameters(), lr=1e-9, weight_decay=0.0, fused=True)
-            made[engine] = TrainingState(masters, EMA(masters.denoiser, 0.9999), optimizer)
-        return made[engine]
-
-    return state
-
-
-def random_batch(config: DDTConfig, size: int, batch_size: int, repa: bool) -> LatentBatch:
-    """Seeded latents, labels and features, on the host as a loader leaves them."""
-    generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch_size, config.in_channels, size, size, generator=generator)
-    labels = torch.randint(config.num_classes, (batch_size,), generator=generator)
-    features = torch.randn(batch_size, *FEATURES, generator=generator).bfloat16() if repa else None
-    return LatentBatch(latents, labels, features, None)
+def measure_memory(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
+    """Bytes above what was allocated before, by PyTorch's allocator: what is left when the call returns, its result
+    alive, and the peak."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = run()
+        kept, peak = torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before
+        del result
+        return kept, peak
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    del result
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return now, peak
 
 
 def measure(
@@ -172,43 +190,39 @@ def measure(
     Raises:
         ValueError: a variant's gradients are wrong.
     """
-    size = 32
-    batch = random_batch(config, size, batch_size, repa)
-    objective = Objective(experiment_of(config, batch_size, size, repa), device, FEATURES if repa else None)
-    state = states(random_model(config, device=device), repa, device)
-    steps, errors, first = {}, {}, {}
+    setup = Setup(random_model(config, device=device), batch_size, repa, device)
+    steps: dict[Variant, Step] = {}
+    errors, first = {}, {}
     expected: Tensor | None = None
     for variant in variants:
-        step = Step(variant, state(variant.engine), objective)
-        first[variant.name] = timed(partial(step.backward, batch))
+        step = steps[variant] = Step(variant, setup)
+        first[variant] = timed(step.backward)
         step.state.optimizer.zero_grad()
-        _, gradients = step.check(batch)
+        _, gradients = step.check()
         expected = gradients if expected is None else expected
-        errors[variant.name] = relative_error(gradients, expected)
-        if not errors[variant.name] <= MAX_ERROR[variant.dtype]:
-            raise ValueError(f"{variant.name}: gradients are off by {errors[variant.name]:.2g}; not timed")
-        steps[variant.name] = step
-    timings = interleave({name: partial(step, batch) for name, step in steps.items()}, calls)
-    flops = training_flops(config, size, size, repa) * batch_size
+        error = errors[variant] = relative_error(gradients, expected)
+        if not error <= MAX_ERROR[variant.dtype]:
+            raise ValueError(f"{variant.name}: gradients are off by {error:.2g}; not timed")
+    timings = interleave(steps, calls)
+    flops = training_flops(config, SIDE, SIDE, repa) * batch_size
     baseline: dict[str, Any] = {}
-    for variant in variants:
-        step, seconds = steps[variant.name], timings[variant.name]
-        forward, whole = (measure_memory(partial(part, batch), device) for part in (step.forward, step.backward))
+    for variant, step in steps.items():
+        (kept, _), (_, peak) = (measure_memory(part, device) for part in (step.forward, step.backward))
         step.state.optimizer.zero_grad()
-        peak = peak_flops(device, variant.dtype)
+        seconds, fastest = timings[variant]["median"], peak_flops(device, variant.dtype)
         row: dict[str, Any] = {
             "variant": variant.name,
-            "seconds": seconds.as_dict(),
-            "images_per_second": batch_size / seconds.median,
-            "tflops": flops / seconds.median / 1e12,
-            "mfu": None if peak is None else flops / seconds.median / peak,
-            "kept_bytes": forward.kept + step.copies,
-            "peak_bytes": whole.peak + step.copies,
-            "gradient_error": errors[variant.name],
-            "first_call_seconds": first[variant.name],
+            "seconds": timings[variant],
+            "images_per_second": batch_size / seconds,
+            "tflops": flops / seconds / 1e12,
+            "mfu": fastest and flops / seconds / fastest,
+            "kept_bytes": kept + step.copied_bytes,
+            "peak_bytes": peak + step.copied_bytes,
+            "gradient_error": errors[variant],
+            "first_call_seconds": first[variant],
         }
         baseline = baseline or row
-        row["times_faster"] = baseline["seconds"]["median"] / seconds.median
+        row["times_faster"] = baseline["seconds"]["median"] / seconds
         for name in ("kept", "peak"):
             row[f"{name}_of_reference"] = row[f"{name}_bytes"] / baseline[f"{name}_bytes"]
         yield row
@@ -229,13 +243,12 @@ def main(arguments: list[str] | None = None) -> None:
     batch_size = options.batch_size if options.batch_size is not None else 32 if gpu else 4
     require_int("--batch-size", batch_size, 1)
     require_int("--calls", options.calls, 1)
-    variants = {variant.name: variant for variant in VARIANTS}
+    names = [variant.name for variant in VARIANTS]
     for name in options.only or ():
-        require(name in variants, "--only", name, ", ".join(variants))
-    chosen = [variant for variant in VARIANTS if variant.name in (REFERENCE, *(options.only or variants))]
+        require(name in names, "--only", name, ", ".join(names))
+    chosen = tuple(variant for variant in VARIANTS if variant.name in (REFERENCE, *(options.only or names)))
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    config = PRESETS["xl2_256"].model if gpu else B_SHAPED
     record: dict[str, Any] = {
         "environment": environment(),
         "model": "XL/2, 256 px, REPA" if gpu else "B-shaped: 12 blocks, C 384, 32x32 latents, no REPA",
@@ -243,7 +256,8 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": [],
     }
     with process_group(device):
-        for row in measure(config, batch_size, options.calls, gpu, device, tuple(chosen)):
+        config = PRESETS["xl2_256"].model if gpu else B_SHAPED
+        for row in measure(config, batch_size, options.calls, gpu, device, chosen):
             record["rows"].append(row)
             words = "{variant:36} {times_faster:.2f}x, kept {kept_of_reference:.2f}, peak {peak_of_reference:.2f}"
             print((words + ", gradients off by {gradient_error:.2g}").format(**row))

@@ -9,16 +9,14 @@ Without FILES: all of benchmarks/results/*.json. A block stands between `<!-- re
 `<!-- end of results -->`, in any of PAGES. A figure is a picture beside its file.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import TextWrapper
 
 from benchmarks.report import floors, tables
-from benchmarks.report.figures import draw, figure_of, is_current
-from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile, load
+from benchmarks.report.figures import draw, is_current
+from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.files import atomic_file, output_folder
 
@@ -36,11 +34,11 @@ def of_kind(kind: str, paragraphs: Callable[[tables.Record], Iterator[str]]) -> 
 
     def block(files: Files) -> Iterator[str]:
         chosen = [file for file in files if file.kind == kind]
-        if not chosen:
-            yield missing(kind)
         for file in chosen:
             yield from paragraphs(file.record)
             yield file.provenance()
+        if not chosen:
+            yield missing(kind)
 
     return block
 
@@ -51,11 +49,11 @@ def missing(kind: str) -> str:
 
 def suite(files: Files) -> Iterator[str]:
     """Every group of every suite."""
+    if not any(file.gpu for file in files):
+        yield NO_GPU
     suites = [file for file in files if file.kind == "suite"]
     if not suites:
         yield missing("suite")
-    if not any(file.gpu for file in files):
-        yield NO_GPU
     for file in suites:
         for group in tables.suite_groups(file.record):
             yield f"### {group.capitalize()}, on a {'GPU' if file.gpu else 'CPU'}"
@@ -89,23 +87,30 @@ def block_text(name: str, files: Files) -> str:
     return "\n\n".join(paragraphs)
 
 
-def filled(page: Path, files: Files) -> dict[str, tuple[str, str]]:
-    """Every block of a page: its name, what it holds, and what it should hold.
+def updated(page: Path, files: Files) -> tuple[str, list[str]]:
+    """A page with its blocks as the files say, and the names of those that were not.
 
     Raises:
         ValueError: a marker without its counterpart, or an unknown name.
     """
-    content = page.read_text(encoding="utf-8")
-    found = list(BLOCK.finditer(content))
+    content, stale = page.read_text(encoding="utf-8"), []
     openings, endings = content.count("<!-- results:"), content.count(END)
+    found = list(BLOCK.finditer(content))
     if not len(found) == openings == endings or any("<!-- results:" in match["text"] for match in found):
         raise ValueError(
             f"{page} has {openings} markers '<!-- results: NAME -->' and {endings} '{END}'; each needs its counterpart"
         )
-    unknown = [match["name"] for match in found if match["name"] not in BLOCKS]
-    if unknown:
-        raise ValueError(f"{page} asks for results called {unknown[0]!r}; allowed: {', '.join(BLOCKS)}")
-    return {m["name"]: (m["text"], block_text(m["name"], files) + "\n") for m in found}
+
+    def fill(block: re.Match[str]) -> str:
+        name = block["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"{page} asks for results called {name!r}; allowed: {', '.join(BLOCKS)}")
+        text = block_text(name, files) + "\n"
+        if text != block["text"]:
+            stale.append(name)
+        return f"<!-- results: {name} -->\n{text}{END}"
+
+    return BLOCK.sub(fill, content), stale
 
 
 def pages() -> list[Path]:
@@ -115,28 +120,20 @@ def pages() -> list[Path]:
 def write_readme(files: Files) -> None:
     """Bring the pages and their figures up to date."""
     for file in files:
-        picture = figure_of(file)
-        if picture is not None and not is_current(file, picture):
-            draw(file.path)
+        if not is_current(file):
+            draw(file)
     for page in pages():
-        blocks, content = filled(page, files), page.read_text(encoding="utf-8")
-        new = BLOCK.sub(lambda m, blocks=blocks: f"<!-- results: {m['name']} -->\n{blocks[m['name']][1]}{END}", content)  # type: ignore[misc]
-        if new != content:
+        content, stale = updated(page, files)
+        if stale:
             with atomic_file(page) as temporary:
-                temporary.write_text(new, encoding="utf-8")
-        print(f"{page.relative_to(ROOT)}: {'written' if new != content else 'nothing to change'}")
+                temporary.write_text(content, encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: {'written' if stale else 'nothing to change'}")
 
 
 def check(files: Files) -> None:
     """ValueError where a page or a figure is not what the results say."""
-    wrong = [
-        f"{page.relative_to(ROOT)} ({name})"
-        for page in pages()
-        for name, (old, new) in filled(page, files).items()
-        if old != new
-    ]
-    pictures = [(file, figure_of(file)) for file in files]
-    wrong += [picture.name for file, picture in pictures if picture is not None and not is_current(file, picture)]
+    wrong = [f"{page.relative_to(ROOT)} ({name})" for page in pages() for name in updated(page, files)[1]]
+    wrong += [file.picture.name for file in files if not is_current(file)]
     if wrong:
         raise ValueError(
             f"not what the results files say: {', '.join(wrong)}; run python -m benchmarks.report --write-readme"
@@ -153,25 +150,24 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.check and (options.write_readme or options.output_dir is not None):
         raise ValueError("--check writes nothing: it cannot be combined with --write-readme or --output-dir")
-    files = load([Path(file) for file in options.files] or sorted(FOLDER.glob("*.json")))
+    files = [ResultsFile(path) for path in map(Path, options.files or sorted(FOLDER.glob("*.json")))]
     if options.check:
         check(files)
         print("the pages are what the results files say")
-        return
-    if options.write_readme:
+    elif options.write_readme:
         write_readme(files)
-        return
-    parts = [f"## {name[0].upper()}{name[1:]}\n\n{block_text(name, files)}" for name in BLOCKS]
-    text = "# Benchmarks of ddt-fast\n\n" + "\n\n".join(parts) + "\n"
-    if options.output_dir is None:
-        print(text, end="")
-        return
-    folder = output_folder(options.output_dir)
-    for file in files:
-        draw(file.path, folder)
-    with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"{folder / 'report.md'}: written")
+    else:
+        parts = [f"## {name[0].upper()}{name[1:]}\n\n{block_text(name, files)}" for name in BLOCKS]
+        text = "\n\n".join(["# Benchmarks of ddt-fast", *parts]) + "\n"
+        if options.output_dir is None:
+            print(text, end="")
+            return
+        folder = output_folder(options.output_dir)
+        for file in files:
+            draw(file, folder)
+        with atomic_file(folder / "report.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(f"{folder / 'report.md'}: written")
 
 
 if __name__ == "__main__":

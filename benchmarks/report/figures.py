@@ -1,8 +1,6 @@
 """One figure for a results file that has something to show: a picture beside it that carries the file's digest, so that
 one drawn from other results is found out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,31 +12,26 @@ from ddt_fast.files import atomic_file
 Record = dict[str, Any]
 
 
-def figure_of(file: ResultsFile) -> Path | None:
-    """The picture that a file has; None where it has none."""
-    return file.path.with_suffix(".png") if file.kind in FIGURES else None
-
-
-def is_current(file: ResultsFile, picture: Path) -> bool:
-    """Whether the picture was drawn from the file as it is."""
+def is_current(file: ResultsFile) -> bool:
+    """Whether the file's picture, if it has one, was drawn from the file as it is."""
     from PIL import Image
 
-    if not picture.is_file():
+    if file.kind not in FIGURES:
+        return True
+    if not file.picture.is_file():
         return False
-    with Image.open(picture) as image:
+    with Image.open(file.picture) as image:
         return bool(image.info.get("Description") == file.digest)
 
 
-def draw(results: Path, folder: Path | None = None) -> None:
+def draw(file: ResultsFile, folder: Path | None = None) -> None:
     """Draw a results file's picture, if it has one, beside it or into another folder."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    file = ResultsFile(results)
-    picture = figure_of(file)
-    if picture is None:
+    if file.kind not in FIGURES:
         return
     title, fill = FIGURES[file.kind]
     figure, axis = plt.subplots(figsize=(8, 6), layout="constrained")
@@ -47,7 +40,7 @@ def draw(results: Path, folder: Path | None = None) -> None:
         axis.set(xlabel="TFLOP per image at XL/2, 256 px", ylabel="median relative error", yscale="log", title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
-        with atomic_file((folder or picture.parent) / picture.name) as temporary:
+        with atomic_file((folder or file.path.parent) / file.picture.name) as temporary:
             figure.savefig(temporary, dpi=90, metadata={"Description": file.digest})
     finally:
         plt.close(figure)
@@ -78,8 +71,8 @@ def _draw_pareto(axis: Any, record: Record) -> None:
     axis.set_xscale("log")
 
 
+# By kind of file: title, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
     "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
 }
-"""By kind of file: title, and what draws it."""

@@ -1,9 +1,6 @@
 """Results files, told apart by what they hold."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import FORMAT
@@ -13,6 +10,7 @@ from ddt_fast.wording import plural
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
 
+# By kind of file: the command that writes one, and the keys it is known by.
 KINDS = {
     "suite": ("pytest benchmarks --benchmark-only --results benchmarks/results/suite.json", {"format", "cases"}),
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
@@ -21,14 +19,13 @@ KINDS = {
     "pareto": ("python -m benchmarks.pareto", {"points", "recommended"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
-"""By kind of file: the command that writes one, and the keys it is known by."""
 
 
 class ResultsFile:
     """A file of any kind.
 
     Attributes:
-        path: of the file; name: within the repository, else its name alone.
+        path: of the file; name: within the repository, else its name alone; picture: beside it.
         kind: one of KINDS.
         record: all that it holds.
         gpu: whether it was made on one.
@@ -39,7 +36,7 @@ class ResultsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path, self.picture = path.resolve(), path.resolve().with_suffix(".png")
         self.name = self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else path.name
         self.record = read_json(path)
         kinds = [kind for kind, (_, keys) in KINDS.items() if {"environment"} | keys <= self.record.keys()]
@@ -74,8 +71,3 @@ class ResultsFile:
             f"From `{self.name}`: {hardware}; {load}{', '.join(versions)}; commit {commit}; {env['date'][:10]}; "
             f"{commands}."
         )
-
-
-def load(paths: Sequence[Path]) -> list[ResultsFile]:
-    """The files, in order."""
-    return [ResultsFile(path) for path in paths]

@@ -5,9 +5,8 @@ ceiling, whichever takes longer (`ddt_kernels.floors`). Overlap of pieces is not
 each far below 1%: the time and label embeddings, and the sampler's own update.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,28 +20,26 @@ from ddt_kernels.floors import COPY_BYTES_PER_SECOND, GEMM_FLOPS_PER_SECOND, flo
 
 DTYPE = torch.bfloat16
 ENCODER, MODULATIONS, DECODER = "encoder", "modulations", "decoder"
-SHAPES = (("256 px", "xl2_256", 128), ("512 px", "xl2_512", 32))
-"""(name, preset, images): 32,768 rows in both."""
+SHAPES = (("256 px", "xl2_256", 128), ("512 px", "xl2_512", 32))  # (name, preset, images): 32,768 rows in both
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` calls of one kernel in one part of the model.
+    """`count` calls of one kernel in one part of the model."""
 
-    Attributes:
-        kind: of work, a row of the table.
-        part: ENCODER, MODULATIONS (all that the decoder derives from a state) or DECODER.
-        cost: of one call.
-    """
-
-    kind: str
-    part: str
-    cost: Cost
+    kind: str  # of work, a row of the table
+    part: str  # ENCODER, MODULATIONS (all that the decoder derives from a state) or DECODER
+    cost: Cost  # of one call
     count: int = 1
 
     @property
     def seconds(self) -> float:
         return self.count * floor_seconds(self.cost)
+
+    @property
+    def bound(self) -> str:
+        gemm = self.cost.flops / GEMM_FLOPS_PER_SECOND
+        return "GEMM" if gemm > self.cost.bytes_moved / COPY_BYTES_PER_SECOND else "memory"
 
 
 def linear_cost(rows: int, inputs: int, outputs: int, weights: bool = True) -> Cost:
@@ -51,69 +48,48 @@ def linear_cost(rows: int, inputs: int, outputs: int, weights: bool = True) -> C
     return Cost(moved * DTYPE.itemsize, 2 * rows * inputs * outputs)
 
 
-def pieces(config: DDTConfig, batch: int, side: int) -> list[Piece]:
+def pieces(config: DDTConfig, batch: int, side: int) -> Iterator[Piece]:
     """Of a full forward of `batch` latents of `side` x `side`."""
     n, c, f = config.num_tokens(side, side), config.hidden_size, config.mlp_hidden_size
     rows, patch = batch * n, config.in_channels * config.patch_size**2
     heads = (batch, n, config.num_heads, config.head_dim)
-    made = []
-    for part, blocks, per_token in (
-        (ENCODER, config.num_encoder_blocks, False),
-        (DECODER, config.num_decoder_blocks, True),
-    ):
-        shape = (batch, n, c, DTYPE, per_token)
-        made += [
-            Piece("qkv and proj GEMMs", part, linear_cost(rows, c, 3 * c), blocks),
-            Piece("qkv and proj GEMMs", part, linear_cost(rows, c, c), blocks),
-            Piece("SwiGLU MLP", part, ops.swiglu_mlp_cost(batch, n, c, f, DTYPE), blocks),
-            Piece("attention", part, ops.attention_cost(*heads, DTYPE), blocks),
-            Piece("q, k norm and RoPE", part, ops.qk_norm_rope_cost(*heads, DTYPE, in_place=True), blocks),
-            # The first of a half has no residual to add; the last residual is added after the last block.
-            Piece("norm, residual", part, ops.gated_residual_rms_norm_modulate_cost(*shape), 2 * blocks - 1),
-            Piece("norm, residual", part, ops.rms_norm_modulate_cost(*shape)),
-            Piece("embedders, final layer", part, linear_cost(rows, patch, c)),
-        ]
+    for part, blocks in ((ENCODER, config.num_encoder_blocks), (DECODER, config.num_decoder_blocks)):
+        shape = (batch, n, c, DTYPE, part == DECODER)
+        yield Piece("qkv and proj GEMMs", part, linear_cost(rows, c, 3 * c), blocks)
+        yield Piece("qkv and proj GEMMs", part, linear_cost(rows, c, c), blocks)
+        yield Piece("SwiGLU MLP", part, ops.swiglu_mlp_cost(batch, n, c, f, DTYPE), blocks)
+        yield Piece("attention", part, ops.attention_cost(*heads, DTYPE), blocks)
+        yield Piece("q, k norm and RoPE", part, ops.qk_norm_rope_cost(*heads, DTYPE, in_place=True), blocks)
+        # The first of a half has no residual to add; the last residual is added after the last block.
+        yield Piece("norm, residual", part, ops.gated_residual_rms_norm_modulate_cost(*shape), 2 * blocks - 1)
+        yield Piece("norm, residual", part, ops.rms_norm_modulate_cost(*shape))
+        yield Piece("embedders, final layer", part, linear_cost(rows, patch, c))
     # One GEMM before the loop makes the encoder's modulations of all steps: its weights are read once, not every step.
     encoder_rows = linear_cost(batch, c, 6 * config.num_encoder_blocks * c, weights=False)
-    decoder_width = (6 * config.num_decoder_blocks + 2) * c
-    return [
-        *made,
-        Piece("adaLN GEMM", ENCODER, encoder_rows),
-        Piece("norm, residual", ENCODER, ops.gated_residual_cost(batch, n, c, DTYPE, False)),
-        Piece("adaLN GEMM", MODULATIONS, linear_cost(rows, c, decoder_width)),
-        Piece("norm, residual", DECODER, ops.gated_residual_layer_norm_modulate_cost(batch, n, c, DTYPE, True)),
-        Piece("embedders, final layer", DECODER, linear_cost(rows, c, patch)),
-    ]
-
-
-def seconds_by_kind(chosen: Sequence[Piece]) -> dict[str, float]:
-    """In the order of the table, the most first."""
-    sums: dict[str, float] = {}
-    for piece in chosen:
-        sums[piece.kind] = sums.get(piece.kind, 0.0) + piece.seconds
-    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+    yield Piece("adaLN GEMM", ENCODER, encoder_rows)
+    yield Piece("norm, residual", ENCODER, ops.gated_residual_cost(batch, n, c, DTYPE, False))
+    yield Piece("adaLN GEMM", MODULATIONS, linear_cost(rows, c, (6 * config.num_decoder_blocks + 2) * c))
+    yield Piece("norm, residual", DECODER, ops.gated_residual_layer_norm_modulate_cost(batch, n, c, DTYPE, True))
+    yield Piece("embedders, final layer", DECODER, linear_cost(rows, c, patch))
 
 
 def step_table(name: str, preset: str, batch: int) -> str:
-    """Floors of a step that refreshes and of one that reuses a state, by kind of work."""
-    config, size = PRESETS[preset].model, PRESETS[preset].data.sample_size
-    made = pieces(config, batch, size)
-    whole, reuse = seconds_by_kind(made), seconds_by_kind([piece for piece in made if piece.part == DECODER])
-    sums = sum(whole.values()), sum(reuse.values())
+    """Floors of a step that refreshes and of one that reuses a state, by kind of work, the most first."""
+    refresh, reuse = defaultdict[str, float](float), defaultdict[str, float](float)
+    bounds = defaultdict[str, set[str]](set)
+    for piece in pieces(PRESETS[preset].model, batch, PRESETS[preset].data.sample_size):
+        refresh[piece.kind] += piece.seconds
+        reuse[piece.kind] += piece.seconds * (piece.part == DECODER)
+        bounds[piece.kind].add(piece.bound)
     rows: list[list[object]] = []
-    for kind, seconds in whole.items():
-        bounds = {
-            "memory" if p.cost.bytes_moved / COPY_BYTES_PER_SECOND >= p.cost.flops / GEMM_FLOPS_PER_SECOND else "GEMM"
-            for p in made
-            if p.kind == kind
-        }
-        row: list[object] = [kind, " and ".join(sorted(bounds))]
-        for part, total in ((seconds, sums[0]), (reuse.get(kind, 0.0), sums[1])):
-            row += [f"{1e3 * part:.2f}", f"{part / total:.1%}"]
-        rows.append(row)
-    rows.append(["all", "", f"{1e3 * sums[0]:.2f}", "", f"{1e3 * sums[1]:.2f}", ""])
-    head = [f"XL/2, {name}, {batch} images, bf16", "bound by", "refresh step, ms", "share", "reuse step, ms", "share"]
-    return table(head, rows)
+    for kind in sorted(refresh, key=lambda kind: -refresh[kind]):
+        rows.append([kind, " and ".join(sorted(bounds[kind]))])
+        for seconds in (refresh, reuse):
+            rows[-1] += [f"{1e3 * seconds[kind]:.2f}", f"{seconds[kind] / sum(seconds.values()):.1%}"]
+    sums = [f"{1e3 * sum(seconds.values()):.2f}" for seconds in (refresh, reuse)]
+    rows.append(["all", "", sums[0], "", sums[1], ""])
+    head = f"XL/2, {name}, {batch} images, bf16 | bound by"
+    return table(f"{head} | refresh step, ms | share | reuse step, ms | share", rows)
 
 
 def paragraphs() -> Iterator[str]:

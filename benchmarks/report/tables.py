@@ -1,12 +1,10 @@
 """Markdown from the record of a results file: a function for every kind of table, which yields its paragraphs."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.report.text import ratio, relative, significant, table
+from benchmarks.report.text import ratio, relative, table
 from benchmarks.sampler_errors import MEASURES, label
 from ddt_fast.config import SamplingConfig
 from ddt_fast.wording import plural
@@ -20,35 +18,36 @@ ABOVE = (
 
 
 def suite_group(record: Record, group: str) -> Iterator[str]:
-    """A group's table, and what is missing. On a CPU ratios only: times there say nothing of another machine."""
+    """A group's table, without the columns in which no row has anything, and what is missing. On a CPU ratios only:
+    times there say nothing of another machine."""
     cases = [case for case in record["cases"] if case["group"] == group]
-    gpu = bool(record["environment"]["gpus"])
-    head = ["case", "variant", *["ms"] * gpu, "of the baseline's time", "middle half", *["img/s", "TFLOP/s"] * gpu]
-    rows = []
-    for case in cases:
-        base = next((variant for variant in case["variants"] if variant["baseline"]), None)
-        for i, variant in enumerate(case["variants"]):
-            seconds, images, flops = variant["seconds"], variant["images_per_second"], variant["flops"]
-            spread = (ratio(seconds[f"{q}_quartile"] / base["seconds"]["median"]) for q in ("lower", "upper") if base)
-            name = f"**{variant['name']}**" if variant["ours"] else variant["name"]
-            row = [
-                "" if i else f"{case['case'].strip(' ,')}; {case['size']}",
-                name + " (baseline)" * variant["baseline"],
-            ]
-            row += [significant(1e3 * seconds["median"])] * gpu
-            row += [ratio(variant["ratio"]), " to ".join(spread)]
-            if gpu:
-                row += [significant(images) if images else "-"]
-                row += [significant(flops / seconds["median"] / 1e12) if flops else "-"]
-            share = f"{variant['share_of_ceiling']:.0%} {variant['bound_by']}" if variant["bound_by"] else "-"
-            rows.append([*row, share, relative(variant["error"]), variant["note"]])
+    rows = [_suite_row(case, variant) for case in cases for variant in case["variants"]]
+    hidden = () if record["environment"]["gpus"] else ("ms", "img/s", "TFLOP/s")
     if rows:
-        columns = zip([*head, "share of ceiling", "error", "note"], *rows, strict=True)
-        kept = [column for column in columns if any(cell.strip("-") for cell in column[1:])]
-        yield table([column[0] for column in kept], list(zip(*(column[1:] for column in kept), strict=True)))
+        kept = [name for name in rows[0] if name not in hidden and any(row[name] for row in rows)]
+        yield table(" | ".join(kept), ([row[name] for name in kept] for row in rows))
     if any((v["share_of_ceiling"] or 0) > 1 for case in cases for v in case["variants"]):
         yield ABOVE
     yield from _not_timed(record, group, cases)
+
+
+def _suite_row(case: Record, variant: Record) -> dict[str, object]:
+    """A variant by column; the first of a case has the case's name."""
+    seconds, first, flops = variant["seconds"], case["variants"][0], variant["flops"]
+    quartiles = [seconds[f"{q}_quartile"] / first["seconds"]["median"] for q in ("lower", "upper")]
+    name = f"**{variant['name']}**" if variant["ours"] else variant["name"]
+    return {
+        "case": "" if variant is not first else f"{case['case'].strip(' ,')}; {case['size']}",
+        "variant": name + " (baseline)" * variant["baseline"],
+        "ms": 1e3 * seconds["median"],
+        "of the baseline's time": ratio(variant["ratio"]),
+        "middle half": " to ".join(map(str, map(ratio, quartiles))) if first["baseline"] else "",
+        "img/s": variant["images_per_second"],
+        "TFLOP/s": flops and flops / seconds["median"] / 1e12,
+        "share of ceiling": variant["bound_by"] and f"{variant['share_of_ceiling']:.0%} {variant['bound_by']}",
+        "error": relative(variant["error"]),
+        "note": variant["note"],
+    }
 
 
 def _not_timed(record: Record, group: str, cases: Sequence[Record]) -> Iterator[str]:
@@ -79,61 +78,63 @@ def suite_groups(record: Record) -> list[str]:
 def training_step(record: Record) -> Iterator[str]:
     """Time and memory of every variant against the reference's; on a GPU img/s too."""
     gpu = bool(record["environment"]["gpus"])
-    head = ["variant", "times faster", "kept for backward", "peak", "gradients off by"]
-    rows = []
+    rows: list[list[object]] = []
     for row in record["rows"]:
         numbers = (row[name] for name in ("times_faster", "kept_of_reference", "peak_of_reference"))
-        line = [row["variant"], *(f"{number:.2f}" for number in numbers), relative(row["gradient_error"])]
-        line += [significant(row[name]) for name in ("images_per_second", "tflops")] * gpu
-        rows.append(line + [_percent(row["mfu"])] * gpu)
+        rows.append([row["variant"], *(f"{number:.2f}" for number in numbers), relative(row["gradient_error"])])
+        if gpu:
+            mfu = None if row["mfu"] is None else f"{row['mfu']:.0%}"
+            rows[-1] += [row["images_per_second"], row["tflops"], mfu]
     yield (
         f"{record['model']}, batch {record['batch_size']}; time, and memory beyond weights, moments and averages, "
         "against the first row:"
     )
-    yield table(head + ["img/s", "TFLOP/s", "MFU"] * gpu, rows)
+    head = "variant | times faster | kept for backward | peak | gradients off by"
+    yield table(head + " | img/s | TFLOP/s | MFU" * gpu, rows)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0%}"
-
-
+# Names of `benchmarks.cpu_sampling.SETTINGS` as users know them.
 CPU_SETTINGS = {
     "refresh 1": "every step refreshed",
     "refresh 6": "`refresh_every=6`",
     "refresh 6, guidance every 10, linear": "`--fast`",
 }
-"""Names of `benchmarks.cpu_sampling.SETTINGS` as users know them."""
 
 
 def cpu_sampling(record: Record) -> Iterator[str]:
     """Times faster by setting and precision; every precision's forward pass; whole runs against what their steps add up
     to."""
-    rows = record["sampling"]["settings"]
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    lines = []
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        own = {row["engine"]: row for row in rows if row["setting"] == setting}
-        faster = [f"{own[engine]['times_faster_than_published']:.1f}" if engine in own else None for engine in engines]
-        evaluations = next(iter(own.values()))["network_evaluations"]
-        lines.append([CPU_SETTINGS.get(setting, setting), *faster, evaluations])
+    settings = record["sampling"]["settings"]
+    faster = {(row["engine"], row["setting"]): f"{row['times_faster_than_published']:.1f}" for row in settings}
+    engines = dict.fromkeys(row["engine"] for row in settings)
+    evaluations = {row["setting"]: row["network_evaluations"] for row in settings}
     yield (
         f"{record['model']}, random weights, batch {record['batch_size']}, time per image against the fp32 reference "
         "run the published way, runs of 250 steps put together from the times of their steps:"
     )
-    yield table(["", *(f"{engine}: times faster" for engine in engines), "network evaluations"], lines)
-    rows = [[r["variant"], ratio(r["of_reference"]), relative(r["relative_error"])] for r in record["forward"]]
-    yield table(["forward of a guidance pair", "of the reference's time", "error"], rows)
+    yield table(
+        " | ".join(["", *(f"{engine}: times faster" for engine in engines), "network evaluations"]),
+        (
+            [CPU_SETTINGS.get(setting, setting), *(faster.get((engine, setting)) for engine in engines), number]
+            for setting, number in evaluations.items()
+        ),
+    )
+    yield table(
+        "forward of a guidance pair | of the reference's time | error",
+        ([r["variant"], ratio(r["of_reference"]), relative(r["relative_error"])] for r in record["forward"]),
+    )
     yield (
         "Whole runs of fewer steps, against what the times of their steps add up to. With random weights and refreshes "
         "so far apart, errors compare precisions; they do not say what a shortcut costs:"
     )
-    runs = []
+    runs: list[list[object]] = []
     for row in record["runs"]:
         numbers = (ratio(row["seconds"] / row["composed_seconds"]), relative(row["relative_error"]))
         runs.append([f"{row['engine']}, {row['setting']}", row["num_steps"], *numbers])
-    yield table(["run", "steps", "measured / put together", "error"], runs)
+    yield table("run | steps | measured / put together | error", runs)
 
 
+# (label, group, series, place on the group's axis, None: any) of the settings that the table shows.
 FORECAST_ROWS = (
     ("everything evaluated", "encoder, w 2", "everything", None),
     ("hold, K = 2 (the paper: no loss of FID)", "encoder, w 2", "hold", 2),
@@ -142,7 +143,6 @@ FORECAST_ROWS = (
     ("linear, K = 6 and M = 10 (`--fast`)", "both", "K 6, M 10, linear", 6),
     ("linear, K = 10 and M = 10", "both", "K 10, M 10, linear", 10),
 )
-"""(label, group, series, place on the group's axis, None: any) of the settings that the table shows."""
 
 
 def forecast(record: Record) -> Iterator[str]:
@@ -158,9 +158,8 @@ def forecast(record: Record) -> Iterator[str]:
         errors = (f"{off:.4f}" if (off := row[name]) else "0" for name in ("error", "error_median"))
         scores = (f"{row['frechet']:.3f}", f"{row['accuracy']:.1%}", f"{row['tflop_per_image_xl2_256']:.1f}")
         rows.append([words, *errors, *scores])
-    head = [f"digits, 250 steps, w 2 in (0.3, 1), {record['num_samples']} samples", "error of all samples"]
-    head += ["median error", "pixel Fréchet distance", "class accuracy", "TFLOP at XL/2, 256 px"]
-    yield table(head, rows)
+    head = f"digits, 250 steps, w 2 in (0.3, 1), {record['num_samples']} samples | error of all samples | median error"
+    yield table(f"{head} | pixel Fréchet distance | class accuracy | TFLOP at XL/2, 256 px", rows)
     fast, hold = (find("guidance scale", series, 4) for series in ("--fast", "hold K 2"))
     numbers = [row[name] for row in (fast, hold) for name in ("error", "error_median")]
     yield (
@@ -172,7 +171,7 @@ def forecast(record: Record) -> Iterator[str]:
 
 def pareto(record: Record) -> Iterator[str]:
     """What to take for a budget, by each measure of the error, and what people run."""
-    points = record["points"]
+    points, truth = record["points"], record["truth"]
 
     def words(point: Record) -> str:
         fields = {name: value for name, value in point["settings"].items() if name != "guidance_interval"}
@@ -182,72 +181,71 @@ def pareto(record: Record) -> Iterator[str]:
         numbers = [point[name] for name in ("tflop_xl2", *MEASURES, "frechet")]
         return [words(point), *numbers, f"{point['accuracy']:.1%}"]
 
-    head = ["setting", "TFLOP per image", *MEASURES.values(), "Fréchet", "accuracy"]
+    head = " | ".join(["setting | TFLOP per image", *MEASURES.values(), "Fréchet | accuracy"])
     measures: dict[tuple[float, float, int], list[str]] = defaultdict(list)
     for entry in record["recommended"]:
         key = (entry["budget_tflop_xl2"], points[entry["point"]]["tflop_xl2"], entry["point"])
         measures[key].append(MEASURES[entry["by"]])
-    truth = record["truth"]
     yield (
         f"Digits model, {record['samples']} samples, errors against {truth['what']}, whose Fréchet distance is "
         f"{truth['frechet']:.3f}: one below it is not a gain. Errors are relative L2 distances: of all samples as one "
         "vector, and the median and 90% quantile of each by itself. TFLOP per image at XL/2, 256 px. Recommended for a "
         "budget, by each:"
     )
-    chosen = [[f"{key[0]:g}", ", ".join(measures[key]), *row(points[key[2]])] for key in sorted(measures)]
-    yield table(["budget", "by", *head], chosen)
+    chosen = ([f"{key[0]:g}", ", ".join(measures[key]), *row(points[key[2]])] for key in sorted(measures))
+    yield table(f"budget | by | {head}", chosen)
     yield "What people run, and the cheapest of all that errs no more by any of the three:"
     cheapest = {e["point"]: e["cheapest"] for e in record["better_than_named"] if e["cheapest"] is not None}
     better = {i: f"{words(points[j])}: {points[j]['tflop_xl2']:.3g} TFLOP" for i, j in cheapest.items()}
-    named = [[p["name"], *row(p), better.get(i)] for i, p in enumerate(points) if "name" in p]
-    yield table(["name", *head, "cheapest"], named)
+    named = ([p["name"], *row(p), better.get(i)] for i, p in enumerate(points) if "name" in p)
+    yield table(f"name | {head} | cheapest", named)
 
 
 def candidates(record: Record) -> Iterator[str]:
     """Errors by candidate and guidance setting, and Fréchet distances."""
-    guidance = list(dict.fromkeys(row["guidance"] for row in record["errors"]))
-    lines = []
-    for name in dict.fromkeys(row["candidate"] for row in record["errors"]):
-        own = {row["guidance"]: row for row in record["errors"] if row["candidate"] == name}
-        errors = [" / ".join(f"{1000 * own[setting][m]:.3g}" for m in MEASURES) for setting in guidance]
-        lines.append([name, max(row["tflop_xl2"] for row in own.values()), *errors])
+    errors: dict[str, list[str]] = defaultdict(list)
+    costs: dict[str, float] = defaultdict(float)
+    for row in record["errors"]:
+        errors[row["candidate"]].append(" / ".join(f"{1000 * row[name]:.3g}" for name in MEASURES))
+        costs[row["candidate"]] = max(costs[row["candidate"]], row["tflop_xl2"])
+    guidance = dict.fromkeys(row["guidance"] for row in record["errors"])
     yield (
         f"Digits model, {record['samples']} samples, errors in thousandths against the solution of the ODE, by "
         "guidance: of all samples as one vector / median / 90% quantile of each by itself. TFLOP per image at XL/2, "
         "256 px, of the guidance that takes most:"
     )
-    yield table(["setting", "TFLOP", *guidance], lines)
+    head = " | ".join(["setting | TFLOP", *guidance])
+    yield table(head, ([name, costs[name], *own] for name, own in errors.items()))
     yield (
         f"Pixel Fréchet distance of {record['frechet_samples']} samples to all real digits, guidance "
         f"{record['frechet_guidance']}, and its difference from the first row's with the same seeds; ± is the standard "
         "error over ten blocks of samples:"
     )
-    distances = [
+    distances = (
         [r["candidate"], r["tflop_xl2"], f"{r['frechet']:.4f} ± {r['frechet_sd']:.4f}", _difference(r)]
         for r in record["frechet"]
-    ]
-    yield table(["setting", "TFLOP", "Fréchet", "difference"], distances)
+    )
+    yield table("setting | TFLOP | Fréchet | difference", distances)
 
 
+# The candidates of the short table.
 SHORT = (
     *("Euler 250, published", "Euler 250, K 2 held", "Euler 250, --fast", "Euler 250, even steps, --fast"),
     *(f"multistep 3, {steps}, K 2 quadratic" for steps in (55, 35)),
 )
-"""The candidates of the short table."""
 
 
 def candidates_in_short(record: Record) -> Iterator[str]:
     """Errors of a few at the published guidance, and their Fréchet distances where they were measured."""
-    guidance = record["frechet_guidance"]
-    distances = {row["candidate"]: row for row in record["frechet"]}
-    rows = [
-        [r["candidate"], f"{r['tflop_xl2']:.1f}", *(r[m] for m in MEASURES), _difference(distances.get(r["candidate"]))]
+    guidance, first = record["frechet_guidance"], record["frechet"][0]
+    distances = {row["candidate"]: _difference(row) for row in record["frechet"]}
+    rows = (
+        [r["candidate"], f"{r['tflop_xl2']:.1f}", *(r[m] for m in MEASURES), distances.get(r["candidate"])]
         for r in record["errors"]
         if r["candidate"] in SHORT and r["guidance"] == guidance
-    ]
-    head = [f"digits, w {guidance}", "TFLOP at XL/2, 256 px", "error of all samples", "median error"]
-    yield table([*head, "90% of errors below", "Fréchet distance off by"], rows)
-    first = record["frechet"][0]
+    )
+    head = f"digits, w {guidance} | TFLOP at XL/2, 256 px | error of all samples | median error"
+    yield table(f"{head} | 90% of errors below | Fréchet distance off by", rows)
     yield (
         f"Errors of {record['samples']} samples against the ODE's solution. Fréchet distances of "
         f"{record['frechet_samples']} samples to all real digits, off that of a run that is nearly the solution, with "
@@ -255,7 +253,5 @@ def candidates_in_short(record: Record) -> Iterator[str]:
     )
 
 
-def _difference(row: Record | None) -> str | None:
-    if row is None or "difference" not in row:
-        return None
-    return f"{row['difference']:+.5f} ± {row['difference_sd']:.5f}"
+def _difference(row: Record) -> str | None:
+    return f"{row['difference']:+.5f} ± {row['difference_sd']:.5f}" if "difference" in row else None

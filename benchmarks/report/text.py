@@ -1,17 +1,14 @@
 """How numbers and tables read in Markdown."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table whose columns line up; floats with 3 significant digits, None as "-"."""
-    cells = [list(head), *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
+def table(head: str, rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose columns line up; the head's cells stand between " | ", floats have 3 significant digits,
+    None is "-"."""
+    cells = [head.split(" | "), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
@@ -26,11 +23,9 @@ def significant(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def ratio(value: float | None) -> str:
+def ratio(value: float | None) -> str | None:
     """Of two times: two decimals, or two digits below 0.1."""
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    return None if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def relative(error: float) -> str:

@@ -45,7 +45,7 @@ WHOLE = "allowed: a whole number,"
         (attention, "--shapes [[1,0,2,8]]", "B, N, H and D of 1 or more"),
         (report, "--check --write-readme", "--check writes nothing"),
         (report, "absent.json", "No such file"),
-        (report, "README.md", "is no valid JSON"),
+        (report, "README.md", "is not valid JSON"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(command, arguments, message, tmp_path, monkeypatch, capsys):

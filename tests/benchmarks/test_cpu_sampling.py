@@ -13,7 +13,7 @@ from benchmarks.cpu_sampling import (
     measure_forward,
     published_run,
 )
-from benchmarks.harness import Timing
+from benchmarks.harness import timing
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.sampling import Sampler
@@ -31,7 +31,7 @@ def test_parts_are_all_that_a_run_does(setting):
     assert costs.functions().keys() == costs.counts.keys()
     # A decoder run costs 1, all else nothing: what is composed are the plan's network evaluations.
     decoders = {p: p.count("decode 1") + 2 * p.count("decode 2") + p.count("afresh") for p in costs.counts}
-    price = {part: Timing.of([count]) for part, count in decoders.items()}
+    price = {part: timing([count]) for part, count in decoders.items()}
     assert composed(costs.counts, price) == plan.network_evaluations
 
 

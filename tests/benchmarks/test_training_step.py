@@ -10,7 +10,7 @@ from benchmarks import bench_training, training_step
 from benchmarks.gpu_run import TRAINING_VARIANTS
 from benchmarks.harness import Ceilings
 from benchmarks.harness import measure as measure_case
-from benchmarks.training_step import REFERENCE, VARIANTS, Variant, measure
+from benchmarks.training_step import REFERENCE, VARIANTS, Variant, measure, measure_memory
 from ddt_fast.config import DDTConfig
 from ddt_fast.training.parallel import process_group
 
@@ -37,6 +37,18 @@ def test_every_variant_is_checked_against_the_reference_then_timed(repa):
         assert row["peak_bytes"] >= row["kept_bytes"] > 0
 
 
+def test_memory_is_what_lives_and_what_lived_at_most():
+    def run():
+        first = torch.empty(1000)
+        second = first + 1
+        del first
+        return second[:10]
+
+    kept, peak = measure_memory(run, CPU)
+    assert kept == 4000
+    assert 8000 <= peak < 8100  # the scalar that is added is a tensor too
+
+
 def test_wrong_gradients_are_not_timed(monkeypatch):
     from_reference = training_step.FusedDDT.from_reference
 
@@ -52,9 +64,9 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
 
 
 def test_the_suites_case_verifies_losses_and_gradients():
-    names = (bench_training.BASELINE, bench_training.PLAIN, bench_training.FUSED)
+    names = tuple(step.name for step in bench_training.STEPS if not step.compile)
     model = replace(TINY, patch_size=2)  # as many tokens as the features
-    case = bench_training.training_case("tiny", model, 32, 2, names)
+    case = bench_training.training_case("tiny", model, 2, names)
     result = measure_case(replace(case, rounds=1), Ceilings({"float32": 1e9}, 1e9, ""))
     assert list(result.rounds) == list(names), result.wrong
     assert all(v["error"] < 1e-4 for v in result.record["variants"])
