@@ -240,7 +240,7 @@ def places(tmp_path_factory) -> Path:
         (["--config", "{folder}/list.yaml"], "list.yaml holds a list"),
         (["--config", "{folder}/key.yaml"], "hiden_size"),
         (["--training.max_step=3"], "--training.max_step=3; nearest: --training.max_steps"),
-        (["--zzz"], "unrecognized arguments: --zzz; --help lists what there is"),
+        (["--zzz"], "unrecognized arguments: --zzz; --help lists the options"),
         (["--training.max_steps", "many"], "training.max_steps"),
         (["--sampling.num_steps", "-1"], "num_steps is -1"),
         (["--model.patch_size", "3"], "height is 8; allowed: a positive multiple of patch_size (3)"),

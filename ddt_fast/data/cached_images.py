@@ -1,4 +1,4 @@
-"""The images behind a latent cache, read again: for features that are computed while training instead of cached."""
+"""The images behind a latent cache, read again to compute features during training instead of caching them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class CachedImages:
         dataset: the cache.
 
     Raises:
-        ValueError: not an image folder, or one with other file names than the cache; LightningDiT's shards, which do
-            not say what they were made from.
+        ValueError: root is not an image folder or its file names differ from the cache's, or the dataset is
+            LightningDiT's, which does not record its images.
     """
 
     def __init__(self, root: Path, dataset: LatentDataset) -> None:
         settings = dataset.settings
         if settings is None:
-            raise ValueError("LightningDiT's shards do not say which image is which; images need a ddt-fast cache")
+            raise ValueError("LightningDiT's shards do not record their images; expected a cache of ddt-fast")
         folder = list_images(root)
         if len(folder.files) != settings.num_images:
             raise ValueError(
@@ -46,7 +46,7 @@ class CachedImages:
         """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB.
 
         Raises:
-            ValueError: an image that cannot be read any more; the message names the file.
+            ValueError: an image can no longer be read; the message names the file.
         """
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
@@ -54,6 +54,6 @@ class CachedImages:
             try:
                 pixels = read_image(path, self.image_size).numpy()
             except UnreadableImageError as error:
-                raise ValueError(f"{path} was readable when its latent was cached, now it is not: {error}") from error
+                raise ValueError(f"{path} was readable when its latent was cached, but now is not: {error}") from error
             image[:] = pixels[..., ::-1] if flip else pixels
         return torch.from_numpy(images)

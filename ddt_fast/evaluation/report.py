@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ddt_fast.evaluation.sources import Images
-from ddt_fast.files import atomic_file
 from ddt_fast.wording import plural
 
 PICTURE_IMAGES = 100
@@ -69,9 +66,3 @@ def report_table(report: dict[str, Any]) -> str:
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
     lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))
     return "\n".join(lines)
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write a report of `evaluate` as JSON, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")

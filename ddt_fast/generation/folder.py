@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ddt_fast.files import check_replaceable, read_json
+from ddt_fast.files import check_no_folder, check_replaceable, plain, read_json
 from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
 from ddt_fast.generation.npz import open_images
@@ -21,13 +18,12 @@ from ddt_fast.generation.shards import (
     Images,
     ShardFolder,
     describe_other,
-    differences,
     fingerprint,
     other_jobs,
     remove_job,
 )
 from ddt_fast.ranks import Ranks
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural, warn
 
 _PRECIOUS_MINUTES = 10
 """Finished samples that took longer are replaced only with overwrite."""
@@ -65,7 +61,7 @@ class JobFolder:
         ranks: Ranks,
     ) -> None:
         check_output(path)
-        settings = json.loads(json.dumps(settings))  # as a file holds them: lists in place of tuples
+        settings = plain(settings)
         self.path, self.settings, self.outputs, self.ranks = path, settings, outputs, ranks
         overwrite = outputs.overwrite
         if overwrite:
@@ -120,7 +116,7 @@ class JobFolder:
         try:
             self.shards.read(shard)
         except DamagedShardError as error:
-            tqdm.write(f"warning: {error}; it is made again", file=sys.stderr)
+            warn(f"{error}; it is made again")
             self.shards.discard(shard)
             return False
         return True
@@ -193,6 +189,4 @@ class JobFolder:
 def check_output(path: Path) -> None:
     """ValueError now, before any work, when outputs would have to replace something that is not ddt-fast's own."""
     check_replaceable(path / "images", IMAGE_NAMES)
-    for name in ("grid.png", SAMPLES, RECORD):
-        if (path / name).is_dir():
-            raise ValueError(f"{path / name} is a folder; a file of that name will be written")
+    check_no_folder(*(path / name for name in ("grid.png", SAMPLES, RECORD)))

@@ -25,14 +25,13 @@ from ddt_fast.generation.folder import JobFolder, check_output
 from ddt_fast.generation.scorer import Scorer
 from ddt_fast.generation.seeds import Assignment, assign
 from ddt_fast.generation.settings import SHARD_IMAGES, Draws, Engine, Outputs, Scoring
-from ddt_fast.generation.shards import differences
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.provenance import environment
 from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural
 
 _WAITING_BATCHES = 2
 """Batches that wait for the background thread: enough that neither waits for the other's fluctuations."""

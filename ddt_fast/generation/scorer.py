@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
-from ddt_fast.evaluation.report import Progress, report_table, write_report
+from ddt_fast.evaluation.report import Progress, report_table
 from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
 from ddt_fast.evaluation.sources import open_sources
 from ddt_fast.evaluation.statistics import Gaussian
-from ddt_fast.files import read_json, writing
+from ddt_fast.files import check_no_folder, read_json, write_json, writing
 from ddt_fast.generation.finish import SAMPLES
 from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.npz import open_images
@@ -54,8 +54,7 @@ class Scorer:
     def __init__(
         self, scoring: Scoring, output_dir: Path, count: int, size: int, device: torch.device, ranks: Ranks
     ) -> None:
-        if (output_dir / REPORT).is_dir():
-            raise ValueError(f"{output_dir / REPORT} is a folder; a file of that name will be written")
+        check_no_folder(output_dir / REPORT)
         reference = open_sources([scoring.reference], scoring.center_crop)[0]
         self._output_dir, self._reference, self._metrics = output_dir, reference, list(scoring.metrics or METRICS)
         self._count, self._ranks = count, ranks
@@ -145,7 +144,7 @@ class Scorer:
             samples = self._all_features(progress)
             found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, progress)
             print(report_table(found))
-            write_report(report, {**found, "generation": job})
+            write_json(report, {**found, "generation": job})
             print(f"wrote {report}")
         finally:
             for entry in list(self._output_dir.iterdir()):

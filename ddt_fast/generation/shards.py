@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ddt_fast.files import atomic_file, read_json, write_json, writing
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural
 
 Images = NDArray[np.uint8]
 _JOB = "job.json"
@@ -38,23 +38,6 @@ class DamagedShardError(OSError):
 def fingerprint(settings: dict[str, Any]) -> str:
     """A name for settings (plain JSON values): equal ones have the same."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """The settings in which two dictionaries differ: "sampling.num_steps 25, now 50"."""
-    found = []
-    for name in {**theirs, **ours}:
-        a, b = theirs.get(name), ours.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} {_short(a)}, now {_short(b)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class ShardFolder:
