@@ -177,7 +177,7 @@ def test_features_that_another_process_did_not_leave_come_from_the_samples(
     else:
         as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
-    assert "features of 60 of 123 images are taken from " in capsys.readouterr().out
+    assert "features of 60 of 123 images are computed from " in capsys.readouterr().out
 
 
 def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expected, monkeypatch):
