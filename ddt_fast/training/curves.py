@@ -1,4 +1,4 @@
-"""Plot the curves of training runs, several in one picture: loss, REPA loss, gradient norm, learning rate, img/s."""
+"""Plot the curves of one or more training runs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(prog="python -m ddt_fast.training.curves", description=__doc__)
     add = parser.add_argument
     add("folders", type=str, nargs="+", metavar="RUN_FOLDER", help="folder with a log.jsonl; several are overlaid")
-    add("--output", type=str, help="the PNG; default: curves.png in the folder, of several in the current one")
+    add("--output", type=str, help="the PNG; default: curves.png in the run's folder, or here for several runs")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""REPA, representation alignment (arXiv 2410.06940): an early block's tokens, projected, are aligned with DINOv2's."""
+"""REPA, representation alignment (arXiv 2410.06940): projected tokens of an early block are aligned with DINOv2's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 class Projector(nn.Sequential):
-    """The MLP between a block's tokens and DINOv2's: (B, N, C) → (B, N, features).
+    """The MLP from a block's tokens to DINOv2's: (B, N, C) → (B, N, features).
 
     Its state_dict holds {0,2,4}.{weight,bias}, as released checkpoints do below `diffusion_trainer.proj.0.`.
 
@@ -32,13 +32,13 @@ def repa_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Ten
     """Mean over tokens of 1 - cosine similarity, computed in float32: a scalar between 0 and 2.
 
     Args:
-        projected: (B, N, F) of `Projector`.
-        features: (B, N', F) of `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
-            from the tokens'.
-        grid: (rows, columns) of the tokens, N of them.
+        projected: (B, N, F) from `Projector`.
+        features: (B, N', F) from `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
+            from the grid of the tokens.
+        grid: (rows, columns) of the N tokens.
 
     Raises:
-        ValueError: shapes that do not match.
+        ValueError: shapes do not match.
     """
     rows, columns = grid
     side = math.isqrt(features.shape[1])

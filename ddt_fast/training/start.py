@@ -1,35 +1,33 @@
-"""Starting from trained weights instead of fresh ones."""
+"""Starting from trained weights."""
 
 from __future__ import annotations
 
-import sys
-
 from torch import Tensor
-from tqdm import tqdm
 
 from ddt_fast.model.weights import read_weight_sets
 from ddt_fast.training.model import TrainingModel
+from ddt_fast.wording import tell
 
 
 def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
-    """Load the weights that training starts from into the model, REPA's projector too where both have one.
+    """Load the weights that training starts from into the model, and REPA's projector if both have one.
 
     A released .ckpt holds trained weights and their average; if there is only an average, as in most model folders, the
-    weights start there as well. What was found is reported on stderr.
+    weights start there too. What was found is reported on stderr.
 
     Args:
-        checkpoint: a model folder, .safetensors, .ckpt, or Hub id.
-        model: on any device, not sharded yet.
+        checkpoint: a model folder, .safetensors, .ckpt, or hub id.
+        model: the model, on any device, not sharded yet.
 
     Returns:
         The averages to start from, by the names of model.denoiser's parameters.
 
     Raises:
-        ValueError: not a checkpoint, or one of another architecture.
+        ValueError: this is not a checkpoint, or has another architecture.
     """
     sets = read_weight_sets(checkpoint, model.denoiser.config)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
-    found = ["trained weights" if sets.raw else "averaged weights only, which training starts from as well"]
+    found = ["trained weights" if sets.raw else "averaged weights only: training starts there too"]
     if sets.raw:
         found.append("their average" if sets.ema else "no average: it starts there too")
     denoiser = model.denoiser
@@ -40,5 +38,5 @@ def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
         found.append("REPA's projector" if sets.projector else "no projector for REPA: a fresh one")
         if sets.projector:
             model.projector.load_state_dict(sets.projector)
-    tqdm.write(f"starting from {checkpoint}: {', '.join(found)}", file=sys.stderr)
+    tell(f"starting from {checkpoint}: {', '.join(found)}")
     return average

@@ -1,4 +1,4 @@
-"""Everything that a run continues from, as one nested dictionary of tensors and a few numbers."""
+"""Everything that a run continues from: a nested dictionary of tensors, and a few numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ddt_fast.training.model import TrainingModel
 
 @dataclass
 class TrainingState:
-    """What training changes: weights, their average, the optimiser's moments. Randomness is not part of it: every step
-    draws from a generator that is seeded by its number.
+    """What training changes: weights, their average, the optimiser's moments. Random generators are not part of it:
+    every step seeds its own by its number.
 
     Attributes:
         masters: the trained weights, float32.
-        ema: averages of the denoiser's.
-        optimizer: AdamW over all of masters' parameters.
+        ema: the averages of the denoiser's weights.
+        optimizer: AdamW over all parameters of masters.
         step: steps done.
     """
 
@@ -35,7 +35,7 @@ class TrainingState:
     step: int = 0
 
     def tensors(self) -> dict[str, Any]:
-        """The tensors themselves, not copies, by parameter names; sharded ones stay so."""
+        """The tensors themselves, not copies, by parameter name; sharded ones stay sharded."""
         for parameter in self.masters.parameters():
             if not self.optimizer.state[parameter]:
                 self.optimizer.state[parameter] = {
@@ -51,7 +51,7 @@ class TrainingState:
         }
 
     def projector(self) -> dict[str, Tensor] | None:
-        """REPA's projector, whole, on the CPU; None without REPA. All processes must call it together."""
+        """REPA's projector, whole, on the CPU; None without REPA. All processes call it together."""
         if self.masters.projector is None:
             return None
         weights = self.masters.projector.state_dict()
@@ -59,9 +59,7 @@ class TrainingState:
 
     def averaged_model(self) -> DDT | None:
         """The reference model with the averaged weights, whole, on the CPU, in the first process; None in the others.
-
-        All processes must call it together.
-        """
+        All processes call it together."""
         first = dist.get_rank() == 0
         averages: dict[str, Tensor] = {}
         for name, average in self.ema.weights.items():
@@ -79,15 +77,15 @@ class TrainingState:
 
 
 def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors by the names that `DDT` and released checkpoints have.
+    """A model's tensors by the names in `DDT` and released checkpoints.
 
     Args:
-        config: its shape.
+        config: the model's shape.
         fused: whether it is a FusedDDT, which has merged parameters.
-        parameters: by its own names.
+        parameters: the tensors by its own names.
 
     Raises:
-        ValueError: parameters of other names.
+        ValueError: the parameters have other names.
     """
     with torch.device("meta"):
         model = FusedDDT(config) if fused else DDT(config)

@@ -106,7 +106,7 @@ def test_features_and_images_that_are_not_there_are_refused(images, unbroken, tm
             "00002-of-00004.safetensors holds features_flip as torch.float32",
         ),
         ("features_flip", lambda tensor: None, "00002-of-00004.safetensors holds no features_flip, only"),
-        ("index", lambda tensor: tensor[:-1].contiguous(), "00002-of-00004.safetensors does not say which images"),
+        ("index", lambda tensor: tensor[:-1].contiguous(), "00002-of-00004.safetensors does not record the images"),
         ("index", lambda tensor: tensor + 20, "holds latents of images outside the 26 of the cache"),
     ],
 )
