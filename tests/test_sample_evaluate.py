@@ -286,7 +286,7 @@ def test_inception_features(tmp_path):
         (["--evaluate", "{large}"], "samples have 64 features, the reference 256; they must match"),
         (["--evaluate", "{statistics}"], "samples have 64 features, the reference 3; they must match"),
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
-        (["--metrics", "sfid"], "sfid cannot be computed: these features have none for sFID"),
+        (["--metrics", "sfid"], "sfid cannot be computed: these features have no part for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
         (["--evaluate-features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not"),
         (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),

@@ -1,4 +1,4 @@
-"""What the commands that score show and write: progress, the table, metrics.json."""
+"""What the commands that score show: progress and the table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddt_fast.evaluation.sources import Images
+from ddt_fast.data.image_folder import Images
 from ddt_fast.wording import plural
 
 PICTURE_IMAGES = 100
@@ -22,7 +22,7 @@ _ROWS = {
 
 
 class Progress:
-    """Shows how far reading is, and keeps images for the picture, evenly spread."""
+    """Shows the progress of reading, and keeps evenly spread images for the picture."""
 
     def __init__(self) -> None:
         self.shown: dict[int, Images] = {}
@@ -44,7 +44,7 @@ class Progress:
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """A report of `evaluate` in lines to print."""
+    """A report of `evaluate` as lines to print."""
     values, lines = report["metrics"], []
     for role in ("samples", "reference"):
         if (found := report.get(role)) is not None:

@@ -28,7 +28,7 @@ from ddt_fast.model.weights import read_settings
 from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
 from ddt_fast.training.state_reader import StateReader
-from ddt_fast.wording import one_line
+from ddt_fast.wording import one_line, warn
 
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
@@ -156,9 +156,7 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
     """Read trainer.json of a checkpoint; ValueError if the folder is not a run's checkpoint or has another version."""
     file = checkpoint / TRAINER
     if not file.is_file() or not (checkpoint / "state" / ".metadata").is_file():
-        raise ValueError(
-            f"{checkpoint} is not a checkpoint of a run; expected RUN/checkpoints/step_0010000 or the like"
-        )
+        raise ValueError(f"{checkpoint} is not a checkpoint of a run; expected RUN/checkpoints/step_0010000 or such")
     numbers = read_json(file)
     if numbers.get("version") != VERSION:
         raise ValueError(f"{file} has version {numbers.get('version')}; this ddt-fast reads version {VERSION}")
