@@ -99,7 +99,7 @@ def test_cuda_graphs_without_cuda_say_so_in_one_line(tmp_path, capsys):
     arguments = ["--num-images", "2", "--num-steps", "2", "--cuda-graphs", "--device", "cpu"]
     run_command(lambda: sample_command.main([*arguments, "--output-dir", str(tmp_path)]))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert warnings == ["warning: cuda_graphs asked for, but the model is on cpu, not on CUDA; sampling eagerly"]
+    assert warnings == ["warning: cuda_graphs is set, but the model is on cpu, not on CUDA; sampling eagerly"]
 
 
 def test_ways_to_compute_leave_the_images_alone(tmp_path, capsys):
