@@ -148,7 +148,7 @@ def test_a_shard_of_another_process_damaged_at_the_merge_is_named_and_removed(tm
         patch.setattr(JobFolder, "_is_whole", lambda self, shard: self.shards.file(shard).exists())
         line = sample_error(capsys, tmp_path, *JOB)
     assert "shard-00001-of-00007.safetensors is damaged" in line
-    assert "finished shards are kept, the same command" in line
+    assert "finished shards are kept, and the same command" in line
     assert sample(tmp_path, *JOB) == expected()
 
 

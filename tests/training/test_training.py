@@ -153,7 +153,7 @@ def test_classes_without_data_are_warned_of(latent_cache, tmp_path, recwarn):
     train(experiment, tmp_path / "two", CPU)
     assert not [warning for warning in recwarn if "num_classes" in str(warning.message)]
     more = replace(experiment, model=replace(experiment.model, num_classes=3))
-    with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the others are never trained"):
+    with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the other classes are never trained"):
         train(more, tmp_path / "three", CPU)
 
 
