@@ -55,11 +55,8 @@ class ClassNames:
 
     def label(self, given: ClassLabel) -> int:
         """The label of a class given by name or label. Case and underscores do not matter, unless two classes differ
-        only by case.
-
-        Raises:
-            ValueError: the class is out of range, unknown or ambiguous; the message names the nearest ones.
-        """
+        only by case. ValueError if the class is out of range, unknown or ambiguous; the message names the nearest
+        ones."""
         if isinstance(given, Integral) and not isinstance(given, bool):
             if not 0 <= given < self.num_classes:
                 raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")

@@ -76,11 +76,8 @@ class DinoV2:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 images → (B, N', F) patch tokens after the final norm, row by row, on the model's device
-        and in its dtype, without class token and registers. N' is 256 for S = 256, 1024 for S = 512.
-
-        Raises:
-            ValueError: the images have another shape or dtype, or a size that does not divide into patches.
-        """
+        and in its dtype, without class token and registers. N' is 256 for S = 256, 1024 for S = 512. ValueError if the
+        images have another shape or dtype, or a size that does not divide into patches."""
         side = images.shape[-1]
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, S, S)")

@@ -24,7 +24,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype
 from ddt_fast.files import atomic_file, check_no_folder, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, load_model, resolve_checkpoint
 from ddt_fast.sampling.refresh import (
     Probe,
     optimal_refresh_schedule,
@@ -144,7 +144,7 @@ def study_refreshes(
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
     folder = output_folder(output_dir)
     check_no_folder(folder / _PICTURE, folder / _DATA)
-    reference = load_model(source, place, weight_dtype, None if has_config(source) else experiment.model)
+    reference = load_model(source, place, weight_dtype, experiment.model)
     study = _study(FusedDDT.from_reference(reference), own, experiment.data.sample_size, num_samples, str(source))
     print(_text_view(study), _table(study), sep="\n\n")
     _write(study, source, num_samples, folder)

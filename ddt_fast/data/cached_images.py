@@ -43,11 +43,8 @@ class CachedImages:
         self.image_size = settings.image_size
 
     def read(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
-        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB.
-
-        Raises:
-            ValueError: an image can no longer be read; the message names the file.
-        """
+        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB. ValueError if an
+        image can no longer be read; the message names the file."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
             path = self._root / self._files[place]

@@ -55,11 +55,8 @@ def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def list_images(root: Path) -> ImageFolder:
-    """List every image below the sub-folders of root (see `find_images`); nothing is opened.
-
-    Raises:
-        ValueError: root is not a folder, has no sub-folders, or a sub-folder holds no images.
-    """
+    """List every image below the sub-folders of root (see `find_images`); nothing is opened. ValueError if root is not
+    a folder, has no sub-folders, or a sub-folder holds no images."""
     if not root.is_dir():
         raise ValueError(f"image folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     with os.scandir(root) as scan:
@@ -101,11 +98,8 @@ class UnreadableImageError(Exception):
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """Read the centre crop of an image file, (3, size, size) uint8 RGB.
-
-    Raises:
-        UnreadableImageError: the file is missing, unreadable, truncated, or not an image.
-    """
+    """Read the centre crop of an image file, (3, size, size) uint8 RGB. UnreadableImageError if the file is missing,
+    unreadable, truncated, or not an image."""
     try:
         with Image.open(path) as image:
             cropped = center_crop(image.convert("RGB"), size)

@@ -133,11 +133,7 @@ class LatentLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that `state_dict` returned. Batch size and ranks may differ: they cut the same
-        sequence at other places.
-
-        Raises:
-            ValueError: the state has another seed or other data, or is not a state.
-        """
+        sequence at other places. ValueError if the state has another seed or other data, or is not a state."""
         names = ("epoch", "position", "seed", "num_samples")
         if any(not isinstance(state.get(name), int) for name in names):
             raise ValueError(f"the data position is {state!r}; expected whole numbers {', '.join(names)}")

@@ -24,10 +24,8 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
     call it together and share the work; those that see another copy of the cache, on another machine, verify that copy.
 
     A shard has changed if its size or modification time differs from the record. Shards without checksums
-    (LightningDiT's) are skipped. Progress goes to stderr.
-
-    Raises:
-        ValueError: a shard has another checksum or cannot be read; raised in all processes alike.
+    (LightningDiT's) are skipped. Progress goes to stderr. ValueError if a shard has another checksum or cannot be read;
+    raised in all processes alike.
     """
     if not dataset.checksums:
         return

@@ -219,11 +219,8 @@ class FeatureAccumulator:
         self._indices += other._indices
 
     def finish(self, source: str) -> FeatureSet:
-        """The result, with features in the order of the indices.
-
-        Raises:
-            ValueError: an index came twice, or a merged accumulator did not keep its features.
-        """
+        """The result, with features in the order of the indices. ValueError if an index came twice, or a merged
+        accumulator did not keep its features."""
         places = np.sort(self.indices)
         if (repeated := places[1:][np.diff(places) == 0]).size:
             raise ValueError(f"image {repeated[0]} was added twice")

@@ -160,10 +160,7 @@ def score(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics that can be computed, by name (with `inception_score_std`, `kid_std`), and why the others cannot.
-
-    Raises:
-        ValueError: features have different D, or no metric can be computed.
-    """
+    ValueError if features have different D, or no metric can be computed."""
     wanted, missing = computable(samples, reference, metrics)
     values: dict[str, float] = {}
     if "inception_score" in wanted and samples.probabilities is not None:
@@ -190,11 +187,8 @@ def score(
 def computable(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[list[str], dict[str, str]]:
-    """The metrics that can be computed, and why the others cannot; values are not looked at.
-
-    Raises:
-        ValueError: features have different D or are of different kinds, or no metric can be computed.
-    """
+    """The metrics that can be computed, and why the others cannot; values are not looked at. ValueError if features
+    have different D or are of different kinds, or no metric can be computed."""
     check_metrics(metrics)
     reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
     reasons["inception_score"] = _without_classes(samples)

@@ -96,11 +96,8 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
 
 
 def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
-    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them.
-
-    Raises:
-        ValueError: a Gaussian is incomplete, or arrays are not a Gaussian.
-    """
+    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them. ValueError if a
+    Gaussian is incomplete, or arrays are not a Gaussian."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)

@@ -78,11 +78,8 @@ class Assignment:
 
 
 def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
-    """The assignment that `draws` asks for, of `default_count` images if it gives no number.
-
-    Raises:
-        ValueError: a class or a seed is out of range, or there is not one seed per image.
-    """
+    """The assignment that `draws` asks for, of `default_count` images if it gives no number. ValueError if a class or a
+    seed is out of range, or there is not one seed per image."""
     num_chosen = len(draws.classes or range(num_classes))
     seeds = draws.seeds or [seed for seed in draws.class_seeds or () for _ in range(num_chosen)]
     per_class = draws.seeds_per_class

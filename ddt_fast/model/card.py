@@ -116,10 +116,7 @@ def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_provenance(folder: Path) -> Provenance:
     """Read what a model or pipeline folder says about its training and scores; for a run's model/, what the run says.
-
-    Raises:
-        ValueError: files are damaged.
-    """
+    ValueError if files are damaged."""
     places = [folder]
     if folder.name == "model" and (folder.parent / "recipe.yaml").is_file():
         places.insert(0, folder.parent)

@@ -121,11 +121,8 @@ def require_float(name: str, dtype: object) -> None:
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
     """Read everything that training can continue from: averaged weights, raw weights and REPA's projector, as far as
     they exist, from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a hub id. They are on
-    the CPU, memory-mapped, in their own dtype.
-
-    Raises:
-        ValueError: the file is missing or corrupt, or weights or projector do not fit `config`, if given.
-    """
+    the CPU, memory-mapped, in their own dtype. ValueError if the file is missing or corrupt, or weights or projector do
+    not fit `config`, if given."""
     source = resolve_checkpoint(path)
     sets = _read_sets(source)
     if config is not None:
@@ -161,11 +158,7 @@ def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) 
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The local folder or file of a checkpoint; for a pipeline's folder, its transformer. A name like "user/model" that
-    does not exist here is fetched from the Hub.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
+    does not exist here is fetched from the Hub. ValueError if there is no such checkpoint."""
     local = require_path("checkpoint", path)
     if local.is_dir():
         return _model_folder(local)
@@ -208,11 +201,7 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
 
 def read_experiment(path: str | Path) -> Experiment:
     """Read model, data and sampling settings from the config.json in (or beside) a checkpoint. A pipeline's folder has
-    its own autoencoder.
-
-    Raises:
-        ValueError: config.json is missing or corrupt.
-    """
+    its own autoencoder. ValueError if config.json is missing or corrupt."""
     file = _config_file(resolve_checkpoint(path))
     experiment, pipeline = read_settings(file), file.absolute().parent.parent
     if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
@@ -223,10 +212,7 @@ def read_experiment(path: str | Path) -> Experiment:
 
 def read_settings(file: Path) -> Experiment:
     """Read model, data and sampling settings from a config.json, or from a training run's recipe.yaml or trainer.json.
-
-    Raises:
-        ValueError: the file is missing or corrupt.
-    """
+    ValueError if the file is missing or corrupt."""
     try:
         text = file.read_text()
         entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -246,11 +232,8 @@ def read_settings(file: Path) -> Experiment:
 
 def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a folder, memory-mapped. diffusers splits large weights into several files, and adds the name
-    of a variant to the file names.
-
-    Raises:
-        ValueError: weights are missing or damaged, or an index names anything but safetensors in the folder.
-    """
+    of a variant to the file names. ValueError if weights are missing or damaged, or an index names anything but
+    safetensors in the folder."""
     whole, index = WEIGHTS_NAME, INDEX_NAME
     if variant is not None:
         whole = whole.replace(".safetensors", f".{variant}.safetensors")
@@ -286,11 +269,8 @@ def settle_config(
     weights: Mapping[str, Tensor], source: Path, presets: Mapping[str, Experiment] = PRESETS
 ) -> tuple[str, DDTConfig]:
     """The name of the first preset that agrees with the shapes of the weights, and its config with their number of
-    classes.
-
-    Raises:
-        ValueError: no preset agrees, or the weights are not a DDT's; the message names `source` as their origin.
-    """
+    classes. ValueError if no preset agrees, or the weights are not a DDT's; the message names `source` as their
+    origin."""
     seen = _settled_by_shapes(weights, source)
     for name, preset in presets.items():
         if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:

@@ -165,10 +165,7 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
 
 def load_state(checkpoint: Path, state: TrainingState) -> None:
     """Fill the state's tensors from a checkpoint that any number of processes wrote. All processes call it together.
-
-    Raises:
-        ValueError: files are missing, damaged or of another model.
-    """
+    ValueError if files are missing, damaged or of another model."""
     reader = StateReader(checkpoint / "state")
     try:
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
@@ -191,10 +188,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_checkpoint(checkpoint: Path) -> LightningWeights:
     """Read the averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
-
-    Raises:
-        ValueError: the folder is not a checkpoint, or is damaged.
-    """
+    ValueError if the folder is not a checkpoint, or is damaged."""
     numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
     try:

@@ -210,12 +210,9 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
 
 
 def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
-    """This process's share of the experiment's batches. All processes of the group call it together.
-
-    Raises:
-        ValueError: the data are missing, unusable or do not fit the model, a shard has another checksum, or the
-            processes cannot share a batch.
-    """
+    """This process's share of the experiment's batches. All processes of the group call it together. ValueError if the
+    data are missing, unusable or do not fit the model, a shard has another checksum, or the processes cannot share a
+    batch."""
     data, training = experiment.data, experiment.training
     shares = dist.get_world_size() * training.accumulation_steps
     allowed = f"multiples of {shares}, processes times accumulation_steps"

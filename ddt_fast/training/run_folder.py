@@ -85,10 +85,7 @@ def check_continuable(
 
 def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
     """Write recipe.yaml; without `keep`, first remove an earlier run's files. All processes call it together.
-
-    Raises:
-        ValueError: files of the same names are not a run's.
-    """
+    ValueError if files of the same names are not a run's."""
     check_replaceable(folder / "model", MODEL_NAMES)
     check_replaceable(folder / "checkpoints", checkpoint.OWNED_NAMES)
     check_replaceable(folder / "samples", r"\w+_step_\d+\.png")
@@ -108,12 +105,9 @@ def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from: none, for "auto" the latest in the folder if any, or the one named.
-
-    Raises:
-        ValueError: the folder holds checkpoints that are later than the one named, or of another run: two histories in
-            one folder could not be told apart.
-    """
+    """The checkpoint to continue from: none, for "auto" the latest in the folder if any, or the one named. ValueError
+    if the folder holds checkpoints that are later than the one named, or of another run: two histories in one folder
+    could not be told apart."""
     if resume is None:
         return None
     found = list_checkpoints(folder / "checkpoints")
@@ -134,10 +128,8 @@ def open_checkpoint(
     """The checkpoint to continue from and its trainer.json; None and {} for a new run.
 
     All processes of the group call it together. The first one looks for all of them, because a shared file system may
-    show the others an older state; only it needs `frozen` (see `check_continuable`).
-
-    Raises:
-        ValueError: this experiment cannot continue the checkpoint.
+    show the others an older state; only it needs `frozen` (see `check_continuable`). ValueError if this experiment
+    cannot continue the checkpoint.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
