@@ -47,7 +47,7 @@ def require_path(name: str, value: object) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name} is a {type(value).__name__}; expected a path")
     if not str(value):
-        raise ValueError(f"{name} has an empty name; name one")
+        raise ValueError(f"{name} is empty; expected a path")
     return Path(value)
 
 

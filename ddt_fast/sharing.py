@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -74,7 +73,7 @@ class Study:
         return f"share ratio {self.share_ratio:.2f}, {self.sampling.state_forecast} between"
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
     add_checkpoint_options(parser)
@@ -87,20 +86,22 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and study."""
-    options = build_parser().parse_args(arguments)
-    checkpoint, experiment = chosen_checkpoint(options)
-    own, asked = experiment.sampling, options.num_refreshes
-    given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
-    study_refreshes(
-        checkpoint,
-        options.output_dir,
-        preset=options.preset,
-        sampling=own.override(**given),
-        num_refreshes=own.num_refreshes if asked is None else asked,
-        num_samples=options.num_samples,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        checkpoint, experiment = chosen_checkpoint(options)
+        own, asked = experiment.sampling, options.num_refreshes
+        given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
+        study_refreshes(
+            checkpoint,
+            options.output_dir,
+            preset=options.preset,
+            sampling=own.override(**given),
+            num_refreshes=own.num_refreshes if asked is None else asked,
+            num_samples=options.num_samples,
+            device=options.device,
+            dtype=options.dtype,
+        )
 
 
 def study_refreshes(

@@ -241,7 +241,7 @@ def nothing(place):
         (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; name a folder"),
         (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is not a folder"),
         (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
-        (nothing, ("{0}/released.ckpt", ""), "out has an empty name"),
+        (nothing, ("{0}/released.ckpt", ""), "out is empty"),
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
         (nothing, (*TO_FOLDER, "--preset", "digits"), "preset and config are both given"),
         (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),

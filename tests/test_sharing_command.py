@@ -110,7 +110,7 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
         (("--checkpoint", "nowhere"), "checkpoint nowhere does not exist"),
         (("--checkpoint", "digits.safetensors"), "has no config.json and no"),
         (("--device", "gpu"), "device 'gpu' cannot be used here"),
-        (("--output-dir", ""), "the output folder has an empty name"),
+        (("--output-dir", ""), "the output folder is empty"),
         (("--output-dir", "digits.safetensors"), "cannot be written"),
         (("--output-dir", "mine"), "similarity.png is a folder; a file of that name will be written"),
     ],

@@ -135,7 +135,7 @@ def encode_images(
     finished = cache.finished_shards(own, verify=verify)
     todo = [shard for shard in own if shard not in finished]
     if finished:
-        tell(f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} were finished before")
+        tell(f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} are already finished")
     if todo:
         _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, ranks.who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:

@@ -164,11 +164,11 @@ class CacheFolder:
             record = read_json(self.path / f"{name}.json") if (self.path / f"{name}.json").exists() else {}
             damage = None
             if file.stat().st_size != record.get("bytes"):
-                damage = f"has {file.stat().st_size} bytes, recorded are {record.get('bytes', 'none')}"
+                damage = f"has {file.stat().st_size} bytes; expected {record.get('bytes', 'a record of its size')}"
             elif verify and file_sha256(file) != record["sha256"]:
                 damage = "does not have the recorded checksum"
             if damage:
-                warn(f"{file} {damage}; it is made again")
+                warn(f"{file} {damage}; making it again")
             else:
                 finished.add(shard)
         return finished

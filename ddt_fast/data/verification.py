@@ -93,7 +93,7 @@ def _remember(path: Path, compared: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, _record(path) | compared)
     except OSError as error:
-        hint = "so the next run compares these checksums again; --data.verify false skips that"
+        hint = "so the next run compares these checksums again; data.verify false skips that"
         warn(f"{path} could not be written ({error.strerror or error}), {hint}")
 
 

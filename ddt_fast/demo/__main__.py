@@ -8,8 +8,6 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
-import jsonargparse
-
 from ddt_fast.checks import require
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.demo.requests import load_models
@@ -18,7 +16,7 @@ from ddt_fast.generation.settings import Engine
 from ddt_fast.presets import PRESETS
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(prog="python -m ddt_fast.demo", description=__doc__)
     add = parser.add_argument
@@ -36,10 +34,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load the models, serve until interrupted."""
-    options = build_parser().parse_args(arguments)
-    for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
-        require(1 <= options[name] <= highest, f"--{name.replace('_', '-')}", options[name], f"1 to {highest}")
-    with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options(), tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+        for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
+            require(1 <= options[name] <= highest, name, options[name], f"1 to {highest}")
         # gradio reads both when it is imported. The folder holds what the page shows.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
@@ -62,7 +61,7 @@ def _check_address(host: str, port: int) -> None:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
+        raise ValueError(f"cannot listen on `host` {host} `port` {port}: {error}") from error
 
 
 if __name__ == "__main__":

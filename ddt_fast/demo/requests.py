@@ -125,7 +125,7 @@ def load_models(checkpoints: Sequence[str], preset: str | None, device: torch.de
     models: Models = {}
     for name in (*checkpoints, EMBEDDED_NAME):
         if name in models:
-            raise ValueError(f"--checkpoint names {name} twice; the {EMBEDDED_NAME} are always loaded")
+            raise ValueError(f"`checkpoint` names {name} twice; the {EMBEDDED_NAME} are always loaded")
         models[name] = _load(Path(EMBEDDED_CHECKPOINT if name == EMBEDDED_NAME else name), preset, device, dtype)
     return models
 

@@ -106,7 +106,7 @@ class JobFolder:
             if minutes >= _PRECIOUS_MINUTES and (self.path / SAMPLES).exists():
                 changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
                 raise ValueError(
-                    f"{self.path} holds finished samples of other settings ({changed}) that took {minutes:.0f} "
+                    f"{self.path} holds finished samples with other settings ({changed}) that took {minutes:.0f} "
                     "minutes; choose another output folder, or set `overwrite` to replace them"
                 )
 
@@ -116,7 +116,7 @@ class JobFolder:
         try:
             self.shards.read(shard)
         except DamagedShardError as error:
-            warn(f"{error}; it is made again")
+            warn(f"{error}; making it again")
             self.shards.discard(shard)
             return False
         return True

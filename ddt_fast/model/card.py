@@ -62,7 +62,7 @@ The model alone is `ddt_fast.load_model("FOLDER OR HUB ID")`.
 
 ## Sampling
 
-How it samples unless told otherwise:
+The default settings:
 
 {{ table(sampling) }}
 {% if training %}

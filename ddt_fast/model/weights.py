@@ -191,10 +191,14 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
     if has_config(checkpoint):
         saved = read_experiment(checkpoint)
         if preset is not None:
-            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
+            raise ValueError(f"preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
     if not isinstance(preset, str) or preset not in PRESETS:
-        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
+        given = (
+            f"preset {preset!r} does not exist"
+            if preset
+            else f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
+        )
         raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]
 
@@ -275,7 +279,7 @@ def settle_config(
     for name, preset in presets.items():
         if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:
             return name, replace(preset.model, num_classes=seen["num_classes"])
-    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
+    whose = f"preset {next(iter(presets))} does not have" if len(presets) == 1 else "no preset has"
     shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "

@@ -79,7 +79,7 @@ def check_continuable(
     if changed:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}; use the same, or start a new run "
-            f"from its weights with --training.init {checkpoint / 'model'}"
+            f"from its weights with training.init {checkpoint / 'model'}"
         )
 
 
@@ -116,7 +116,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     named = Path(resume)
     if found and found[-1].resolve() != named.resolve():
         raise ValueError(
-            f"{folder} holds a run that has reached {found[-1].name}; --resume auto continues it there; to continue "
+            f"{folder} holds a run that has reached {found[-1].name}; `resume` auto continues it there; to continue "
             f"from {named}, name another folder, or remove the checkpoints after it"
         )
     return named

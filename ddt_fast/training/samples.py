@@ -39,7 +39,7 @@ class Preview:
             try:
                 self._decode = Decoder(experiment.data.autoencoder, device)
             except ValueError as error:
-                raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
+                raise ValueError(f"{error}; or train without grids of samples, with training.sample_every 0") from error
 
     def autoencoder_sha256(self) -> str | None:
         """Checksum of the autoencoder's weights; None if no autoencoder is needed."""
