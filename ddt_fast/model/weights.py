@@ -194,12 +194,9 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
             raise ValueError(f"preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
     if not isinstance(preset, str) or preset not in PRESETS:
-        given = (
-            f"preset {preset!r} does not exist"
-            if preset
-            else f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
-        )
-        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
+        missing = f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
+        problem = f"preset {preset!r} does not exist" if preset else missing
+        raise ValueError(f"{problem}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 
