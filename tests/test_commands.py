@@ -193,7 +193,7 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     capsys.readouterr()
     wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
     assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
-    assert "exclude each other" in error_line(
+    assert "--overwrite and --resume are both given" in error_line(
         capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"]
     )
     assert (tmp_path / "model").is_dir()
@@ -298,7 +298,7 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--checkpoint", "{folder}"], "holds no diffusion_pytorch_model.safetensors"),
         (["--checkpoint", "{folder}/corrupt.safetensors", "--preset", "digits"], "corrupt"),
-        (["--checkpoint", "{folder}/digits.safetensors"], "has no config.json and no "),
+        (["--checkpoint", "{folder}/digits.safetensors"], "has no config.json, and --preset is not given"),
         (["--checkpoint", "{folder}/digits.safetensors", "--preset", "b2_256"], "disagree"),
         (["--preset", "digits"], "preset is for checkpoints without config.json"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),

@@ -108,7 +108,7 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
         (("--refresh-every", "2"), "unrecognized arguments: --refresh-every"),
         (("--preset", "digits"), "preset is for checkpoints without config.json"),
         (("--checkpoint", "nowhere"), "checkpoint nowhere does not exist"),
-        (("--checkpoint", "digits.safetensors"), "has no config.json and no"),
+        (("--checkpoint", "digits.safetensors"), "has no config.json, and --preset is not given"),
         (("--device", "gpu"), "device 'gpu' cannot be used here"),
         (("--output-dir", ""), "the output folder is empty"),
         (("--output-dir", "digits.safetensors"), "cannot be written"),
