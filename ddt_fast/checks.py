@@ -1,7 +1,5 @@
 """Checks of settings: a refusal names the setting, its value and what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

@@ -4,8 +4,6 @@ An OUT that ends in .ckpt is written for the original code; any other OUT is a m
 executed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple

@@ -3,8 +3,6 @@
 It needs transformers, an optional extra: pip install ".[repa]" in the checkout.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

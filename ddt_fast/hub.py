@@ -1,7 +1,5 @@
 """The Hugging Face Hub, and its cache on this machine."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Sequence
@@ -24,6 +22,7 @@ def is_hub_id(name: str) -> bool:
 
 def fetch(name: str, patterns: Sequence[str], **options: Any) -> Path:
     """Download the files of a Hub repository that match the patterns; without a network, take them from the cache.
+    ValueError if the Hub does not provide the repository.
 
     Args:
         name: the repository's hub id.
@@ -32,9 +31,6 @@ def fetch(name: str, patterns: Sequence[str], **options: Any) -> Path:
 
     Returns:
         The local folder.
-
-    Raises:
-        ValueError: the Hub does not provide the repository.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))

@@ -1,8 +1,6 @@
 """Choose the encoder's refresh steps by the statistical dynamic programme, and show why: how similar the states of all
 steps are, which refresh steps are best, and how their predicted error compares with uniform refreshes."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Train a DDT: `python -m ddt_fast.train` alone trains the digits preset."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """From an image folder to a latent cache: images are decoded in worker processes and encoded shard by shard."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path

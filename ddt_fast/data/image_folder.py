@@ -1,7 +1,5 @@
 """Images in class folders, as in ImageNet, and the crop that ADM and its successors train on."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterator

@@ -14,8 +14,6 @@ images and the settings, not on the number of processes or how often they were s
 file has its final name; its .json is written just before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -23,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import save
@@ -85,7 +83,7 @@ class CacheSettings:
     version: int = field(default=VERSION, init=False)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> CacheSettings:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         """The settings in a manifest; KeyError, TypeError or ValueError if any are missing or wrong."""
         known = {entry.name for entry in fields(cls) if entry.init}
         values: dict[str, Any] = {
@@ -174,15 +172,13 @@ class CacheFolder:
         return finished
 
     def write_shard(self, shard: int, tensors: dict[str, Tensor], unreadable: list[Unreadable]) -> None:
-        """Write a shard; it is finished when this returns.
+        """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
+        otherwise; finished shards are unchanged.
 
         Args:
             shard: its number.
             tensors: its content, by name.
             unreadable: the images of the shard that could not be read.
-
-        Raises:
-            OSError: no space is left, or the file system fails otherwise; finished shards are unchanged.
         """
         self.remove_temporaries(shard)
         name = self.settings.shard_name(shard)

@@ -1,7 +1,5 @@
 """Reading latents: memory-mapped shards of ddt-fast's cache, or of LightningDiT's."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import json

@@ -1,11 +1,9 @@
 """Endless batches of latents, in an order that depends only on seed and epoch."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -35,7 +33,7 @@ class LatentBatch(NamedTuple):
     features: Tensor | None
     images: Tensor | None
 
-    def pin_memory(self) -> LatentBatch:
+    def pin_memory(self) -> "LatentBatch":
         """The same in page-locked memory."""
         return LatentBatch(*(None if tensor is None else tensor.pin_memory() for tensor in self))  # type: ignore[arg-type]
 
@@ -155,7 +153,7 @@ class LatentLoader:
         self._drop_pending()
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> LatentLoader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Checksums of a cache's shards: compared once, and recorded beside the shards in verified.json."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Draw images on a page in the browser: `python -m ddt_fast.demo` alone serves the package's digits on loopback."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

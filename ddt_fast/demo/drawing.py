@@ -1,7 +1,5 @@
 """What the page's tabs do with a request: draw it, write its images to a folder, and return what to show."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

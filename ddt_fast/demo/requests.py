@@ -1,7 +1,5 @@
 """The models to choose from, and what a client asks of them: a `Request`, or a ValueError that says what is allowed."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

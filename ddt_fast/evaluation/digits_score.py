@@ -1,8 +1,6 @@
 """Scores of generated digits, in pixel space: do they show the right class, are they distributed like real digits, and
 are they new?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """Metrics of generative models, on features. Improved precision and recall are in `manifold`."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -1,7 +1,5 @@
 """Scores of samples against a reference: which metrics can be computed, and their values."""
 
-from __future__ import annotations
-
 import functools
 import time
 import warnings

@@ -1,11 +1,9 @@
 """Mean and covariance of features: accumulated in float64, mergeable, and saved under ADM's names."""
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,7 +55,7 @@ class RunningStatistics:
         updates = torch.cat([rows - mean, shift[None]])
         self.scatter.addmm_(updates.T, updates)
 
-    def merge(self, other: RunningStatistics) -> None:
+    def merge(self, other: Self) -> None:
         """Add all rows of `other`; ValueError for another D."""
         if other.count:
             shift = self._shift_mean(other.count, other.mean)

@@ -1,7 +1,5 @@
 """The engine of a job: the model, its plan, and batches that fit in memory."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The output folder of a job: what it holds already, and what is left for this process to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ _PRECIOUS_MINUTES = 10
 
 
 class JobFolder:
-    """The output folder of a job, new or continued.
+    """The output folder of a job, new or continued. ValueError if the folder holds shards with other settings, finished
+    samples with other settings that took long to draw, or something of the user's where outputs go.
 
     Args:
         path: the folder, which exists and can be written.
@@ -45,10 +44,6 @@ class JobFolder:
         todo: the shards this process has yet to make.
         was_finished: whether the job was finished before it was opened here.
         wrote: whether this process wrote samples.npz.
-
-    Raises:
-        ValueError: the folder holds shards with other settings, finished samples with other settings that took long to
-            draw, or something of the user's where outputs go.
     """
 
     def __init__(

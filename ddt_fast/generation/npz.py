@@ -4,8 +4,6 @@ Members are stored, not compressed (such images barely shrink), and have a fixed
 bytes.
 """
 
-from __future__ import annotations
-
 import struct
 import zipfile
 from collections.abc import Iterable

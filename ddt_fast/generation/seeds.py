@@ -4,11 +4,9 @@ Draws cycle through the classes. That order suits a grid, but scores that split 
 Inception Score) need the classes mixed: a fixed permutation gives every draw its position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +60,7 @@ class Assignment:
     @classmethod
     def of_draws(
         cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, words: dict[str, Any] | None = None
-    ) -> Assignment:
+    ) -> Self:
         """Draws with these labels (N,) and N seeds, in this order or in `shuffled_order`."""
         order = shuffled_order(len(labels)) if shuffle else np.arange(len(labels), dtype=np.int64)
         return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, words or {})

@@ -4,8 +4,6 @@ Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, widths of t
 decoder's modulations. Source: arXiv 2504.05741.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 
@@ -39,7 +37,8 @@ class DDTBase(nn.Module):
     gradient_checkpointing: bool = False
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state.
+        """The velocity at (x, t) for the labels y, and the encoder's state. ValueError if x or state has the wrong
+        shape.
 
         Args:
             x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
@@ -49,9 +48,6 @@ class DDTBase(nn.Module):
 
         Returns:
             velocity, shaped like x, and state (B, N, C).
-
-        Raises:
-            ValueError: x or state has the wrong shape.
         """
         if state is None:
             state = self.encode(x, t, y)

@@ -1,7 +1,5 @@
 """Model cards: the README.md of a model or pipeline folder, which says only what is known."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass

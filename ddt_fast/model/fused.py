@@ -10,11 +10,9 @@ The state_dict is that of `reference.DDT`: modulations are merged on loading and
 On a CPU, every operation is ddt_kernels' plain PyTorch version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +130,7 @@ class FusedDDT(DDTBase):
         self.load_state_dict(DDT(config).state_dict())
 
     @classmethod
-    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> FusedDDT:
+    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> Self:
         """A FusedDDT with a copy of the reference's weights, in their dtype and on their device."""
         parameter = next(model.parameters())
         with torch.device("meta"):

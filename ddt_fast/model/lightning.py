@@ -5,8 +5,6 @@ names, and `diffusion_trainer.proj.0.*` (REPA's projector). Source: the DDT auth
 loads without strictness and samples with the average; Lightning 2.5 needs the other entries that are written here.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Mapping

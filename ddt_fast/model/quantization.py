@@ -10,8 +10,6 @@ and attention are not. Attention and SwiGLU use bfloat16 if the CPU has units fo
 dtype.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any, NoReturn, cast

@@ -1,8 +1,6 @@
 """Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt
 (`lightning`)."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping

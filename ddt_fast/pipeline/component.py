@@ -1,7 +1,5 @@
 """What a pipeline's parts share: they refuse keyword arguments that diffusers would ignore."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature, signature
@@ -26,15 +24,13 @@ def check_loading(options: dict[str, Any]) -> None:
 
 
 def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str) -> Path:
-    """Check the arguments of `save_pretrained`; return the folder.
+    """Check the arguments of `save_pretrained`; return the folder. ValueError if an argument is unknown, or a value is
+    not allowed.
 
     Args:
         save_directory: a path.
         given: the other arguments.
         allowed: their names, besides those of an upload.
-
-    Raises:
-        ValueError: an argument is unknown, or a value is not allowed.
     """
     require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
     folder = require_path("save_directory", save_directory)
@@ -70,15 +66,13 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings.
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings. ValueError if
+        an argument is not a setting and would not be returned, or a value is not allowed.
 
         Args:
             config: the settings by name.
             return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
             kwargs: settings that override those in config.
-
-        Raises:
-            ValueError: an argument is not a setting and would not be returned, or a value is not allowed.
         """
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:

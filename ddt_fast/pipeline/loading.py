@@ -1,7 +1,5 @@
 """How a pipeline is loaded and saved."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace

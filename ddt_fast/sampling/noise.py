@@ -1,7 +1,5 @@
 """One seed, one image: a sample's noise is the same in every batch and on every machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

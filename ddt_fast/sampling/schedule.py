@@ -1,7 +1,5 @@
 """The times of a sampling run, from t = 0 (noise) to t = 1 (data)."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -5,8 +5,6 @@ checkpoints/step_0010000/trainer.json    step, position in the data, settings
 checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

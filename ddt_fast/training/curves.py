@@ -1,7 +1,5 @@
 """Plot the curves of one or more training runs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

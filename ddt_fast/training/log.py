@@ -1,7 +1,5 @@
 """The log of a training run: JSON lines, and TensorBoard and Weights & Biases on request."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -97,7 +95,7 @@ class TrainingLog:
         self._tell_watchers(lambda watcher: watcher.close(failed))
         self._watchers = []
 
-    def _tell_watchers(self, action: Callable[[_TensorBoard | _WandB], None]) -> None:
+    def _tell_watchers(self, action: Callable[["_TensorBoard | _WandB"], None]) -> None:
         for watcher in tuple(self._watchers):
             # A run of days must not fail because a log does.
             try:

@@ -1,7 +1,5 @@
 """Plots of training logs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

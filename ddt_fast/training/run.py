@@ -1,7 +1,5 @@
 """A run: the data, model and outputs that the training loop needs, made from an experiment."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager

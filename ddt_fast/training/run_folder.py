@@ -1,7 +1,5 @@
 """The files of a run: its settings, the checks before it is continued, and its provenance."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Starting from trained weights."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ddt_fast.model.weights import read_weight_sets

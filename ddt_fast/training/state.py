@@ -1,7 +1,5 @@
 """Everything that a run continues from: a nested dictionary of tensors, and a few numbers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +75,12 @@ class TrainingState:
 
 
 def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors by the names in `DDT` and released checkpoints.
+    """A model's tensors by the names in `DDT` and released checkpoints. ValueError if the parameters have other names.
 
     Args:
         config: the model's shape.
         fused: whether it is a FusedDDT, which has merged parameters.
         parameters: the tensors by its own names.
-
-    Raises:
-        ValueError: the parameters have other names.
     """
     with torch.device("meta"):
         model = FusedDDT(config) if fused else DDT(config)

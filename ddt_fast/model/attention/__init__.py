@@ -5,8 +5,6 @@
 `python -m benchmarks.attention` checks and times the backends of this machine.
 """
 
-from __future__ import annotations
-
 import operator
 import warnings
 from functools import cache

@@ -1,7 +1,5 @@
 """The probe run: draw a few samples with a refresh at every step, and measure how similar the states are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

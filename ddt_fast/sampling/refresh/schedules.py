@@ -1,7 +1,5 @@
 """Refresh schedules: found by a probe of the model and a search, and kept beside the checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

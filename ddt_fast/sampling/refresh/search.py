@@ -6,8 +6,6 @@ between refreshes use the same idea.
 Sizes: T steps, M refreshes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
