@@ -23,6 +23,7 @@ class DinoV2:
 
     Preprocessing is REPA's and DDT's: [0, 1], ImageNet mean and std, resized bicubically without antialiasing to
     224/256 of the size. Position embeddings are resized bicubically with antialiasing, which transformers omits for
+    DINOv2. ValueError if transformers is missing, or the model is neither a local folder nor on the Hub, or is not a
     DINOv2.
 
     Args:
@@ -33,9 +34,6 @@ class DinoV2:
         name: as given.
         feature_size: size F of a token; 768 for ViT-B/14.
         patch_size: side of a patch in pixels, 14.
-
-    Raises:
-        ValueError: transformers is missing, or the model is neither a local folder nor on the Hub, or is not a DINOv2.
     """
 
     def __init__(

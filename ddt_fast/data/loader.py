@@ -43,7 +43,8 @@ class LatentLoader:
 
     Every epoch visits each latent once, in its own random order; batches run on across epochs, so none is short. The
     latent at position p of epoch e, its flip and its noise depend only on (seed, e, p): rank r of R takes the r-th of R
-    equal parts of a global batch, and the parts together are the same batch for every R.
+    equal parts of a global batch, and the parts together are the same batch for every R. ValueError if a value is not
+    allowed, or the dataset has no flips; while iterating, an image can no longer be read.
 
     Args:
         dataset: the data to read.
@@ -56,10 +57,6 @@ class LatentLoader:
         num_threads: batches made at the same time, in the background.
         prefetch: batches made ahead.
         pin_memory: return page-locked memory, from which a GPU copies asynchronously.
-
-    Raises:
-        ValueError: a value is not allowed, or the dataset has no flips; while iterating, an image can no longer be
-            read.
     """
 
     def __init__(

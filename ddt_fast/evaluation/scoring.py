@@ -111,15 +111,13 @@ def gather(
 
     If a file holds statistics, FID and sFID use them instead of its images, as ADM's evaluator does: in ADM's reference
     batches, the statistics are of the whole data set and the images are 10,000 of it. For precision, recall and KID, a
-    larger reference is reduced to 10,000 images by a fixed permutation.
+    larger reference is reduced to 10,000 images by a fixed permutation. ValueError if the file is missing, damaged or
+    has the wrong content.
 
     Args:
         place: a file or folder, by name or opened (see `open_source`).
         role: "samples" or "reference".
         metrics, make_extractor, batch_size, on_batch: as for `evaluate`.
-
-    Raises:
-        ValueError: the file is missing, damaged or has the wrong content.
     """
     source = place if isinstance(place, Source) else open_source(place)
     path, images = source.path, source.images

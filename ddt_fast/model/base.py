@@ -100,15 +100,12 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the encoder derives from t and y alone.
+        """What the encoder derives from t and y alone, (B, 1, W_e).
 
         Args:
             t_embedding: (B, 1, C), from `t_embedder`.
             y: (B,) labels.
             out: (B, 1, W_e), written and returned; for inference.
-
-        Returns:
-            (B, 1, W_e)
         """
 
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
@@ -124,15 +121,12 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        """All that the decoder derives from the state, and affine in it: six chunks per block, then two for the final
-        layer.
+        """All that the decoder derives from the state, and affine in it: (B, N, W_d), six chunks per block and then two
+        for the final layer, which may be kept and used many times.
 
         Args:
             state: (B, N, C).
             out: (B, N, W_d), contiguous, written and returned; for inference.
-
-        Returns:
-            (B, N, W_d), which may be kept and used many times.
         """
 
     @abstractmethod

@@ -153,7 +153,7 @@ def _read_recipe(file: Path) -> dict[str, Any]:
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
-    """Write README.md, the model card, into a model or pipeline folder; an older card is replaced.
+    """Write README.md, the model card, into a model or pipeline folder, and return its path; an older card is replaced.
 
     The card says what config.json, training.json and metrics.json in the folder say. For the model/ of a training run,
     these come from the run's folder and are copied beside the card, so that they go where the model goes.
@@ -161,9 +161,6 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
     Args:
         folder: a folder written by `save_model` or `DDTPipeline.save_pretrained`.
         license: the license's identifier on the Hub, such as "mit"; None leaves it out.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: the folder holds no model, or files are damaged.

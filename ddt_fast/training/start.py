@@ -8,20 +8,16 @@ from ddt_fast.wording import tell
 
 
 def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
-    """Load the weights that training starts from into the model, and REPA's projector if both have one.
+    """Load the weights that training starts from into the model, and REPA's projector if both have one; return the
+    averages to start from, by the names of model.denoiser's parameters.
 
     A released .ckpt holds trained weights and their average; if there is only an average, as in most model folders, the
-    weights start there too. What was found is reported on stderr.
+    weights start there too. What was found is reported on stderr. ValueError if this is not a checkpoint, or has
+    another architecture.
 
     Args:
         checkpoint: a model folder, .safetensors, .ckpt, or hub id.
         model: the model, on any device, not sharded yet.
-
-    Returns:
-        The averages to start from, by the names of model.denoiser's parameters.
-
-    Raises:
-        ValueError: this is not a checkpoint, or has another architecture.
     """
     sets = read_weight_sets(checkpoint, model.denoiser.config)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
