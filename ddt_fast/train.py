@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from ddt_fast.checks import require_kind, require_path
+from ddt_fast.checks import require, require_kind, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.device import choose_device
@@ -77,8 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parser.instantiate(parser.parse_args(arguments))
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
-    if not isinstance(options.overwrite, bool):
-        raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
+    require(isinstance(options.overwrite, bool), "overwrite", options.overwrite, "true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     name = f"runs/{preset}" if options.output_dir is None else options.output_dir
     with parser.naming_options():

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.checks import require_int
+from ddt_fast.checks import require, require_int
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.source import DataSource
 from ddt_fast.splitmix import GOLDEN, mix
@@ -73,22 +73,14 @@ class LatentLoader:
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        for name, value in {"seed": seed, "rank": rank}.items():
+        for name, value in (("seed", seed), ("rank", rank)):
             require_int(name, value, 0)
-        positive = {
-            "batch_size": batch_size,
-            "world_size": world_size,
-            "num_threads": num_threads,
-            "prefetch": prefetch,
-        }
-        for name, value in positive.items():
+        positive = {"batch_size": batch_size, "world_size": world_size, "num_threads": num_threads}
+        for name, value in (positive | {"prefetch": prefetch}).items():
             require_int(name, value, 1)
-        if seed >= 2**63:
-            raise ValueError(f"seed is {seed}; allowed: below 2^63")
-        if rank >= world_size:
-            raise ValueError(f"rank is {rank}; allowed: below world_size ({world_size})")
-        if batch_size % world_size:
-            raise ValueError(f"batch_size is {batch_size}; allowed: multiples of world_size ({world_size})")
+        require(seed < 2**63, "seed", seed, "below 2^63")
+        require(rank < world_size, "rank", rank, f"below world_size ({world_size})")
+        require(batch_size % world_size == 0, "batch_size", batch_size, f"multiples of world_size ({world_size})")
         if flips and not dataset.has_flips:
             raise ValueError("flips is true, but the cache has no mirrored images; encode it with flips")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed

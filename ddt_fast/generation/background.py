@@ -140,8 +140,8 @@ class ShardWriter:
     made_with: dict[str, Any]
     hooks: Sequence[OnImages]
     timings: Timings
-    _images: list[Images] = field(default_factory=list)
-    _shard_began: float = field(default_factory=time.perf_counter)
+    _images: list[Images] = field(default_factory=list, init=False)
+    _shard_began: float = field(default_factory=time.perf_counter, init=False)
 
     def take(
         self, shard: int, positions: slice, samples: Tensor, seeds: IntArray, ready: torch.cuda.Event | None

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddt_fast.checks import require
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.attention import AttentionBackend
 from ddt_fast.model.attention.qkv import qkv_attention
@@ -113,8 +114,7 @@ class FusedDDT(DDTBase):
 
     def __init__(self, config: DDTConfig, attention_backend: AttentionBackend = "auto") -> None:
         super().__init__()
-        if config.head_dim > 128:
-            raise ValueError(f"head dimension is {config.head_dim}; allowed for FusedDDT: up to 128")
+        require(config.head_dim <= 128, "head dimension", config.head_dim, "up to 128 for FusedDDT")
         self.config = config
         c = config.hidden_size
         self.x_embedder = PatchEmbed(config)

@@ -18,8 +18,8 @@ SAVING_OPTIONS = ("save_directory", "safe_serialization", "variant", "max_shard_
 
 def check_loading(options: dict[str, Any]) -> None:
     """Check the options of `from_pretrained`, and remove use_safetensors, which must be true; ValueError otherwise."""
-    if options.pop("use_safetensors", True) is False:
-        raise ValueError("use_safetensors is False; allowed: True, because pickled weights may hold code")
+    safe = options.pop("use_safetensors", True)
+    require(safe is not False, "use_safetensors", safe, "True, because pickled weights may hold code")
     _require_variant(options.get("variant"))
 
 
@@ -34,8 +34,8 @@ def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str
     """
     require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
     folder = require_path("save_directory", save_directory)
-    if not given.get("safe_serialization", True):
-        raise ValueError("safe_serialization is False; allowed: True, because only safetensors are written")
+    safe = given.get("safe_serialization", True)
+    require(bool(safe), "safe_serialization", safe, "True, because only safetensors are written")
     _require_variant(given.get("variant"))
     size = given.get("max_shard_size")
     valid = size is None or isinstance(size, str) or (type(size) is int and size >= 1)
