@@ -1,7 +1,6 @@
 """Images in class folders, as in ImageNet, and the crop that ADM and its successors train on."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +34,6 @@ class ImageFolder:
     files: tuple[str, ...]
     labels: tuple[int, ...]
     ignored: tuple[str, ...]
-
-    @property
-    def class_counts(self) -> list[int]:
-        """Images per class."""
-        counts = Counter(self.labels)
-        return [counts[label] for label in range(len(self.class_names))]
 
 
 def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

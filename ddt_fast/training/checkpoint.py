@@ -102,7 +102,8 @@ class Checkpoints:
                 for folder in (self._folder, self._folder.parent):
                     sync(folder)
                 self._latest = (self._folder / name).resolve()
-                self._prune()
+                for stale in list_checkpoints(self._folder)[: -self._keep] if self._keep else ():
+                    _remove(stale)
             except BaseException:
                 if self._first:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -130,11 +131,6 @@ class Checkpoints:
             if strict:
                 raise OSError(message) from error
             warn(f"{message}; training continues, earlier checkpoints are kept")
-
-    def _prune(self) -> None:
-        if self._keep:
-            for folder in list_checkpoints(self._folder)[: -self._keep]:
-                _remove(folder)
 
 
 def reason(error: BaseException) -> str:

@@ -37,8 +37,7 @@ from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patien
 from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
-from ddt_fast.training.start import read_start
-from ddt_fast.training.state import TrainingState
+from ddt_fast.training.state import TrainingState, read_start
 from ddt_fast.training.throughput import Throughput, training_flops
 
 
