@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward
 from benchmarks.peers import COMPILE
 from ddt_fast.evaluation.inception import Inception, full_float32
-from ddt_fast.evaluation.metrics import precision_recall
+from ddt_fast.evaluation.manifold import precision_recall
 from ddt_kernels import Cost
 
 PLAIN, OURS = "batch norms apart, NCHW", "ddt_fast, batch norms folded"

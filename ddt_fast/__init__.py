@@ -1,6 +1,6 @@
 """ddt-fast: train DDT (Decoupled Diffusion Transformer, arXiv 2504.05741), sample from it, score its samples.
 
-Everything a command does is one function here, with the same defaults and errors:
+Each command is a function here, with the same defaults and errors:
 
     python -m ddt_fast.train            train_model(experiment, output_dir)
     python -m ddt_fast.sample           generate(checkpoint, output_dir, draws=Draws(num_images=50_000))
@@ -9,7 +9,7 @@ Everything a command does is one function here, with the same defaults and error
     python -m ddt_fast.convert          convert_checkpoint(source, out)
     python -m ddt_fast.sharing          study_refreshes(checkpoint)
 
-and beside them
+The package also has
 
     Draws, Engine, Outputs, Scoring     what `generate` draws, with which engine, what it writes, how it scores
     load_model(path), DDT, FusedDDT     the model
@@ -17,7 +17,7 @@ and beside them
     DDTPipeline                         the model in diffusers
     write_model_card(folder)            the README.md of a model folder
 
-`help(ddt_fast.generate)` and so on say the rest.
+See `help(ddt_fast.generate)` and so on.
 """
 
 from importlib import import_module
@@ -60,13 +60,10 @@ __all__ = [
     "write_model_card",
 ]
 
-# Imported when they are asked for: some of these modules take seconds, or packages that are not needed otherwise.
+# Imported on first use: some of these modules take seconds, or need packages that others do not.
 _LAZY = {
     "DDTPipeline": "ddt_fast.pipeline",
-    "Draws": "ddt_fast.generation.settings",
-    "Engine": "ddt_fast.generation.settings",
-    "Outputs": "ddt_fast.generation.settings",
-    "Scoring": "ddt_fast.generation.settings",
+    **dict.fromkeys(("Draws", "Engine", "Outputs", "Scoring"), "ddt_fast.generation.settings"),
     "convert_checkpoint": "ddt_fast.convert",
     "encode_image_folder": "ddt_fast.cache_latents",
     "generate": "ddt_fast.generation.job",

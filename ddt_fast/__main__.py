@@ -1,4 +1,4 @@
-"""`python -m ddt_fast` names the commands."""
+"""`python -m ddt_fast` lists the commands."""
 
 import sys
 from typing import NoReturn
@@ -9,7 +9,7 @@ COMMANDS = ("train", "sample", "evaluate", "convert", "cache_latents", "sharing"
 
 
 def main() -> NoReturn:
-    """Say what to run instead."""
+    """End with the commands to run instead."""
     given = f"{sys.argv[1]!r} is not a command" if len(sys.argv) > 1 else "no command"
     fail(f"{given}; expected python -m ddt_fast.COMMAND, one of {', '.join(COMMANDS)}; each has --help")
 

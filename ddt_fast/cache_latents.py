@@ -1,15 +1,13 @@
 """Encode an image folder into cached latents: `python -m ddt_fast.cache_latents --images DIR --output DIR`.
 
-Under torchrun the processes share the work; without a GPU each encodes on one core. A run that was stopped, in any way,
+Under torchrun the processes share the work; without a GPU each encodes on one core. A run that was stopped or killed
 continues when it is started again.
 
 With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns with are cached too. They are large: at
-256 px 256 x 768 numbers of 2 bytes, 393 KB per image (its latent is 16 KB), 0.5 TB for ImageNet; twice with --flips.
+256 px, 256 x 768 numbers of 2 bytes or 393 KB per image (its latent takes 16 KB), 0.5 TB for ImageNet; twice that with
+--flips.
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,36 +25,13 @@ from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.dinov2 import DinoV2
 from ddt_fast.files import output_folder
 from ddt_fast.ranks import process_ranks
-from ddt_fast.wording import plural
+from ddt_fast.wording import plural, warn
 
 
 def build_parser() -> CommandParser:
-    """The options of the command."""
+    """The options of the command: the parameters of `encode_image_folder`."""
     parser = CommandParser(prog="python -m ddt_fast.cache_latents", description=__doc__)
-    parser.add_argument("--images", type=str, required=True, help="folder with one sub-folder of images per class")
-    parser.add_argument("--output", type=str, required=True, help="folder of the cache")
-    parser.add_argument("--image-size", type=int, default=256, help="side of the centre crop in pixels")
-    parser.add_argument(
-        "--autoencoder", type=str, default="stabilityai/sd-vae-ft-ema", help="AutoencoderKL, hub id or local folder"
-    )
-    parser.add_argument(
-        "--repa-encoder",
-        type=str,
-        help="DINOv2, hub id (facebook/dinov2-base) or local folder, whose features are cached too; default: none. "
-        "At 256 px 393 KB per image, 0.5 TB for ImageNet, twice with --flips",
-    )
-    parser.add_argument("--dtype", type=str, default="float16", help="of what is stored: float16 or bfloat16")
-    parser.add_argument("--compute-dtype", type=str, default="float32", help="of the encoders: float32 or bfloat16")
-    parser.add_argument("--flips", action="store_true", help="also encode the mirrored images")
-    parser.add_argument(
-        "--shard-size",
-        type=int,
-        help="images per shard, held in memory about three times; default: 8192, with --repa-encoder 2048",
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="images per call of an encoder")
-    parser.add_argument("--num-workers", type=int, help="processes that decode images; default: a share of the CPUs")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--verify", action="store_true", help="compare checksums of the shards that are finished")
+    parser.add_options(encode_image_folder)
     return parser
 
 
@@ -87,31 +62,31 @@ def encode_image_folder(
     device: str = "auto",
     verify: bool = False,
 ) -> dict[str, Any] | None:
-    """Encode an image folder into a cache of latents that training reads, as `python -m ddt_fast.cache_latents`; a call
-    that was stopped continues where it was. Under torchrun the processes share the work.
+    """Encode an image folder into a cache of latents for training, as `python -m ddt_fast.cache_latents`; a call that
+    was stopped is continued. Under torchrun the processes share the work.
 
     Args:
         images: folder with one sub-folder of images per class.
         output: folder of the cache.
         image_size: side of the centre crop in pixels.
         autoencoder: diffusers AutoencoderKL, hub id or local folder.
-        repa_encoder: DINOv2, hub id or local folder, whose features are cached too: 393 KB an image at 256 px.
-        dtype: of what is stored, "float16" or "bfloat16".
-        compute_dtype: of the encoders, "float32" or "bfloat16".
+        repa_encoder: DINOv2, hub id (facebook/dinov2-base) or local folder, to cache its features too; default: none.
+            At 256 px, 393 KB per image, 0.5 TB for ImageNet, twice that with `flips`.
+        dtype: dtype to store: float16 or bfloat16.
+        compute_dtype: dtype of the encoders: float32 or bfloat16.
         flips: also encode the mirrored images.
-        shard_size: images per shard, held in memory about three times; default: 8192, with features 2048.
+        shard_size: images per shard, held in memory about three times; default: 8192, or 2048 with `repa_encoder`.
         batch_size: images per call of an encoder.
-        num_workers: processes that decode images, 0 for none; default: this process's share of the CPUs.
-        device: "auto", "cpu", "cuda" or "cuda:N". On a CPU one thread encodes, whose sums do not depend on how many
-            there are.
-        verify: compare checksums of the shards that are finished.
+        num_workers: processes that decode images, 0 for none; default: a share of the CPUs.
+        device: auto, cpu, cuda or cuda:N; on a CPU, one thread encodes.
+        verify: compare the checksums of finished shards.
 
     Returns:
-        The cache's manifest; None while other processes are still at work.
+        The cache's manifest; None while other processes are still working.
 
     Raises:
-        ValueError: no images, an encoder that cannot be loaded, settings other than those the cache was begun with.
-        OSError: files that cannot be read or written; finished shards are kept.
+        ValueError: there are no images, an encoder cannot be loaded, or the cache was begun with other settings.
+        OSError: a file cannot be read or written; finished shards are kept.
     """
     folder, cache = _open_folders(images, output)
     place = choose_device(device)
@@ -122,15 +97,14 @@ def encode_image_folder(
 
 
 def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, Path]:
-    """The images, and the folder of their cache, which is created if it is missing."""
+    """The images, and the folder of their cache, which is created if missing."""
     source = require_path("images", images)
     if require_path("output", output).resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output folder {output} lies inside the image folder; name another")
     folder, cache = list_images(source), output_folder(output)
     check_owned(cache)
     if folder.ignored and process_ranks().rank == 0:
-        count = plural(len(folder.ignored), "file")
-        print(f"warning: ignored {count} not named like images, such as {folder.ignored[0]}", file=sys.stderr)
+        warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
     return folder, cache
 
 
@@ -147,10 +121,10 @@ def _load_encoders(
 
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
-    """A run that is stopped and restarted writes the same shards as an unbroken one, bit for bit."""
+    """Encode so that a run that is stopped and continued writes the same bits as an uninterrupted one."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
-        torch.set_num_threads(1)  # sums over threads depend on their number, which torchrun changes
+        torch.set_num_threads(1)  # sums depend on the number of threads, which torchrun changes
     try:
         with deterministic_convolutions():
             yield
@@ -159,8 +133,7 @@ def _deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _report(manifest: dict[str, Any], output: Path) -> None:
-    unreadable = manifest["unreadable"]
-    if unreadable:
+    if unreadable := manifest["unreadable"]:
         print(f"left out because unreadable: {plural(len(unreadable), 'image')}")
         for image in unreadable:
             print(f"  {image['file']}: {image['reason']}")

@@ -1,6 +1,4 @@
-"""Refusing a wrong setting: its name, the value seen, and what is allowed."""
-
-from __future__ import annotations
+"""Checks of settings: a refusal names the setting, its value and what is allowed."""
 
 import difflib
 import math
@@ -13,19 +11,19 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """ValueError with the setting, its value and what is allowed, unless the condition holds."""
+    """Raise ValueError with the setting, its value and what is allowed, unless the condition holds."""
     if not condition:
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
 
 
 def require_int(name: str, value: object, minimum: int) -> None:
-    """A whole number, minimum or more; True and False are not numbers."""
+    """Require a whole number of at least `minimum`; True and False are not numbers."""
     valid = isinstance(value, int) and not isinstance(value, bool) and value >= minimum
     require(valid, name, value, f"a whole number, {minimum} or more")
 
 
 def whole_numbers(name: str, values: object) -> list[int] | None:
-    """A list of at least one whole number, Python's or numpy's, as Python ints; None stays None."""
+    """Require a list of one or more whole numbers, Python's or NumPy's; return them as Python ints. None stays None."""
     if values is None:
         return None
     allowed = "a list of whole numbers, at least one"
@@ -37,22 +35,22 @@ def whole_numbers(name: str, values: object) -> list[int] | None:
 
 
 def require_kind(name: str, value: object, kind: type) -> None:
-    """An instance of the class."""
+    """Require an instance of the class."""
     if not isinstance(value, kind):
         raise ValueError(f"{name} is a {type(value).__name__}; expected {kind.__name__}")
 
 
 def require_path(name: str, value: object) -> Path:
-    """A path or a string that is not empty, as a Path."""
+    """Require a path or a string that is not empty; return it as a Path."""
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name} is a {type(value).__name__}; expected a path")
     if not str(value):
-        raise ValueError(f"{name} has an empty name; name one")
+        raise ValueError(f"{name} is empty; expected a path")
     return Path(value)
 
 
 def require_arguments(function: str, given: Iterable[str], allowed: Collection[str]) -> None:
-    """Only keyword arguments that the function has; the message names the nearest one, or all."""
+    """Require keyword arguments that the function has; the message names the nearest one, or all of them."""
     unknown = next((name for name in given if name not in allowed), None)
     if unknown is not None:
         nearest = difflib.get_close_matches(unknown, allowed, n=1, cutoff=0.5)
@@ -61,38 +59,33 @@ def require_arguments(function: str, given: Iterable[str], allowed: Collection[s
 
 
 def require_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
-    """A finite number from low (or above it) to high."""
+    """Require a finite number from low, or with open_low above low, to high."""
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     valid = valid and low <= value <= high and not (open_low and value == low)  # type: ignore[operator]
     bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < math.inf else "")
     require(valid, name, value, bounds)
 
 
-def require_positive(name: str, value: object) -> None:
-    """A finite number above 0."""
-    require_number(name, value, 0, open_low=True)
-
-
 def require_pair(name: str, value: object, valid: Callable[[float, float], bool], allowed: str) -> tuple[float, float]:
-    """A tuple or list of two numbers for which `valid` holds, as a tuple."""
+    """Require a tuple or list of two numbers for which `valid` holds; return it as a tuple."""
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)
     require(pair and valid(*value), name, value, allowed)  # type: ignore[misc]
     return tuple(value)  # type: ignore[arg-type, return-value]
 
 
 def require_name(name: str, value: object, allowed: str) -> None:
-    """None, or a string that is not empty."""
+    """Require None or a string that is not empty."""
     require(value is None or (isinstance(value, str) and value != ""), name, value, allowed)
 
 
 def require_choice(name: str, value: object, choices: Any) -> None:
-    """One of a Literal's values."""
+    """Require one of a Literal's values."""
     options = get_args(choices)
     require(value in options, name, value, ", ".join(str(option) for option in options))
 
 
 def require_choices_and_flags(settings: Any) -> None:
-    """Of every field of a dataclass that is annotated as a Literal, one of its values; of every bool, True or False."""
+    """Require that each Literal field of a dataclass has one of its values, and each bool field True or False."""
     for name, kind in _annotations(type(settings)).items():
         if get_origin(kind) is Literal:
             require_choice(name, getattr(settings, name), kind)

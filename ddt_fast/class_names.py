@@ -1,6 +1,4 @@
-"""Classes by name: the labels that a word stands for, and the nearest ones where it stands for none or for several."""
-
-from __future__ import annotations
+"""Classes by name: find the label of a name, or the nearest names if it is unknown or ambiguous."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -16,24 +14,21 @@ from torch import Tensor
 IMAGENET_CLASSES = 1000
 _IMAGENET_FILE = Path(__file__).parent / "assets" / "imagenet" / "classes.txt"
 _FIRST_OBJECT = 398
-"""ImageNet's classes are in the order of their WordNet ids: animals come first, all else after them."""
+"""ImageNet's classes are in the order of their WordNet ids: animals first, then everything else."""
 
 ClassLabel = int | str
 
 
 class ClassNames:
-    """The names of a model's classes.
+    """The names of a model's classes. ValueError if a label is out of range, or names are not a string.
 
     Args:
         num_classes: labels run from 0 to num_classes - 1.
-        id2label: label → its names, separated by commas, the usual one first; a label may have none. Labels may be
-            strings, as they are in JSON.
+        id2label: label → its names, separated by commas, the usual one first; some labels may be missing. Labels may
+            be strings, as in JSON.
 
     Attributes:
         id2label: label → its names.
-
-    Raises:
-        ValueError: a label that is out of range, or names that are not a string.
     """
 
     def __init__(self, num_classes: int, id2label: Mapping[int, str] | Mapping[str, str]) -> None:
@@ -54,12 +49,9 @@ class ClassNames:
                     known.append(label)
 
     def label(self, given: ClassLabel) -> int:
-        """The label of a name, or a label itself. Case and underscores do not matter, unless two classes differ by case
-        alone.
-
-        Raises:
-            ValueError: out of range, unknown or ambiguous; the message names the nearest ones.
-        """
+        """The label of a class given by name or label. Case and underscores do not matter, unless two classes differ
+        only by case. ValueError if the class is out of range, unknown or ambiguous; the message names the nearest
+        ones."""
         if isinstance(given, Integral) and not isinstance(given, bool):
             if not 0 <= given < self.num_classes:
                 raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")
@@ -82,13 +74,13 @@ class ClassNames:
         raise ValueError(f"class {given!r} is unknown; {hint}")
 
     def labels(self, given: ClassLabel | Iterable[ClassLabel] | Tensor) -> list[int]:
-        """As `label`, for one class or for several, at least one."""
+        """As `label`, for one or more classes."""
         if isinstance(given, Tensor):
             if given.dtype == torch.bool or given.is_floating_point() or given.ndim > 1 or given.is_meta:
                 seen = f"{tuple(given.shape)} {given.dtype} on {given.device}"
                 raise ValueError(f"classes are {seen}; expected (N,) whole numbers")
             given = given.reshape(-1).tolist()
-        # An array may be of no dimensions; the items of bytes are numbers, which nobody means as labels.
+        # An array may have no dimensions; the items of bytes are numbers, which nobody means as labels.
         several: list[Any] = [given]
         if isinstance(given, np.ndarray):
             several = list(given.reshape(-1))
@@ -99,19 +91,19 @@ class ClassNames:
         return [self.label(one) for one in several]
 
     def search(self, text: str, limit: int = 20) -> list[int]:
-        """Up to `limit` labels whose names contain the text or resemble it, best first."""
+        """Find up to `limit` labels whose names contain the text or resemble it, best first."""
         folded = _folded(text)
         if not folded:
             return []
         contained = [name for name in self._labels if folded in name]
-        # A name that begins with the text, or has it as a word of its own, comes before one that merely holds it.
+        # Names that begin with the text, or have it as a word, come before those that merely contain it.
         contained.sort(key=lambda name: (name != folded, not name.startswith(folded), f" {folded}" not in name))
         similar = difflib.get_close_matches(folded, self._labels, n=limit)
         labels = dict.fromkeys(label for name in contained + similar for label in self._labels[name])
         return list(labels)[:limit]
 
     def _described(self, labels: list[int], kinds: bool = False) -> str:
-        """Labels with their names; with `kinds`, which of ImageNet's are animals."""
+        """Labels with their names; with `kinds`, also whether each of ImageNet's is an animal or an object."""
         kinds = kinds and self.id2label == imagenet_id2label()
         suffix = {label: f" ({'animal' if label < _FIRST_OBJECT else 'object'})" if kinds else "" for label in labels}
         return ", ".join(f"{label} {self.id2label[label]!r}{suffix[label]}" for label in labels)
@@ -119,13 +111,12 @@ class ClassNames:
 
 @cache
 def imagenet_id2label() -> dict[int, str]:
-    """Label → names of ImageNet's 1000 classes (ILSVRC 2012): the lemmas of their WordNet synsets."""
+    """Label → names of ImageNet's 1000 classes (ILSVRC 2012), the lemmas of their WordNet synsets."""
     return {label: line.split(maxsplit=1)[1] for label, line in enumerate(_IMAGENET_FILE.read_text().splitlines())}
 
 
 def default_id2label(dataset: str, num_classes: int) -> dict[int, str]:
-    """The names that follow from the data: digits are called by themselves, 1000 classes of latents are ImageNet's;
-    others have no known names."""
+    """The names that follow from the data: "0" to "9" for digits, ImageNet's for 1000 classes of latents, else none."""
     if dataset == "digits":
         return {label: str(label) for label in range(num_classes)}
     return dict(imagenet_id2label()) if num_classes == IMAGENET_CLASSES else {}

@@ -1,6 +1,4 @@
-"""What the commands share: a parser whose errors are one line, with exit code 2, and name options."""
-
-from __future__ import annotations
+"""What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2."""
 
 import difflib
 import re
@@ -8,13 +6,14 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
-from tqdm import tqdm
+
+from ddt_fast.wording import one_line, warn
 
 Settings = TypeVar("Settings")
 
@@ -30,20 +29,28 @@ class CommandParser(jsonargparse.ArgumentParser):
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             nearest = difflib.get_close_matches(unknown[1], options, n=3)
-            message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists what there is"
+            message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists the options"
         fail(message)
 
     def add_options(
-        self, function: Callable[..., Any], *names: str, without: Collection[str] = (), words: Any = None, **more: Any
+        self,
+        function: Callable[..., Any],
+        *names: str,
+        without: Collection[str] = (),
+        positional: Collection[str] = (),
+        words: Any = None,
+        **more: Any,
     ) -> None:
-        """Add an option for each parameter of a function or settings class: its type, default and description.
+        """Add an option for each parameter of a function or settings class, with its type, default and description.
 
-        A sequence takes its values one after the other, a bool is a flag; of a union the first type counts.
+        A sequence takes several values, a bool is a flag, and a union takes its first type. A parameter without a
+        default is required.
 
         Args:
-            function: with annotations, and a docstring in which a name in `backticks` is a parameter.
-            names: parameters; none: all.
-            without: parameters that are left out.
+            function: has annotations, and a docstring in which a name in `backticks` is a parameter.
+            names: the parameters; default: all.
+            without: parameters to leave out.
+            positional: parameters that are given by their place, not as options.
             words: descriptions by name, in place of the docstring's.
             more: `default`, in place of the parameters' own.
         """
@@ -52,22 +59,23 @@ class CommandParser(jsonargparse.ArgumentParser):
         hints = get_type_hints(function)
         for name, parameter in signature(function).parameters.items():
             if name in (names or hints) and name not in without:
-                kind = _argument(hints[name])
-                if "action" not in kind:
-                    default = more.get("default", parameter.default)
+                kind, default = _argument(hints[name]), more.get("default", parameter.default)
+                if default is Parameter.empty:
+                    kind |= {} if name in positional else {"required": True}
+                elif "action" not in kind:
                     kind["default"] = list(default) if isinstance(default, tuple) else default
                 text = re.sub(r"`(\w+)`", lambda match: _option(match[1]), " ".join(helps[name].split()).rstrip("."))
-                self.add_argument(_option(name), help=text, **kind)
+                self.add_argument(name if name in positional else _option(name), help=text, **kind)
 
     def name_options(self, text: str) -> str:
-        """The text with options for parameters: `num_png` in backticks, or a first word as in "num_png is -1"."""
+        """Replace parameters in a text with their options: `num_png` in backticks, or "num_png" in "num_png is -1"."""
         options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
         text = re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[1]), text)
         return re.sub(r"^\w+(?= is )", lambda match: options.get(match[0], match[0]), text)
 
     @contextmanager
     def naming_options(self) -> Iterator[None]:
-        """Within, a ValueError of a function names the command's options for the function's parameters."""
+        """Make a ValueError name the command's options instead of a function's parameters."""
         try:
             yield
         except ValueError as error:
@@ -79,7 +87,7 @@ def _option(name: str) -> str:
 
 
 def _argument(hint: Any) -> dict[str, Any]:
-    """What argparse is told of a type."""
+    """argparse's arguments for a type."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return _argument(next(option for option in inner if option is not NoneType))
@@ -93,7 +101,7 @@ def _argument(hint: Any) -> dict[str, Any]:
 
 
 def read_options(options: Any, kind: Callable[..., Settings]) -> Settings:
-    """The settings of that class that parsed options name; ValueError for values that are not allowed."""
+    """Make settings of a class from parsed options; ValueError for values that are not allowed."""
     return kind(**{name: getattr(options, name) for name in signature(kind).parameters})
 
 
@@ -104,24 +112,24 @@ def fail(message: str) -> NoReturn:
 
 
 def run_command(command: Callable[[], Any]) -> None:
-    """Run a command's main function: a user's mistake (ValueError), or a file that cannot be read or written, ends it
-    with one `error:` line and exit code 2; an interrupt with exit code 130. Warnings are one line each."""
+    """Run a command's main function. A user's mistake (ValueError), or a file that cannot be read or written, ends it
+    with one `error:` line and exit code 2, an interrupt with exit code 130. A warning is one line."""
 
-    def one_line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        tqdm.write(f"warning: {message}", file=sys.stderr)  # beside a progress bar, not into it
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        warn(str(message))
 
-    warnings.showwarning = one_line
+    warnings.showwarning = show
     try:
         command()
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        # A CPU allocation that fails is a plain RuntimeError.
         if type(error).__name__ == "InductorError":
-            fail(f"torch.compile cannot compile here: {str(error).splitlines()[0]}")
+            fail(f"torch.compile cannot compile here: {one_line(error)}")
+        # A failed CPU allocation is a plain RuntimeError.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        fail(f"out of memory: {str(error).splitlines()[0] if str(error) else 'take a smaller model or batch'}")
+        fail(f"out of memory: {one_line(error) if str(error) else 'take a smaller model or batch'}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

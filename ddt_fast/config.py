@@ -1,23 +1,13 @@
-"""Every setting of ddt-fast: frozen dataclasses that refuse wrong values.
+"""Every setting of ddt-fast, in frozen dataclasses.
 
-A wrong value raises ValueError with the name of the setting, the value seen and what is allowed, at construction:
-a configuration that exists is a valid one.
+A wrong value raises ValueError at construction, with the name of the setting, the value and what is allowed: a
+configuration that exists is valid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
-from ddt_fast.checks import (
-    require,
-    require_choices_and_flags,
-    require_int,
-    require_name,
-    require_number,
-    require_pair,
-    require_positive,
-)
+from ddt_fast.checks import require, require_choices_and_flags, require_int, require_name, require_number, require_pair
 
 Solver = Literal["euler", "lms", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
@@ -25,20 +15,20 @@ StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
 
 MAX_STEPS = 100_000
-"""A plan lists every step: a file that asks for a billion must not hang its reader."""
+"""A plan lists every step, and a file that asks for a billion must not hang its reader."""
 
 
 @dataclass(frozen=True)
 class DDTConfig:
-    """Shape of a DDT (arXiv 2504.05741): everything its weights depend on.
+    """The shape of a DDT (arXiv 2504.05741).
 
     Args:
         in_channels: channels of the image or latent; 4 for stabilityai/sd-vae-ft-ema, 1 for the digits.
         patch_size: side p of a patch; a token holds in_channels * p * p numbers.
         hidden_size: width C of a token.
         num_heads: attention heads H; the head dimension C / H must be a multiple of 4 (2-D RoPE pairs in x and in y).
-        num_blocks: all transformer blocks; the first num_encoder_blocks form the condition encoder, the others
-            (at least one) the velocity decoder.
+        num_blocks: transformer blocks; the first num_encoder_blocks form the condition encoder, the others (at least
+            one) the velocity decoder.
         num_encoder_blocks: blocks of the condition encoder, at least one.
         num_classes: labels run from 0 to num_classes - 1; label num_classes is the null class of guidance.
     """
@@ -77,7 +67,7 @@ class DDTConfig:
         return self.num_blocks - self.num_encoder_blocks
 
     def num_tokens(self, height: int, width: int) -> int:
-        """Tokens N of a (height, width) image or latent; ValueError when patch_size does not divide it."""
+        """Tokens N of a (height, width) image or latent; ValueError if patch_size does not divide it."""
         for name, size in (("height", height), ("width", width)):
             valid = isinstance(size, int) and size > 0 and size % self.patch_size == 0
             require(valid, name, size, f"a positive multiple of patch_size ({self.patch_size})")
@@ -91,22 +81,22 @@ class SamplingConfig:
     Args:
         num_steps: solver steps, up to 100,000.
         guidance_scale: w in v = v_uncond + w (v_cond - v_uncond); 1 needs no unconditional branch.
-        guidance_interval: (low, high): guided where low < t < high, strictly; conditional velocity elsewhere.
-        timeshift: times are t / (t + (1 - t) timeshift); above 1 spends more steps near the noise.
+        guidance_interval: (low, high): guided where low < t < high; elsewhere the velocity is the conditional one.
+        timeshift: times are t / (t + (1 - t) timeshift); above 1, more steps are near the noise.
         last_step: length of the final step before the shift; None is 1 / num_steps.
         solver: "euler"; "lms", the linear multistep solver; "sde", Euler-Maruyama.
-        order: velocities the "lms" solver combines, 1 to 4; the other solvers do not read it.
+        order: velocities the "lms" solver combines, 1 to 4; other solvers ignore it.
         diffusion: w(t) of the "sde" solver: "constant" 1, "sigma" (1 - t), "sigma_squared" (1 - t)^2,
-            "sine" sin(pi t)^2; the other solvers do not read it.
+            "sine" sin(pi t)^2; other solvers ignore it.
         diffusion_scale: factor on w(t); 0 is the ODE.
-        refresh_every: the encoder runs at every K-th step, its state is reused between.
-        refresh_steps: the steps at which the encoder runs, ascending from 0; takes the place of refresh_every. "dp":
-            the num_refreshes best ones by the paper's statistical dynamic programme, from a probe of the model.
+        refresh_every: run the encoder at every K-th step, and reuse its state in between.
+        refresh_steps: the steps at which the encoder runs, ascending from 0, in place of refresh_every. "dp" takes the
+            num_refreshes best ones, found by the paper's statistical dynamic programme from a probe of the model.
         num_refreshes: the budget of refresh_steps "dp", 1 to num_steps; None otherwise.
-        state_forecast: between refreshes "hold" the last state, or extrapolate it in t through the last two
+        state_forecast: between refreshes, "hold" the last state, or extrapolate it in t through the last two
             ("linear") or three ("quadratic") states.
-        guidance_every: evaluate the unconditional branch, its state fresh, at every M-th guided step; between, the
-            guidance difference v_cond - v_uncond comes from guidance_forecast.
+        guidance_every: evaluate the unconditional branch, with a fresh state, at every M-th guided step; in between,
+            the guidance difference v_cond - v_uncond comes from guidance_forecast.
         guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear").
         cuda_graphs: replay the loop as CUDA graphs.
     """
@@ -138,7 +128,7 @@ class SamplingConfig:
         valid, rule = (lambda low, high: 0 <= low < high <= 1), "two numbers, 0 <= low < high <= 1"
         interval = require_pair("guidance_interval", self.guidance_interval, valid, rule)
         object.__setattr__(self, "guidance_interval", interval)
-        require_positive("timeshift", self.timeshift)
+        require_number("timeshift", self.timeshift, 0, open_low=True)
         if self.last_step is not None:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
             fits = self.num_steps == 1 or self.last_step < 1
@@ -162,22 +152,41 @@ class SamplingConfig:
             require(valid, "refresh_steps", steps, f'"dp", or ascending step numbers, the first 0, below {count}')
             object.__setattr__(self, "refresh_steps", tuple(steps))
 
+    def override(self, **given: Any) -> Self:
+        """A copy with other settings, by name. None keeps a setting, and last_step 0 means 1 / num_steps; refresh_every
+        and refresh_steps replace each other.
+
+        Raises:
+            ValueError: a value that is not allowed, or another num_steps for refresh_steps that stay.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("last_step") == 0:
+            given["last_step"] = None
+        if "refresh_steps" in given:
+            given = {"refresh_every": 1, "num_refreshes": None, **given}
+        elif "refresh_every" in given:
+            given |= {"refresh_steps": None, "num_refreshes": None}
+        elif self.refresh_steps not in (None, "dp") and given.get("num_steps", self.num_steps) != self.num_steps:
+            steps = f"{self.num_steps} steps, not for {given['num_steps']}"
+            raise ValueError(f"refresh_steps are for {steps}; give refresh_every or refresh_steps")
+        return replace(self, **given)
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What the model is trained on, and how its samples become images.
+    """The data to train on, and how samples become images.
 
     Args:
         dataset: "digits", scikit-learn's 8x8 grey digits, in pixel space; "latents", a folder of cached latents.
         image_size: side of the square image in pixels.
         autoencoder: diffusers AutoencoderKL (hub id or local folder) between pixels and latents, 8 pixels a latent;
             None for pixel space.
-        folder: the latents: a cache of `ddt_fast.cache_latents`, or LightningDiT's shards.
-        images: the image folder that the cache was made from, for REPA to compute its features from; None takes those
-            in the cache.
-        scaling_factor: of LightningDiT's shards, which do not say theirs.
-        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents with.
-        verify: compare the checksums of the cache's shards before training, once: see `ddt_fast.data.verification`.
+        folder: the latents, a cache of `ddt_fast.cache_latents` or LightningDiT's shards.
+        images: the image folder that the cache was made from, to compute REPA's features from; None takes the cached
+            features.
+        scaling_factor: the factor of LightningDiT's shards, which do not record it.
+        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents.
+        verify: compare the checksums of the cache's shards once before training (`ddt_fast.data.verification`).
     """
 
     dataset: Literal["digits", "latents"] = "digits"
@@ -196,22 +205,22 @@ class DataConfig:
         for name in ("folder", "images", "channel_stats"):
             require_name(name, getattr(self, name), "a path, or null")
         if self.scaling_factor is not None:
-            require_positive("scaling_factor", self.scaling_factor)
+            require_number("scaling_factor", self.scaling_factor, 0, open_low=True)
         if self.dataset == "digits":
             require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
             for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
                 value = getattr(self, name)
-                require(value is None, name, value, "null for the digits, which are pixels that come with the package")
+                require(value is None, name, value, "null for the digits, which are pixels and come with the package")
         if self.autoencoder is not None:
             require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
 
-    def without_places(self) -> DataConfig:
-        """What is saved with a model: where its training data lay means nothing to those who receive it."""
+    def without_places(self) -> Self:
+        """The settings to save with a model: the paths of its training data mean nothing to others."""
         return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
 
     @property
     def sample_size(self) -> int:
-        """Side of what the model sees: latents are 8 times smaller than their image."""
+        """Side of the model's input: a latent is 8 times smaller than its image."""
         return self.image_size if self.autoencoder is None else self.image_size // 8
 
 
@@ -223,33 +232,33 @@ class TrainingConfig:
         max_steps: optimiser steps.
         batch_size: samples per step, over all processes.
         accumulation_steps: parts in which each process computes its share of a batch, one after the other.
-        learning_rate: of AdamW, constant after the warm-up.
+        learning_rate: AdamW's learning rate, constant after the warm-up.
         warmup_steps: steps over which the learning rate rises from 0.
-        adam_betas: AdamW's.
-        weight_decay: AdamW's.
-        max_grad_norm: gradients of a larger norm are scaled down to it; None clips nothing.
-        ema_decay: decay per step of the averaged weights that are saved, sampled from and scored; the first steps decay
-            faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
+        adam_betas: AdamW's betas.
+        weight_decay: AdamW's weight decay.
+        max_grad_norm: larger gradients are scaled down to this norm; None clips nothing.
+        ema_decay: decay per step of the averaged weights, which are saved, sampled from and scored; the first steps
+            decay faster, (1 + step) / (10 + step), so that a short run forgets its initial weights.
         label_dropout: chance that a label is replaced with the null class.
-        repa_weight: of REPA's loss (arXiv 2410.06940), the paper's 0.5; 0 leaves REPA out.
+        repa_weight: weight of REPA's loss (arXiv 2410.06940), 0.5 in the paper; 0 turns REPA off.
         repa_block: the encoder block whose output is aligned, counted from 1.
-        repa_encoder: DINOv2 (hub id or local folder) that features are computed with where the cache has none.
+        repa_encoder: DINOv2 (hub id or local folder) that computes features from data.images.
         engine: "fused", the model on ddt_kernels; "reference", plain PyTorch.
-        dtype: of the forward and backward pass; weights, optimiser and EMA stay float32.
+        dtype: dtype of the forward and backward pass; weights, optimiser and EMA stay float32.
         gradient_checkpointing: keep only the blocks' inputs, and compute the rest again in the backward pass.
-        compile: with torch.compile.
+        compile: compile the model with torch.compile.
         parallel: over several processes, "ddp" keeps all weights on each; "fsdp" shards weights, optimiser and EMA.
-        seed: of initialisation, data order, noise and dropout.
-        init: a checkpoint to start from: a model folder, .safetensors or a released .ckpt; None starts afresh.
+        seed: seed of initialisation, data order, noise and dropout.
+        init: a checkpoint to start from: a model folder, .safetensors or a released .ckpt; None starts from scratch.
         checkpoint_every: steps between checkpoints.
-        keep_checkpoints: how many are kept, the latest; 0 keeps all.
+        keep_checkpoints: how many of the latest checkpoints to keep; 0 keeps all.
         log_every: steps between lines of log.jsonl.
-        sample_every: steps between grids of samples from the averaged weights, one more at the end; 0 draws none.
-        sample_images: images of a grid.
-        score_samples: samples drawn at the end, without guidance and again with it, to score a digits model: 0, or 65
-            and more.
+        sample_every: steps between grids of samples from the averaged weights, with one more at the end; 0 draws none.
+        sample_images: images per grid.
+        score_samples: samples to draw at the end, once without guidance and once with it, to score a digits model: 0,
+            or 65 or more.
         tensorboard: also log for TensorBoard.
-        wandb: project of Weights & Biases to log to; None does not.
+        wandb: Weights & Biases project to log to; None logs nothing there.
     """
 
     max_steps: int = 400_000
@@ -292,14 +301,14 @@ class TrainingConfig:
             require_number(name, getattr(self, name), 0)
         for name in ("ema_decay", "label_dropout"):
             require_number(name, getattr(self, name), 0, 1)
-        require_positive("learning_rate", self.learning_rate)
+        require_number("learning_rate", self.learning_rate, 0, open_low=True)
         if self.max_grad_norm is not None:
-            require_positive("max_grad_norm", self.max_grad_norm)
+            require_number("max_grad_norm", self.max_grad_norm, 0, open_low=True)
         require_name("init", self.init, "a checkpoint, or null")
         require_name("wandb", self.wandb, "the name of a project, or null")
         require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")
         enough = self.score_samples == 0 or self.score_samples >= 65
-        rule = "0, or 65 and more: fewer have no covariance of 64 pixels"
+        rule = "0, or 65 or more: the covariance of 64 pixels needs them"
         require(enough, "score_samples", self.score_samples, rule)
         valid, rule = (lambda first, second: 0 <= first < 1 and 0 <= second < 1), "two numbers from 0, below 1"
         object.__setattr__(self, "adam_betas", require_pair("adam_betas", self.adam_betas, valid, rule))
@@ -309,7 +318,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One training run and the samples drawn from it: model, data, training and sampling settings."""
+    """All settings of a training run and of sampling from its model."""
 
     model: DDTConfig
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,10 +1,8 @@
-"""Convert a released Lightning checkpoint, or the latest of a training run, into a model folder, or models and runs
-into a file for the original code: `python -m ddt_fast.convert SOURCE OUT`.
+"""Convert between a model folder and the original code's .ckpt: `python -m ddt_fast.convert SOURCE OUT`.
 
-An OUT that ends in .ckpt is written for the original code; any other is a model folder. Nothing in SOURCE is executed.
+An OUT that ends in .ckpt is written for the original code; any other OUT is a model folder. Nothing in SOURCE is
+executed.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
+from ddt_fast.device import dtype_name
 from ddt_fast.files import check_replaceable
 from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
@@ -38,38 +37,25 @@ WeightChoice = Literal["ema", "raw", "both"]
 
 
 class _Settings(NamedTuple):
-    """Where the settings of a source are, if it has none of its own: a preset, or a file."""
+    """Where to take the settings of a source that has none: a preset, or a file."""
 
     preset: str | None
     config: Path | None
 
 
 def build_parser() -> CommandParser:
-    """The options of the command."""
+    """The options of the command: the parameters of `convert_checkpoint`."""
     parser = CommandParser(prog="python -m ddt_fast.convert", description=__doc__)
-    add = parser.add_argument
-    add(
-        "source",
-        type=str,
-        help="a .ckpt, a training run (its latest checkpoint is taken) or one of its checkpoints; or, to export, a "
-        "model folder, a .safetensors or a hub id",
-    )
-    add("out", type=str, help="the folder to write; or, to export, a file that ends in .ckpt")
-    add(
-        "--weights",
-        choices=["ema", "raw", "both"],
-        help="the average, the trained ones, or both, each in its place. Default: a model folder gets the average, "
-        "a .ckpt all there are; if that is one kind, it is written in both places",
-    )
-    add("--preset", type=str, help=f"settings that go with the weights: {', '.join(PRESETS)}; default: by their shapes")
-    add("--config", type=str, help="the same from a file: config.json of a model folder, or recipe.yaml of a run")
-    add("--skip", type=str, nargs="+", default=[], help="packages whose objects in a .ckpt are skipped, not created")
+    words = {"preset": f"settings of the weights: {', '.join(PRESETS)}; default: the first with their shapes"}
+    parser.add_options(convert_checkpoint, positional=("source", "out"), words=words)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
-    convert_checkpoint(**vars(build_parser().parse_args(arguments)))
+    parser = build_parser()
+    with parser.naming_options():
+        convert_checkpoint(**vars(parser.parse_args(arguments)))
 
 
 def convert_checkpoint(
@@ -82,26 +68,26 @@ def convert_checkpoint(
     skip: Sequence[str] = (),
 ) -> Path:
     """Convert a released Lightning .ckpt, or the latest checkpoint of a training run, into a model folder with a model
-    card, or models and runs into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a source is
+    card, or a model or run into a .ckpt for the original code, as `python -m ddt_fast.convert`. Nothing in a source is
     executed. What is read and written is printed.
 
     Args:
-        source: a .ckpt, a training run or one of its checkpoints; or, to export, a model or pipeline folder, a
-            .safetensors or a hub id.
+        source: a .ckpt, a training run (its latest checkpoint) or one of its checkpoints; or, to export, a model or
+            pipeline folder, a .safetensors or a hub id.
         out: the folder to write; or, to export, a file that ends in .ckpt.
-        weights: "ema", the average, "raw", the trained ones, or "both", each in its place. Default: a model folder gets
-            the average, a .ckpt all there are; if that is one kind, it is written in both places.
-        preset: settings that go with the weights, one of `ddt_fast.presets.PRESETS`; default: by their shapes.
-        config: the same from a file, config.json of a model folder or recipe.yaml of a run.
+        weights: ema (the average), raw (the trained weights), or both, each in its place. Default: a model folder gets
+            the average, a .ckpt every kind there is; a single kind is written in both places.
+        preset: settings of the weights, one of `ddt_fast.presets.PRESETS`; default: the first with their shapes.
+        config: settings from a file: config.json of a model folder, or recipe.yaml of a run.
         skip: packages whose objects in a .ckpt are skipped, not created.
 
     Returns:
-        What was written.
+        The path written.
 
     Raises:
-        ValueError: a source that is missing, damaged or holds more than tensors, settings that do not fit, or an `out`
-            that would replace something else.
-        OSError: files that cannot be read or written.
+        ValueError: the source is missing, damaged or holds more than tensors, settings do not fit, or `out` would
+            replace something else.
+        OSError: a file cannot be read or written.
     """
     given, out = require_path("source", source), require_path("out", out)
     if weights is not None:
@@ -112,11 +98,11 @@ def convert_checkpoint(
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both source and out; name another out")
     if preset is not None and config is not None:
-        raise ValueError("preset and config are both given; give one")
+        raise ValueError("`preset` and `config` are both given; give one")
     if source.suffix != ".ckpt" and skip:
         raise ValueError("skip is for a source that is a .ckpt")
     if run is not None and (preset or config) is not None:
-        raise ValueError(f"preset and config are for a source without settings; {run} has its own")
+        raise ValueError(f"`preset` and `config` are for a source without settings; {run} has its own")
     settings = _Settings(preset, None if config is None else require_path("config", config))
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":
         _export(source, out, weights, settings)
@@ -141,20 +127,20 @@ def _import(source: Path, out: Path, which: WeightChoice, settings: _Settings, s
 
 def _export(source: Path, out: Path, weights: WeightChoice | None, settings: _Settings) -> None:
     if out.exists() or out.is_symlink():
-        raise ValueError(f"{out} exists; remove it or name another")
+        raise ValueError(f"{out} exists; remove it or name another file")
     if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside {source}; name another place")
     sets = _read(source)
     which = weights or ("both" if sets.raw else "ema")
     _, model, raw = _choose(source, sets, which, settings)
     write_lightning(out, model.state_dict(), raw, sets.projector)
-    why = "" if sets.raw else "no raw weights known: "
+    why = "" if sets.raw else "there are no raw weights: "
     note = "" if raw else f" ({why}denoiser.* are the same as ema_denoiser.*)"
     print(f"wrote {out} for the original code{note}")
 
 
 def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
-    """Everything that the source holds; prints what that is, and what of it is ignored."""
+    """Read everything that the source holds, and print what that is and what is ignored."""
     if source.suffix == ".ckpt":
         sets = read_lightning(source, skip)
     elif _is_run(source):
@@ -168,7 +154,7 @@ def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
 def _choose(
     source: Path, sets: LightningWeights, which: WeightChoice, settings: _Settings
 ) -> tuple[Experiment, DDT, dict[str, Tensor] | None]:
-    """The settings, a model with the chosen weights (of both: the average), and the trained ones if both are chosen."""
+    """The settings, a model with the chosen weights (the average of both), and for both also the trained weights."""
     weights = sets.take("raw" if which == "raw" else "ema", source)
     raw = sets.take("raw", source) if which == "both" else None
     experiment = _settings(source, weights, settings)
@@ -185,7 +171,8 @@ def _is_run(source: Path) -> bool:
 
 
 def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) -> Experiment:
-    """The model's settings, from its folder, a file, the named preset, or the one with its shapes, which is printed."""
+    """The model's settings: from its folder, a file, the named preset, or the preset with its shapes, which is
+    printed."""
     if _is_run(source):
         return read_settings(source / TRAINER)
     if has_config(source):
@@ -204,7 +191,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) 
         print(
             f"settings: guessed from the shapes, preset {name} (image size {experiment.data.image_size}, "
             f"{model.num_encoder_blocks} of {model.num_blocks} blocks are the encoder, sampling)"
-            + "".join(f"; if this is {other}, whose shapes are the same, add --preset {other}" for other in same)
+            + "".join(f"; if this is {other}, which has the same shapes, add --preset {other}" for other in same)
         )
     if model.num_classes != experiment.model.num_classes:
         print(f"settings: {plural(model.num_classes, 'class')}, from the shapes")
@@ -212,12 +199,11 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) 
 
 
 def _report(source: Path, sets: LightningWeights) -> None:
-    """Print what was read, and what of it is ignored."""
     named = {"EMA weights": sets.ema, "raw weights": sets.raw, "REPA projector": sets.projector}
     for name, tensors in named.items():
         if tensors:
             count = sum(tensor.numel() for tensor in tensors.values())
-            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+            dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
             print(f"{source}: {name}, {plural(len(tensors), 'tensor')}, {plural(count, 'parameter')}, {dtypes}")
     if sets.other:
         more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""

@@ -1,6 +1,4 @@
-"""The device and the dtype to compute with, and what a CPU has units for."""
-
-from __future__ import annotations
+"""The device and dtype to compute with, and which dtypes a CPU has units for."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +7,19 @@ import torch
 
 from ddt_fast.checks import require
 from ddt_fast.ranks import process_ranks
+from ddt_fast.wording import one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 → "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is CUDA where there is one, else the CPU. Under torchrun, "cuda" is this
-    process's own GPU. ValueError where it is not usable."""
+    """The device called `name`; "auto" is CUDA if available, else the CPU. Under torchrun, "cuda" is this process's own
+    GPU. ValueError if the device cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = process_ranks()
@@ -25,16 +29,16 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda, cuda:N") from error
+        allowed = "allowed: auto, cpu, cuda, cuda:N"
+        raise ValueError(f"device {name!r} cannot be used here ({one_line(error)}); {allowed}") from error
     if device.type == "meta":
         raise ValueError("device 'meta' holds no numbers; allowed: auto, cpu, cuda, cuda:N")
     return device
 
 
 def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
-    """The dtype called `name`. "auto" is bfloat16 for latent models where the device has units for it, else float32:
-    small pixel models gain nothing from it."""
+    """The dtype called `name`. "auto" is bfloat16 for latent models if the device has bfloat16 units, else float32:
+    small pixel models gain nothing from bfloat16."""
     if name != "auto":
         require(name in DTYPES, "dtype", name, f"auto, {', '.join(DTYPES)}")
         return DTYPES[name]
@@ -43,14 +47,14 @@ def choose_dtype(name: str, device: torch.device, latents: bool) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bf16 units (AVX512-BF16, AMX, or Arm's BF16): bf16 GEMMs are then about twice as fast as
-    fp32; elsewhere they are slower."""
+    """Whether this CPU has bf16 units (AVX512-BF16, AMX, or Arm's BF16). With them, bf16 GEMMs are about twice as fast
+    as fp32 ones; without them, slower."""
     capabilities = cpu_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def cpu_has_int8() -> bool:
-    """Whether this CPU has int8 units (VNNI, AMX, or Arm's I8MM), without which `quantize_int8` gains nothing."""
+    """Whether this CPU has int8 units (VNNI, AMX, or Arm's I8MM); without them `quantize_int8` gains nothing."""
     capabilities = cpu_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm"))
 

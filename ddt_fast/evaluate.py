@@ -1,7 +1,5 @@
-"""Score samples against a reference: FID, sFID, Inception Score, precision and recall, KID. Without arguments: digits
-drawn from the checkpoint in the package, against real ones."""
-
-from __future__ import annotations
+"""Score samples against a reference: FID, sFID, Inception Score, precision and recall, KID. Without arguments, score
+digits drawn from the checkpoint in the package against real ones."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,11 +16,11 @@ from ddt_fast.data.digits import digits
 from ddt_fast.device import choose_device
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.evaluation.features import FeatureAccumulator, Features, FeatureSet, PixelExtractor, extractor_maker
-from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table, write_report
+from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table
 from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics, evaluate, gather
 from ddt_fast.evaluation.sources import Images, open_sources
 from ddt_fast.evaluation.statistics import save_statistics as write_statistics
-from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.files import atomic_file, check_no_folder, output_folder, write_json
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
@@ -62,28 +60,28 @@ def score_samples(
     save_statistics: str | Path | None = None,
 ) -> dict[str, Any] | None:
     """Score samples against a reference, as `python -m ddt_fast.evaluate`: FID, sFID, Inception Score, precision,
-    recall, KID; print a table, and write it as JSON with a picture of the samples beside it.
+    recall, KID. Print a table, and write the scores as JSON with a picture of the samples beside it.
 
     Args:
         samples: an npz (arr_0, or mu and sigma) or a folder of images; default: digits drawn from the checkpoint in
-            the package, against real ones.
-        reference: the same, for example one of ADM's reference batches.
-        metrics: of fid, sfid, inception_score, precision, recall, kid; default: all that can be computed.
+            the package, scored against real ones.
+        reference: an npz or a folder, for example one of ADM's reference batches.
+        metrics: fid, sfid, inception_score, precision, recall, kid; default: all that can be computed.
         features: inception, or pixels for images of up to 64x64.
         inception_weights: file of the network's weights; default: from torch's cache, else downloaded.
-        center_crop: side in pixels of the centre crop, as ADM's, to take of a folder's images; default: none.
+        center_crop: side in pixels of ADM's centre crop, for the images of a folder; default: no crop.
         batch_size: images at a time.
         device: auto, cpu, cuda or cuda:N.
         output: .json file for the scores; a picture of the samples goes beside it.
-        save_statistics: .npz file for the samples' mu, sigma, mu_s, sigma_s, to be a reference later; without
-            `reference` nothing else is done.
+        save_statistics: .npz file for the samples' mu, sigma, mu_s, sigma_s, a reference for later; without
+            `reference`, nothing else is done.
 
     Returns:
-        The report, as `ddt_fast.evaluation.evaluate`; None where only statistics were saved.
+        The report of `ddt_fast.evaluation.evaluate`; None if only statistics were saved.
 
     Raises:
-        ValueError: settings that are not allowed, wrong or damaged files, or nothing can be computed.
-        OSError: files that cannot be read or written.
+        ValueError: a setting is not allowed, a file is wrong or damaged, or nothing can be computed.
+        OSError: a file cannot be read or written.
     """
     check_metrics(metrics)
     require_int("batch_size", batch_size, 1)
@@ -95,7 +93,7 @@ def score_samples(
             if value is not None:
                 raise ValueError(f"`{name}` is for `samples`, which is not given")
         return _write(file, *_score_digits(place, batch_size, metrics))
-    # Both at once: a mistake in the reference should not wait for the samples.
+    # Open both first: a mistake in the reference should not wait for the samples.
     source, *others = open_sources([samples, reference], center_crop)
     make_extractor = extractor_maker(features, inception_weights, place)
     needed = [*(metrics if others or statistics is None else ()), *(("fid", "sfid") if statistics is not None else ())]
@@ -110,9 +108,9 @@ def score_samples(
 
 
 def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> dict[str, Any]:
-    """Print the report's table, write it and a picture of the samples that are shown, by their places."""
+    """Print the report's table; write the report, and a picture of the shown samples, which are given by place."""
     print(report_table(report))
-    write_report(file, report)
+    write_json(file, report)
     if shown:
         with atomic_file(file.with_suffix(".png")) as picture:
             labelled_grid(np.stack(list(shown.values())), [str(place) for place in shown]).save(picture)
@@ -123,8 +121,7 @@ def _output_file(name: str, given: str | Path, suffix: str) -> Path:
     path = require_path(name, given)
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"{name} is {str(given)!r}; expected the name of a {suffix} file")
-    if (picture := path.with_suffix(".png")).is_dir():
-        raise ValueError(f"{picture} is a folder; a file of that name will be written")
+    check_no_folder(path.with_suffix(".png"))
     output_folder(path.parent)
     return path
 
@@ -139,7 +136,7 @@ def _save_statistics(path: Path, samples: FeatureSet) -> None:
 def _score_digits(
     device: torch.device, batch_size: int, metrics: Sequence[str]
 ) -> tuple[dict[str, Any], dict[int, Images]]:
-    """Digits from the embedded checkpoint against all real ones, in pixels."""
+    """Score digits of the embedded checkpoint against all real ones, in pixels."""
     experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
     model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
     real, _ = digits()

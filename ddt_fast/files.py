@@ -1,8 +1,7 @@
-"""Writing outputs: nothing half-written is ever taken for whole, and nothing of the user's is ever replaced."""
-
-from __future__ import annotations
+"""Files: outputs appear whole or not at all, and nothing of the user's is ever replaced."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -13,18 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ddt_fast.checks import require_path
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it takes the place of `path`, on an error it is removed.
+    """Yield a temporary path beside `path`; on success it replaces `path`, on an error it is removed.
 
-    What was written is on the disk before it gets its name, and the name when this returns: a power failure leaves the
-    old file or the new one.
+    The content reaches the disk before the file gets its name, and the name is on the disk when this returns: a power
+    failure leaves the old file or the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix is kept: writers such as Pillow choose the format by it.
+    # Keep the suffix: writers such as Pillow choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -35,8 +36,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it holds anything else, OSError when it cannot be read."""
+    """Read the object in a JSON file; ValueError if it holds anything else, OSError if it cannot be read."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -46,25 +53,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file; ValueError if it is not valid, OSError if it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def plain(content: dict[str, Any]) -> dict[str, Any]:
+    """The object as a JSON file holds it: lists in place of tuples."""
+    return json.loads(json.dumps(content))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as a JSON file, whole or not at all."""
     try:
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
     except FileNotFoundError:
-        # Another process has written the same content and renamed the temporary file: on another machine it may have
-        # the same process id.
+        # A process on another machine may have the same id: it has written the same content and renamed the file.
         if not path.exists():
             raise
 
 
 def sync(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on the disk."""
+    """Return once a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems have no such call for folders.
+        # Some network file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -72,7 +91,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when everything in a folder, at any depth, is on the disk."""
+    """Return once everything in a folder, at any depth, is on the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
@@ -80,25 +99,23 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """OSErrors within name the path, and say that the finished shards of a job or cache are kept."""
+    """Make an OSError name the path and say that the finished shards of a job or cache are kept."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
-        hint = "finished shards are kept, the same command continues from them"
+        hint = "finished shards are kept, and the same command continues from them"
         raise OSError(f"{path} could not be written: {reason}; {hint}") from error
 
 
 @contextmanager
 def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it takes the place of `path`, on an error it is removed.
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed. ValueError if
+    `path` holds something else.
 
     Args:
-        path: the folder; an older one is replaced only under the rule of `check_replaceable`.
+        path: the folder; an older one is replaced only if `check_replaceable` allows it.
         owned: regular expression for the names that such a folder may hold.
-
-    Raises:
-        ValueError: `path` holds something else.
     """
     path = path.resolve()
     check_replaceable(path, owned)
@@ -107,7 +124,7 @@ def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        # mkdtemp makes private folders, safetensors private files; outputs get the rights that new ones usually get.
+        # mkdtemp makes private folders, safetensors private files; outputs get the usual permissions.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)
@@ -124,7 +141,7 @@ def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, owned: str) -> None:
-    """ValueError unless `path` is missing, or a folder in which every name matches the regular expression `owned`."""
+    """ValueError unless `path` is missing or is a folder in which every name matches the regular expression `owned`."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"{path} exists and is not a folder; a folder of that name will be written")
     if path.is_dir():
@@ -133,8 +150,15 @@ def check_replaceable(path: Path, owned: str) -> None:
             raise ValueError(f"{path} would be replaced, but holds {foreign[0]}, which ddt-fast did not write")
 
 
+def check_no_folder(*paths: Path) -> None:
+    """ValueError if a folder stands where a file will be written."""
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a file of that name will be written")
+
+
 def output_folder(name: str | Path) -> Path:
-    """The folder of that name, created where it is missing; ValueError when it is unnamed or cannot be written."""
+    """Create the folder if it is missing; ValueError if the name is empty or the folder cannot be written."""
     folder = require_path("the output folder", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,25 +1,48 @@
-"""Whether models come from the Hugging Face Hub or from its cache on this machine."""
-
-from __future__ import annotations
+"""The Hugging Face Hub, and its cache on this machine."""
 
 import functools
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
+
+from ddt_fast.wording import one_line
 
 _SECONDS = 10.0
 
 
-def cache_only(name: str) -> bool:
-    """Whether a model has to be taken from the cache because the Hub does not answer: one attempt, where diffusers and
-    transformers retry for half a minute. A local folder needs neither.
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, user/model."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def fetch(name: str, patterns: Sequence[str], **options: Any) -> Path:
+    """Download the files of a Hub repository that match the patterns, or take them from the cache without a network;
+    return the local folder. ValueError if the Hub does not provide the repository.
 
     Args:
-        name: a local folder, or a hub id of a model with a config.json.
+        name: the repository's hub id.
+        patterns: file names with wildcards.
+        options: of `huggingface_hub.snapshot_download`.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, TypeError) as error:
+        raise ValueError(f"{name} does not exist here, and the Hub does not provide it: {one_line(error)}") from error
 
-    Raises:
-        ValueError: the Hub does not answer, and the cache has no such model; or a name that cannot be a hub id.
+
+def cache_only(name: str) -> bool:
+    """Whether a model must come from the cache because the Hub does not answer.
+
+    One attempt decides, where diffusers and transformers retry for half a minute. A local folder needs neither.
+    ValueError if the Hub does not answer and the cache does not hold the model, or the name cannot be a hub id.
+
+    Args:
+        name: a local folder, or the hub id of a model with a config.json.
     """
     if Path(name).is_dir():
         return False
@@ -36,6 +59,6 @@ def cache_only(name: str) -> bool:
 def _hub_answers() -> bool:
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception:  # of the HTTP library, which depends on the version of huggingface_hub
+    except Exception:  # the HTTP library's, which depends on the version of huggingface_hub
         return False
     return True

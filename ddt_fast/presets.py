@@ -4,12 +4,10 @@ The paper trains every size for 80 epochs, XL/2 for 256 and 400 as well, all wit
 (`--training.init`), here for 20 epochs.
 """
 
-from __future__ import annotations
-
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig, TrainingConfig
 
 _EPOCH = 1_281_167 / 256
-"""Steps of batch 256 in which ImageNet's training images are seen once."""
+"""Steps per epoch of ImageNet's training images, at batch size 256."""
 
 
 def _imagenet(
@@ -20,7 +18,7 @@ def _imagenet(
     image_size: int = 256,
     guidance: float = 2.0,
 ) -> Experiment:
-    """The paper's setting for a model of (hidden_size, num_heads, num_blocks, num_encoder_blocks)."""
+    """The paper's settings for a model of size (hidden_size, num_heads, num_blocks, num_encoder_blocks)."""
     return Experiment(
         model=DDTConfig(4, 2, *size, num_classes=1000),
         data=DataConfig(dataset="latents", image_size=image_size, autoencoder="stabilityai/sd-vae-ft-ema"),
@@ -34,13 +32,7 @@ _B2, _L2, _XL2 = (768, 12, 12, 8), (1024, 16, 24, 20), (1152, 16, 28, 22)
 PRESETS: dict[str, Experiment] = {
     "digits": Experiment(
         model=DDTConfig(
-            in_channels=1,
-            patch_size=2,
-            hidden_size=64,
-            num_heads=2,
-            num_blocks=4,
-            num_encoder_blocks=3,
-            num_classes=10,
+            in_channels=1, patch_size=2, hidden_size=64, num_heads=2, num_blocks=4, num_encoder_blocks=3, num_classes=10
         ),
         training=TrainingConfig(
             max_steps=2800,

@@ -1,6 +1,4 @@
-"""What is recorded with outputs: the weights they depend on, the machine and the versions that made them."""
-
-from __future__ import annotations
+"""What is recorded with outputs: the weights they depend on, and the machine and versions that made them."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +14,7 @@ PACKAGES = ("ddt-fast", "triton", "numpy", "diffusers", "safetensors", "pillow")
 
 
 def weights_sha256(module: torch.nn.Module) -> str:
-    """Checksum of a module's weights and their names, in the dtype they are used in, wherever they came from."""
+    """Checksum of a module's weights and their names, in the dtype they are used in."""
     digest = hashlib.sha256()
     for name, weight in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -35,7 +33,7 @@ def device_name(device: torch.device) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and commit, as plain JSON values."""
+    """The hardware, versions and commit, as plain JSON values."""
     return {
         "hardware": {
             "device": device_name(device),
@@ -46,7 +44,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
-            "torch": str(torch.__version__),  # with its build, which the package's metadata may leave out
+            "torch": str(torch.__version__),  # with its build, which package metadata may leave out
             **{name: version for name in PACKAGES if (version := package_version(name)) is not None},
         },
         **source_commit(),
@@ -54,13 +52,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def source_commit() -> dict[str, Any]:
-    """The commit of this source tree and whether it was changed since; None if the package is installed instead."""
+    """The commit of this source tree, and whether it has uncommitted changes; None for an installed package."""
     status = _git("status", "--porcelain")
     return {"commit": _git("rev-parse", "HEAD"), "uncommitted_changes": None if status is None else bool(status)}
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package, else None."""
+    """The version of an installed package, else None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -68,7 +66,7 @@ def package_version(name: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints in the folder of this file; None if it is not a checkout of ddt-fast."""
+    """What git prints in this checkout; None outside a checkout of ddt-fast."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None

@@ -1,6 +1,4 @@
-"""Which of the processes that share a job this one is, from the environment that torchrun sets."""
-
-from __future__ import annotations
+"""This process's rank among those that share a job, from the environment that torchrun sets."""
 
 import os
 from dataclasses import dataclass
@@ -8,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all, and among those of its machine.
+    """The rank of this process and the number of processes.
 
     Attributes:
         rank, world_size: over all machines.
@@ -22,17 +20,17 @@ class Ranks:
 
     @property
     def who(self) -> str:
-        """The beginning of a line of output: "rank 1 of 4: ", or nothing for a single process."""
+        """The prefix of a line of output: "rank 1 of 4: ", or nothing for a single process."""
         return f"rank {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
 
     def say(self, text: str) -> None:
-        """Print what all processes would say alike, once."""
+        """Print, in the first process only."""
         if self.rank == 0:
             print(text)
 
 
 def process_ranks() -> Ranks:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment; ValueError if they make no sense."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; ValueError if they make no sense."""
     values = []
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         text = os.environ.get(name, default)

@@ -1,9 +1,7 @@
 """Sample from a DDT: `python -m ddt_fast.sample` alone draws digits from the checkpoint in the package.
 
-Under torchrun the processes share the work. A job that was stopped, in whatever way, is continued when started again.
+Under torchrun the processes share the work. A job that was stopped or killed continues when it is started again.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +24,7 @@ from ddt_fast.sampling_options import (
 
 
 def build_parser() -> CommandParser:
-    """The options of the command; sampling settings that are not given are the checkpoint's own."""
+    """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sample", description=__doc__)
     add_checkpoint_options(parser)
     add_solver_options(parser)
@@ -35,7 +33,7 @@ def build_parser() -> CommandParser:
     add_sampling_options(parser, "refresh_every")
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
     add_sampling_options(parser, "num_refreshes", "guidance_every", "guidance_forecast", "cuda_graphs")
-    add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; options given go before it")
+    add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
     parser.add_options(Engine, without=("device", "dtype"))
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
     parser.add_options(Outputs)
@@ -49,8 +47,8 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     """Parse, sample, write, report.
 
     Args:
-        arguments: of the command line; None: this process's.
-        on_images: as `generate` takes it.
+        arguments: the command line; None takes this process's.
+        on_images: as for `generate`.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)
@@ -70,8 +68,7 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
 
 
 def _scoring(options: Any) -> Scoring | None:
-    """The scoring that the options name; ValueError for values that are not allowed, or are given without a
-    reference."""
+    """The scoring that the options ask for; ValueError for a wrong value, or for options without a reference."""
     given = {name: getattr(options, name) for name in ("metrics", "inception_weights", "center_crop")}
     given = {name: value for name, value in given.items() if value is not None}
     if options.evaluate_features is not None:
@@ -85,19 +82,17 @@ def _scoring(options: Any) -> Scoring | None:
 
 
 def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
-    """The sampling settings that the options name; ValueError for values that are not allowed."""
-    given = given_settings(options)
-    if "refresh_steps" in given:
-        given = {"refresh_every": 1, "num_refreshes": None, **given, "refresh_steps": _steps(given["refresh_steps"])}
-    elif "refresh_every" in given:
-        given |= {"refresh_steps": None, "num_refreshes": None}
-    sampling = experiment.sampling
+    """The sampling settings that the options ask for; ValueError for a wrong value."""
+    given, sampling = given_settings(options), experiment.sampling
+    given["refresh_steps"] = _steps(options.refresh_steps)
     if options.fast:
-        sampling = fast_settings(replace(sampling, num_steps=given.get("num_steps", sampling.num_steps)))
-    return replace(sampling, **given)
+        sampling = fast_settings(replace(sampling, num_steps=options.num_steps or sampling.num_steps))
+    return sampling.override(**given)
 
 
-def _steps(words: list[str]) -> tuple[int, ...] | Literal["dp"]:
+def _steps(words: list[str] | None) -> tuple[int, ...] | Literal["dp"] | None:
+    if words is None:
+        return None
     if words == ["dp"]:
         return "dp"
     if not all(word.isdecimal() for word in words):

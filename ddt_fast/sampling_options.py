@@ -1,6 +1,4 @@
-"""What the commands that run a trained model share: which checkpoint, and how it is integrated."""
-
-from __future__ import annotations
+"""Options that the commands `sample` and `sharing` share: the checkpoint, and how to integrate it."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +15,7 @@ _SOLVER_DETAILS = ("order", "diffusion", "diffusion_scale", "state_forecast")
 
 
 def add_checkpoint_options(parser: CommandParser) -> None:
-    """The checkpoint, and where and in what to run it."""
+    """Add the checkpoint, the device and the dtype."""
     add = parser.add_argument
     add("--checkpoint", type=str, help="folder, .safetensors, .ckpt or hub id; default: the digits in the package")
     add("--preset", type=str, help=f"settings for a checkpoint without config.json: {', '.join(PRESETS)}")
@@ -25,26 +23,22 @@ def add_checkpoint_options(parser: CommandParser) -> None:
 
 
 def add_solver_options(parser: CommandParser) -> None:
-    """How the model is integrated."""
+    """Add how the model is integrated."""
     add_sampling_options(parser, *_SOLVER, *_SOLVER_DETAILS)
 
 
 def add_sampling_options(parser: CommandParser, *names: str) -> None:
-    """Options for fields of `SamplingConfig`; those that are not given are None, and the checkpoint's own."""
+    """Add options for fields of `SamplingConfig`; one that is not given is None, for the checkpoint's own setting."""
     words = {"last_step": "length of the final step before the shift; 0: as long as the others"}
     parser.add_options(SamplingConfig, *names, words=words, default=None)
 
 
 def chosen_checkpoint(options: Any) -> tuple[Path, Experiment]:
-    """The local checkpoint that the options name, and its settings; ValueError where there is none."""
+    """The local checkpoint that the options name, and its settings; ValueError if there is none."""
     checkpoint = resolve_checkpoint(EMBEDDED_CHECKPOINT if options.checkpoint is None else options.checkpoint)
     return checkpoint, experiment_of(checkpoint, options.preset)
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """The sampling settings that were given, by their names in `SamplingConfig`."""
-    names = [setting.name for setting in fields(SamplingConfig)]
-    given = {name: value for name in names if (value := getattr(options, name, None)) is not None}
-    if given.get("last_step") == 0:
-        given["last_step"] = None
-    return given
+    """The options that are fields of `SamplingConfig`, for `SamplingConfig.override`."""
+    return {setting.name: getattr(options, setting.name, None) for setting in fields(SamplingConfig)}

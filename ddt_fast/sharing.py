@@ -1,7 +1,5 @@
 """Choose the encoder's refresh steps by the statistical dynamic programme, and show why: how similar the states of all
-steps are, which steps that makes the best, and the predicted error against uniform refreshes."""
-
-from __future__ import annotations
+steps are, which refresh steps are best, and how their predicted error compares with uniform refreshes."""
 
 import json
 import time
@@ -10,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,9 +19,9 @@ from ddt_fast.checks import require_int, require_kind
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype
-from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.files import atomic_file, check_no_folder, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, load_model, resolve_checkpoint
 from ddt_fast.sampling.refresh import (
     Probe,
     optimal_refresh_schedule,
@@ -45,9 +42,9 @@ class Study:
     """What the command found.
 
     Attributes:
-        sampling: the settings of the run; refresh_steps are the chosen ones.
+        sampling: the settings of the run, with the chosen refresh_steps.
         probe: times and similarity.
-        chosen, uniform: refresh steps, as many of each.
+        chosen, uniform: refresh steps, the same number of each.
         chosen_errors, uniform_errors: (T,) predicted error of every step.
     """
 
@@ -65,43 +62,44 @@ class Study:
 
     @property
     def share_ratio(self) -> float:
-        """The share of steps without an encoder run."""
+        """Share of the steps without an encoder run."""
         return 1 - len(self.chosen) / self.num_steps
 
     @property
     def summary(self) -> str:
-        """How many steps refresh, in a line."""
+        """The share ratio and the forecast, in words."""
         return f"share ratio {self.share_ratio:.2f}, {self.sampling.state_forecast} between"
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
-    """The options of the command; sampling settings that are not given are the checkpoint's own."""
+def build_parser() -> CommandParser:
+    """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
     add_checkpoint_options(parser)
     add_solver_options(parser)
-    add = parser.add_argument
-    add("--num-refreshes", type=int, help="encoder runs; default: the checkpoint's, else a sixth of the steps")
-    add("--num-samples", type=int, default=8, help="samples of the probe run, seeds 0 and up, through all classes")
-    add("--guidance-every", type=int, help="above 1 the unconditional branch shares no states, and is not compared")
-    add("--output-dir", type=str, default="sharing", help=f"where {_PICTURE} and {_DATA} go")
+    parser.add_options(study_refreshes, "num_refreshes", "num_samples", "output_dir")
+    words = {"guidance_every": "above 1, the unconditional branch shares no states and is not compared"}
+    parser.add_options(SamplingConfig, "guidance_every", words=words, default=None)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and study."""
-    options = build_parser().parse_args(arguments)
-    checkpoint, experiment = chosen_checkpoint(options)
-    given = given_settings(options)
-    study_refreshes(
-        checkpoint,
-        options.output_dir,
-        preset=options.preset,
-        sampling=replace(experiment.sampling, refresh_steps=None, **{**given, "num_refreshes": None}),
-        num_refreshes=given.get("num_refreshes", experiment.sampling.num_refreshes),
-        num_samples=options.num_samples,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        checkpoint, experiment = chosen_checkpoint(options)
+        own, asked = experiment.sampling, options.num_refreshes
+        given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
+        study_refreshes(
+            checkpoint,
+            options.output_dir,
+            preset=options.preset,
+            sampling=own.override(**given),
+            num_refreshes=own.num_refreshes if asked is None else asked,
+            num_samples=options.num_samples,
+            device=options.device,
+            dtype=options.dtype,
+        )
 
 
 def study_refreshes(
@@ -120,20 +118,20 @@ def study_refreshes(
 
     Args:
         checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
-        output_dir: where the two files go.
+        output_dir: where similarity.png and similarity.json go.
         preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
-        sampling: settings of the run; None for the checkpoint's. Which steps refresh there is not read.
-        num_refreshes: encoder runs; None for those of the settings, else a sixth of the steps.
-        num_samples: of the probe run, seeds 0 and up, through all classes.
+        sampling: settings of the run; None takes the checkpoint's. Their refresh steps are ignored.
+        num_refreshes: encoder runs; default: the checkpoint's, else a sixth of the steps.
+        num_samples: samples of the probe run, with seeds 0 and up, spread over all classes.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 for latents where the device has units for it.
+        dtype: "float32", "bfloat16", "float16"; "auto" is bfloat16 for latents if the device has units for it.
 
     Returns:
-        The choice, and what it was made by.
+        The choice, and what it is based on.
 
     Raises:
-        ValueError: settings that are not allowed, or states that are not finite.
-        OSError: files that cannot be read or written.
+        ValueError: a setting is not allowed, or states are not finite.
+        OSError: a file cannot be read or written.
     """
     place, source = choose_device(device), resolve_checkpoint(checkpoint)
     experiment = experiment_of(source, preset)
@@ -144,10 +142,8 @@ def study_refreshes(
     require_int("num_samples", num_samples, 1)
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
     folder = output_folder(output_dir)
-    for name in (_PICTURE, _DATA):
-        if (folder / name).is_dir():
-            raise ValueError(f"{folder / name} is a folder; a file of that name will be written")
-    reference = load_model(source, place, weight_dtype, None if has_config(source) else experiment.model)
+    check_no_folder(folder / _PICTURE, folder / _DATA)
+    reference = load_model(source, place, weight_dtype, experiment.model)
     study = _study(FusedDDT.from_reference(reference), own, experiment.data.sample_size, num_samples, str(source))
     print(_text_view(study), _table(study), sep="\n\n")
     _write(study, source, num_samples, folder)
@@ -187,13 +183,13 @@ def _table(study: Study) -> str:
 
 
 def _text_view(study: Study) -> str:
-    """The similarity matrix in at most 32 rows of shades, two characters a cell; + on the rim marks a refresh."""
+    """The similarity matrix in up to 32 rows of shades, two characters per cell; + on the edge marks a refresh."""
     cells = min(32, study.num_steps)
     # Cell c holds the steps from edges[c] up to edges[c + 1].
     edges = [cell * study.num_steps // cells for cell in range(cells + 1)]
     similarity = np.add.reduceat(np.add.reduceat(study.probe.similarity, edges[:-1], axis=0), edges[:-1], axis=1)
     similarity /= np.outer(np.diff(edges), np.diff(edges))
-    # The angle between states, not its cosine, is what the eye should see grow evenly.
+    # Shades grow evenly with the angle between states, not with its cosine.
     angles = np.arccos(np.clip(similarity, -1, 1))
     largest = max(float(angles.max()), 1e-12)
     shades = ((1 - angles / largest) * (len(_SHADES) - 1)).round().astype(int)
@@ -220,7 +216,7 @@ def _write(study: Study, checkpoint: Path, num_samples: int, folder: Path) -> No
 
 
 def _plot(study: Study) -> Figure:
-    """The similarity as a heat map with the segments of both schedules, above the predicted error of every step."""
+    """A heat map of the similarity with the segments of both schedules, above the predicted error of every step."""
     count = study.num_steps
     figure = Figure(figsize=(8, 10.5), layout="constrained")
     FigureCanvasAgg(figure)

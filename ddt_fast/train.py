@@ -1,43 +1,30 @@
 """Train a DDT: `python -m ddt_fast.train` alone trains the digits preset."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import jsonargparse
-import yaml
-
-from ddt_fast.checks import require_kind, require_path
+from ddt_fast.checks import require, require_kind, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.device import choose_device
-from ddt_fast.files import output_folder
+from ddt_fast.files import output_folder, read_yaml
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks
 from ddt_fast.training.loop import TrainingResult, train
 
 
-def build_parser(preset: str) -> jsonargparse.ArgumentParser:
-    """Every setting of an Experiment as a dotted option; defaults are those of the preset.
-
-    Raises:
-        ValueError: unknown preset.
-    """
+def build_parser(preset: str) -> CommandParser:
+    """Options for every setting of an Experiment, with a preset's defaults; ValueError if there is no such preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} does not exist; allowed: {', '.join(PRESETS)}")
     experiment = PRESETS[preset]
     parser = CommandParser(prog="python -m ddt_fast.train", description=__doc__)
-    parser.add_argument("--config", action="config", help="YAML file of settings; options after it override it")
-    parser.add_argument("--preset", default=preset, help=f"where settings start from: {', '.join(PRESETS)}")
-    parser.add_argument("--output-dir", type=str, help=f"default: runs/{preset}")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run there")
-    parser.add_argument(
-        "--resume", type=str, help="auto: continue the run there from its latest checkpoint, if any; or a checkpoint"
-    )
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it")
+    parser.add_argument("--preset", default=preset, help=f"settings to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--output-dir", type=str, help=f"folder of the run; default: runs/{preset}")
+    parser.add_options(train_model, "overwrite", "resume", "device")
     parser.add_class_arguments(Experiment, fail_untyped=True)
     for field in fields(experiment):
         settings = getattr(experiment, field.name)
@@ -53,21 +40,22 @@ def train_model(
     resume: str | None = None,
     overwrite: bool = False,
 ) -> TrainingResult:
-    """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, but an earlier run is replaced only if told.
+    """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, which replaces an earlier run only on request.
 
     Args:
         experiment: every setting, such as `ddt_fast.presets.PRESETS["digits"]`, changed with dataclasses.replace.
-        output_dir: the run's folder; what is written there is listed at `training.loop.train`.
-        device: "auto", "cpu", "cuda" or "cuda:N".
-        resume: "auto" continues the run there from its latest checkpoint, if any; or a checkpoint's folder.
-        overwrite: replace the results of an earlier run there.
+        output_dir: the run's folder; `training.loop.train` lists what is written there.
+        device: auto, cpu, cuda or cuda:N.
+        resume: auto continues the run in the folder from its latest checkpoint, if any; or the folder of a checkpoint.
+        overwrite: replace the results of an earlier run in the folder.
 
     Returns:
         The last step, the averaged model on the CPU, and its scores.
 
     Raises:
-        ValueError: an earlier run there and neither resume nor overwrite; data or settings that training cannot use.
-        OSError: outputs that cannot be written.
+        ValueError: the folder holds an earlier run and neither resume nor overwrite is given, or training cannot use
+            the data or the settings.
+        OSError: outputs cannot be written.
     """
     chosen = choose_device(device)
     require_kind("experiment", experiment, Experiment)
@@ -75,9 +63,9 @@ def train_model(
     if resume is not None:
         require_path("resume", resume)
     if overwrite and resume is not None:
-        raise ValueError("overwrite and resume exclude each other; give one")
+        raise ValueError("`overwrite` and `resume` are both given; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
-        raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
+        raise ValueError(f"{folder} holds an earlier run; set `resume` or `overwrite`, or name another folder")
     return train(experiment, folder, chosen, resume)
 
 
@@ -89,11 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parser.instantiate(parser.parse_args(arguments))
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
-    if not isinstance(options.overwrite, bool):
-        raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
+    require(isinstance(options.overwrite, bool), "overwrite", options.overwrite, "true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     name = f"runs/{preset}" if options.output_dir is None else options.output_dir
-    result = train_model(experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite)
+    with parser.naming_options():
+        result = train_model(
+            experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite
+        )
     output_dir = Path(name)
     if result.model is None:
         if result.step < experiment.training.max_steps and process_ranks().rank == 0:
@@ -107,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _find_preset(arguments: Sequence[str] | None) -> str:
-    """The preset named on the command line or in a --config file, else digits: it decides the defaults, so it must be
+    """The preset named on the command line or in a --config file, else digits. It sets the defaults, so it must be
     known before the parser is built. ValueError if two are named."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset")
@@ -119,11 +109,9 @@ def _find_preset(arguments: Sequence[str] | None) -> str:
     named = {options.preset} - {None}
     for file in options.config:
         try:
-            settings = yaml.safe_load(Path(file).read_text())
+            settings = read_yaml(Path(file))
         except OSError as error:
             raise ValueError(f"config file {file} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"config file {file} is not valid YAML: {error}") from error
         parts = {"": settings}
         if isinstance(settings, dict):
             parts = {f" under {f.name}": settings[f.name] for f in fields(Experiment) if f.name in settings}

@@ -1,9 +1,45 @@
-"""Words that messages share."""
+"""What messages share: their words, and lines on stderr that leave a progress bar whole."""
 
-from __future__ import annotations
+import json
+import sys
+from typing import Any
+
+from tqdm import tqdm
 
 
 def plural(number: int, noun: str) -> str:
     """A number of things: "1 image", "50,000 images", "0 classes"."""
     ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}{ending}"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line of up to 200 characters; its type if it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """The settings (plain JSON values) in which two dictionaries differ: "sampling.num_steps 25, now 50"."""
+    found = []
+    for name in {**theirs, **ours}:
+        a, b = theirs.get(name), ours.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} {_short(a)}, now {_short(b)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def tell(text: str) -> None:
+    """Print a line on stderr, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """As `tell`, marked as a warning."""
+    tell(f"warning: {text}")

@@ -65,7 +65,7 @@ IMPOSSIBLE = {
         ({"dtype": "float16"}, "dtype is 'float16'; allowed: float32, bfloat16"),
         ({"compile": "yes"}, "compile is 'yes'; allowed: true or false"),
         ({"accumulation_steps": 3}, r"accumulation_steps is 3; allowed: a divisor of batch_size \(128\)"),
-        ({"score_samples": 10}, "score_samples is 10; allowed: 0, or 65 and more"),
+        ({"score_samples": 10}, "score_samples is 10; allowed: 0, or 65 or more"),
         ({"wandb": ""}, "wandb is ''; allowed: the name of a project, or null"),
         ({"repa_encoder": ""}, "repa_encoder is ''; allowed: a hub id or a folder"),
     ],

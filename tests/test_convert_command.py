@@ -116,7 +116,7 @@ def test_what_training_starts_from_must_fit_its_model(place):
 def test_an_export_without_raw_weights_says_so(place, capsys):
     save_model(golden.model(NAME), place / "model", DATA, SAMPLING)
     run(place, "{0}/model", "{0}/back.ckpt")
-    assert "no raw weights known: denoiser.* are the same as ema_denoiser.*" in capsys.readouterr().out
+    assert "there are no raw weights: denoiser.* are the same as ema_denoiser.*" in capsys.readouterr().out
     back = read_lightning(place / "back.ckpt")
     assert same(back.raw, EMA)
     assert same(back.ema, EMA)
@@ -151,7 +151,7 @@ def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
     guessed = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings(None, None))
     said = capsys.readouterr().out
     assert "guessed from the shapes, preset xl2_256" in said
-    assert "if this is xl2_512, whose shapes are the same, add --preset xl2_512" in said
+    assert "if this is xl2_512, which has the same shapes, add --preset xl2_512" in said
     assert "settings: 100 classes, from the shapes" in said
     assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
     named = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings("xl2_512", None))
@@ -211,7 +211,7 @@ def nothing(place):
         (
             released(fewer_names),
             TO_FOLDER,
-            "tensors missing (such as blocks.0.norm1.weight); 1 tensor unexpected (such as pos",
+            "missing tensors (such as blocks.0.norm1.weight); 1 unexpected tensor (such as pos",
         ),
         (
             raw_of_another_model,
@@ -239,13 +239,13 @@ def nothing(place):
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "config is for checkpoints without"),
         (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both source and out"),
         (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; name a folder"),
-        (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is no folder"),
+        (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is not a folder"),
         (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
-        (nothing, ("{0}/released.ckpt", ""), "out has an empty name"),
+        (nothing, ("{0}/released.ckpt", ""), "out is empty"),
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
-        (nothing, (*TO_FOLDER, "--preset", "digits"), "preset and config are both given"),
+        (nothing, (*TO_FOLDER, "--preset", "digits"), "--preset and --config are both given"),
         (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),
-        (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 has not"),
+        (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 does not have"),
         (nothing, (*TO_FOLDER[:2], "--config", "{0}/nowhere.yaml"), "nowhere.yaml does not exist"),
         (nothing, (*TO_FOLDER[:2], "--config", "{0}/released.ckpt"), "is not a valid configuration"),
         (nothing, (*TO_FOLDER, "--weights", "best"), "--weights"),

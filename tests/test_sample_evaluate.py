@@ -100,7 +100,7 @@ def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, referen
     with np.load(reference) as archive:
         for i, image in enumerate(archive["arr_0"]):
             Image.fromarray(np.pad(image, ((0, 0), (i % 2, i % 2), (0, 0)))).save(photos / f"{i:03d}.png")
-    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; .*: --center-crop cuts a folder's"):
+    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; .*; --center-crop crops a folder's"):
         sample(tmp_path / "out", *scoring(str(photos)))
     assert not (tmp_path / "out" / "samples.npz").exists()
     sample(tmp_path / "out", *scoring(str(photos)), "--center-crop", "8")
@@ -177,7 +177,7 @@ def test_features_that_another_process_did_not_leave_come_from_the_samples(
     else:
         as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
     check(tmp_path, expected)
-    assert "features of 60 of 123 images are taken from " in capsys.readouterr().out
+    assert "features of 60 of 123 images are computed from " in capsys.readouterr().out
 
 
 def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expected, monkeypatch):
@@ -286,7 +286,7 @@ def test_inception_features(tmp_path):
         (["--evaluate", "{large}"], "samples have 64 features, the reference 256; they must match"),
         (["--evaluate", "{statistics}"], "samples have 64 features, the reference 3; they must match"),
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
-        (["--metrics", "sfid"], "sfid cannot be computed: these features have none for sFID"),
+        (["--metrics", "sfid"], "sfid cannot be computed: these features have no part for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
         (["--evaluate-features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not"),
         (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),

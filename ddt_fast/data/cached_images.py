@@ -1,6 +1,4 @@
-"""The images behind a latent cache, read again: for features that are computed while training instead of cached."""
-
-from __future__ import annotations
+"""The images behind a latent cache, read again to compute features during training instead of caching them."""
 
 from pathlib import Path
 
@@ -16,21 +14,18 @@ from ddt_fast.wording import plural
 
 
 class CachedImages:
-    """The centre crops that the latents of a cache were encoded from.
+    """The centre crops that the latents of a cache were encoded from. ValueError if root is not an image folder or its
+    file names differ from the cache's, or the dataset is LightningDiT's, which does not record its images.
 
     Args:
         root: the image folder that the cache was made from, wherever it is now.
         dataset: the cache.
-
-    Raises:
-        ValueError: not an image folder, or one with other file names than the cache; LightningDiT's shards, which do
-            not say what they were made from.
     """
 
     def __init__(self, root: Path, dataset: LatentDataset) -> None:
         settings = dataset.settings
         if settings is None:
-            raise ValueError("LightningDiT's shards do not say which image is which; images need a ddt-fast cache")
+            raise ValueError("LightningDiT's shards do not record their images; expected a cache of ddt-fast")
         folder = list_images(root)
         if len(folder.files) != settings.num_images:
             raise ValueError(
@@ -43,17 +38,14 @@ class CachedImages:
         self.image_size = settings.image_size
 
     def read(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
-        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB.
-
-        Raises:
-            ValueError: an image that cannot be read any more; the message names the file.
-        """
+        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB. ValueError if an
+        image can no longer be read; the message names the file."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
             path = self._root / self._files[place]
             try:
                 pixels = read_image(path, self.image_size).numpy()
             except UnreadableImageError as error:
-                raise ValueError(f"{path} was readable when its latent was cached, now it is not: {error}") from error
+                raise ValueError(f"{path} was readable when its latent was cached, but now is not: {error}") from error
             image[:] = pixels[..., ::-1] if flip else pixels
         return torch.from_numpy(images)

@@ -1,7 +1,5 @@
 """The embedded data set: scikit-learn's 1,797 hand-written digits, 8x8 grey, 17 levels, 10 classes."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,9 +31,9 @@ class DigitsDataset:
         return len(self.labels)
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
-        """(n, 1, 8, 8) float32: the images of these indices. There is nothing to flip and nothing to draw."""
-        # By numpy: torch would start OpenMP threads of its own for the loader's, and OpenMP, seeing more threads than
-        # cores, then lets all of them sleep between operations, which halves the speed of training on a CPU.
+        """(n, 1, 8, 8) float32: the images of these indices, neither flipped nor random."""
+        # Indexed by NumPy: torch would start OpenMP threads for each of the loader's threads. With more threads than
+        # cores, OpenMP lets all of them sleep between operations, which halves the speed of training on a CPU.
         return torch.from_numpy(self._images[indices])
 
     def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:

@@ -1,10 +1,7 @@
-"""From an image folder to a latent cache: decoding in worker processes, encoding, shard after shard."""
-
-from __future__ import annotations
+"""From an image folder to a latent cache: images are decoded in worker processes and encoded shard by shard."""
 
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +14,19 @@ from ddt_fast.autoencoder import Encoder
 from ddt_fast.checks import require, require_int
 from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError, read_image
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
+from ddt_fast.device import dtype_name
 from ddt_fast.dinov2 import DinoV2
 from ddt_fast.ranks import Ranks, process_ranks
-from ddt_fast.wording import plural
+from ddt_fast.wording import plural, tell, warn
 
 
 class DecodedBatch(NamedTuple):
-    """Some consecutive images of one shard: those that could be read, and the others.
+    """Consecutive images of one shard.
 
     Attributes:
-        places: (n,) int64, in the sorted image list.
-        images: (n, 3, size, size) uint8.
-        unreadable: the images that are not among them.
+        places: (n,) int64 places of the readable images in the sorted list.
+        images: (n, 3, size, size) uint8, the readable images.
+        unreadable: the others.
     """
 
     places: Tensor
@@ -64,7 +62,7 @@ def cache_settings(
     shard_size: int | None,
     batch_size: int,
 ) -> CacheSettings:
-    """The settings of a cache of these images by these encoders; ValueError for values that are not allowed."""
+    """The settings of a cache of these images, made by these encoders; ValueError for values that are not allowed."""
     storage_dtype(dtype)
     factor = encoder.pixels_per_latent
     allowed = f"multiples of {factor}, the autoencoder's factor"
@@ -80,7 +78,7 @@ def cache_settings(
         scaling_factor=encoder.scaling_factor,
         latent_shape=(encoder.latent_channels, image_size // factor, image_size // factor),
         dtype=dtype,
-        compute_dtype=str(encoder.vae.dtype).removeprefix("torch."),
+        compute_dtype=dtype_name(encoder.vae.dtype),
         flips=flips,
         shard_size=shard_size,
         batch_size=batch_size,
@@ -104,28 +102,24 @@ def encode_images(
     num_workers: int | None = None,
     verify: bool = False,
 ) -> dict[str, Any] | None:
-    """Write the shards K with K % world_size == rank that are not there yet; the last process to finish writes the
-    manifest.
-
-    Images that cannot be read are reported on stderr as they come and are left out; so is progress.
+    """Write the missing shards K with K % world_size == rank; the last process to finish writes the manifest and
+    returns it, the others return None. Images that cannot be read are left out; they, and the progress, are reported on
+    stderr.
 
     Args:
         folder: the images.
         output: the cache.
-        encoder: on the device to use.
-        settings: of `cache_settings`.
-        repa_encoder: whose features to write as well; the one that the settings are of.
-        ranks: this process among those that share the work, which need not know of each other; default: torchrun's.
+        encoder: the encoder, on the device to use.
+        settings: the result of `cache_settings`.
+        repa_encoder: the DINOv2 of the settings, to write its features too.
+        ranks: this process's rank among those that share the work, which do not communicate; default: torchrun's.
         num_workers: processes that decode images; 0 decodes in this one. Default: this process's share of the CPUs.
-        verify: read finished shards and compare their checksums, rather than their sizes alone.
-
-    Returns:
-        The manifest, or None while other processes are still at work.
+        verify: compare the checksums of finished shards, not only their sizes.
 
     Raises:
-        ValueError: settings that differ from those the cache was begun with, a folder that holds something else,
-            latents or features that are not finite.
-        OSError: no space left, or another failure of the file system; finished shards are kept.
+        ValueError: the cache was begun with other settings, the folder holds something else, or latents or features
+            are not finite.
+        OSError: no space is left, or the file system fails otherwise; finished shards are kept.
     """
     ranks = ranks or process_ranks()
     if num_workers is None:
@@ -136,8 +130,7 @@ def encode_images(
     finished = cache.finished_shards(own, verify=verify)
     todo = [shard for shard in own if shard not in finished]
     if finished:
-        message = f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} finished already"
-        tqdm.write(message, file=sys.stderr)
+        tell(f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} are already finished")
     if todo:
         _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, ranks.who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:
@@ -155,7 +148,7 @@ def _encode_shards(
     who: str,
 ) -> None:
     settings = cache.settings
-    shards, batches = [], []  # the images of each batch, and the shard that they are of
+    shards, batches = [], []  # the images of each batch, and their shard
     for shard in todo:
         images = settings.shard_range(shard)
         for start in range(0, len(images), settings.batch_size):
@@ -179,11 +172,11 @@ def _encode_shards(
             encoded = _encode(batch.images, encoder, repa_encoder, settings)
             parts.append({**encoded, "labels": labels[batch.places], "index": batch.places})
             for image in batch.unreadable:
-                tqdm.write(f"warning: {image.file} is left out: {image.reason}", file=sys.stderr)
+                warn(f"{image.file} is left out: {image.reason}")
             unreadable += batch.unreadable
             progress.update(len(batch.places) + len(batch.unreadable))
             if shard != following:
-                # Popped: a shard's features are gigabytes, which need not be there twice.
+                # Popped, because a shard's features take gigabytes: they should not be in memory twice.
                 tensors = {name: torch.cat([part.pop(name) for part in parts]) for name in tuple(parts[0])}
                 cache.write_shard(shard, tensors, unreadable)
                 parts, unreadable = [], []
@@ -208,7 +201,7 @@ def _encode(
 
 
 def _stored(values: Tensor, what: str, settings: CacheSettings) -> Tensor:
-    """Values as a shard holds them; ValueError if they are not finite, or too large for that."""
+    """Values as a shard holds them; ValueError if they are not finite or too large for its dtype."""
     stored = values.to("cpu", storage_dtype(settings.dtype)).contiguous()
     if not stored.isfinite().all():
         largest = values.abs().max().item()

@@ -1,18 +1,20 @@
-"""Images in class folders, as ImageNet comes, and the crop that ADM and its successors train on."""
-
-from __future__ import annotations
+"""Images in class folders, as in ImageNet, and the crop that ADM and its successors train on."""
 
 import os
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+
+Images = NDArray[np.uint8]
+"""(N, H, W, 3) RGB."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,19 @@ class ImageFolder:
     labels: tuple[int, ...]
     ignored: tuple[str, ...]
 
-    @property
-    def class_counts(self) -> list[int]:
-        """Images per class."""
-        counts = Counter(self.labels)
-        return [counts[label] for label in range(len(self.class_names))]
+
+def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """For a folder and each one below it: its path, its images and its other files, told apart by name. Hidden folders
+    are skipped, and hidden files are not images."""
+    for place, inner, names in os.walk(folder, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS and name[0] != "."]
+        yield Path(place), images, sorted({*names} - {*images})
 
 
 def list_images(root: Path) -> ImageFolder:
-    """Every image below the sub-folders of root; names decide, nothing is opened. Hidden folders are skipped.
-
-    Raises:
-        ValueError: root is not a folder, has no sub-folders, or a sub-folder holds no images.
-    """
+    """List every image below the sub-folders of root (see `find_images`); nothing is opened. ValueError if root is not
+    a folder, has no sub-folders, or a sub-folder holds no images."""
     if not root.is_dir():
         raise ValueError(f"image folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     with os.scandir(root) as scan:
@@ -58,12 +60,10 @@ def list_images(root: Path) -> ImageFolder:
     ignored = [entry.name for entry in entries if not entry.is_dir()]
     for label, name in enumerate(class_names):
         found: list[str] = []
-        for folder, inner, names in os.walk(root / name, followlinks=True):
-            inner[:] = [other for other in inner if not other.startswith(".")]
-            place = Path(folder).relative_to(root).as_posix()
-            for file in names:
-                is_image = os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-                (found if is_image else ignored).append(f"{place}/{file}")
+        for folder, images, others in find_images(root / name):
+            place = folder.relative_to(root).as_posix()
+            found += [f"{place}/{file}" for file in images]
+            ignored += [f"{place}/{file}" for file in others]
         if not found:
             raise ValueError(
                 f"class folder {root / name} holds no images; allowed: {', '.join(sorted(EXTENSIONS))} (or remove it)"
@@ -74,8 +74,8 @@ def list_images(root: Path) -> ImageFolder:
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle size x size pixels after the short side was resized to size, as ADM does it (arXiv 2105.05233,
-    guided-diffusion): halved with a box filter while it is at least 2 * size, then bicubic."""
+    """Resize the short side to `size` and take the middle size x size pixels, as ADM does (arXiv 2105.05233,
+    guided-diffusion): halve with a box filter while the side is at least 2 * size, then resize bicubically."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -89,11 +89,8 @@ class UnreadableImageError(Exception):
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """The centre crop of an image file, (3, size, size) uint8 RGB.
-
-    Raises:
-        UnreadableImageError: missing, unreadable, truncated, or not an image.
-    """
+    """Read the centre crop of an image file, (3, size, size) uint8 RGB. UnreadableImageError if the file is missing,
+    unreadable, truncated, or not an image."""
     try:
         with Image.open(path) as image:
             cropped = center_crop(image.convert("RGB"), size)
@@ -105,5 +102,5 @@ def read_image(path: Path, size: int) -> Tensor:
         raise UnreadableImageError(error.strerror or str(error)) from error
     except Exception as error:  # a decoder may raise anything on damaged bytes: SyntaxError, IndexError, …
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-    # Transposed by numpy: torch would start threads for it, which would wait for those of other images.
+    # Transposed by NumPy: torch would start threads, which would wait for those of other images.
     return torch.from_numpy(np.array(np.asarray(cropped).transpose(2, 0, 1), order="C"))

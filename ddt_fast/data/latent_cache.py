@@ -1,38 +1,36 @@
 """The latent cache: an image folder, encoded once, as shards of posterior means and log-variances.
 
 A cache is a folder of
-    settings.json                               what it is made from and how; written first, a later run must agree
+    settings.json                               what it is made from and how; written first, and later runs must agree
     latents-K-of-N.safetensors                  mean, logvar (M, C, h, w), with flips also mean_flip and logvar_flip;
                                                 labels, index (M,) int64: class and place in the sorted image list;
                                                 with a REPA encoder features (and features_flip) (M, N', F)
-    latents-K-of-N.json                         count, size and checksum of that shard, and the images it lacks
+    latents-K-of-N.json                         count, size and checksum of that shard, and its unreadable images
     manifest.json                               settings, counts, shards with checksums, unreadable images; written last
     verified.json                               shards whose checksums a training run has compared (`verification`)
 
-Shard K covers shard_size images from K * shard_size on, in batches that do not cross its ends: its bytes depend on the
-images and the settings, not on how many processes there were or how often they were stopped. A shard is finished once
-its file has its final name; its .json is written just before.
+Shard K covers the shard_size images from K * shard_size, in batches that do not cross its ends: its bytes depend on the
+images and the settings, not on the number of processes or how often they were stopped. A shard is finished once its
+file has its final name; its .json is written just before.
 """
 
-from __future__ import annotations
-
 import hashlib
-import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
-from ddt_fast.files import atomic_file, read_json, write_json, writing
+from ddt_fast.checks import require_choice
+from ddt_fast.device import DTYPES
+from ddt_fast.files import atomic_file, file_sha256, plain, read_json, write_json, writing
+from ddt_fast.wording import differences, warn
 
 VERSION = 1
 SETTINGS, MANIFEST, VERIFIED = "settings.json", "manifest.json", "verified.json"
@@ -50,19 +48,19 @@ class CacheSettings:
     Args:
         image_size: side of the square crop in pixels.
         autoencoder: hub id or local folder of the AutoencoderKL.
-        autoencoder_sha256: of its weights.
-        scaling_factor: what a drawn latent is multiplied by.
+        autoencoder_sha256: checksum of its weights.
+        scaling_factor: factor on a drawn latent.
         latent_shape: (C, h, w) of one latent.
-        dtype: of the stored latents, "float16" or "bfloat16".
-        compute_dtype: of the autoencoder.
+        dtype: dtype of the stored latents, "float16" or "bfloat16".
+        compute_dtype: dtype of the autoencoder.
         flips: whether the mirrored images are encoded too.
         shard_size: images per shard.
         batch_size: images per call of the autoencoder.
-        num_images: of the image folder, readable or not.
-        images_sha256: of their names.
+        num_images: images in the folder, readable or not.
+        images_sha256: checksum of their names.
         class_names: label i is class_names[i].
         repa_encoder: hub id or local folder of the DINOv2 whose features are cached too; None without features.
-        repa_encoder_sha256: of its weights.
+        repa_encoder_sha256: checksum of its weights.
         feature_shape: (N', F) of one image's features, a square grid row by row.
     """
 
@@ -85,8 +83,8 @@ class CacheSettings:
     version: int = field(default=VERSION, init=False)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> CacheSettings:
-        """The settings in a manifest; KeyError, TypeError or ValueError if some are missing or wrong."""
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        """The settings in a manifest; KeyError, TypeError or ValueError if any are missing or wrong."""
         known = {entry.name for entry in fields(cls) if entry.init}
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items() if name in known
@@ -95,7 +93,7 @@ class CacheSettings:
 
     @property
     def num_shards(self) -> int:
-        """Shards, the last one possibly shorter."""
+        """Number of shards; the last may be shorter."""
         return -(-self.num_images // self.shard_size)
 
     def shard_range(self, shard: int) -> range:
@@ -109,7 +107,7 @@ class CacheSettings:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that is not in the cache: its place in the sorted list, its path below the image folder, and why."""
+    """An image that is not in the cache: its place in the sorted list, its path below the image folder, the reason."""
 
     index: int
     file: str
@@ -128,12 +126,12 @@ class CacheFolder:
     """A cache being written, by this process and possibly by others that own other shards.
 
     Args:
-        path: the folder; created if it is missing.
-        settings: of this run.
+        path: the folder; created if missing.
+        settings: the settings of this run.
 
     Raises:
         ValueError: the folder holds something else, or a cache with other settings (the message names them).
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, path: Path, settings: CacheSettings) -> None:
@@ -144,19 +142,17 @@ class CacheFolder:
 
     def _agree_on_settings(self) -> None:
         target = self.path / SETTINGS
-        ours = _plain(self.settings)
+        ours = plain(asdict(self.settings))
         if not target.exists():
             with writing(target):
                 write_json(target, ours)
-        theirs = read_json(target)
-        changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        if changed:
-            shown = "; ".join(f"{name} {_short(theirs.get(name))}, now {_short(ours.get(name))}" for name in changed)
+        if changed := differences(read_json(target), ours):
+            shown = "; ".join(changed)
             raise ValueError(f"{self.path} was begun with other settings: {shown}; use another output folder")
 
     def finished_shards(self, shards: Iterable[int], *, verify: bool = False) -> set[int]:
-        """Those of `shards` that exist with the size on record; with verify, also with the checksum on record. Damaged
-        ones are reported and count as unfinished."""
+        """The shards that exist with the recorded size and, with verify, the recorded checksum. Damaged shards are
+        reported and count as unfinished."""
         finished = set()
         for shard in shards:
             name = self.settings.shard_name(shard)
@@ -166,25 +162,23 @@ class CacheFolder:
             record = read_json(self.path / f"{name}.json") if (self.path / f"{name}.json").exists() else {}
             damage = None
             if file.stat().st_size != record.get("bytes"):
-                damage = f"is {file.stat().st_size} bytes, {record.get('bytes', 'not')} on record"
+                damage = f"has {file.stat().st_size} bytes; expected {record.get('bytes', 'a record of its size')}"
             elif verify and file_sha256(file) != record["sha256"]:
-                damage = "does not have the checksum on record"
+                damage = "does not have the recorded checksum"
             if damage:
-                tqdm.write(f"warning: {file} {damage}; it is made again", file=sys.stderr)
+                warn(f"{file} {damage}; making it again")
             else:
                 finished.add(shard)
         return finished
 
     def write_shard(self, shard: int, tensors: dict[str, Tensor], unreadable: list[Unreadable]) -> None:
-        """Write shard number `shard`; it is finished once this returns, and not before.
+        """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
+        otherwise; finished shards are unchanged.
 
         Args:
             shard: its number.
-            tensors: what it holds, by name.
-            unreadable: its images that are not among them.
-
-        Raises:
-            OSError: no space left, or another failure of the file system; finished shards are unchanged.
+            tensors: its content, by name.
+            unreadable: the images of the shard that could not be read.
         """
         self.remove_temporaries(shard)
         name = self.settings.shard_name(shard)
@@ -203,7 +197,7 @@ class CacheFolder:
             write_json(self.path / f"{name}.json", record)
 
     def remove_temporaries(self, shard: int | None = None) -> None:
-        """Remove what stopped runs left half-written, of one shard or of all."""
+        """Remove the half-written files of stopped runs, for one shard or all."""
         prefix = "" if shard is None else f".{self.settings.shard_name(shard)}."
         for entry in list(self.path.iterdir()):
             if re.fullmatch(_TEMPORARY, entry.name) and entry.name.startswith(prefix):
@@ -220,7 +214,7 @@ class CacheFolder:
             counts.update(record["labels"])
         manifest = {
             "version": VERSION,
-            "settings": _plain(self.settings),
+            "settings": plain(asdict(self.settings)),
             "count": sum(record["count"] for record in records),
             "class_counts": [counts[str(label)] for label in range(len(self.settings.class_names))],
             "shards": [{key: record[key] for key in ("file", "count", "bytes", "sha256")} for record in records],
@@ -233,33 +227,16 @@ class CacheFolder:
 
 
 def check_owned(path: Path) -> None:
-    """ValueError if a folder holds something that a cache does not."""
+    """ValueError if a folder holds anything but a cache."""
     names = sorted(entry.name for entry in path.iterdir())
     foreign = [name for name in names if not re.fullmatch(_OWNED, name)]
     if not foreign and SETTINGS not in names:
         foreign = [name for name in names if not name.startswith(".")]
     if foreign:
-        raise ValueError(f"output folder {path} holds {foreign[0]}, which is not of a cache begun there; name another")
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        raise ValueError(f"output folder {path} holds {foreign[0]}, which is not part of a cache; name another folder")
 
 
 def storage_dtype(name: str) -> torch.dtype:
     """The dtype of stored latents by name; ValueError for others."""
-    if name not in ("float16", "bfloat16"):
-        raise ValueError(f"dtype is {name!r}; allowed: float16, bfloat16")
-    return torch.float16 if name == "float16" else torch.bfloat16
-
-
-def _plain(settings: CacheSettings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(settings)))
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 4:
-        return f"{len(value)} names"
-    return str(value) if len(str(value)) <= 80 else str(value)[:77] + "..."
+    require_choice("dtype", name, Literal["float16", "bfloat16"])
+    return DTYPES[name]

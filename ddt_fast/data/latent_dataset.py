@@ -1,7 +1,5 @@
 """Reading latents: memory-mapped shards of ddt-fast's cache, or of LightningDiT's."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import json
@@ -21,20 +19,21 @@ from torch import Tensor
 
 from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, storage_dtype
 from ddt_fast.files import read_json
+from ddt_fast.wording import one_line
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no madvise
 
 
 class Shard:
-    """A safetensors file, mapped into memory: its tensors read from disk what is looked at, when it is.
+    """A safetensors file mapped into memory: parts of its tensors are read from disk when they are used.
 
     Attributes:
         path: the file.
-        tensors: by name; they are not to be written to.
+        tensors: its tensors by name; do not write to them.
 
     Raises:
-        ValueError: not a safetensors file, or a truncated one.
+        ValueError: the file is not safetensors, or is truncated.
         OSError: it cannot be read.
     """
 
@@ -46,11 +45,11 @@ class Shard:
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
         for tensor in self.tensors.values() if _LIBC else ():
-            # Rows are visited at random: reading ahead would fetch what is not needed.
+            # Rows are visited in random order: reading ahead would fetch what is not needed.
             _advise(mmap.MADV_RANDOM, tensor.data_ptr(), tensor.nbytes)
 
     def prefetch(self, name: str, row: int) -> None:
-        """Have the operating system read a row of a tensor now, without waiting for it."""
+        """Ask the operating system to read a row of a tensor, without waiting for it."""
         if _LIBC is None:
             return
         tensor = self.tensors[name]
@@ -67,8 +66,8 @@ def _advise(advice: int, address: int, length: int) -> None:
 
 @dataclass(frozen=True)
 class _Names:
-    """Tensor names of one view of the images: the posterior's mean and logvar, or drawn latents and None; and of its
-    features, if they are read."""
+    """Tensor names for the images or for the mirrored ones: the posterior's mean and logvar, or drawn latents and None;
+    and the features, if they are read."""
 
     mean: str
     logvar: str | None
@@ -76,36 +75,36 @@ class _Names:
 
 
 class LatentDataset:
-    """Cached latents of a folder: a cache of `python -m ddt_fast.cache_latents`, or LightningDiT's shards.
+    """The cached latents of a folder: a cache of `python -m ddt_fast.cache_latents`, or LightningDiT's shards.
 
-    The latter (`latents`, `latents_flip`, `labels` in each *.safetensors, files in order of their names, no manifest)
-    hold one draw from each posterior, before any normalisation, and do not say how to scale it.
+    LightningDiT's shards (`latents`, `latents_flip`, `labels` in each *.safetensors, in the order of their names,
+    without a manifest) hold one draw from each posterior, not normalised, and do not record its scale.
 
     Args:
         folder: the cache.
-        shape: the (C, h, w) that latents must have; None takes what is there.
-        scaling_factor: what latents are multiplied with. None is the cache's own; LightningDiT's shards need it.
-        channel_stats: for LightningDiT's shards, its `latents_stats.pt` ({"mean", "std"}, C values each): latents
-            become (latents - mean) / std * scaling_factor. None leaves this out, right for Stable Diffusion's VAE.
-        features: also read the DINOv2 features that `ddt_fast.cache_latents --repa-encoder` put there.
+        shape: the (C, h, w) that latents must have; None accepts any.
+        scaling_factor: factor on the latents. None takes the cache's own; LightningDiT's shards need it.
+        channel_stats: LightningDiT's `latents_stats.pt` ({"mean", "std"}, C values each): latents become
+            (latents - mean) / std * scaling_factor. None, for Stable Diffusion's VAE, does not normalise.
+        features: also read the DINOv2 features that `ddt_fast.cache_latents --repa-encoder` cached.
 
     Attributes:
-        folder: as given.
-        checksums: sha256 of each shard by its file name, from the manifest; only sizes are compared here. Empty for
+        folder: the cache.
+        checksums: SHA-256 of each shard by its file name, from the manifest; only sizes are compared here. Empty for
             LightningDiT's shards.
         labels: (N,) int64.
         shape: (C, h, w).
-        scaling_factor: as applied.
-        num_classes: classes of the image folder; of LightningDiT's shards, the highest label + 1.
-        has_flips: whether mirrored images are there.
-        has_posterior: whether latents can be drawn anew.
+        scaling_factor: the factor applied.
+        num_classes: classes of the image folder; for LightningDiT's shards, the highest label + 1.
+        has_flips: whether there are mirrored images.
+        has_posterior: whether latents can be drawn again.
         settings: what the cache was made from and how; None for LightningDiT's shards.
         feature_shape: (N', F) of an image's features; None unless they are read.
 
     Raises:
-        ValueError: not a cache, an unfinished one, one without the features that are asked for, or shards that are
-            missing, truncated, damaged or of another size of latents or features; the message names the file.
-        OSError: files that cannot be read.
+        ValueError: the folder is not a cache, is unfinished or lacks the features, or shards are missing, truncated,
+            damaged or have other shapes; the message names the file.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class LatentDataset:
         self.settings: CacheSettings | None = None
         if (folder / MANIFEST).exists():
             if channel_stats is not None:
-                raise ValueError(f"{folder} has a manifest, which says how to scale; leave channel_stats out")
+                raise ValueError(f"{folder} has a manifest, which records the scale; leave channel_stats out")
             self.settings = self._open_cache(folder)
             if scaling_factor not in (None, self.settings.scaling_factor):
                 own = self.settings.scaling_factor
@@ -137,7 +136,7 @@ class LatentDataset:
             if not self._shards:
                 raise ValueError(f"{folder} holds no latents: neither {MANIFEST} nor *.safetensors")
             if scaling_factor is None:
-                raise ValueError(f"the shards of {folder} do not say how they are scaled; give a scaling factor")
+                raise ValueError(f"the shards of {folder} do not record their scale; give a scaling factor")
         self.scaling_factor = scaling_factor
         self.feature_shape = self.settings.feature_shape if self.settings and features else None
         if features and self.feature_shape is None:
@@ -160,8 +159,8 @@ class LatentDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Checksum that tells these latents from others: of what they were made from and how, or of one of them if the
-        shards do not say; of labels and scale. The same cache in another folder, or made again, has the same."""
+        """Checksum of what the latents were made from and how (or of one latent, if the shards do not record it), of
+        labels and scale. A copy of a cache, or the same cache made again, has the same."""
         made: list[Any] = [self.shape, self.has_flips, self._scale.tolist()]
         made.append(None if self._shift is None else self._shift.tolist())
         if self.settings is None:
@@ -177,7 +176,7 @@ class LatentDataset:
         path = folder / MANIFEST
         manifest = read_json(path)
         if manifest.get("version") != VERSION:
-            raise ValueError(f"{path} is of version {manifest.get('version')}; this ddt-fast reads {VERSION}")
+            raise ValueError(f"{path} has version {manifest.get('version')}; this ddt-fast reads version {VERSION}")
         try:
             sizes = {folder / record["file"]: record["bytes"] for record in manifest["shards"]}
             self.checksums = {record["file"]: record["sha256"] for record in manifest["shards"]}
@@ -187,14 +186,14 @@ class LatentDataset:
         self._shards = []
         for file, size in sizes.items():
             if not file.exists():
-                raise ValueError(f"{file} is missing, {path} lists it; run ddt_fast.cache_latents again to make it")
+                raise ValueError(f"{file} is missing, but {path} lists it; run ddt_fast.cache_latents again")
             if file.stat().st_size != size:
-                raise ValueError(f"{file} is {file.stat().st_size} bytes; {path} says {size}")
+                raise ValueError(f"{file} has {file.stat().st_size} bytes; {path} says {size}")
             self._shards.append(Shard(file))
         return settings
 
     def _check_shards(self, shape: Sequence[int] | None) -> None:
-        """Find out what the shards hold, and that each holds it in the same shape and dtype."""
+        """Find out what the shards hold, and check that all hold it in the same shape and dtype."""
         first = self._shards[0].tensors
         self.has_posterior = "mean" in first
         name = "mean" if self.has_posterior else "latents"
@@ -225,7 +224,7 @@ class LatentDataset:
                     raise ValueError(f"{shard.path} holds {entry} as {tensor.dtype}")
 
     def _set_scale(self, channel_stats: Path | None) -> None:
-        """latents = drawn * self._scale + self._shift, per channel, or by one number where shift is None."""
+        """Set latents = drawn * self._scale + self._shift: one number per channel, or a single scale and no shift."""
         self._scale: Tensor = torch.tensor(float(self.scaling_factor))
         self._shift: Tensor | None = None
         if channel_stats is None:
@@ -234,28 +233,27 @@ class LatentDataset:
             stats = torch.load(channel_stats, map_location="cpu", weights_only=True)
             mean, std = (stats[name].float().reshape(self.shape[0], 1, 1) for name in ("mean", "std"))
         except Exception as error:  # the unpickler may raise anything on damaged bytes
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"channel statistics {channel_stats} cannot be used: {reason}") from error
+            raise ValueError(f"channel statistics {channel_stats} cannot be used: {one_line(error)}") from error
         self._scale = self._scale / std
         self._shift = -mean * self._scale
 
     def image_places(self) -> NDArray[np.int64]:
         """(N,) places of the latents' images in the sorted list of the image folder; ValueError if the shards do not
-        say."""
+        record them."""
         places = []
         for shard, count in zip(self._shards, np.diff(self._ends, prepend=0).tolist(), strict=True):
             index = shard.tensors.get("index")
             if index is None or index.dtype != torch.int64 or tuple(index.shape) != (count,):
-                raise ValueError(f"{shard.path} does not say which images its latents are of")
+                raise ValueError(f"{shard.path} does not record the images of its latents")
             places.append(index.numpy())
         found = np.concatenate(places)
         limit = self.settings.num_images if self.settings else 0
         if found.min() < 0 or found.max() >= limit:
-            raise ValueError(f"{self._shards[0].path.parent} holds latents of images outside the {limit} on record")
+            raise ValueError(f"{self.folder} holds latents of images outside the {limit} of the cache")
         return found
 
     def _places(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> list[tuple[Shard, int, _Names]]:
-        """Shard, row and tensor names of each."""
+        """The shard, row and tensor names of each latent."""
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         rows = (indices - starts[shards]).tolist()
@@ -265,41 +263,36 @@ class LatentDataset:
         ]
 
     def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
-        """Cached features of the same images as `draw` takes latents of: (n, N', F) as stored, float16 or bfloat16.
-
-        Raises:
-            ValueError: the dataset was opened without features.
-        """
+        """The cached features of the same images, (n, N', F) float16 or bfloat16 as stored; ValueError if the dataset
+        was opened without features."""
         if self.feature_shape is None:
             raise ValueError("the dataset was opened without features")
         places = self._places(indices, flips)
         features = torch.empty(len(places), *self.feature_shape, dtype=self._feature_dtype)
         for shard, row, view in places:
             shard.prefetch(str(view.features), row)
-        # Copied by numpy, as integers since it has no bfloat16: torch would start threads for rows of this size.
+        # Copied by NumPy, as integers because it has no bfloat16: torch would start threads for rows of this size.
         for target, (shard, row, view) in zip(features.view(torch.int16).numpy(), places, strict=True):
             target[:] = shard.tensors[str(view.features)][row].view(torch.int16).numpy()
         return features
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
-        """Latents as a model sees them, drawn from their posteriors: (mean + exp(logvar / 2) * noise) * scaling_factor.
+        """Draw latents (n, C, h, w) float32 from their posteriors, scaled for the model:
+        (mean + exp(logvar / 2) * noise) * scaling_factor.
 
         Args:
-            indices: (n,) which.
+            indices: (n,) which latents.
             flips: (n,) whether to take the mirrored image; needs has_flips.
-            seeds: (n,) of each latent's noise, which depends on nothing else. torch uses the lower 32 bits.
-
-        Returns:
-            (n, C, h, w) float32.
+            seeds: (n,) seeds of the noise, which depends on nothing else; torch uses their lower 32 bits.
         """
         places = self._places(indices, flips)
-        for shard, row, view in places:  # all at once: a disk answers many requests as fast as one
+        for shard, row, view in places:  # all at once: a disk serves many requests as fast as one
             shard.prefetch(view.mean, row)
             if view.logvar is not None:
                 shard.prefetch(view.logvar, row)
         latents = torch.empty(len(places), *self.shape)
-        # Few rows at a time: what they are computed from stays in the cache, and torch starts no threads for so little,
-        # which would wait for those of other batches.
+        # A few rows at a time: their inputs stay in the CPU's cache, and torch starts no threads, which would wait for
+        # those of other batches.
         step = max(1, 32767 // math.prod(self.shape))
         mean, deviation = torch.empty(2, step, *self.shape)
         means, deviations = mean.unbind(), deviation.unbind()
@@ -314,7 +307,7 @@ class LatentDataset:
                     deviations[i].copy_(shard.tensors[view.logvar].select(0, row))
                     noises[i].normal_(generator=generator.manual_seed(numbers[start + i]))
             if self.has_posterior:
-                # exp(logvar / 2) as a power of 2: exp goes to MKL, which starts threads even for this little.
+                # exp(logvar / 2) as a power of 2: exp uses MKL, which starts threads even for so little.
                 deviation[:size].clamp_(-30, 20).mul_(0.5 / math.log(2)).exp2_()
                 torch.addcmul(mean[:size], deviation[:size], part, out=part)
             else:

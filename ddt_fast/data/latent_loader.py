@@ -1,7 +1,5 @@
 """How fast a latent cache can be read, in images per second: `python -m ddt_fast.data.latent_loader FOLDER`."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence
@@ -23,10 +21,10 @@ def build_parser() -> CommandParser:
     parser.add_argument("--batch-size", type=int, default=256, help="samples per batch")
     parser.add_argument("--num-threads", type=int, default=2, help="batches made at the same time")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
-    parser.add_argument("--scaling-factor", type=float, help="for shards that do not say, such as LightningDiT's")
-    parser.add_argument("--features", action="store_true", help="read the cached DINOv2 features too")
-    parser.add_argument("--images", type=str, help="image folder of the cache; its images are read too")
-    parser.add_argument("--verify", action="store_true", help="compare the checksums of all shards first")
+    parser.add_argument("--scaling-factor", type=float, help="for shards that do not record it, such as LightningDiT's")
+    parser.add_argument("--features", action="store_true", help="also read the cached DINOv2 features")
+    parser.add_argument("--images", type=str, help="image folder of the cache, to read its images too")
+    parser.add_argument("--verify", action="store_true", help="first compare the checksums of all shards")
     return parser
 
 
@@ -36,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = LatentDataset(Path(options.folder), scaling_factor=options.scaling_factor, features=options.features)
     if options.verify:
         if not dataset.checksums:
-            raise ValueError(f"{options.folder} has no {MANIFEST}, so there are no checksums to verify")
+            raise ValueError(f"{options.folder} has no {MANIFEST}, and so no checksums to verify")
         if wrong := wrong_shards(dataset, dataset.checksums):
             raise ValueError("; ".join(wrong))
     images = None if options.images is None else CachedImages(Path(options.images), dataset)
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(loader: LatentLoader, seconds: float) -> tuple[float, float]:
-    """Images per second that come out of a loader, after two batches to warm up, and the CPUs it kept busy."""
+    """The images per second that a loader returns after two batches of warm-up, and the CPUs that it keeps busy."""
     next(loader)
     next(loader)
     count, start, cpu = 0, time.perf_counter(), time.process_time()

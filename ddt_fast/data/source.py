@@ -1,8 +1,6 @@
 """What training can read. A new data source is a class with the members of `DataSource`, a case in `open_source`, and a
 name in `DataConfig.dataset`."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Protocol
@@ -19,13 +17,13 @@ from ddt_fast.wording import plural
 
 
 class DataSource(Protocol):
-    """N labelled samples, each of which can be read by its index.
+    """N labelled samples, read by index.
 
     Attributes:
         labels: (N,) int64.
-        has_flips: whether mirrored samples are there.
-        feature_shape: (N', F) of the DINOv2 features of a sample; None without them.
-        fingerprint: tells these data from others, so that a run continues only with the same.
+        has_flips: whether there are mirrored samples.
+        feature_shape: (N', F) of a sample's DINOv2 features; None without them.
+        fingerprint: identifies the data: a run continues only with the same data.
     """
 
     labels: Tensor
@@ -38,19 +36,15 @@ class DataSource(Protocol):
     def __len__(self) -> int: ...
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
-        """(n, C, h, w) float32, what the model sees of these samples, mirrored where flips is true; whatever is random
-        in it depends on seeds (n,) alone."""
+        """(n, C, h, w) float32: the model's input for these samples, mirrored where flips is true; whatever is random
+        depends only on seeds (n,)."""
 
     def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
-        """(n, N', F) features of the same samples; called only if feature_shape is not None."""
+        """(n, N', F) features of these samples; called only if feature_shape is not None."""
 
 
 def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
-    """The data that an experiment names.
-
-    Raises:
-        ValueError: missing or unusable data, or data that do not fit the model.
-    """
+    """Open the data of an experiment; ValueError if they are missing, unusable or do not fit the model."""
     data, model, training = experiment.data, experiment.model, experiment.training
     if data.dataset == "digits":
         return DigitsDataset()
@@ -68,8 +62,8 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
         raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: {dataset.num_classes} or more")
     if dataset.num_classes < model.num_classes and process_ranks().rank == 0:
         warnings.warn(
-            f"{classes}, num_classes is {model.num_classes}: the others are never trained, but are sampled unless "
-            "classes are chosen",
+            f"{classes}, num_classes is {model.num_classes}: the other classes are never trained, but are sampled "
+            "unless you choose classes",
             stacklevel=2,
         )
     return dataset

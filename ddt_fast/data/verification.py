@@ -1,9 +1,6 @@
-"""Comparing the checksums of a cache's shards, once: those that match are recorded beside them, in verified.json."""
-
-from __future__ import annotations
+"""Checksums of a cache's shards: compared once, and recorded beside the shards in verified.json."""
 
 import os
-import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +10,20 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ddt_fast.data.latent_cache import MANIFEST, VERIFIED, file_sha256
+from ddt_fast.data.latent_cache import MANIFEST, VERIFIED
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.files import read_json, write_json
+from ddt_fast.files import file_sha256, read_json, write_json
 from ddt_fast.ranks import process_ranks
+from ddt_fast.wording import tell, warn
 
 
 def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
-    """Compare the checksums of all shards that changed since they were last compared. All processes of the group call
-    it together and share the work; those that see another copy of the cache, on another machine, verify that one.
+    """Compare the checksums of all shards that have changed since they were last compared. All processes of the group
+    call it together and share the work; those that see another copy of the cache, on another machine, verify that copy.
 
-    A shard counts as compared while its size and its time of modification are those on record. Shards without checksums
-    (LightningDiT's) are skipped. Progress goes to stderr.
-
-    Raises:
-        ValueError: a shard of another checksum, or one that cannot be read; the same in all processes.
+    A shard has changed if its size or modification time differs from the record. Shards without checksums
+    (LightningDiT's) are skipped. Progress goes to stderr. ValueError, in all processes alike, if a shard has another
+    checksum or cannot be read.
     """
     if not dataset.checksums:
         return
@@ -39,7 +35,7 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
     if not any(copy[2] for copy in copies):
         return
     sharing = [rank for rank, copy in enumerate(copies) if copy[:2] == copies[own][:2]]
-    # One of them decides, since a shared file system may show others an older record.
+    # One of them decides, because a shared file system may show the others an older record.
     todo: list[str] = copies[sharing[0]][2]
     started, size = time.perf_counter(), sum(now[name]["bytes"] for name in todo)
     wrong = wrong_shards(dataset, todo[sharing.index(own) :: len(sharing)], quiet=not first)
@@ -48,14 +44,14 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
         raise ValueError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
     if first:
         rate = size / 1e9 / (time.perf_counter() - started)
-        tqdm.write(f"verified {size / 1e9:.2f} GB of {dataset.folder} at {rate:.2f} GB/s", file=sys.stderr)
+        tell(f"verified {size / 1e9:.2f} GB of {dataset.folder} at {rate:.2f} GB/s")
     if own == sharing[0]:
-        # As they were before they were read: nobody has compared what changed meanwhile.
+        # The status from before reading: later changes have not been compared.
         _remember(dataset.folder / VERIFIED, {name: now[name] for name in todo})
 
 
 def wrong_shards(dataset: LatentDataset, names: Iterable[str], quiet: bool = False) -> list[str]:
-    """Read these shards, and name in a line each those that cannot be read or have another checksum than on record."""
+    """Read these shards; return a line for each one that cannot be read or does not have the recorded checksum."""
     files = {name: dataset.folder / name for name in names}
     sizes = {name: file.stat().st_size for name, file in files.items()}
     threads = max(1, min(8, len(os.sched_getaffinity(0)) // process_ranks().local_size))
@@ -88,16 +84,15 @@ def _record(path: Path) -> dict[str, Any]:
     try:
         return read_json(path) if path.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{error}; remove it, and all checksums are compared again") from error
+        raise ValueError(f"{error}; remove it to compare all checksums again") from error
 
 
 def _remember(path: Path, compared: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, _record(path) | compared)
     except OSError as error:
-        reason = error.strerror or error
-        hint = "so the next run compares these checksums again; --data.verify false skips that"
-        tqdm.write(f"warning: {path} could not be written ({reason}), {hint}", file=sys.stderr)
+        hint = "so the next run compares these checksums again; data.verify false skips that"
+        warn(f"{path} could not be written ({error.strerror or error}), {hint}")
 
 
 def _gather(value: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -1,6 +1,5 @@
-"""Scores of generated digits, in pixel space: are they the class asked for, distributed as real ones, and new?"""
-
-from __future__ import annotations
+"""Scores of generated digits, in pixel space: do they show the right class, are they distributed like real digits, and
+are they new?"""
 
 from dataclasses import dataclass
 from functools import cache
@@ -25,10 +24,10 @@ class DigitsScore:
 
     Attributes:
         num_samples: samples scored.
-        accuracy: share of the samples in which a classifier trained on all real digits sees the class asked for.
+        accuracy: share of the samples that a classifier trained on all real digits assigns to the right class.
         accuracy_real: held-out accuracy of that classifier on real digits (5-fold cross-validation).
         frechet: Fréchet distance between the samples and one half of the real digits, mean over random halves.
-        frechet_real: the same between one half and as many of the other half as there were samples.
+        frechet_real: the same between that half and digits of the other half, as many as there are samples.
         nearest: mean distance of a sample to the nearest real digit.
         nearest_real: mean distance of a real digit to the nearest other one.
     """
@@ -53,11 +52,9 @@ class DigitsScore:
 def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
     """Score samples (N, 1, 8, 8) in [-1, 1] drawn for labels (N,).
 
-    Fréchet distances depend on sample counts, so samples and real digits are compared at the same ones: min(N, 898)
-    samples against 899 real digits, next to min(N, 898) real against the same 899; both are means over random halves.
-
-    Raises:
-        ValueError: fewer than 65 samples (their 64x64 covariance would be singular), or shapes that do not agree.
+    Fréchet distances depend on the sample counts, so they are the same for samples and real digits: min(N, 898) samples
+    against 899 real digits, and min(N, 898) real digits against the same 899; both are means over random halves.
+    ValueError if there are fewer than 65 samples (their 64x64 covariance would be singular), or shapes do not agree.
     """
     if samples.shape[1:] != (1, 8, 8) or labels.shape != samples.shape[:1]:
         raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; expected (N, 1, 8, 8), (N,)")
@@ -86,8 +83,7 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
 
 @dataclass(frozen=True)
 class _Real:
-    """The real digits' side of a score, which is the same for all samples: what `DigitsScore` says of them, and what
-    samples are compared with."""
+    """The part of a score that depends only on the real digits."""
 
     pixels: NDArray[np.float64]
     classifier: SVC
@@ -104,11 +100,11 @@ def _real_digits() -> _Real:
     folds = KFold(5, shuffle=True, random_state=0)
     accuracy = float(cross_val_score(classifier, pixels, classes, cv=folds).mean())
     neighbours = NearestNeighbors().fit(pixels)
-    # The nearest neighbour of a real digit among all is itself: take the second.
+    # A real digit's nearest neighbour is itself: take the second.
     nearest = float(neighbours.kneighbors(pixels, 2)[0][:, 1].mean())
     return _Real(pixels, classifier.fit(pixels, classes), accuracy, neighbours, nearest)
 
 
 def _pixels(images: Tensor) -> NDArray[np.float64]:
-    """Images as (N, 64) float64 rows, clipped to [-1, 1] as a saved image is."""
+    """Images as (N, 64) float64 rows, clipped to [-1, 1] like a saved image."""
     return images.detach().cpu().double().clamp(-1, 1).flatten(1).numpy()

@@ -1,6 +1,4 @@
-"""From images to the features that metrics are made of: extractors, and an accumulator that images stream into."""
-
-from __future__ import annotations
+"""From images to the features that metrics need: extractors, and an accumulator that takes images batch by batch."""
 
 import functools
 import pickle
@@ -8,20 +6,21 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.checks import require_choice
+from ddt_fast.checks import require_choice, require_int
+from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics
 from ddt_fast.files import atomic_file
 from ddt_fast.provenance import device_name
-from ddt_fast.wording import plural
+from ddt_fast.wording import one_line, plural
 
 Features = Literal["inception", "pixels"]
 _MAX_PIXEL_DIM = 4096
@@ -32,9 +31,9 @@ class Extractor(Protocol):
     """Features of images.
 
     Attributes:
-        name: what they are, in a word.
+        name: their name.
         device: where they are computed.
-        description: where they come from, ready for JSON.
+        description: where they come from, as plain JSON values.
     """
 
     name: str
@@ -45,14 +44,14 @@ class Extractor(Protocol):
         """(B, 3, H, W) uint8 → FID's features (B, D), and sFID's (B, S) or None."""
 
     def probabilities(self, pool: Tensor) -> Tensor | None:
-        """Class probabilities (B, classes) of FID's features, for the Inception Score; None where there are none."""
+        """Class probabilities (B, classes) from FID's features, for the Inception Score; None without classes."""
 
 
 class InceptionExtractor:
     """pool_3 (2048) and mixed_6/conv (2023) of the Inception network, in float32.
 
     Args:
-        weights: the network's file; None: from torch's cache of downloads, else downloaded (see `load_inception`).
+        weights: the file of its weights; None: from torch's cache, else downloaded (see `load_inception`).
         device: where it runs.
     """
 
@@ -86,7 +85,7 @@ class InceptionExtractor:
 
 
 class PixelExtractor:
-    """Grey pixels in [-1, 1], for images so small that they are their own features. The mean over the channels."""
+    """Grey pixels in [-1, 1], the means over the channels, as the features of small images."""
 
     name = "pixels"
 
@@ -100,18 +99,18 @@ class PixelExtractor:
         return images.to(self.device).float().mean(1).flatten(1) / 127.5 - 1, None
 
     def probabilities(self, pool: Tensor) -> None:
-        """Pixels know no classes."""
+        """None: pixels have no classes."""
 
 
 def check_features(features: Features, weights: str | Path | None) -> None:
-    """ValueError for features of another name, or weights of a network that is not used."""
+    """ValueError for an unknown name, or for weights of a network that is not used."""
     require_choice("features", features, Features)
     if features == "pixels" and weights is not None:
         raise ValueError("`inception_weights` is for inception features, not for pixels")
 
 
 def extractor_maker(features: Features, weights: str | Path | None, device: torch.device) -> Callable[[], Extractor]:
-    """What makes the extractor of that name, once; ValueError as `check_features`."""
+    """A function that makes the extractor, once; ValueError as `check_features`."""
     check_features(features, weights)
     if features == "pixels":
         return lambda: PixelExtractor(device)
@@ -124,15 +123,15 @@ class FeatureSet:
 
     Attributes:
         source: where it comes from, in words.
-        count: number of images; None where a statistics file does not say it.
+        count: number of images; None if a statistics file does not say.
         size: their height and width; None without images.
         pool: FID's Gaussian.
         spatial: sFID's Gaussian.
-        features: (N, D) float32 features of FID, in the order of the images; of some of them only, perhaps.
+        features: (N, D) float32 features of FID, in the order of the images; possibly of only some of them.
         probabilities: (N, classes) float32.
-        statistics_count: number of images behind `pool`; None where it is not known.
-        extractor: description of what computed the features; None where they were read from a file of statistics.
-        seconds: that it took to read the images and compute the features.
+        statistics_count: number of images behind `pool`; None if unknown.
+        extractor: description of the extractor; None for statistics from a file.
+        seconds: time to read the images and compute the features.
     """
 
     source: str
@@ -148,23 +147,22 @@ class FeatureSet:
 
 
 class FeatureAccumulator:
-    """Takes images batch by batch and keeps what metrics need of them: statistics, and features (8 KiB per image).
+    """Takes images batch by batch and keeps what metrics need: statistics, and features (8 KiB per image).
 
-    Those of several ranks, filled with different images, merge into one; the result does not depend on who had which
-    image, nor on batches, beyond rounding.
+    The accumulators of several ranks merge into one; up to rounding, the result does not depend on the batches or on
+    which rank had which image.
 
     Args:
-        extractor: what turns images into features.
-        batch_size: images run through it at a time.
-        keep_features: of all images, of none (FID and sFID need none, and what they need does not grow), or of those
-            with these indices.
+        extractor: turns images into features.
+        batch_size: images per call of the extractor.
+        keep_features: whether to keep features; FID and sFID need only statistics, whose size is fixed. Or the indices
+            of the images whose features to keep.
     """
 
     def __init__(
         self, extractor: Extractor, batch_size: int = 64, keep_features: bool | Collection[int] = True
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; allowed: 1 or more")
+        require_int("batch_size", batch_size, 1)
         self.extractor, self.batch_size, self.keep_features = extractor, batch_size, keep_features
         self.size: tuple[int, int] | None = None
         self._pool, self._spatial = RunningStatistics(), RunningStatistics()
@@ -177,18 +175,16 @@ class FeatureAccumulator:
 
     @property
     def indices(self) -> NDArray[np.int64]:
-        """(n,) places of the images taken so far, in the order they came in."""
+        """(n,) places of the images taken so far, in the order of their arrival."""
         return np.array(self._indices, dtype=np.int64)
 
-    def add(self, images: NDArray[np.uint8] | Tensor, indices: Sequence[int] | None = None) -> None:
-        """Add images (B, H, W, 3) uint8, all of one size.
+    def add(self, images: Images | Tensor, indices: Sequence[int] | None = None) -> None:
+        """Add images (B, H, W, 3) uint8, all of one size. ValueError if the shape, dtype or size is wrong, or features
+        are not finite.
 
         Args:
             images: any number of them.
-            indices: their places among all images; None: after those before.
-
-        Raises:
-            ValueError: another shape, dtype or size, or features that are not finite.
+            indices: their places among all images; None continues after the previous ones.
         """
         batch = images if isinstance(images, Tensor) else torch.tensor(images)
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape[1:]:
@@ -206,9 +202,8 @@ class FeatureAccumulator:
             self._keep(pool, places[part])
         self._indices += places
 
-    def merge(self, other: FeatureAccumulator) -> None:
-        """Add what another one holds; ValueError for features of another network or images of another
-        size."""
+    def merge(self, other: Self) -> None:
+        """Add the content of another accumulator; ValueError if its features or image size are of another kind."""
         if other._kind != self._kind:
             raise ValueError(f"features of {other._kind} cannot be merged with those of {self._kind}")
         if other.size is not None:
@@ -220,11 +215,8 @@ class FeatureAccumulator:
         self._indices += other._indices
 
     def finish(self, source: str) -> FeatureSet:
-        """What was gathered, features in the order of the indices.
-
-        Raises:
-            ValueError: an index came twice, or one that was merged in did not keep its features.
-        """
+        """The result, with features in the order of the indices. ValueError if an index came twice, or a merged
+        accumulator did not keep its features."""
         places = np.sort(self.indices)
         if (repeated := places[1:][np.diff(places) == 0]).size:
             raise ValueError(f"image {repeated[0]} was added twice")
@@ -248,15 +240,15 @@ class FeatureAccumulator:
         )
 
     def save(self, path: Path) -> None:
-        """Write what was gathered, for `load` in another process; whole or not at all."""
+        """Write the content for `load` in another process, whole or not at all."""
         state = {name: value for name, value in vars(self).items() if name in _STATE}
         parts = {"kind": self._kind, "pool": vars(self._pool), "spatial": vars(self._spatial)}
         with atomic_file(path) as temporary:
             torch.save(state | parts, temporary)
 
     def load(self, path: Path) -> None:
-        """Add what `save` wrote; ValueError when the file is damaged, or its features are of another network."""
-        part = FeatureAccumulator(self.extractor, self.batch_size, self.keep_features)
+        """Add what `save` wrote; ValueError if the file is damaged, or its features are of another network."""
+        part = type(self)(self.extractor, self.batch_size, self.keep_features)
         try:
             state = torch.load(path, map_location=self.extractor.device, weights_only=True)
             kind = state["kind"]
@@ -264,7 +256,7 @@ class FeatureAccumulator:
             vars(part._pool).update(state["pool"])
             vars(part._spatial).update(state["spatial"])
         except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
         if kind != self._kind:
             raise ValueError(f"{path} holds features of {kind}; expected {self._kind}")
         self.merge(part)

@@ -1,15 +1,13 @@
-"""The Inception network of FID: TensorFlow's graph of 2015-12-05, whose features every published FID is made of.
+"""The Inception network of FID: TensorFlow's graph of 2015-12-05, which every published FID uses.
 
-It is not torchvision's Inception v3: 1008 classes; average pools leave out the padding; the last block pools by
-maximum; images are resized as TensorFlow 1 did it. Parameter names are those of the published weights file (see
+It differs from torchvision's Inception v3: 1008 classes; average pools leave out the padding; the last block pools by
+maximum; images are resized as in TensorFlow 1. Parameter names are those of the published weights file (see
 `inception_weights`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +44,7 @@ class _Fork(tuple[_Conv, ...]):
     """Convolutions of the same input, side by side."""
 
 
-# What a branch of a block is made of: convolutions, a fork at the end, or a pool ("average", "maximum", or "halve").
+# The steps of a block's branch: convolutions, a fork at the end, or a pool ("average", "maximum", or "halve").
 _Step = _Conv | _Fork | str
 
 
@@ -68,13 +66,13 @@ class _ConvNormReLU(nn.Module):
 
 
 class _Block(nn.Module):
-    """Branches of one input, concatenated. The only convolution of a branch has the branch's name; of several, the i-th
-    is called NAME_i, and those of a fork NAME_ia, NAME_ib."""
+    """Branches of one input, concatenated. A single convolution has the name of its branch; of several, the i-th is
+    called NAME_i, and those of a fork NAME_ia, NAME_ib."""
 
     def __init__(self, in_channels: int, branches: dict[str, list[_Step]]) -> None:
         super().__init__()
         self.out_channels = 0
-        # Per branch and step: the names of convolutions side by side, or a pool.
+        # For each branch and step: the names of convolutions side by side, or a pool.
         self.branches: list[list[tuple[str, ...] | str]] = []
         for branch, steps in branches.items():
             channels = in_channels
@@ -187,8 +185,8 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_DIM, NUM_CLASSES)
         self.eval().requires_grad_(False)
 
-    def fold(self) -> Inception:
-        """Self, with every normalisation moved into its convolution: the same function, faster, without BatchNorm's
+    def fold(self) -> Self:
+        """Move every normalisation into its convolution, in place: the same function, faster, without BatchNorm's
         parameters."""
         for module in self.modules():
             if isinstance(module, _ConvNormReLU):
@@ -196,11 +194,7 @@ class Inception(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> InceptionOutput:
-        """Features of images (B, 3, H, W) uint8 of any size.
-
-        Raises:
-            ValueError: another dtype or shape.
-        """
+        """The features of images (B, 3, H, W) uint8 of any size; ValueError for another dtype or shape."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, H, W)")
         x = (resize(images.to(self.fc.weight.dtype)) - 128) / 128
@@ -215,8 +209,8 @@ class Inception(nn.Module):
         return InceptionOutput(x.mean((2, 3)), spatial)
 
     def probabilities(self, pool: Tensor) -> Tensor:
-        """Class probabilities (B, 1008) of pool features (B, 2048), from logits without bias: so the Inception Score is
-        defined."""
+        """Class probabilities (B, 1008) of pool features (B, 2048), from logits without bias, as the Inception Score
+        is defined."""
         return (pool @ self.fc.weight.T).softmax(1)
 
 
@@ -225,7 +219,7 @@ def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
     i * H / size (no half-pixel centres), no antialiasing, interpolated along rows first."""
     for dim in (3, 2):
         length = images.shape[dim]
-        # The graph computes positions in float32, and so in which pixel one falls.
+        # The graph computes positions in float32, which decides the pixel that a position falls in.
         scale = torch.tensor(length / size, dtype=torch.float32)
         position = torch.arange(size, dtype=torch.float32) * scale
         low = position.long().clamp(max=length - 1)
@@ -238,8 +232,8 @@ def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Within, float32 convolutions and products are computed in float32: no TF32, no bfloat16, and the same way every
-    time; the settings of before come back after."""
+    """Compute float32 convolutions and products in float32, without TF32 or bfloat16, and the same way every time; the
+    settings are restored afterwards."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,8 +1,5 @@
-"""The published weights of the Inception network: found in the usual caches, downloaded, or named by the user."""
+"""The published weights of the Inception network: from torch's cache, downloaded, or from a file of the user's."""
 
-from __future__ import annotations
-
-import hashlib
 import os
 import pickle
 from dataclasses import dataclass
@@ -16,6 +13,8 @@ from torch import Tensor, nn
 
 from ddt_fast.checks import require_path
 from ddt_fast.evaluation.inception import Inception
+from ddt_fast.files import file_sha256
+from ddt_fast.wording import one_line
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 # torch-fidelity publishes the same bytes under its own name.
@@ -26,11 +25,11 @@ _SHA256_START = "6726825d"
 
 @dataclass(frozen=True)
 class InceptionWeights:
-    """Where the weights of a network came from.
+    """Where a network's weights came from.
 
     Attributes:
         path: the file.
-        sha256: of the file, in hex.
+        sha256: the file's checksum, in hex.
     """
 
     path: Path
@@ -38,33 +37,29 @@ class InceptionWeights:
 
     @property
     def published(self) -> bool:
-        """Whether these are the weights that published scores were computed with."""
+        """Whether published scores use these weights."""
         return self.sha256.startswith(_SHA256_START)
 
 
 def load_inception(
     path: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Inception, InceptionWeights]:
-    """The network with the weights of `path`, folded for speed, on `device`.
+    """The network with the weights of `path`, folded for speed, on `device`. ValueError if the file is missing, cannot
+    be downloaded, or holds something else.
 
     Args:
-        path: a state dict in the names of `pt_inception-2015-12-05-6726825d.pth`; None: that file, from torch's cache
+        path: a state dict with the names of `pt_inception-2015-12-05-6726825d.pth`; None: that file, from torch's cache
             of downloads, else downloaded into it.
         device: where the network goes.
-
-    Raises:
-        ValueError: the file is missing, cannot be downloaded, or holds something else.
     """
     file = _find_weights() if path is None else require_path("inception_weights", path)
     if not file.is_file():
         raise ValueError(f"Inception weights {file} {'are not a file' if file.exists() else 'do not exist'}")
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    with torch.device("meta"):  # without the time that random weights take
+    with torch.device("meta"):  # random weights would take time
         network = Inception()
     _load(network, _read(file), file)
     network = network.fold().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network, InceptionWeights(file, sha256)
+    return network, InceptionWeights(file, file_sha256(file))
 
 
 def _find_weights() -> Path:
@@ -89,7 +84,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"Inception weights {file} cannot be read: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"Inception weights {file} cannot be read: {one_line(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"Inception weights {file} do not hold a state dict; expected {WEIGHTS_FILE}")
     return content
@@ -100,7 +95,7 @@ def _load(network: nn.Module, weights: dict[str, Tensor], file: Path) -> None:
     problem = f"{broken} has values that are not finite"
     try:
         network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
-    except RuntimeError as error:  # from its second line on it says what does not fit
+    except RuntimeError as error:  # its second line says what does not fit
         broken, problem = "keys", shorten(str(error).splitlines()[1].strip(), 150)
     if broken is not None:
         raise ValueError(f"Inception weights {file} do not fit: {problem}; expected {WEIGHTS_FILE}")

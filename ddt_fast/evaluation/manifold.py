@@ -1,18 +1,17 @@
-"""Improved precision and recall (arXiv 1904.06991): how much of the samples lies in the manifold of the real images,
-and how much of the real images in that of the samples.
+"""Improved precision and recall (arXiv 1904.06991): the share of the samples in the manifold of the real images, and
+the share of the real images in the manifold of the samples.
 
-Distances come from float32 products, a block at a time, which is fast and loses digits to cancellation. Wherever those
-digits could decide, the distance is computed again, in float64 and from differences: the result is that of a brute
-force in float64, for any block size.
+Distances come from float32 products, a block at a time, which is fast but loses digits to cancellation. Wherever those
+digits could matter, the distance is computed again from differences in float64: for any block size, the result is that
+of brute force in float64.
 """
-
-from __future__ import annotations
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.checks import require_int
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.wording import plural
 
@@ -24,10 +23,10 @@ _EXACT_NUMBERS = 1 << 25  # float64 differences held at a time: 256 MiB
 def precision_recall(
     samples: NDArray[np.floating] | Tensor, reference: NDArray[np.floating] | Tensor, k: int = 3
 ) -> tuple[float, float]:
-    """Share of the samples within the reference's manifold, and of the reference within that of the samples.
+    """The share of the samples within the reference's manifold, and of the reference within the samples' manifold.
 
-    A set's manifold is the union of balls round its members that reach to the k-th nearest other member (k=3 for
-    published numbers, and 10,000 reference images). Tensors are computed on where they are.
+    A set's manifold is the union of balls around its members, each reaching to the k-th nearest other member (published
+    numbers have k=3 and 10,000 reference images). The computation runs on the tensors' device.
 
     Args:
         samples: (N, D) features.
@@ -38,7 +37,7 @@ def precision_recall(
         Precision and recall, each in [0, 1].
 
     Raises:
-        ValueError: k below 1, k or fewer rows, different D, or numbers that are not finite.
+        ValueError: k is below 1, there are k or fewer rows, D differs, or numbers are not finite.
     """
     given, real = _features("samples", samples, k), _features("reference", reference, k)
     if given.shape[1] != real.shape[1]:
@@ -54,8 +53,7 @@ def _features(name: str, values: NDArray[np.floating] | Tensor, k: int) -> Tenso
     features = torch.as_tensor(values)
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(f"{name} are {features.dtype} {tuple(features.shape)}; expected floating point (N, D)")
-    if k < 1:
-        raise ValueError(f"k is {k}; allowed: 1 or more")
+    require_int("k", k, 1)
     if len(features) <= k:
         raise ValueError(f"{len(features)} {name} have no {k}-th nearest neighbour; expected {k + 1} or more")
     if not features.isfinite().all():
@@ -64,14 +62,14 @@ def _features(name: str, values: NDArray[np.floating] | Tensor, k: int) -> Tenso
 
 
 class _Manifold:
-    """Balls round the members of a set.
+    """Balls around the members of a set.
 
     Attributes:
         features: (N, D).
-        centred: (N, D) float32, moved to a common centre: distances stay, but what cancels in products gets smaller.
+        centred: (N, D) float32, moved to a common centre: distances stay the same, and less cancels in products.
         norms: (N,) squared norms of `centred`.
-        radii: (N,) float32, squared distance to the k-th nearest other member, within rounding.
-        nearest: (N, k or a few more) the members that may be the k nearest.
+        radii: (N,) float32, squared distance to the k-th nearest other member, up to rounding.
+        nearest: (N, k or a few more) members that may be the k nearest.
     """
 
     def __init__(self, features: Tensor, centre: Tensor, k: int) -> None:
@@ -98,20 +96,20 @@ class _Manifold:
                     take(columns, block.T.contiguous(), i)
                 take(rows, block, j)
         self.radii = distances[:, k - 1].clone()
-        # Where all candidates are as near as rounding can tell, a nearer member may be none of them.
+        # Where rounding cannot tell the candidates apart, a nearer member may not be among them.
         self._doubtful = distances[:, -1] - self.radii <= 2 * self.rounding(self.norms)
         if candidates == count - 1:
             self._doubtful[:] = False
         self._exact_radii = torch.full((count,), torch.nan, dtype=torch.float64, device=features.device)
 
     def rounding(self, norms: Tensor) -> Tensor:
-        """By how much a float32 distance between points of these squared norms and members may be off: many standard
+        """The possible error of a float32 distance between members and points with these squared norms: many standard
         deviations of the rounding errors of two products of D terms."""
         unit = 16 * torch.finfo(torch.float32).eps * self.features.shape[1] ** 0.5
         return unit * (norms + self.norms.max())
 
     def exact_radii(self, members: Tensor) -> Tensor:
-        """(len(members),) float64."""
+        """(len(members),) float64 squared radii."""
         unknown = members[self._exact_radii[members].isnan()].unique()
         for part in unknown.split(self.pairs_at_once):
             nearest = self.features[self.nearest[part]]
@@ -125,13 +123,13 @@ class _Manifold:
 
     @property
     def pairs_at_once(self) -> int:
-        """How many members' candidates are compared exactly at a time."""
+        """How many members' candidates to compare exactly at a time."""
         return max(1, _EXACT_NUMBERS // self.features[0].numel() // self.nearest.shape[1])
 
 
 def _inside(first: _Manifold, second: _Manifold) -> tuple[Tensor, Tensor]:
     """Which members of the first lie in a ball of the second, (N,) bool, and the other way round, (M,) bool."""
-    # Squared distance to the deepest ball's centre less its squared radius: negative is inside.
+    # Squared distance to the centre minus squared radius, for the deepest ball: negative is inside.
     margin1, margin2 = torch.full_like(first.norms, torch.inf), torch.full_like(second.norms, torch.inf)
     for i in range(0, len(margin1), _BLOCK):
         for j in range(0, len(margin2), _BLOCK):
@@ -157,7 +155,7 @@ def _settle(points: _Manifold, balls: _Manifold, margin: Tensor) -> Tensor:
 
 
 def _distances(a: _Manifold, rows: slice | Tensor, b: _Manifold, columns: slice) -> Tensor:
-    """(rows, columns) float32 squared distances, within rounding."""
+    """(rows, columns) float32 squared distances, up to rounding."""
     products = torch.addmm(b.norms[columns], a.centred[rows], b.centred[columns].T, alpha=-2)
     return products.add_(a.norms[rows, None])
 

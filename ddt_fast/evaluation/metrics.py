@@ -1,28 +1,17 @@
-"""Metrics of generative models, on features. Improved precision and recall have their own file, `manifold`."""
-
-from __future__ import annotations
+"""Metrics of generative models, on features. Improved precision and recall are in `manifold`."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.checks import require, require_int
 from ddt_fast.evaluation.inception import full_float32
-from ddt_fast.evaluation.manifold import precision_recall
 from ddt_fast.wording import plural
-
-__all__ = [
-    "fixed_permutation",
-    "frechet_distance",
-    "gaussian_statistics",
-    "inception_score",
-    "kernel_inception_distance",
-    "precision_recall",
-]
 
 Array = NDArray[np.floating]
 
-# torch-fidelity's seed: what is drawn here is what it draws.
+# torch-fidelity's seed, to draw what it draws.
 SEED = 2020
 
 
@@ -37,15 +26,15 @@ def gaussian_statistics(features: Array) -> tuple[NDArray[np.float64], NDArray[n
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
     """Squared Fréchet distance of two Gaussians: |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    (FID, arXiv 1706.08500, equation 6.) The trace of the root is the sum of the roots of the eigenvalues of the
-    symmetric sigma1^(1/2) sigma2 sigma1^(1/2): exact, real and stable for singular covariances too.
+    FID, arXiv 1706.08500, equation 6. The trace of the root is the sum of the roots of the eigenvalues of the symmetric
+    sigma1^(1/2) sigma2 sigma1^(1/2), which is exact, real and stable, even for singular covariances.
 
     Args:
         mu1, mu2: (D,) means.
         sigma1, sigma2: (D, D) covariances, symmetric.
 
     Raises:
-        ValueError: shapes that do not agree, or numbers that are not finite.
+        ValueError: shapes do not agree, or numbers are not finite.
     """
     dims = mu1.shape[0] if mu1.ndim == 1 else -1
     if mu2.shape != (dims,) or sigma1.shape != (dims, dims) or sigma2.shape != (dims, dims):
@@ -62,27 +51,27 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
 
 
 def fixed_permutation(count: int) -> NDArray[np.int64]:
-    """The permutation of `count` images before they are split: the same everywhere and always."""
-    # NumPy promises this generator's numbers for good, those of the newer ones it does not.
+    """The permutation of `count` images before they are split, the same on every machine."""
+    # NumPy promises never to change the numbers of this generator; it does not promise that for newer ones.
     return np.random.RandomState(SEED).permutation(count)
 
 
 def inception_score(probabilities: Array, splits: int = 10, permute: bool = True) -> tuple[float, float]:
     """Inception Score (arXiv 1606.03498): exp of the mean KL divergence of an image's classes from those of its split.
 
-    50,000 images in 10 splits are ADM's splits of 5,000. A split must hold all classes, so images are shuffled by
-    `fixed_permutation` before: a file sorted by class would score far too low.
+    50,000 images in 10 splits are ADM's splits of 5,000. A split must hold all classes, so `fixed_permutation` shuffles
+    the images first: a file sorted by class would score far too low.
 
     Args:
         probabilities: (N, classes), rows that sum to 1.
         splits: contiguous parts of almost equal size.
-        permute: False leaves the order as it is, as ADM's evaluator does.
+        permute: False keeps the order, as ADM's evaluator does.
 
     Returns:
         Mean and standard deviation over the splits.
 
     Raises:
-        ValueError: fewer images than splits, or rows that are not probabilities.
+        ValueError: there are fewer images than splits, or rows are not probabilities.
     """
     if probabilities.ndim != 2 or not np.issubdtype(probabilities.dtype, np.floating):
         raise ValueError(f"probabilities are {probabilities.dtype} {probabilities.shape}; expected floats (N, classes)")
@@ -100,7 +89,7 @@ def inception_score(probabilities: Array, splits: int = 10, permute: bool = True
         part = probabilities[order[i * count // splits : (i + 1) * count // splits]].astype(np.float64)
         entropy = np.sum(part * np.log(part, out=np.zeros_like(part), where=part > 0), axis=1)
         mean = part.mean(0)
-        # Mean over images of sum p log(p / mean); classes that nobody has add nothing.
+        # Mean over images of sum p log(p / mean); classes without probability add nothing.
         scores.append(np.exp(entropy.mean() - np.sum(mean * np.log(mean, out=np.zeros_like(mean), where=mean > 0))))
     return float(np.mean(scores)), float(np.std(scores))
 
@@ -110,29 +99,27 @@ def kernel_inception_distance(
 ) -> tuple[float, float]:
     """Kernel Inception Distance (arXiv 1801.01401): unbiased MMD^2 under the kernel (x.y / D + 1)^3.
 
-    Mean over random subsets, drawn as torch-fidelity draws them, of as many samples as reference images. Tensors are
-    computed on where they are.
+    It is the mean over random subsets, drawn as torch-fidelity draws them, of as many samples as reference images. The
+    computation runs on the tensors' device.
 
     Args:
         samples: (N, D) features.
         reference: (M, D) features.
         num_subsets: pairs of subsets.
-        subset_size: rows of each.
+        subset_size: rows of each subset.
 
     Returns:
         Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: fewer rows than subset_size, a size below 2, different D, or numbers that are not finite.
+        ValueError: there are fewer rows than subset_size, it is below 2, D differs, or numbers are not finite.
     """
     first, second = torch.as_tensor(samples), torch.as_tensor(reference)
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(f"features have shapes {tuple(first.shape)}, {tuple(second.shape)}; expected (N, D), (M, D)")
     fewest = min(len(first), len(second))
-    if not 2 <= subset_size <= fewest:
-        raise ValueError(f"subset_size is {subset_size}; allowed: 2 to {fewest}, the smaller set's size")
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets is {num_subsets}; allowed: 1 or more")
+    require(2 <= subset_size <= fewest, "subset_size", subset_size, f"2 to {fewest}, the smaller set's size")
+    require_int("num_subsets", num_subsets, 1)
     if not (first.isfinite().all() and second.isfinite().all()):
         raise ValueError("features hold numbers that are not finite")
     second = second.to(first)

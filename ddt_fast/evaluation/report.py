@@ -1,16 +1,11 @@
-"""What the commands that score show and write: progress, the table, metrics.json."""
+"""What the commands that score show: progress and the table."""
 
-from __future__ import annotations
-
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from ddt_fast.evaluation.sources import Images
-from ddt_fast.files import atomic_file
+from ddt_fast.data.image_folder import Images
 from ddt_fast.wording import plural
 
 PICTURE_IMAGES = 100
@@ -25,7 +20,7 @@ _ROWS = {
 
 
 class Progress:
-    """Shows how far reading is, and keeps images for the picture, evenly spread."""
+    """Shows the progress of reading, and keeps evenly spread images for the picture."""
 
     def __init__(self) -> None:
         self.shown: dict[int, Images] = {}
@@ -47,7 +42,7 @@ class Progress:
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """A report of `evaluate` in lines to print."""
+    """A report of `evaluate` as lines to print."""
     values, lines = report["metrics"], []
     for role in ("samples", "reference"):
         if (found := report.get(role)) is not None:
@@ -69,9 +64,3 @@ def report_table(report: dict[str, Any]) -> str:
     spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["seconds"].items())
     lines.append(f"{'time':<18}{spent}" + (f"; {rate:.1f} img/s" if rate else ""))
     return "\n".join(lines)
-
-
-def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write a report of `evaluate` as JSON, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,7 +1,5 @@
 """Scores of samples against a reference: which metrics can be computed, and their values."""
 
-from __future__ import annotations
-
 import functools
 import time
 import warnings
@@ -14,21 +12,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from ddt_fast.evaluation.features import (
-    Extractor,
-    FeatureAccumulator,
-    FeatureSet,
-    InceptionExtractor,
-    kind_of_features,
-)
-from ddt_fast.evaluation.metrics import (
-    fixed_permutation,
-    frechet_distance,
-    inception_score,
-    kernel_inception_distance,
-    precision_recall,
-)
-from ddt_fast.evaluation.sources import Images, ImageSource, Source, open_source
+from ddt_fast.data.image_folder import Images
+from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, kind_of_features
+from ddt_fast.evaluation.manifold import precision_recall
+from ddt_fast.evaluation.metrics import fixed_permutation, frechet_distance, inception_score, kernel_inception_distance
+from ddt_fast.evaluation.sources import ImageSource, Source, open_source
 from ddt_fast.provenance import environment
 from ddt_fast.wording import plural
 
@@ -37,9 +25,9 @@ METRICS: tuple[Metric, ...] = get_args(Metric)
 NUM_SPLITS = 10
 NUM_NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-# As many as ADM's reference batches hold: published precision and recall depend on it.
+# The size of ADM's reference batches, which published precision and recall depend on.
 REFERENCE_FEATURES = 10_000
-# Below it the covariance of 2048 features is singular.
+# With fewer images, the covariance of 2048 features is singular.
 FEWEST_FOR_FID = 2048
 
 BatchHook = Callable[[str, Images, int], None]
@@ -57,20 +45,20 @@ def evaluate(
 
     Args:
         samples: a file or folder, by name or opened (see `open_source`), or features from a `FeatureAccumulator`.
-        reference: the same; None leaves out the metrics that need one.
-        metrics: of `METRICS`.
-        make_extractor: called once, when images have to be read; default: the Inception network on the CPU, its weights
-            from the usual place.
+        reference: the same; None leaves out the metrics that need a reference.
+        metrics: names from `METRICS`.
+        make_extractor: called once, when images must be read; default: the Inception network on the CPU, with the
+            published weights.
         batch_size: images at a time.
-        on_batch: called with "samples" or "reference", each batch of images (first an empty one, before any is read),
-            and the number of all images.
+        on_batch: called with "samples" or "reference", each batch of images (first an empty one, before reading), and
+            the number of all images.
 
     Returns:
-        A dict ready for JSON: `metrics` (name to value), `not_computed` (name to reason), `samples`, `reference`,
+        Plain JSON values: `metrics` (name to value), `not_computed` (name to reason), `samples`, `reference`,
         `features`, `settings`, `seconds`, `images_per_second`, `environment`.
 
     Raises:
-        ValueError: wrong input, or nothing can be computed.
+        ValueError: an input is wrong, or nothing can be computed.
     """
     check_metrics(metrics)
     make = functools.cache(make_extractor)
@@ -104,7 +92,7 @@ def evaluate(
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """ValueError for a name that is not in `METRICS`, or for no name at all."""
+    """ValueError for a name that is not in `METRICS`, or for no names."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:
         named = f"metric {unknown[0]!r} does not exist" if unknown else "no metrics are asked for"
@@ -119,19 +107,17 @@ def gather(
     batch_size: int = 64,
     on_batch: BatchHook | None = None,
 ) -> FeatureSet:
-    """What the metrics need of a file or folder.
+    """Read what the metrics need from a file or folder.
 
-    Where a file holds statistics, FID and sFID use them instead of its images, as ADM's evaluator does: in its
-    reference batches they are of the whole data set, and the images are 10,000 of it. Of a reference with more images,
-    10,000 chosen by a fixed permutation are used for precision, recall and KID.
+    If a file holds statistics, FID and sFID use them instead of its images, as ADM's evaluator does: in ADM's reference
+    batches, the statistics are of the whole data set and the images are 10,000 of it. For precision, recall and KID, a
+    larger reference is reduced to 10,000 images by a fixed permutation. ValueError if the file is missing, damaged or
+    has the wrong content.
 
     Args:
         place: a file or folder, by name or opened (see `open_source`).
         role: "samples" or "reference".
-        metrics, make_extractor, batch_size, on_batch: as in `evaluate`.
-
-    Raises:
-        ValueError: no such file, wrong content, or a damaged file.
+        metrics, make_extractor, batch_size, on_batch: as for `evaluate`.
     """
     source = place if isinstance(place, Source) else open_source(place)
     path, images = source.path, source.images
@@ -145,7 +131,7 @@ def gather(
     if role == "samples" and "inception_score" in metrics and images.sorted_by_class:
         warnings.warn(
             f"{path} is sorted by class; it is shuffled here before the Inception Score splits it, but ADM's evaluator "
-            f"does not do so and would find far less",
+            "does not shuffle and would give a far lower score",
             stacklevel=2,
         )
     if role == "reference" and keep and images.count > REFERENCE_FEATURES:
@@ -159,7 +145,7 @@ def gather(
         show(role, batch, images.count)
     own = accumulator.finish(str(path))
     if source.pool is not None:
-        # A file that has a Gaussian for FID alone does not say of how many images; its images may be some of them.
+        # A file with a Gaussian only for FID does not say of how many images; its own images may be some of them.
         if source.spatial is None and own.spatial is not None and "sfid" in metrics:
             warnings.warn(f"{path} holds no mu_s, sigma_s: sFID uses its {plural(images.count, 'image')}", stacklevel=2)
         own = replace(own, pool=source.pool, statistics_count=source.statistics_count)
@@ -170,10 +156,7 @@ def score(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics that can be computed, by name (with `inception_score_std`, `kid_std`), and why the others cannot.
-
-    Raises:
-        ValueError: features of different D, or not one of the metrics can be computed.
-    """
+    ValueError if features have different D, or no metric can be computed."""
     wanted, missing = computable(samples, reference, metrics)
     values: dict[str, float] = {}
     if "inception_score" in wanted and samples.probabilities is not None:
@@ -200,11 +183,8 @@ def score(
 def computable(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[list[str], dict[str, str]]:
-    """The metrics that can be computed of what is known, and why the others cannot. Numbers are not looked at.
-
-    Raises:
-        ValueError: features of different D or kind, or not one of the metrics can be computed.
-    """
+    """The metrics that can be computed, and why the others cannot; values are not looked at. ValueError if features
+    have different D or are of different kinds, or no metric can be computed."""
     check_metrics(metrics)
     reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
     reasons["inception_score"] = _without_classes(samples)
@@ -245,14 +225,14 @@ def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str
                 return f"{role}: {found.source} holds no {names}, and no images"
             if found.count < 2:
                 return f"{role}: {plural(found.count, 'image')}; 2 or more are needed"
-            return "these features have none for sFID"
+            return "these features have no part for sFID"
     return None
 
 
 def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -> str | None:
     for role, found in (("samples", samples), ("reference", reference)):
         if found.features is None:
-            return f"{role}: {found.source} holds statistics alone, no images"
+            return f"{role}: {found.source} holds only statistics, no images"
         if len(found.features) < fewest:
             return f"{role}: {plural(len(found.features), 'image')}; {fewest} or more are needed"
     return None
@@ -260,7 +240,7 @@ def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -
 
 def _without_classes(samples: FeatureSet) -> str | None:
     if samples.features is None:
-        return f"samples: {samples.source} holds statistics alone, no images"
+        return f"samples: {samples.source} holds only statistics, no images"
     if samples.probabilities is None:
         return "these features have no class probabilities"
     if len(samples.probabilities) < NUM_SPLITS:
@@ -277,7 +257,7 @@ def _warn_of_doubts(samples: FeatureSet, reference: FeatureSet, fid: bool) -> No
         if fid and count is not None and pool is not None and count < FEWEST_FOR_FID <= len(pool.mu):
             warnings.warn(
                 f"FID of {plural(count, 'image')} ({role}) is far too high: its bias falls with their number, and "
-                "published values are of 50,000 samples",
+                "published values use 50,000 samples",
                 stacklevel=4,
             )
 
@@ -287,7 +267,7 @@ def _num_features(found: FeatureSet) -> int:
 
 
 def _read_ahead(images: ImageSource, batch_size: int) -> Iterator[Images]:
-    """The batches, the next being read while one is in use."""
+    """The batches; the next one is read while one is in use."""
     batches = images.batches(batch_size)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, None)

@@ -1,7 +1,5 @@
 """What can be scored: an npz of images or statistics, or a folder of images, read a batch at a time."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile
@@ -18,10 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ddt_fast.checks import require_int, require_path
-from ddt_fast.data.image_folder import EXTENSIONS, center_crop
+from ddt_fast.data.image_folder import EXTENSIONS, Images, center_crop, find_images
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
-
-Images = NDArray[np.uint8]
 
 _CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
 
@@ -32,11 +28,11 @@ class ImageSource:
 
     Attributes:
         path: the npz, or the folder.
-        count: how many.
+        count: number of images.
         size: height and width.
-        labels: (count,) classes, where they are known.
-        files: of a folder, in order; None for an npz.
-        crop: side of the centre crop that is taken of a folder's images; None takes them whole.
+        labels: (count,) classes, if known.
+        files: the files of a folder, in order; None for an npz.
+        crop: side of the centre crop of a folder's images; None takes them whole.
     """
 
     path: Path
@@ -47,16 +43,13 @@ class ImageSource:
     crop: int | None = None
 
     def batches(self, batch_size: int) -> Iterator[Images]:
-        """All images in order, (up to batch_size, H, W, 3) uint8: one batch is held at a time.
-
-        Raises:
-            ValueError: damaged or truncated data.
-        """
+        """All images in order, (up to batch_size, H, W, 3) uint8, with one batch in memory at a time; ValueError for
+        damaged or truncated data."""
         return self._from_npz(batch_size) if self.files is None else self._from_folder(self.files, batch_size)
 
     @property
     def sorted_by_class(self) -> bool:
-        """Whether classes come one after the other, and there are several."""
+        """Whether there are several classes, one after another."""
         labels = self.labels
         return labels is not None and len(labels) > 1 and bool((np.diff(labels) >= 0).all()) and labels[0] != labels[-1]
 
@@ -64,8 +57,8 @@ class ImageSource:
         shape = (*self.size, 3)
         image_bytes = self.size[0] * self.size[1] * 3
         try:
-            # Read as a stream even where the array could be mapped: pages of a map count as memory of the process, and
-            # the archive's checksum would go unread.
+            # Read as a stream, not mapped: a map's pages count as memory of the process, and the archive's checksum
+            # would not be compared.
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as stream:
                 _read_header(stream)
                 for start in range(0, self.count, batch_size):
@@ -90,13 +83,13 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Source:
-    """What was found at a path: images, statistics, or both.
+    """Images, statistics, or both.
 
     Attributes:
         path: the npz, or the folder.
-        images: None for a file that holds statistics alone.
-        pool, spatial: statistics that the file holds for FID and sFID, None where it does not.
-        statistics_count: how many images those are of, where the file says it.
+        images: None for a file that holds only statistics.
+        pool, spatial: the file's statistics for FID and sFID, if any.
+        statistics_count: number of images behind the statistics, if the file says it.
     """
 
     path: Path
@@ -107,17 +100,16 @@ class Source:
 
 
 def open_source(path: str | Path, crop: int | None = None) -> Source:
-    """Look at a path; of images only sizes are read yet: a mixture is known before any work is done.
+    """Open a file or folder. Of a folder's images only the sizes are read, so that different sizes are found before any
+    work is done. ValueError if the path is none of these, is damaged, or holds images of different sizes without a
+    crop.
 
     Args:
-        path: an npz with arr_0, (N, H, W, 3) uint8 (and, if known, their classes: labels, or arr_1 as in ADM), with mu
-            and sigma (mu_s, sigma_s), or with all of them, as ADM's reference batches; or a folder of images, its
-            sub-folders included.
-        crop: side of the centre crop, as `ddt_fast.cache_latents` and ADM cut it, to take of the images of a folder;
-            an npz is taken as it is.
-
-    Raises:
-        ValueError: it is none of these, is damaged, or holds images of several sizes that are not cropped.
+        path: an npz with arr_0, (N, H, W, 3) uint8 (and optionally their classes: labels, or arr_1 as in ADM), with mu
+            and sigma (mu_s, sigma_s), or with all of them, like ADM's reference batches; or a folder of images, with
+            its sub-folders.
+        crop: side of the centre crop, as in `ddt_fast.cache_latents` and ADM, for the images of a folder; an npz is not
+            cropped.
     """
     path = require_path("a source of images", path)
     if crop is not None:
@@ -127,7 +119,7 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected an npz or a folder of images")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is not an npz (or a truncated one); expected an npz or a folder of images")
+        raise ValueError(f"{path} is not an npz, or is truncated; expected an npz or a folder of images")
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -142,7 +134,7 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
 
 
 def open_sources(paths: Sequence[str | Path | None], crop: int | None) -> list[Source]:
-    """The paths that are not None, opened; ValueError as `open_source`, or for a crop without a folder to crop."""
+    """Open the paths that are not None; ValueError as `open_source`, or for a crop without a folder to crop."""
     sources = [open_source(path, crop) for path in paths if path is not None]
     if crop is not None and not any(source.path.is_dir() for source in sources):
         raise ValueError(f"center_crop is for folders of images; {sources[-1].path} is not one")
@@ -178,13 +170,9 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
 
 
 def _open_folder(path: Path, crop: int | None) -> ImageSource:
-    files: list[Path] = []
-    for folder, inner, names in os.walk(path, followlinks=True):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in EXTENSIONS and name[0] != "."]
+    files = sorted(folder / name for folder, images, _ in find_images(path) for name in images)
     if not files:
         raise ValueError(f"folder {path} holds no images; allowed: {', '.join(sorted(EXTENSIONS))}")
-    files.sort()
     matches = [_CLASS_IN_NAME.search(file.name) for file in files]
     labels = np.array([int(match[1]) for match in matches if match], dtype=np.int64)
     size = _common_size(files) if crop is None else (crop, crop)
@@ -199,7 +187,7 @@ def _common_size(files: list[Path]) -> tuple[int, int]:
         for file, size in zip(files[1:], sizes, strict=True):
             if size != first:
                 seen = f"{file} has {size[1]}x{size[0]} pixels, {files[0].name} {width}x{height}"
-                raise ValueError(f"{seen}; images must be of one size: `center_crop` cuts a folder's to it")
+                raise ValueError(f"{seen}; expected one size; `center_crop` crops a folder's images to one")
     return first
 
 

@@ -1,11 +1,9 @@
-"""Mean and covariance of features: streaming in float64, mergeable, and kept in files with the names ADM gave them."""
-
-from __future__ import annotations
+"""Mean and covariance of features: accumulated in float64, mergeable, and saved under ADM's names."""
 
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,10 +28,10 @@ class Gaussian:
 
 
 class RunningStatistics:
-    """Mean and covariance of rows that come batch by batch, in float64, on the device of the rows.
+    """Mean and covariance of rows that come batch by batch, in float64, on the rows' device.
 
-    Batches are combined as Chan, Golub and LeVeque (1979) do it, so no sum of squares loses its digits, and two of
-    these, of different rows, merge into one.
+    Batches are combined by the method of Chan, Golub and LeVeque (1979), so that no sum of squares loses its digits;
+    the statistics of different rows merge.
     """
 
     def __init__(self) -> None:
@@ -42,11 +40,8 @@ class RunningStatistics:
         self.scatter = torch.zeros(0, 0, dtype=torch.float64)  # sum of the outer products of centred rows
 
     def add(self, rows: Tensor) -> None:
-        """Add rows (B, D), of any floating dtype.
-
-        Raises:
-            ValueError: another shape than before, or numbers that are not finite.
-        """
+        """Add rows (B, D) of any floating dtype; ValueError for another D than before, or numbers that are not
+        finite."""
         if rows.ndim != 2:
             raise ValueError(f"features have shape {tuple(rows.shape)}; expected (B, D)")
         if not len(rows):
@@ -60,7 +55,7 @@ class RunningStatistics:
         updates = torch.cat([rows - mean, shift[None]])
         self.scatter.addmm_(updates.T, updates)
 
-    def merge(self, other: RunningStatistics) -> None:
+    def merge(self, other: Self) -> None:
         """Add all rows of `other`; ValueError for another D."""
         if other.count:
             shift = self._shift_mean(other.count, other.mean)
@@ -73,7 +68,7 @@ class RunningStatistics:
         return Gaussian(self.mean.cpu().numpy(), (self.scatter / (self.count - 1)).cpu().numpy())
 
     def _shift_mean(self, count: int, mean: Tensor) -> Tensor:
-        """Take `count` rows of that mean into the mean; (D,) whose outer product the shift adds to the scatter."""
+        """Include `count` rows with this mean; return (D,), whose outer product must be added to the scatter."""
         if not self.count:
             self.mean = torch.zeros_like(mean)
             self.scatter = mean.new_zeros(len(mean), len(mean))
@@ -88,8 +83,7 @@ class RunningStatistics:
 
 
 def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count: int | None) -> None:
-    """Write an npz with ADM's names: mu, sigma (FID), mu_s, sigma_s (sFID, where there is one); and num_images, if
-    known."""
+    """Write an npz with ADM's names: mu, sigma (FID), mu_s, sigma_s (sFID, if any); and num_images, if known."""
     arrays: dict[str, NDArray[Any]] = {"mu": pool.mu, "sigma": pool.sigma}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
@@ -100,11 +94,8 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
 
 
 def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
-    """What an npz holds of FID's Gaussian, of sFID's, and the number of images they are of.
-
-    Raises:
-        ValueError: half a Gaussian, or arrays that are not one.
-    """
+    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them. ValueError if a
+    Gaussian is incomplete, or arrays are not a Gaussian."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)

@@ -1,6 +1,4 @@
-"""What happens to samples while the next ones are drawn: decoding, conversion, writing, in one background thread."""
-
-from __future__ import annotations
+"""One background thread decodes, converts and writes samples while the next ones are drawn."""
 
 import time
 from collections import deque
@@ -8,24 +6,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.generation.images import quantize_pixels
 from ddt_fast.generation.seeds import IntArray
-from ddt_fast.generation.shards import Images, ShardFolder
+from ddt_fast.generation.shards import ShardFolder
 
 Decode = Callable[[Tensor], Tensor]
 OnImages = Callable[[IntArray, Images], object]
 
 
 class Background:
-    """Runs tasks in order in one thread, at most `depth` of them waiting.
+    """Runs tasks in order in one thread, with at most `depth` of them waiting.
 
-    The first error of a task is raised by `submit`, at the latest on leaving the context; tasks after it do not run.
+    A task's error is raised by a later `submit`, or on leaving the context; tasks after it do not run.
     """
 
     def __init__(self, depth: int) -> None:
@@ -34,11 +33,11 @@ class Background:
         self._pending: deque[Future[None]] = deque()
         self._broken = False
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> Self:
         return self
 
     def submit(self, task: Callable[..., object], *arguments: Any) -> None:
-        """Run task(*arguments) after those before it; waits while there are too many."""
+        """Queue task(*arguments); wait while the queue is full."""
         while len(self._pending) >= self._depth:
             self._pending.popleft().result()
         self._pending.append(self._pool.submit(self._run, task, *arguments))
@@ -61,12 +60,12 @@ class Background:
 
 
 class PixelConverter:
-    """Samples on a device → uint8 images on the host; on a GPU on a stream of its own, beside the sampling.
+    """Samples on a device → uint8 images on the host; on a GPU, on a stream of its own, beside the sampling.
 
     Args:
-        device: where the samples are.
+        device: the samples' device.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model.
-        batch_size: samples decoded at a time: pixels of more never exist as floats.
+        batch_size: samples decoded at a time, which bounds the memory for pixels as floats.
     """
 
     def __init__(self, device: torch.device, decode: Decode | None, batch_size: int) -> None:
@@ -74,7 +73,7 @@ class PixelConverter:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def mark(self) -> torch.cuda.Event | None:
-        """What to wait for until the samples just asked for are there."""
+        """An event that is ready when the samples queued so far are; None on a CPU."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -82,7 +81,7 @@ class PixelConverter:
         return event
 
     def __call__(self, samples: Tensor, seeds: IntArray) -> Images:
-        """(n, H, W, 3) uint8 images of finished samples (n, C, h, w); ValueError for one that is not finite."""
+        """Finished samples (n, C, h, w) → images (n, H, W, 3) uint8; ValueError if one is not finite."""
         if self._stream is None:
             return self._convert(samples, seeds)
         with torch.cuda.stream(self._stream):
@@ -96,7 +95,7 @@ class PixelConverter:
             finite.append(images.isfinite().flatten(1).all(1))
             pixels = quantize_pixels(images)
             if self._stream is not None:
-                # Only a copy to page-locked memory leaves the host, and thereby the other stream, alone.
+                # Only a copy to page-locked memory does not make the host, and with it the other stream, wait.
                 host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
                 pixels = host.copy_(pixels, non_blocking=True)
             parts.append(pixels)
@@ -111,11 +110,11 @@ class PixelConverter:
 
 @dataclass
 class Timings:
-    """Seconds of this process.
+    """Seconds spent by this process.
 
     Attributes:
-        sampling: from the first batch to the last image, with what the background thread could not hide.
-        decoding, writing, hook: of the background thread, beside it.
+        sampling: from the first batch to the last image.
+        decoding, writing, hook: in the background thread, during sampling.
     """
 
     sampling: float = 0.0
@@ -126,14 +125,14 @@ class Timings:
 
 @dataclass
 class ShardWriter:
-    """Takes samples batch by batch, in the order of their positions, and writes a shard whenever one is complete.
+    """Takes samples batch by batch, in the order of their positions, and writes each shard when it is complete.
 
     Args:
-        folder: of the shards.
+        folder: the shards.
         converter: samples → images.
-        made_with: what goes on record with each shard.
+        made_with: plain JSON values to record with each shard.
         hooks: called with positions (n,) and images (n, H, W, 3) of every batch.
-        timings: where to add up the seconds.
+        timings: the sums of the seconds.
     """
 
     folder: ShardFolder
@@ -141,13 +140,13 @@ class ShardWriter:
     made_with: dict[str, Any]
     hooks: Sequence[OnImages]
     timings: Timings
-    _images: list[Images] = field(default_factory=list)
-    _shard_began: float = field(default_factory=time.perf_counter)
+    _images: list[Images] = field(default_factory=list, init=False)
+    _shard_began: float = field(default_factory=time.perf_counter, init=False)
 
     def take(
         self, shard: int, positions: slice, samples: Tensor, seeds: IntArray, ready: torch.cuda.Event | None
     ) -> None:
-        """The samples of these positions, which lie in this shard."""
+        """Take the samples at these positions of the shard."""
         if ready is not None:
             ready.synchronize()
         began = time.perf_counter()

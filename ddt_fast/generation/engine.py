@@ -1,6 +1,4 @@
-"""The engine of a job: the model as it is run, its plan, and batches that fit the memory."""
-
-from __future__ import annotations
+"""The engine of a job: the model, its plan, and batches that fit in memory."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,12 +8,12 @@ import torch
 
 from ddt_fast.autoencoder import Decoder
 from ddt_fast.config import Experiment, SamplingConfig
-from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8
+from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8, dtype_name
 from ddt_fast.generation.settings import Engine
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import resolve_backend
 from ddt_fast.model.quantization import quantization_error, quantize_int8
-from ddt_fast.model.weights import has_config, load_model
+from ddt_fast.model.weights import load_model
 from ddt_fast.provenance import device_name, weights_sha256
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
@@ -28,15 +26,15 @@ class LoadedEngine:
     """A model that is ready to draw.
 
     Attributes:
-        model: as it is run.
-        sampling: which steps refresh the encoder is settled.
-        size: side of what the model sees.
+        model: the model to run.
+        sampling: the sampling settings, with refresh steps chosen.
+        size: side of the model's input.
         batch_size: samples drawn at a time.
         description: the model in words.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model.
-        memory_budget: bytes for what is kept between steps, or None.
-        compile: whether the model runs through torch.compile.
-        settings: what the images depend on, as plain JSON values.
+        memory_budget: bytes that may be kept between steps, or None.
+        compile: whether to compile the model with torch.compile.
+        settings: everything the images depend on, as plain JSON values.
     """
 
     model: DDT | FusedDDT
@@ -51,16 +49,16 @@ class LoadedEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     @property
     def plan(self) -> SamplingPlan:
-        """What is executed."""
+        """The steps of a run."""
         return SamplingPlan.from_config(self.sampling)
 
     def sampler(self) -> Sampler:
-        """What draws the batches; CUDA graphs are captured here."""
+        """A sampler for the batches; making it captures the CUDA graphs."""
         return Sampler(
             self.model,
             self.sampling,
@@ -72,7 +70,7 @@ class LoadedEngine:
         )
 
     def made_with(self, sampler: Sampler, ranks: Ranks) -> dict[str, Any]:
-        """What goes on record with each shard, as plain JSON values."""
+        """What to record with each shard, as plain JSON values."""
         return {
             "engine": sampler.engine,
             "model": self.description,
@@ -85,7 +83,7 @@ class LoadedEngine:
 
 
 def open_device(name: str) -> torch.device:
-    """The device of that name, made this process's own where it is a GPU; ValueError where it cannot be used."""
+    """The device called `name`, made the current one if it is a GPU; ValueError if it cannot be used."""
     device = choose_device(name)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
@@ -102,17 +100,17 @@ def load_engine(
     count: int,
     ranks: Ranks,
 ) -> LoadedEngine:
-    """Load a local checkpoint as `engine` says, for `count` images.
+    """Load a local checkpoint as `engine` asks, for `count` images.
 
     Raises:
-        ValueError: weights that do not fit the settings, an engine that does not run here, or a sample that does not
-            fit the memory budget.
-        OSError: files that cannot be read.
+        ValueError: the weights do not fit the settings, the engine does not run here, or a sample does not fit in the
+            memory budget.
+        OSError: a file cannot be read.
     """
     data, budget = experiment.data, engine.budget_bytes
-    # float32 is the faster choice between int8 GEMMs.
+    # Between int8 GEMMs, float32 is faster.
     dtype = choose_dtype(engine.dtype, device, data.autoencoder is not None and engine.quantize is None)
-    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
+    reference = load_model(checkpoint, device, dtype, experiment.model)
     model, description = _prepare(reference, engine, ranks)
     size = data.sample_size
     if sampling.refresh_steps == "dp":
@@ -137,7 +135,7 @@ def load_engine(
             "image_size": data.image_size,
             "model": asdict(experiment.model),
             "weights_sha256": weights_sha256(reference),
-            "dtype": _name(dtype),
+            "dtype": dtype_name(dtype),
             "quantize": engine.quantize,
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
             "autoencoder_sha256": None if decode is None else decode.sha256(),
@@ -146,9 +144,9 @@ def load_engine(
 
 
 def _prepare(reference: DDT, engine: Engine, ranks: Ranks) -> tuple[DDT | FusedDDT, str]:
-    """The model as it is to be run, and that in words."""
+    """The model to run, and its description."""
     parameter = next(reference.parameters())
-    dtype = _name(parameter.dtype)
+    dtype = dtype_name(parameter.dtype)
     if engine.reference:
         return reference, f"{dtype}, reference model"
     backend = resolve_backend(engine.attention, parameter.device, parameter.dtype, reference.config.head_dim)
@@ -164,7 +162,3 @@ def _prepare(reference: DDT, engine: Engine, ranks: Ranks) -> tuple[DDT | FusedD
         ranks.say("int8: this CPU has no int8 units; expect it to be slower than float32")
     ranks.say(f"int8: relative error of a velocity {error:.2g} against {dtype}")
     return quantized, f"int8 ({dtype} between), attention {backend}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

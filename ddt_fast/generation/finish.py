@@ -1,10 +1,8 @@
 """The end of a job: from shards to samples.npz, pictures and generation.json.
 
-The last process to finish its shards does it; should it be killed, whoever starts the job again does. All outputs are
-written before any takes its place, generation.json takes its place last, and the shards go after that.
+The last process to finish its shards does this; if it is killed, the next start of the job does. All outputs are
+written before any gets its name, generation.json gets its name last, and then the shards are removed.
 """
-
-from __future__ import annotations
 
 import fcntl
 import json
@@ -20,11 +18,12 @@ from typing import Any
 
 from PIL import Image
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.files import atomic_file, atomic_folder, read_json, writing
 from ddt_fast.generation.images import grid_columns, labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
 from ddt_fast.generation.seeds import GRID_IMAGES, Assignment
-from ddt_fast.generation.shards import DamagedShardError, Images, ShardFolder, fingerprint
+from ddt_fast.generation.shards import DamagedShardError, ShardFolder, fingerprint
 
 SAMPLES, RECORD = "samples.npz", "generation.json"
 IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
@@ -32,7 +31,7 @@ _TEMPORARY = r"\.samples\.\d+\.npz|\.grid\.\d+\.png|\.generation\.\d+\.json|\.im
 
 
 def finished_record(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """generation.json of a finished job of these settings, its samples in place; else None."""
+    """generation.json of a finished job with these settings, if its samples are there; else None."""
     if not (output_dir / RECORD).is_file():
         return None
     record = read_json(output_dir / RECORD)
@@ -44,11 +43,11 @@ def finished_record(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any
 def finish(
     output_dir: Path, shards: ShardFolder, assignment: Assignment, about: dict[str, Any], num_png: int
 ) -> dict[str, Any] | None:
-    """Write all outputs and return the record; None where shards are missing or another process is writing them.
+    """Write all outputs and return the record; None if shards are missing or another process is writing the outputs.
 
     Raises:
         DamagedShardError: a shard does not hold what was written; it is removed.
-        OSError: no space left, or another failure of the file system.
+        OSError: no space is left, or the file system fails otherwise.
     """
     if not shards.path.exists() or shards.missing():
         return finished_record(output_dir, shards.settings)
@@ -85,7 +84,7 @@ def finish(
 
 
 def renew_pictures(output_dir: Path, assignment: Assignment, record: dict[str, Any], num_png: int) -> dict[str, Any]:
-    """Write grid.png and another number of PNGs from samples.npz, and return the record that says so."""
+    """Write grid.png and another number of PNGs from samples.npz, and return the new record."""
     with (
         writing(output_dir / "images"),
         atomic_file(output_dir / RECORD) as record_file,
@@ -122,7 +121,7 @@ def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_
 
 
 def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:
-    """All images, shard by shard; `makers` gets what they were made with, and how many in what time."""
+    """All images, shard by shard; `makers` gets what they were made with, their number and the time."""
     for shard in range(shards.num_shards):
         try:
             images, made_with = shards.read(shard)
@@ -140,13 +139,13 @@ def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Image
 
 
 def _speed(maker: dict[str, Any]) -> float | None:
-    """Images per second of all processes together."""
+    """Images per second over all processes."""
     return maker["images"] / maker["seconds"] * maker.get("processes", 1) if maker["seconds"] else None
 
 
 @contextmanager
 def _only_process(folder: Path) -> Iterator[bool]:
-    """Whether this process holds the folder's lock, which the operating system takes from processes that die."""
+    """Whether this process holds the folder's lock, which the operating system releases when a process dies."""
     try:
         file = (folder / "merge.lock").open("w")
     except FileNotFoundError:  # the other process has finished, and removed the shards
@@ -159,13 +158,13 @@ def _only_process(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError:
-            # No locks on this file system: two that finish at once write the same files, each in one move.
+            # No locks on this file system: two processes that finish at once write the same files, each in one move.
             pass
         yield True
 
 
 def _remove_temporaries(output_dir: Path) -> None:
-    """Remove what processes that were killed while they merged have left."""
+    """Remove the temporary files of processes that were killed while merging."""
     for entry in list(output_dir.iterdir()):
         if re.fullmatch(_TEMPORARY, entry.name):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

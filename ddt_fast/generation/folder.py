@@ -1,16 +1,12 @@
-"""What an output folder holds of a job, and which part of the job is left to this process."""
+"""The output folder of a job: what it holds already, and what is left for this process to do."""
 
-from __future__ import annotations
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ddt_fast.files import check_replaceable, read_json
+from ddt_fast.data.image_folder import Images
+from ddt_fast.files import check_no_folder, check_replaceable, plain, read_json
 from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
 from ddt_fast.generation.npz import open_images
@@ -18,41 +14,36 @@ from ddt_fast.generation.seeds import Assignment
 from ddt_fast.generation.settings import Outputs
 from ddt_fast.generation.shards import (
     DamagedShardError,
-    Images,
     ShardFolder,
     describe_other,
-    differences,
     fingerprint,
     other_jobs,
     remove_job,
 )
 from ddt_fast.ranks import Ranks
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural, warn
 
 _PRECIOUS_MINUTES = 10
-"""Finished samples that took longer are replaced only with overwrite."""
+"""Finished samples that took longer to draw are replaced only with overwrite."""
 
 
 class JobFolder:
-    """The output folder of a job, new or continued.
+    """The output folder of a job, new or continued. ValueError if the folder holds shards with other settings, finished
+    samples with other settings that took long to draw, or something of the user's where outputs go.
 
     Args:
-        path: exists and can be written.
-        settings: everything the images depend on, as plain JSON values; shards of other settings are never mixed in.
-        num_images: of the job.
-        default_shard_size: images per shard of a new job, unless `outputs` says.
-        outputs: what is written, and whether an earlier job is dropped.
-        ranks: this process among those that share the job.
+        path: the folder, which exists and can be written.
+        settings: everything the images depend on; shards with other settings are never mixed in.
+        num_images: images of the job.
+        default_shard_size: images per shard of a new job, unless `outputs` gives a number.
+        outputs: what to write, and whether to drop an earlier job.
+        ranks: this process's rank among those that share the job.
 
     Attributes:
         record: generation.json of the finished job, else None.
         todo: the shards this process has yet to make.
         was_finished: whether the job was finished before it was opened here.
-        wrote: whether it was this process that wrote samples.npz.
-
-    Raises:
-        ValueError: the folder holds shards of other settings, finished samples of other settings that took long, or
-            something of the user's where outputs go.
+        wrote: whether this process wrote samples.npz.
     """
 
     def __init__(
@@ -65,7 +56,7 @@ class JobFolder:
         ranks: Ranks,
     ) -> None:
         check_output(path)
-        settings = json.loads(json.dumps(settings))  # as a file holds them: lists in place of tuples
+        settings = plain(settings)
         self.path, self.settings, self.outputs, self.ranks = path, settings, outputs, ranks
         overwrite = outputs.overwrite
         if overwrite:
@@ -82,7 +73,7 @@ class JobFolder:
             self._look(self._found)
 
     def _look(self, own: list[int]) -> None:
-        """Make room for the job, and sort this process's shards into those found and those left to make."""
+        """Make room for the job, and sort this process's shards into found and missing ones."""
         self._make_way()
         overwrite = self.outputs.overwrite
         if overwrite:
@@ -91,7 +82,7 @@ class JobFolder:
         found = [shard for shard in own if self._is_whole(shard)]
         if overwrite or (record := finished_record(self.path, self.settings)) is None:
             self._found, self.todo = found, sorted({*own} - {*found})
-        else:  # another process has finished the job meanwhile, and removed shards that were looked for
+        else:  # meanwhile, another process has finished the job and removed its shards
             self.record = record
 
     def _make_way(self) -> None:
@@ -110,7 +101,7 @@ class JobFolder:
             if minutes >= _PRECIOUS_MINUTES and (self.path / SAMPLES).exists():
                 changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
                 raise ValueError(
-                    f"{self.path} holds finished samples of other settings ({changed}) that took {minutes:.0f} "
+                    f"{self.path} holds finished samples with other settings ({changed}) that took {minutes:.0f} "
                     "minutes; choose another output folder, or set `overwrite` to replace them"
                 )
 
@@ -120,7 +111,7 @@ class JobFolder:
         try:
             self.shards.read(shard)
         except DamagedShardError as error:
-            tqdm.write(f"warning: {error}; it is made again", file=sys.stderr)
+            warn(f"{error}; making it again")
             self.shards.discard(shard)
             return False
         return True
@@ -132,7 +123,7 @@ class JobFolder:
 
     @property
     def found(self) -> str:
-        """What was there before, in words; empty for a new job."""
+        """What the folder held, in words; empty for a new job."""
         if self.record is not None:
             when = self.record["date"]
             return f"{self.path} holds these samples already, finished {when}; overwrite draws them again"
@@ -143,11 +134,11 @@ class JobFolder:
         return f"found {len(self._found)} of {total} of {size}; continuing with the others"
 
     def found_made_with(self) -> dict[str, Any]:
-        """What the first found shard was made with; empty where there is none."""
+        """What the first found shard was made with; empty if no shard was found."""
         return {} if self.record is not None or not self._found else self.shards.read(self._found[0])[1]
 
     def feed_found(self, on_images: OnImages) -> None:
-        """Call on_images(positions (n,), images (n, H, W, 3)) with this process's images that are there already."""
+        """Call on_images(positions (n,), images (n, H, W, 3)) with this process's images that were found."""
         for shard in self._found:
             on_images(np.array(self.shards.positions(shard)), self._found_images(shard))
 
@@ -156,27 +147,25 @@ class JobFolder:
             try:
                 return self.shards.read(shard)[0]
             except FileNotFoundError:
-                # Another process may have finished the job meanwhile, and removed the shards.
+                # Another process may have finished the job and removed the shards.
                 self.record = finished_record(self.path, self.settings)
                 if self.record is None:
                     raise
         positions = self.shards.positions(shard)
-        # Reopened, because pages of a map that stays open count as memory of this process.
+        # Opened again each time: the pages of an open memory map count as this process's memory.
         return open_images(self.path / SAMPLES)[positions.start : positions.stop]
 
     def finish(self, assignment: Assignment, about: dict[str, Any]) -> dict[str, Any] | None:
-        """Once all shards of all processes are there: samples.npz, grid.png, images/ and generation.json from them.
+        """Write samples.npz, grid.png, images/ and generation.json once the shards of all processes are there, and
+        return the record; None while other processes are still working.
 
         Args:
             assignment: labels and seeds of the samples.
-            about: plain JSON values that go on record.
-
-        Returns:
-            The record, or None while other processes are still at work.
+            about: plain JSON values for the record.
 
         Raises:
             DamagedShardError: a shard of another process does not hold what was written; it is removed.
-            OSError: no space left, or another failure of the file system. The shards are kept.
+            OSError: no space is left, or the file system fails otherwise; the shards are kept.
         """
         num_png = self.outputs.png_count(len(assignment))
         if self.record is None:
@@ -191,8 +180,6 @@ class JobFolder:
 
 
 def check_output(path: Path) -> None:
-    """ValueError now, before any work, when outputs would have to replace something that is not ddt-fast's own."""
+    """ValueError, before any work, if outputs would replace something that ddt-fast did not write."""
     check_replaceable(path / "images", IMAGE_NAMES)
-    for name in ("grid.png", SAMPLES, RECORD):
-        if (path / name).is_dir():
-            raise ValueError(f"{path / name} is a folder; a file of that name will be written")
+    check_no_folder(*(path / name for name in ("grid.png", SAMPLES, RECORD)))

@@ -1,38 +1,36 @@
-"""From samples to pictures: uint8 conversion and labelled grids."""
-
-from __future__ import annotations
+"""From samples to pictures: conversion to uint8, and labelled grids."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from ddt_fast.data.image_folder import Images
 
 _CAPTION_HEIGHT = 16
 _GAP = 2
 
 
 def quantize_pixels(images: Tensor) -> Tensor:
-    """(N, 1 or 3, H, W) in [-1, 1] → (N, H, W, 3) uint8 on the same device: clip((x + 1) * 127.5 + 0.5, 0, 255), grey
-    repeated."""
+    """(N, 1 or 3, H, W) in [-1, 1] → (N, H, W, 3) uint8 on the same device: clip((x + 1) * 127.5 + 0.5, 0, 255), with
+    grey repeated."""
     pixels = ((images.float() + 1) * 127.5 + 0.5).clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
 
 
-def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+def to_uint8(images: Tensor) -> Images:
     """As `quantize_pixels`, as a NumPy array."""
     return quantize_pixels(images).cpu().numpy()
 
 
 def grid_columns(num_classes: int) -> int:
-    """Up to 10 columns, such that images that go round the classes stand one class a column; 10 where classes are
-    more."""
+    """Up to 10 columns, such that images that cycle through the classes have one class per column; 10 for more than
+    10 classes."""
     return 10 if num_classes > 10 else 10 - 10 % num_classes
 
 
-def labelled_grid(images: NDArray[np.uint8], captions: Sequence[str], columns: int = 10) -> Image.Image:
+def labelled_grid(images: Images, captions: Sequence[str], columns: int = 10) -> Image.Image:
     """A grid of (N, H, W, 3) uint8 images, each above its caption; small images are enlarged to about 64 pixels.
 
     Args:

@@ -1,16 +1,14 @@
 """Where samples are drawn, 16 or 50,000: a job is opened, run and finished.
 
-However many processes share a job, and however often they are killed, the same images come out: a sample depends on its
-seed and its label, a shard on nothing but its number, and what is finished is never drawn again.
+The images are the same for any number of processes, however often they are killed: a sample depends only on its seed
+and label, a shard only on its number, and finished samples are never drawn again.
 """
-
-from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -25,20 +23,19 @@ from ddt_fast.generation.folder import JobFolder, check_output
 from ddt_fast.generation.scorer import Scorer
 from ddt_fast.generation.seeds import Assignment, assign
 from ddt_fast.generation.settings import SHARD_IMAGES, Draws, Engine, Outputs, Scoring
-from ddt_fast.generation.shards import differences
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.provenance import environment
 from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural
 
 _WAITING_BATCHES = 2
-"""Batches that wait for the background thread: enough that neither waits for the other's fluctuations."""
+"""Batches that may wait for the background thread: enough to even out fluctuations on either side."""
 
 _ROUNDING = ("engine", "model", "device", "threads", "batch_size", "torch")
-"""Of what a shard was made with: what may change the last bits of an image."""
+"""What may change the last bits of an image."""
 
 
 @deterministic_convolutions()
@@ -54,32 +51,32 @@ def generate(
     scoring: Scoring | None = None,
     on_images: OnImages | None = None,
 ) -> Path:
-    """Draw a job of samples and write it, as `python -m ddt_fast.sample`; a job that was stopped is continued.
+    """Draw samples and write them, as `python -m ddt_fast.sample`; a job that was stopped is continued.
 
         generate("out/model", "samples", draws=Draws(num_images=50_000), engine=Engine(batch_size=250))
 
     Under torchrun the processes share the work. Written to output_dir: samples.npz (`arr_0` (N, H, W, 3) uint8,
     `labels`, `seeds`), images/ (PNGs), grid.png, generation.json (settings, counts, hardware, commit), and with
-    `scoring` metrics.json. What is done is printed.
+    `scoring` metrics.json. A report is printed.
 
     Args:
         checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
         output_dir: the job's folder.
         preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
-        sampling: how samples are drawn; None: as the checkpoint says.
-        draws: number, classes and seeds; None: 16 images, 100 of digits.
+        sampling: the sampling settings; None takes the checkpoint's.
+        draws: number, classes and seeds; None draws 16 images, or 100 digits.
         engine: device, dtype, batch size, memory, implementation; None: the best device, batches of 100.
-        outputs: PNGs, shards, and whether an earlier job is dropped; None: see `Outputs`.
+        outputs: PNGs, shards, and whether to drop an earlier job; None: see `Outputs`.
         scoring: the reference to score the samples against, and how; None scores nothing.
-        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, each of this process's
-            images once: those of earlier calls first, then, from a background thread, batch by batch as they are drawn.
+        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, once for each of this
+            process's images: first those of earlier runs, then, in a background thread, each batch when it is drawn.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: settings that are not allowed or contradict each other, or a folder with another job in it.
-        OSError: files that cannot be read or written.
+        ValueError: a setting is not allowed, settings contradict each other, or the folder holds another job.
+        OSError: a file cannot be read or written.
     """
     draws, engine, outputs = draws or Draws(), engine or Engine(), outputs or Outputs()
     job = Job.open(checkpoint, output_dir, preset, sampling, draws, engine, outputs, scoring)
@@ -90,14 +87,14 @@ def generate(
 
 @dataclass
 class Job:
-    """Samples on their way from seeds to files.
+    """A job: samples from seeds to files.
 
     Attributes:
         assignment: labels and seeds.
-        engine: what draws.
-        folder: what is there already, and what is left to this process.
-        scorer: what scores, or None.
-        about: plain JSON values that go on record in generation.json.
+        engine: draws the samples.
+        folder: what is there already, and what is left for this process to do.
+        scorer: scores the samples, or None.
+        about: plain JSON values for generation.json.
         timings: seconds spent by `run`.
     """
 
@@ -119,11 +116,9 @@ class Job:
         engine: Engine,
         outputs: Outputs,
         scoring: Scoring | None,
-    ) -> Job:
-        """Check everything that can be checked, cheap things first; load the model; look at what the folder holds.
-
-        Arguments and errors are those of `generate`.
-        """
+    ) -> Self:
+        """Check everything, cheap things first; load the model; look at what the folder holds. Arguments and errors are
+        those of `generate`."""
         ranks = process_ranks()
         for value, kind in ((draws, Draws), (engine, Engine), (outputs, Outputs)):
             require_kind(kind.__name__.lower(), value, kind)
@@ -158,11 +153,11 @@ class Job:
         return job
 
     def run(self, on_images: OnImages | None = None) -> None:
-        """Draw, decode and write the shards left to this process, and pass all of its images to `on_images`.
+        """Draw, decode and write this process's missing shards, and pass all of its images to `on_images`.
 
         Raises:
-            ValueError: samples that are not finite.
-            OSError: no space left, or another failure of the file system. Finished shards are kept.
+            ValueError: samples are not finite.
+            OSError: no space is left, or the file system fails otherwise; finished shards are kept.
         """
         if on_images is not None:
             self.folder.feed_found(on_images)
@@ -179,11 +174,11 @@ class Job:
             self.scorer.save()
 
     def finish(self) -> None:
-        """Write samples.npz, pictures, record and scores, once the shards of all processes are there.
+        """Write samples.npz, pictures, record and scores once the shards of all processes are there.
 
         Raises:
-            OSError: a damaged shard of another process, or outputs that cannot be written. Finished shards are kept.
-            ValueError: the reference of the scores is damaged. The samples are kept.
+            OSError: a shard of another process is damaged, or outputs cannot be written; finished shards are kept.
+            ValueError: the reference of the scores is damaged; the samples are kept.
         """
         ranks, earlier = self.folder.ranks, self.folder.record
         record = self.folder.finish(self.assignment, self.about)
@@ -196,7 +191,7 @@ class Job:
             self.scorer.finish(self.folder)
 
     def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
-        """Draw the batches; images are decoded, converted and written in a background thread meanwhile."""
+        """Draw the batches, while a background thread decodes, converts and writes the images."""
         folder, ranks, decode = self.folder, self.folder.ranks, self.engine.decode
         folder.shards.begin()
         began = time.perf_counter()
@@ -221,7 +216,7 @@ class Job:
                     part = slice(start, min(start + batch_size, positions.stop))
                     seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
                     noise, generators = seeded_noise(seeds.tolist(), shape)
-                    # A step counts as that fraction of its images.
+                    # Each step advances the bar by its share of the batch's images.
                     step = partial(_advance, bar, len(seeds) / num_steps)
                     samples = sampler(noise, labels, generators=generators, progress=step)
                     background.submit(writer.take, shard, part, samples, seeds, converter.mark())
@@ -256,9 +251,9 @@ class Job:
         spent = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items() if value or name != "features")
         print(
             f"{who}{self.folder.num_images / seconds.sampling:.1f} img/s on {engine.device}, {engine.description}\n"
-            f"{who}{seconds.sampling:.1f} s, in the background of which {spent}"
+            f"{who}{seconds.sampling:.1f} s; in the background, {spent}"
         )
 
 
-def _advance(bar: tqdm[Any], images: float, *_: object) -> None:
+def _advance(bar: tqdm, images: float, *_: object) -> None:
     bar.update(images)

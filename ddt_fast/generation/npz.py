@@ -1,10 +1,8 @@
-"""samples.npz, as the ADM suite reads it: written image by image, so that memory stays flat, and read in place.
+"""samples.npz, as the ADM suite reads it: written part by part, so that memory stays flat, and read in place.
 
-Members are stored, not compressed (such images barely shrink), and carry a fixed date: the same images make the
-same bytes.
+Members are stored, not compressed (such images barely shrink), and have a fixed date: the same images make the same
+bytes.
 """
-
-from __future__ import annotations
 
 import struct
 import zipfile
@@ -14,23 +12,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.wording import plural
 
-Images = NDArray[np.uint8]
-_LOCAL_HEADER = struct.Struct("<26x2H")  # what precedes the two lengths in a zip's local header is not needed
+_LOCAL_HEADER = struct.Struct("<26x2H")  # the lengths of the name and of the extra field
 
 
 def write_npz(path: Path, shape: tuple[int, int, int, int], images: Iterable[Images], **arrays: NDArray) -> None:
-    """Write arr_0, of the given shape and uint8, from consecutive parts, and other arrays by name.
-
-    Raises:
-        ValueError: parts that do not make up the shape.
-    """
+    """Write arr_0, uint8 of this shape, from consecutive parts, and other arrays by name; ValueError if the parts do
+    not make up the shape."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         count = 0
-        # The size is not known when a member begins: without zip64 it could not pass 4 GiB.
+        # The size is not known when a member begins: without zip64 it would be limited to 4 GiB.
         with archive.open(_member("arr_0"), "w", force_zip64=True) as stream:
-            # Version 1.0, because ADM's reader takes nothing newer.
+            # Version 1.0: ADM's reader takes nothing newer.
             np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for part in images:
                 if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
@@ -49,22 +44,19 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def open_images(path: Path) -> Images:
-    """arr_0 of an npz as an array that is read from disk as it is used.
-
-    Raises:
-        ValueError: no npz, no uncompressed arr_0 in it, or a truncated one.
-    """
+    """Open arr_0 of an npz as an array that is read from disk when it is used. ValueError if the file is not an npz, is
+    truncated, or has no uncompressed arr_0."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")
         if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path} is compressed; expected arr_0 as it is in memory")
+            raise ValueError(f"{path} is compressed; expected an uncompressed arr_0")
         with path.open("rb") as stream:
             stream.seek(member.header_offset)
             name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
             stream.seek(name_length + extra_length, 1)
             if np.lib.format.read_magic(stream) != (1, 0):
-                raise ValueError(f"{path} holds arr_0 in another version of the npy format; expected 1.0")
+                raise ValueError(f"{path} holds arr_0 in another version of the npy format; expected version 1.0")
             shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
             return np.memmap(path, dtype=dtype, mode="r", offset=stream.tell(), shape=shape)
     except (zipfile.BadZipFile, KeyError, struct.error) as error:

@@ -1,12 +1,9 @@
-"""Scores of a job's samples without a second pass over them: features are taken while the next images are drawn.
+"""Scores of a job's samples without a second pass: features are computed while the next images are drawn.
 
-Where several processes share a job, each saves the features of its images, when they are done, as
-OUTPUT/features-FINGERPRINT-rank-R-of-W.pt. The process that writes samples.npz merges them, takes what is missing from
-samples.npz, writes metrics.json and removes the files. A job that was finished before is scored from samples.npz, by
-rank 0.
+If several processes share a job, each saves the features of its images as OUTPUT/features-FINGERPRINT-rank-R-of-W.pt.
+The process that writes samples.npz merges these files, computes missing features from samples.npz, writes metrics.json
+and removes the files. Rank 0 scores a job that was finished before from samples.npz.
 """
-
-from __future__ import annotations
 
 import re
 import time
@@ -17,18 +14,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
-from ddt_fast.evaluation.report import Progress, report_table, write_report
+from ddt_fast.evaluation.report import Progress, report_table
 from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
 from ddt_fast.evaluation.sources import open_sources
 from ddt_fast.evaluation.statistics import Gaussian
-from ddt_fast.files import read_json, writing
+from ddt_fast.files import check_no_folder, read_json, write_json, writing
 from ddt_fast.generation.finish import SAMPLES
 from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import IntArray
 from ddt_fast.generation.settings import Scoring
-from ddt_fast.generation.shards import Images, fingerprint
+from ddt_fast.generation.shards import fingerprint
 from ddt_fast.ranks import Ranks
 from ddt_fast.wording import plural
 
@@ -38,24 +36,21 @@ _BATCH = 64
 
 
 class Scorer:
-    """The score of a job's samples against a reference. Made before the job begins, so that a mistake costs nothing.
+    """Scores a job's samples against a reference; made before the job begins, so that a mistake costs nothing.
+    ValueError if the reference cannot be read, the weights are missing, or no metric can be computed.
 
     Args:
-        scoring: what was asked for.
-        output_dir: of the job.
-        count, size: number of samples, and the side of one in pixels.
+        scoring: the reference and the metrics.
+        output_dir: the job's folder.
+        count, size: number of samples, and their side in pixels.
         device: where features are computed.
-        ranks: this process among those that share the job.
-
-    Raises:
-        ValueError: a reference that cannot be read, no such weights, or no metric can be computed with them.
+        ranks: this process's rank among those that share the job.
     """
 
     def __init__(
         self, scoring: Scoring, output_dir: Path, count: int, size: int, device: torch.device, ranks: Ranks
     ) -> None:
-        if (output_dir / REPORT).is_dir():
-            raise ValueError(f"{output_dir / REPORT} is a folder; a file of that name will be written")
+        check_no_folder(output_dir / REPORT)
         reference = open_sources([scoring.reference], scoring.center_crop)[0]
         self._output_dir, self._reference, self._metrics = output_dir, reference, list(scoring.metrics or METRICS)
         self._count, self._ranks = count, ranks
@@ -66,17 +61,17 @@ class Scorer:
             known = replace(own, pool=reference.pool or own.pool, spatial=reference.spatial or own.spatial)
         samples = self._expected(str(output_dir / SAMPLES), count, (size, size))
         wanted, _ = computable(samples, known, self._metrics)
-        # FID and sFID need no features but their statistics, which do not grow with the number of images.
+        # FID and sFID need only the features' statistics, whose size does not depend on the number of images.
         self._keep = not {*wanted} <= {"fid", "sfid"}
         self._accumulator = self._new_accumulator()
         self._seconds, self._taken = 0.0, 0
         self._stream = None
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # the weights are there before another stream reads them
+            torch.cuda.synchronize(device)  # the weights must be there before another stream reads them
             self._stream = torch.cuda.Stream(device)
 
     def _expected(self, source: str, count: int, size: tuple[int, int]) -> FeatureSet:
-        """What will be known of images, without the numbers."""
+        """What will be known of images, with sizes but without values."""
         pool, spatial = self._extractor(torch.zeros(1, 3, *size, dtype=torch.uint8))
         probabilities = self._extractor.probabilities(pool)
 
@@ -97,7 +92,7 @@ class Scorer:
         return FeatureAccumulator(self._extractor, _BATCH, self._keep)
 
     def begin(self, folder: JobFolder) -> None:
-        """Take the images that are found; `take` is for those that are drawn. Call before the job runs."""
+        """Take the images that were found; `take` is for those that are drawn. Call before the job runs."""
         kind = kind_of_features(self._extractor.description)
         self._job = {"job": folder.settings, "features": kind, "features_kept": self._keep}
         self._was_finished = folder.was_finished
@@ -110,7 +105,7 @@ class Scorer:
     def take(self, positions: IntArray, images: Images) -> None:
         """Compute and keep the features of images (n, H, W, 3) uint8 at positions (n,) of samples.npz."""
         began = time.perf_counter()
-        with torch.cuda.stream(self._stream):  # beside the sampling; without a GPU this does nothing
+        with torch.cuda.stream(self._stream):  # beside the sampling; does nothing without a GPU
             self._accumulator.add(images, positions.tolist())
         if self._stream is not None:
             self._stream.synchronize()
@@ -118,18 +113,18 @@ class Scorer:
         self._taken += len(images)
 
     def save(self) -> None:
-        """Hand the features of this process's images to whichever process scores. Call before the job is finished."""
+        """Save the features of this process's images for the process that scores. Call before the job is finished."""
         if self._ranks.world_size > 1 and not self._was_finished:
             target = self._file(self._ranks.rank)
             with writing(target):
                 self._accumulator.save(target)
 
     def finish(self, folder: JobFolder) -> None:
-        """After `JobFolder.finish`: score and report, if that is for this process to do.
+        """Score and report, if it is this process's turn. Call after `JobFolder.finish`.
 
         Raises:
             ValueError: the reference is damaged.
-            OSError: metrics.json cannot be written. The samples are kept.
+            OSError: metrics.json cannot be written; the samples are kept.
         """
         record = folder.record
         if record is None:
@@ -138,14 +133,14 @@ class Scorer:
         report = self._output_dir / REPORT
         if not (self._ranks.rank == 0 if self._was_finished else folder.wrote):
             if report.exists() and read_json(report).get("generation") == job:
-                self._file(self._ranks.rank).unlink(missing_ok=True)  # too late: the scores are there
+                self._file(self._ranks.rank).unlink(missing_ok=True)  # too late: the samples are scored
             return
         try:
             progress = Progress()
             samples = self._all_features(progress)
             found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, progress)
             print(report_table(found))
-            write_report(report, {**found, "generation": job})
+            write_json(report, {**found, "generation": job})
             print(f"wrote {report}")
         finally:
             for entry in list(self._output_dir.iterdir()):
@@ -153,7 +148,7 @@ class Scorer:
                     entry.unlink(missing_ok=True)
 
     def _all_features(self, progress: Progress) -> FeatureSet:
-        """Of all samples: this process's, those that others saved, and the rest from samples.npz."""
+        """The features of all samples: this process's, those that others saved, and the rest from samples.npz."""
         missing = np.ones(self._count, dtype=bool)
         missing[self._accumulator.indices] = False
         if not self._was_finished:
@@ -164,10 +159,10 @@ class Scorer:
         if len(places):
             samples = self._output_dir / SAMPLES
             if not self._was_finished:
-                print(f"features of {len(places)} of {plural(self._count, 'image')} are taken from {samples}")
+                print(f"features of {len(places)} of {plural(self._count, 'image')} are computed from {samples}")
             for start in range(0, len(places), _BATCH):
                 part = places[start : start + _BATCH]
-                # Reopened, because pages of a map that stays open count as memory of this process.
+                # Opened again each time: the pages of an open memory map count as this process's memory.
                 images = open_images(samples)[part]
                 self.take(part, images)
                 progress("samples", images, len(places))
@@ -182,7 +177,7 @@ class Scorer:
         except ValueError as error:
             warnings.warn(f"{error}; its images are taken from {SAMPLES}", stacklevel=2)
             return
-        # With another shard size the ranks have other images: none is taken twice.
+        # With another shard size the ranks have other images; take none twice.
         if missing[part.indices].all():
             self._accumulator.merge(part)
             missing[part.indices] = False

@@ -1,14 +1,12 @@
-"""Which class and which seed belong to draw number i, and where in the file of samples it goes.
+"""The class and the seed of draw number i, and its position in the file of samples.
 
-Draws cycle through the classes. A file in that order would suit a grid, but scores that split a file into contiguous
-parts (ADM's Inception Score) need the classes mixed: a fixed permutation gives every draw its position.
+Draws cycle through the classes. That order suits a grid, but scores that split a file into contiguous parts (ADM's
+Inception Score) need the classes mixed: a fixed permutation gives every draw its position.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddt_fast.generation.settings import Draws
+from ddt_fast.splitmix import GOLDEN, mix
 from ddt_fast.wording import plural
 
 GRID_IMAGES = 100
@@ -25,11 +24,8 @@ IntArray = NDArray[np.int64]
 
 
 def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | None = None) -> Tensor:
-    """(num_images,) int64 labels that cycle through the given classes (None: all), as evenly as the count allows.
-
-    Raises:
-        ValueError: a class out of range.
-    """
+    """(num_images,) int64 labels that cycle through the given classes (None: all); ValueError for a class out of
+    range."""
     wrong = [label for label in classes or () if not 0 <= label < num_classes]
     if wrong:
         raise ValueError(f"class {wrong[0]} does not exist; allowed: 0 to {num_classes - 1}")
@@ -40,14 +36,10 @@ def assign_labels(num_images: int, num_classes: int, classes: Sequence[int] | No
 def shuffled_order(count: int) -> IntArray:
     """(count,) int64, a fixed permutation: position p of a shuffled file holds draw number order[p].
 
-    Draws are sorted by a hash of their number, SplitMix64 (Steele, Lea, Flood 2014), in which no two are equal: the
-    order is the same whatever the machine or the version of a library, and that of fewer draws is the same order
-    without the others.
+    Draws are sorted by a hash of their number: the order is the same on every machine and with every library version,
+    and fewer draws have the same order without the others.
     """
-    z = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable").astype(np.int64)
+    return np.argsort(mix(np.arange(count, dtype=np.uint64) * GOLDEN), kind="stable").astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Assignment:
     Attributes:
         labels, seeds: (N,) int64; sample p is the image of seeds[p] and labels[p].
         order: (N,) int64; sample p is draw number order[p].
-        words: the same in plain JSON values, part of a job's fingerprint.
+        words: what was asked for, in plain JSON values: part of a job's fingerprint.
     """
 
     labels: IntArray
@@ -68,8 +60,8 @@ class Assignment:
     @classmethod
     def of_draws(
         cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, words: dict[str, Any] | None = None
-    ) -> Assignment:
-        """Draws with these labels (N,) and N seeds: in their order, or in `shuffled_order`."""
+    ) -> Self:
+        """Draws with these labels (N,) and N seeds, in this order or in `shuffled_order`."""
         order = shuffled_order(len(labels)) if shuffle else np.arange(len(labels), dtype=np.int64)
         return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, words or {})
 
@@ -77,18 +69,15 @@ class Assignment:
         return len(self.labels)
 
     def first_draws(self, count: int) -> IntArray:
-        """The positions of the first `count` draws (or all): as balanced over the classes as their number allows."""
+        """The positions of the first `count` draws, or of all: they are balanced over the classes."""
         positions = np.empty(len(self), dtype=np.int64)
         positions[self.order] = np.arange(len(self))
         return positions[:count]
 
 
 def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
-    """The assignment that is asked for, of `default_count` images where no number, seeds or classes say how many.
-
-    Raises:
-        ValueError: a class or a seed out of range, or not one seed per image.
-    """
+    """The assignment that `draws` asks for, of `default_count` images if it gives no number. ValueError if a class or a
+    seed is out of range, or there is not one seed per image."""
     num_chosen = len(draws.classes or range(num_classes))
     seeds = draws.seeds or [seed for seed in draws.class_seeds or () for _ in range(num_chosen)]
     per_class = draws.seeds_per_class
@@ -100,7 +89,7 @@ def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
     labels = assign_labels(count, num_classes, draws.classes)
-    # Seeds that are named come in the order they are named in; so do few images, which are for looking at.
+    # Named seeds keep their order, and so do small numbers of images, which are for looking at.
     shuffle = draws.seeds is None and count > GRID_IMAGES
     words: dict[str, Any] = {
         "num_images": count,

@@ -1,10 +1,8 @@
-"""What `ddt_fast.generate` is told: what to draw, with which engine, what to write, how to score.
+"""The settings of `ddt_fast.generate`: what to draw, with which engine, what to write, how to score.
 
-Frozen dataclasses that refuse wrong values. The command's options are made from their fields, types and docstrings; in
-these and in messages, `name` is a parameter, which the command shows as its option.
+These are frozen dataclasses that refuse wrong values. The command's options are made from their fields, types and
+docstrings; in these and in messages, `name` is a parameter, which the command shows as its option.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Sequence
@@ -18,10 +16,10 @@ from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics
 from ddt_fast.model.attention import AttentionBackend
 
 ALL_PNG, SOME_PNG = 1000, 100
-"""Jobs of up to ALL_PNG images write all of them as PNGs too, larger ones SOME_PNG, unless told otherwise."""
+"""By default, jobs of up to ALL_PNG images also write all of them as PNGs, larger jobs SOME_PNG."""
 
 SHARD_IMAGES = 256
-"""Images in a shard, in whole batches: a minute of work or less, and even shares for eight processes."""
+"""Images in a shard, in whole batches: a minute of work or less, with even shares for eight processes."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +27,12 @@ class Draws:
     """What to draw: how many images, of which classes, from which seeds.
 
     Args:
-        num_images: images to draw; default: 100 of digits, 16 of other models, or one per seed.
+        num_images: images to draw; default: 100 digits, 16 from other models, or one per seed.
         classes: classes to cycle through; default: all.
-        seeds_per_class: this many images of every class, in place of `num_images`.
+        seeds_per_class: images per class, in place of `num_images`.
         class_seeds: draw every class with each of these seeds.
-        seeds: one per image, in this order; default: `first_seed` and up.
-        first_seed: seed of the first image, the next image has the next seed; default: 0.
+        seeds: one seed per image, in this order; default: `first_seed` and up.
+        first_seed: seed of the first image; each next image has the next seed; default: 0.
     """
 
     num_images: int | None = None
@@ -61,16 +59,16 @@ class Draws:
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs the model: device, dtype, memory, implementation.
+    """How to run the model: device, dtype, memory, implementation.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
-        dtype: auto, float32, bfloat16 or float16; auto: bfloat16 for latents, where the device has units for it.
+        dtype: auto, float32, bfloat16 or float16; auto: bfloat16 for latents if the device has units for it.
         batch_size: images drawn at a time.
-        memory_budget: for what is kept between steps, e.g. 8GiB; batches are made to fit.
+        memory_budget: memory for what is kept between steps, e.g. 8GiB; batches are made to fit.
         attention: attention implementation.
-        compile: run the model through torch.compile: slow to start, then faster.
-        quantize: CPU: 8-bit weights and activations; the error is measured and printed.
+        compile: compile the model with torch.compile: slow to start, then faster.
+        quantize: 8-bit weights and activations, on a CPU; the error is measured and printed.
         reference: run the plain PyTorch model instead of the fused one.
     """
 
@@ -99,13 +97,13 @@ class Engine:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written beside samples.npz, and what becomes of an earlier job.
+    """What to write beside samples.npz, and what to do with an earlier job.
 
     Args:
-        num_png: images kept as PNGs too; default: all of up to 1000, 100 of more.
-        shard_size: images per shard; default: about 256, whole batches.
-        keep_shards: do not remove the shards when samples.npz is written.
-        overwrite: drop what an earlier job left in the output folder, and start again.
+        num_png: images to write as PNGs too; default: all of up to 1000, else 100.
+        shard_size: images per shard; default: about 256, in whole batches.
+        keep_shards: keep the shards when samples.npz is written.
+        overwrite: drop an earlier job in the output folder, and start again.
     """
 
     num_png: int | None = None
@@ -117,7 +115,7 @@ class Outputs:
         _require_at_least(self, shard_size=1, num_png=0)
 
     def png_count(self, count: int) -> int:
-        """How many of `count` images are written as PNGs too."""
+        """How many of `count` images to write as PNGs."""
         return min(count, (ALL_PNG if count <= ALL_PNG else SOME_PNG) if self.num_png is None else self.num_png)
 
 
@@ -126,11 +124,11 @@ class Scoring:
     """How to score the samples.
 
     Args:
-        reference: an npz or a folder of images to score them against.
+        reference: an npz or a folder of images to score against.
         metrics: metrics to compute; default: all that can be computed.
         features: inception, or pixels for images of up to 64x64.
         inception_weights: file of the network's weights; default: from torch's cache, else downloaded.
-        center_crop: side in pixels of the centre crop to take of the images of a folder.
+        center_crop: side in pixels of the centre crop, for the images of a folder.
     """
 
     reference: str | Path
@@ -153,7 +151,7 @@ def _require_at_least(settings: Any, **minimum: int) -> None:
 
 
 def _parse_bytes(text: object) -> int:
-    """ "8GiB", "500 MB" or a plain number of bytes."""
+    """Bytes, from "8GiB", "500 MB" or a plain number."""
     pattern = r"\s*(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?)b?\s*"
     match = re.fullmatch(pattern, text, re.IGNORECASE) if isinstance(text, str) else None
     require(match is not None, "memory_budget", text, "a number and a unit, such as 8GiB or 500MB")

@@ -1,15 +1,13 @@
 """Samples on their way to samples.npz: shards that are whole or not there.
 
-A job's shards lie in OUTPUT/shards-FINGERPRINT, the fingerprint being that of its settings, as
+A job's shards are in OUTPUT/shards-FINGERPRINT, where the fingerprint is that of its settings:
     job.json                        the settings and the shard size; written first
-    shard-K-of-M.safetensors        images (n, H, W, 3) uint8 of positions K * shard_size and on; their SHA-256, and
-                                    what they were made with, are in its metadata
+    shard-K-of-M.safetensors        images (n, H, W, 3) uint8 from position K * shard_size on; their SHA-256, and what
+                                    they were made with, are in its metadata
 
-A shard is written under another name and renamed: a file of that name is finished. Which process makes which is settled
-by number alone (K % world_size), so that processes need not know of each other.
+A shard is written under another name and renamed when it is finished. Its number decides which process makes it
+(K % world_size), so that processes need not communicate.
 """
-
-from __future__ import annotations
 
 import hashlib
 import json
@@ -18,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.files import atomic_file, read_json, write_json, writing
-from ddt_fast.wording import plural
+from ddt_fast.wording import differences, plural
 
-Images = NDArray[np.uint8]
 _JOB = "job.json"
 _SHARD = r"shard-\d+-of-\d+\.safetensors"
 _OWNED = rf"{_JOB}|merge\.lock|{_SHARD}|\.job\.\d+\.json|\.shard-\d+-of-\d+\.\d+\.safetensors"
@@ -36,43 +33,23 @@ class DamagedShardError(OSError):
 
 
 def fingerprint(settings: dict[str, Any]) -> str:
-    """A name for settings (plain JSON values): equal ones have the same."""
+    """A short name for settings (plain JSON values): equal settings have the same."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
-    """The settings in which two dictionaries differ: "sampling.num_steps 25, now 50"."""
-    found = []
-    for name in {**theirs, **ours}:
-        a, b = theirs.get(name), ours.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} {_short(a)}, now {_short(b)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 class ShardFolder:
-    """The shards of one job.
+    """The shards of one job. ValueError if shards of another size exist.
 
     Args:
-        output_dir: of the job.
+        output_dir: the job's folder.
         settings: everything its images depend on, as plain JSON values.
-        num_images: of the job.
-        shard_size: images per shard; None: as the shards there are, else `default`.
+        num_images: images of the job.
+        shard_size: images per shard; None takes the size of shards that exist, else `default`.
         default: shard size of a new job.
 
     Attributes:
-        path: of the folder.
+        path: the folder of the shards.
         shard_size: images per shard.
-
-    Raises:
-        ValueError: a shard size other than that of the shards there are.
     """
 
     def __init__(
@@ -93,33 +70,31 @@ class ShardFolder:
         return -(-self.num_images // self.shard_size)
 
     def positions(self, shard: int) -> range:
-        """The samples of a shard, as places in the file of samples."""
+        """The positions of a shard's samples in the file of samples."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
     def file(self, shard: int) -> Path:
-        """Where a shard is, or will be."""
+        """The file of a shard, which may not exist yet."""
         return self.path / f"shard-{shard:0{self._width}d}-of-{self.num_shards:0{self._width}d}.safetensors"
 
     def begin(self) -> None:
-        """Put the settings on record."""
+        """Write job.json."""
         with writing(self.path / _JOB):
             content = {"settings": self.settings, "num_images": self.num_images, "shard_size": self.shard_size}
             write_json(self.path / _JOB, content)
 
     def missing(self) -> list[int]:
-        """The shards that are not there, of any process."""
+        """The missing shards, of all processes."""
         return [shard for shard in range(self.num_shards) if not self.file(shard).exists()]
 
     def write(self, shard: int, images: Images, made_with: dict[str, Any]) -> None:
-        """Write a shard; it is finished when this returns.
+        """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
+        otherwise; finished shards are unchanged.
 
         Args:
             shard: its number.
             images: (n, H, W, 3) uint8.
             made_with: plain JSON values that `read` returns.
-
-        Raises:
-            OSError: no space left, or another failure of the file system; finished shards are untouched.
         """
         target = self.file(shard)
         for stale in self.path.glob(f".{target.stem}.*"):
@@ -130,11 +105,8 @@ class ShardFolder:
             temporary.write_bytes(content)
 
     def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
-        """Images (n, H, W, 3) of a finished shard, and what it was made with.
-
-        Raises:
-            DamagedShardError: it does not hold what was written.
-        """
+        """Images (n, H, W, 3) of a finished shard, and what it was made with; DamagedShardError if it does not hold
+        what was written."""
         file, count = self.file(shard), len(self.positions(shard))
         try:
             with safe_open(file, framework="np") as opened:
@@ -142,7 +114,7 @@ class ShardFolder:
         except SafetensorError as error:
             raise DamagedShardError(f"{file} is damaged: {error}") from error
         if hashlib.sha256(images.data).hexdigest() != metadata.get("sha256"):
-            raise DamagedShardError(f"{file} is damaged: its images do not have the checksum on record")
+            raise DamagedShardError(f"{file} is damaged: its images do not have the recorded checksum")
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
             raise DamagedShardError(f"{file} holds {images.shape} {images.dtype}; expected {count} uint8 images")
         return images, json.loads(metadata["made_with"])
@@ -153,7 +125,7 @@ class ShardFolder:
 
 
 def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
-    """The folders with finished shards of jobs with other settings; those without any are removed."""
+    """The folders with finished shards of jobs with other settings; folders without any are removed."""
     found = []
     for path in sorted(output_dir.glob("shards-*")):
         if path == shards.path or not re.fullmatch("shards-[0-9a-f]{12}", path.name) or not path.is_dir():
@@ -166,7 +138,7 @@ def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
 
 
 def describe_other(path: Path, settings: dict[str, Any]) -> str:
-    """How many shards a folder of another job holds, and in what its settings differ from these."""
+    """How many shards another job's folder holds, and how its settings differ from these."""
     theirs = read_json(path / _JOB).get("settings", {}) if (path / _JOB).exists() else {}
     changed = "; ".join(differences(theirs, settings)) if theirs else f"its {_JOB} is missing"
     return f"{path} holds {plural(_count_shards(path), 'finished shard')} of a job with other settings ({changed})"

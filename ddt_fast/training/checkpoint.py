@@ -1,16 +1,13 @@
-"""Checkpoints of a run: saved while training continues, whole or not at all, loaded by any number of processes.
+"""Checkpoints of a run: saved while training continues, whole or not at all, and loaded by any number of processes.
 
 checkpoints/step_0010000/state/          weights, average, optimiser: torch.distributed.checkpoint, sharded
 checkpoints/step_0010000/trainer.json    step, position in the data, settings
 checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,20 +19,20 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from tqdm import tqdm
 
-from ddt_fast.files import sync, sync_folder
+from ddt_fast.files import read_json, sync, sync_folder
 from ddt_fast.model.lightning import LightningWeights
 from ddt_fast.model.weights import read_settings
 from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
 from ddt_fast.training.state_reader import StateReader
+from ddt_fast.wording import one_line, warn
 
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
 VERSION = 1
 TRAINER = "trainer.json"
-# The warning comes from a background thread, where no filter around the call could catch it.
+# The warning comes from a background thread, out of reach of a filter around the call.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", module="torch.distributed.checkpoint")
 
 
@@ -47,7 +44,7 @@ class Checkpoints:
 
     Args:
         folder: the run's folder.
-        keep: how many are kept, the latest; 0 keeps all.
+        keep: how many of the latest checkpoints to keep; 0 keeps all.
         continued: the checkpoint that the run continues from, if any.
     """
 
@@ -55,26 +52,26 @@ class Checkpoints:
         self._folder = folder / "checkpoints"
         self._keep = keep
         self._first = dist.get_rank() == 0
-        # The latest one that is complete; it is never written again, and so is never missing, not even for a moment.
+        # The latest complete checkpoint; never rewritten, so that it is never missing, not even for a moment.
         self._latest = None if continued is None else continued.resolve()
-        # Of its own, so that background messages do not mix with those that training sends at the same time.
+        # A separate group: background messages must not mix with those of training.
         self._group = patient_group()
         self._saving: Future[None] | None = None
 
     def save(
         self, state: TrainingState, numbers: dict[str, Any], save_model: Callable[[Path], None], wait: bool = False
     ) -> None:
-        """Save a checkpoint of the state's step, unless there is one, once the one before is finished.
+        """Save a checkpoint of the state's step, unless there is one; first wait for the previous save.
 
         Args:
             state: what to save.
-            numbers: what trainer.json holds.
+            numbers: the content of trainer.json.
             save_model: writes the model folder; called in the first process, in the background unless `wait`.
-            wait: return when the checkpoint is on the disk, and raise what went wrong. Otherwise a checkpoint that
-                cannot be written is a warning: training continues, earlier checkpoints stay.
+            wait: return when the checkpoint is on the disk, and raise an error if it could not be written. Without it,
+                that is a warning: training continues, and earlier checkpoints stay.
 
         Raises:
-            OSError: with wait, no space left, or the like.
+            OSError: with wait, the checkpoint could not be written.
         """
         self.close()
         name = f"step_{state.step:07d}"
@@ -82,11 +79,11 @@ class Checkpoints:
         present = torch.tensor(self._latest == (self._folder / name).resolve())
         if self._first:
             shutil.rmtree(temporary, ignore_errors=True)
-        # The first process decides: another's part may have been written without the rest.
+        # The first process decides: another may have written its part without the rest.
         dist.broadcast(present, 0, group=self._group)
         if present:
             return
-        # A single process need not communicate, which would leave threads that slow down training on a CPU.
+        # A single process does not communicate: that would leave threads that slow down training on a CPU.
         alone = dist.get_world_size() == 1
         target = temporary / "state"
         saving = dcp.async_save(state.tensors(), checkpoint_id=target, process_group=self._group, no_dist=alone)
@@ -105,24 +102,25 @@ class Checkpoints:
                 for folder in (self._folder, self._folder.parent):
                     sync(folder)
                 self._latest = (self._folder / name).resolve()
-                self._prune()
+                for stale in list_checkpoints(self._folder)[: -self._keep] if self._keep else ():
+                    _remove(stale)
             except BaseException:
                 if self._first:
                     shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-        # A thread per checkpoint: OpenMP counts threads that only wait, and slows down training on a CPU.
+        # A new thread for each checkpoint: OpenMP counts threads that only wait, and slows down training on a CPU.
         thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving = thread.submit(finish)
         thread.shutdown(wait=False)
         if wait:
-            self._finish(warn=False)
+            self._finish(strict=True)
 
     def close(self) -> None:
-        """Wait until nothing is being saved."""
-        self._finish(warn=True)
+        """Wait for the save in progress."""
+        self._finish()
 
-    def _finish(self, warn: bool) -> None:
+    def _finish(self, strict: bool = False) -> None:
         saving, self._saving = self._saving, None
         if saving is None:
             return
@@ -130,21 +128,16 @@ class Checkpoints:
             saving.result()
         except (OSError, CheckpointException, RuntimeError) as error:
             message = f"the checkpoint could not be saved: {reason(error)}"
-            if not warn:
+            if strict:
                 raise OSError(message) from error
-            tqdm.write(f"warning: {message}; training continues, earlier checkpoints are kept", file=sys.stderr)
-
-    def _prune(self) -> None:
-        if self._keep:
-            for folder in list_checkpoints(self._folder)[: -self._keep]:
-                _remove(folder)
+            warn(f"{message}; training continues, earlier checkpoints are kept")
 
 
 def reason(error: BaseException) -> str:
-    """What made saving or loading fail in any of the processes, in one line."""
+    """Why saving or loading failed in any of the processes, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -154,30 +147,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_numbers(checkpoint: Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint.
-
-    Raises:
-        ValueError: the folder is not a checkpoint of a run, or is of another version.
-    """
+    """Read trainer.json of a checkpoint; ValueError if the folder is not a run's checkpoint or has another version."""
     file = checkpoint / TRAINER
     if not file.is_file() or not (checkpoint / "state" / ".metadata").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint of a run, a folder such as RUN/checkpoints/step_0010000")
-    try:
-        numbers = json.loads(file.read_text())
-        version = numbers["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: {error!r}") from error
-    if version != VERSION:
-        raise ValueError(f"{file} is of version {version}; this ddt-fast reads {VERSION}")
+        raise ValueError(f"{checkpoint} is not a checkpoint of a run; expected RUN/checkpoints/step_0010000 or such")
+    numbers = read_json(file)
+    if numbers.get("version") != VERSION:
+        raise ValueError(f"{file} has version {numbers.get('version')}; this ddt-fast reads version {VERSION}")
     return numbers
 
 
 def load_state(checkpoint: Path, state: TrainingState) -> None:
     """Fill the state's tensors from a checkpoint that any number of processes wrote. All processes call it together.
-
-    Raises:
-        ValueError: files that are missing or damaged, or of another model.
-    """
+    ValueError if files are missing, damaged or of another model."""
     reader = StateReader(checkpoint / "state")
     try:
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
@@ -186,11 +168,8 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The folder itself if it is a checkpoint, the latest checkpoint if it is a run, else None.
-
-    Raises:
-        ValueError: a run without a finished checkpoint.
-    """
+    """The folder itself if it is a checkpoint, the latest checkpoint if it is a run, else None; ValueError for a run
+    without a finished checkpoint."""
     if (folder / TRAINER).is_file():
         return folder
     if not (folder / "recipe.yaml").is_file() or not (folder / "checkpoints").is_dir():
@@ -202,11 +181,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(checkpoint: Path) -> LightningWeights:
-    """The averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
-
-    Raises:
-        ValueError: not a checkpoint, or a damaged one.
-    """
+    """Read the averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
+    ValueError if the folder is not a checkpoint, or is damaged."""
     numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
     try:
@@ -230,7 +206,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder so that a kill in between leaves nothing that looks complete."""
+    """Remove a folder such that a kill in between leaves nothing that looks complete."""
     if folder.exists():
         doomed = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(doomed, ignore_errors=True)

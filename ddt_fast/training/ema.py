@@ -1,20 +1,17 @@
 """Exponential moving average of a model's weights."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class EMA:
-    """Float32 copies of a model's parameters, kept at ema = d * ema + (1 - d) * weights.
+    """Float32 copies of a model's parameters, updated as ema = d * ema + (1 - d) * weights.
 
-    After n updates d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights, a mature one has
-    the constant decay.
+    After n updates, d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights quickly.
 
     Attributes:
-        weights: the averages by the names of the parameters, sharded as they are.
+        weights: the averages by parameter name, sharded as the parameters are.
         decay: the constant decay.
         num_updates: n.
     """
@@ -28,7 +25,7 @@ class EMA:
 
     @torch.no_grad()
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Start from these averages, whole ones by the same names, as if they had been updated here many times."""
+        """Start from these averages, whole and by the same names, as if they had been updated many times."""
         for name, average in self.weights.items():
             whole = weights[name].to(average.device, average.dtype)
             if isinstance(average, DTensor):
@@ -38,7 +35,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Average in the trained weights; once after every optimiser step."""
+        """Update the averages; call it once after every optimiser step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [_local(average) for average in self.weights.values()]

@@ -1,11 +1,8 @@
-"""The log of a training run: JSON lines always, TensorBoard and Weights & Biases when asked."""
-
-from __future__ import annotations
+"""The log of a training run: JSON lines, and TensorBoard and Weights & Biases on request."""
 
 import importlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +10,9 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ddt_fast.files import atomic_file
+from ddt_fast.wording import one_line, warn
 
 LOG_NAMES = ("log.jsonl", "samples", "tensorboard", "wandb", "wandb_run.txt")
 """Everything that a TrainingLog writes into its folder."""
@@ -24,27 +21,25 @@ _FINISH_SECONDS = 60.0
 
 
 class TrainingLog:
-    """The log of one run, in its folder; construct it in the first process alone, and use it as a context manager.
+    """The log of one run, in its folder; construct it in the first process only, and use it as a context manager.
 
-    log.jsonl holds a line for each write: step, the metrics, and "seconds" of training so far, resumed runs included.
-    A metric that is NaN or infinite is null there, as JSON has no such numbers; TensorBoard and W&B get it unchanged.
-    Samples go to samples/NAME_step_0000100.png. Steps must ascend.
+    log.jsonl gets a line for each write: step, the metrics, and "seconds" of training so far, earlier parts of the run
+    included. NaN and infinite metrics are null, because JSON has no such numbers; TensorBoard and W&B get them
+    unchanged. Samples go to samples/NAME_step_0000100.png. Steps must ascend.
 
-    A resumed run continues where its checkpoint ends: a killed run may have logged more than it saved, so later steps
-    are dropped from log.jsonl and TensorBoard, and a torn last line too. W&B resumes the run whose id is in
-    wandb_run.txt and ignores steps that it has seen. W&B obeys its environment variables (WANDB_MODE, WANDB_API_KEY).
-    If TensorBoard or W&B fails while the run continues, it is left out from then on, with a warning.
+    A resumed run continues from the step of its checkpoint. A killed run may have logged more than it saved, so later
+    steps are dropped from log.jsonl and TensorBoard, and an incomplete last line too. W&B resumes the run whose id is
+    in wandb_run.txt and ignores steps that it has seen. W&B obeys its environment variables (WANDB_MODE,
+    WANDB_API_KEY). If TensorBoard or W&B fails during the run, it is left out from then on, with a warning. ValueError
+    if a package is missing, W&B is not logged in or refuses, a new run cannot reach W&B (a resumed one continues
+    offline, with a warning), or the log.jsonl to continue is damaged.
 
     Args:
         folder: the run's folder; created if missing.
         tensorboard: write event files to folder/tensorboard.
         wandb: project at Weights & Biases; None logs nothing there.
-        settings: plain nested dict of the run's settings, for W&B's config.
-        first_step: step of the checkpoint that the run continues from; 0 begins all logs anew, W&B's under a new id.
-
-    Raises:
-        ValueError: a package that is needed is missing, W&B is not logged in or refuses, it cannot be reached by a new
-            run (a resumed one continues offline, with a warning), or a log.jsonl to continue is damaged.
+        settings: nested dict of the run's settings, for W&B's config.
+        first_step: step of the checkpoint that the run continues from; 0 starts new logs, and a new run at W&B.
     """
 
     def __init__(
@@ -79,46 +74,38 @@ class TrainingLog:
         self.close(failed=kind is not None)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Log the metrics of a step; OSError when the line cannot be written."""
+        """Log the metrics of a step; OSError if the line cannot be written."""
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(_line({"step": step, **values, "seconds": round(time.perf_counter() - self._started, 3)}))
         self._file.flush()
         self._tell_watchers(lambda watcher: watcher.write(step, values))
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
-        """Save a picture made at a step as samples/NAME_step_0000100.png; OSError when it cannot be written."""
+        """Save a picture of a step as samples/NAME_step_0000100.png; OSError if it cannot be written."""
         with atomic_file(self.folder / "samples" / f"{name}_step_{step:07d}.png") as file:
             image.save(file)
         self._tell_watchers(lambda watcher: watcher.image(step, name, image))
 
     def close(self, failed: bool = False) -> None:
-        """Finish all files and uploads; W&B gets at most a minute (WANDB_FINISH_TIMEOUT: seconds) for the latter, and
-        marks the run as failed if it is."""
+        """Finish all files and uploads. W&B gets at most a minute to upload (WANDB_FINISH_TIMEOUT, in seconds), and
+        marks a failed run as failed."""
         self._file.close()
         self._tell_watchers(lambda watcher: watcher.close(failed))
         self._watchers = []
 
-    def _tell_watchers(self, action: Callable[[_TensorBoard | _WandB], None]) -> None:
+    def _tell_watchers(self, action: Callable[["_TensorBoard | _WandB"], None]) -> None:
         for watcher in tuple(self._watchers):
-            # A run of days must not end because something that only watches it did.
+            # A run of days must not fail because a log does.
             try:
                 action(watcher)
             except Exception as error:
                 self._watchers.remove(watcher)
-                _warn(f"{watcher.name} failed and is left out from here on: {error}")
-
-
-def _warn(message: str) -> None:
-    """One line on stderr, above a progress bar."""
-    tqdm.write(f"warning: {' '.join(message.split())}", file=sys.stderr)
+                warn(f"{watcher.name} failed and is left out from here on: {one_line(error)}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl, numbers and None by name; a torn last one is left out.
-
-    Raises:
-        ValueError: another line is not a JSON object with a step.
-    """
+    """The lines of a log.jsonl, as numbers and None by name, without an incomplete last one; ValueError if another line
+    is not a JSON object with a step."""
     rows = []
     lines = path.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, start=1):
@@ -151,7 +138,7 @@ class _TensorBoard:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
-        # What a kill leaves unwritten is lost up to the checkpoint, and no resumed run would log it again.
+        # A resumed run does not log again what a kill left unwritten before the checkpoint.
         self._writer.flush()
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
@@ -163,7 +150,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """A run at W&B, continued if first_step is above 0 and there was one."""
+    """A run at W&B; it is continued if first_step is above 0 and the folder has an id."""
 
     name = "W&B"
 
@@ -179,30 +166,30 @@ class _WandB:
             "id": id_file.read_text().strip() if resumed else None,
             "name": folder.resolve().name,
             "config": settings,
-            # A resumed run may have other settings; whether it may is not W&B's to say.
+            # A resumed run may have other settings; `run_folder` has checked them.
             "allow_val_change": True,
-            # Never the run that a caller has open, and not the global one.
+            # Never the run that a caller has open, nor the global one.
             "reinit": "create_new",
             "settings": wandb.Settings(finish_timeout=own.finish_timeout or _FINISH_SECONDS),
         }
         try:
-            # wandb.init would ask for the key, and a job has nobody to answer.
+            # wandb.init would ask for the key, and nobody is there to answer a job.
             if online and not wandb.login(prompt=False, verify=False):
                 raise ValueError(
                     "Weights & Biases is not logged in here; run `wandb login`, set WANDB_API_KEY, or set "
-                    "WANDB_MODE=offline and upload later by `wandb sync`"
+                    "WANDB_MODE=offline and upload later with `wandb sync`"
                 )
             # Offline, W&B ignores `resume`, and `wandb sync` appends by the id.
             self._run = wandb.init(**options, resume="allow" if resumed and online else None)
         except wandb.errors.CommError as error:
-            reason = f"Weights & Biases cannot be reached ({' '.join(str(error).split())})"
+            reason = f"Weights & Biases cannot be reached ({one_line(error)})"
             if not resumed or isinstance(error, wandb.errors.AuthenticationError):
                 raise ValueError(f"{reason}; set WANDB_MODE=offline to continue without it") from error
-            _warn(f"{reason}; logging offline, upload later by `wandb sync`")
-            wandb.teardown()  # or the id would count as in use
+            warn(f"{reason}; logging offline, upload later with `wandb sync`")
+            wandb.teardown()  # otherwise the id counts as in use
             self._run = wandb.init(**options, mode="offline")
         except wandb.errors.Error as error:
-            raise ValueError(f"Weights & Biases: {' '.join(str(error).split())}") from error
+            raise ValueError(f"Weights & Biases: {one_line(error)}") from error
         with atomic_file(id_file) as file:
             file.write_text(self._run.id + "\n")
 
@@ -217,7 +204,7 @@ class _WandB:
 
 
 def _wandb() -> Any:
-    """W&B's package; a folder called wandb in the current one, such as W&B's own, imports as an empty package."""
+    """W&B's package. A folder called wandb here, such as W&B's own, would be imported as an empty package."""
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:

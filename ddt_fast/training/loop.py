@@ -1,7 +1,5 @@
 """The training loop."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +17,12 @@ from ddt_fast.training.run import open_run
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run ended with.
+    """The result of a run.
 
     Attributes:
-        step: the last step done: max_steps, or less if the run was told to stop.
+        step: the last step: max_steps, or less if the run was told to stop.
         model: the averaged model, on the CPU; None in processes other than the first, and after an early stop.
-        scores: of its samples by kind of sampling, if scored.
+        scores: scores of its samples, by kind of sampling; empty without scoring.
     """
 
     step: int
@@ -35,22 +33,22 @@ class TrainingResult:
 def train(experiment: Experiment, output_dir: Path, device: torch.device, resume: str | None = None) -> TrainingResult:
     """Train a DDT by flow matching, in the processes that torchrun started; write everything under output_dir.
 
-    Written: recipe.yaml (every setting; `--config` takes it), log.jsonl (a line every log_every steps), checkpoints/
+    Written: recipe.yaml (every setting, for `--config`), log.jsonl (a line every log_every steps), checkpoints/
     (`training.checkpoint`), samples/ (grids), and at the end model/ (the averaged weights), samples.png, curves.png and
     training.json (provenance and scores). Progress goes to stderr. SIGTERM saves a checkpoint and ends the run.
 
     Args:
         experiment: every setting.
         output_dir: the run's folder.
-        device: of this process.
-        resume: None starts afresh, and removes an earlier run there; "auto" continues from its latest checkpoint where
-            there is one; else the folder of a checkpoint. A continued run ends as an uninterrupted one would: on a CPU,
-            with the same number of processes and threads, bit for bit.
+        device: this process's device.
+        resume: None starts from scratch and removes an earlier run in the folder; "auto" continues from its latest
+            checkpoint, if any; else the folder of a checkpoint. A continued run ends as an uninterrupted one would: on
+            a CPU, with the same number of processes and threads, bit for bit.
 
     Raises:
-        ValueError: data that cannot be trained on, a checkpoint that cannot be continued, sampling settings that cannot
-            be run, files of the same names in output_dir that are not a run's, or a loss that is not finite.
-        OSError: outputs that cannot be written.
+        ValueError: the data cannot be trained on, the checkpoint cannot be continued, the sampling settings cannot be
+            run, output_dir holds files of the same names that are not a run's, or a loss is not finite.
+        OSError: outputs cannot be written.
     """
     settings = experiment.training
     with open_run(experiment, output_dir, device, resume) as run:
@@ -84,12 +82,12 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
 
 
 def learning_rate(settings: TrainingConfig, step: int) -> float:
-    """Of the given step, counted from 1: rising linearly over the warm-up, then constant."""
+    """The learning rate of a step, counted from 1: it rises linearly over the warm-up, then is constant."""
     return settings.learning_rate * min(1.0, step / max(1, settings.warmup_steps))
 
 
 def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """The norm of all gradients together, (1,) float32; if it is above max_norm they are scaled down to that."""
+    """Scale the gradients down to max_norm if their norm is above it; the norm of all together, (1,) float32."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     if max_norm is not None:
@@ -98,7 +96,7 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 
 
 class RunningMeans:
-    """Means over the steps since the last line of the log; nothing waits for the device until they are read."""
+    """Means over the steps since the last line of the log; only reading them waits for the device."""
 
     def __init__(self, settings: TrainingConfig, device: torch.device) -> None:
         self._settings = settings
@@ -106,16 +104,12 @@ class RunningMeans:
         self._steps = 0
 
     def add(self, losses: Tensor, norm: Tensor) -> None:
-        """Take one step's losses (2,), of flow matching and REPA, and gradient norm (1,)."""
+        """Add one step's losses (2,), of flow matching and REPA, and its gradient norm (1,)."""
         self._sums += torch.cat([losses, norm])
         self._steps += 1
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Means over all processes, and start again.
-
-        Raises:
-            ValueError: as `check` does.
-        """
+        """The means over all processes; starts again. ValueError as `check`."""
         loss, repa, norm = self.check(step)
         self._sums.zero_()
         self._steps = 0
@@ -123,11 +117,8 @@ class RunningMeans:
         return metrics | ({"repa_loss": repa} if self._settings.repa_weight else {})
 
     def check(self, step: int) -> list[float]:
-        """Means so far, over all processes: losses of flow matching and REPA, gradient norm.
-
-        Raises:
-            ValueError: one that is not finite, so that ruined weights never replace a good checkpoint.
-        """
+        """The means so far, over all processes: losses of flow matching and REPA, gradient norm. ValueError if one is
+        not finite, so that ruined weights never replace a good checkpoint."""
         sums = self._sums / (max(1, self._steps) * dist.get_world_size())
         dist.all_reduce(sums)
         loss, repa, norm = sums.tolist()

@@ -1,6 +1,4 @@
-"""The model as training sees it: a DDT and, for REPA, the projector of its features."""
-
-from __future__ import annotations
+"""The model to train: a DDT and, for REPA, the projector of its features."""
 
 from typing import cast
 
@@ -18,11 +16,11 @@ class TrainingModel(nn.Module):
 
     Args:
         denoiser: the DDT.
-        projector: of the output of one of its encoder blocks; None without REPA.
-        block: which one, counted from 1.
+        projector: projects the output of one of its encoder blocks; None without REPA.
+        block: that block, counted from 1.
 
     Attributes:
-        dtype: of the computation; inputs are cast to it, except for the time.
+        dtype: dtype of the computation; inputs are cast to it, except for the time.
     """
 
     def __init__(self, denoiser: DDTBase, projector: Projector | None = None, block: int = 8) -> None:
@@ -39,14 +37,14 @@ class TrainingModel(nn.Module):
         return velocity, None if self.projector is None else self.projector(features)
 
     def compile_parts(self) -> None:
-        """Compile in place: a FusedDDT by its parts, whose blocks share one compiled function; the reference whole."""
+        """Compile in place: a FusedDDT in parts, whose blocks share one compiled function; the reference as a whole."""
         if isinstance(self.denoiser, FusedDDT):
             self.denoiser.compile_parts()
         else:
             self.compile(dynamic=False)
 
     def shardable_parts(self) -> list[nn.Module]:
-        """The modules that FSDP gathers one after the other, inner ones first; each is used only by calling it."""
+        """The modules that FSDP gathers one after another, inner ones first; each is used only by calling it."""
         blocks = list(cast(nn.ModuleList, self.denoiser.blocks))
         parts: list[nn.Module] = []
         if isinstance(self.denoiser, DDT):
@@ -55,6 +53,6 @@ class TrainingModel(nn.Module):
                 parts += [cast(nn.Module, getattr(block, name)) for name in ("attn", "mlp", "adaLN_modulation")]
         else:
             denoiser = cast(FusedDDT, self.denoiser)
-            # Not decoder_modulation, which a function that may be compiled calls: hooks of FSDP cannot be.
+            # Not decoder_modulation: a function that may be compiled calls it, and FSDP's hooks cannot be compiled.
             parts = [*blocks, denoiser.encoder_modulation]
         return parts if self.projector is None else [*parts, self.projector]

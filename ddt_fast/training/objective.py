@@ -1,6 +1,4 @@
-"""Flow matching: what a DDT is trained to minimise (DDT paper, section 3)."""
-
-from __future__ import annotations
+"""Flow matching: the loss of a DDT (DDT paper, section 3)."""
 
 from typing import NamedTuple
 
@@ -11,13 +9,14 @@ from torch import Tensor
 
 from ddt_fast.config import Experiment
 from ddt_fast.data.loader import LatentBatch
+from ddt_fast.device import DTYPES
 from ddt_fast.dinov2 import DinoV2
 from ddt_fast.training.parallel import MixedPrecisionReplica
 from ddt_fast.training.repa import repa_loss
 
 
 class FlowMatchingBatch(NamedTuple):
-    """Points on the straight paths from noise to data, and the velocities there.
+    """Points on straight paths from noise to data, and the velocities there.
 
     Attributes:
         x: (B, channels, height, width) float32, t data + (1 - t) noise.
@@ -41,7 +40,7 @@ def flow_matching_batch(
     generator: torch.Generator,
     part: tuple[int, int] = (0, 1),
 ) -> FlowMatchingBatch:
-    """Draw a time, a noise and a dropout for every sample.
+    """Draw a time, noise and dropout for every sample.
 
     Args:
         data: (B, channels, height, width) float32, the clean samples.
@@ -49,8 +48,8 @@ def flow_matching_batch(
         num_classes: also the index of the null class.
         label_dropout: chance of the null class, 0 to 1.
         generator: on the data's device.
-        part: (r, R): the samples are the r-th of R equal parts of a batch. Draws are made for the whole batch, so that
-            they do not depend on how many processes share it.
+        part: (r, R): the samples are the r-th of R equal parts of a batch. Numbers are drawn for the whole batch, so
+            that they do not depend on how many processes share it.
     """
     index, parts = part
     batch, device = data.shape[0], data.device
@@ -60,10 +59,7 @@ def flow_matching_batch(
     dropped = torch.rand(parts * batch, generator=generator, device=device)[own] < label_dropout
     along = t.view(-1, 1, 1, 1)
     return FlowMatchingBatch(
-        x=along * data + (1 - along) * noise,
-        t=t,
-        labels=labels.masked_fill(dropped, num_classes),
-        target=data - noise,
+        x=along * data + (1 - along) * noise, t=t, labels=labels.masked_fill(dropped, num_classes), target=data - noise
     )
 
 
@@ -73,18 +69,16 @@ def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
 
 
 class Objective:
-    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's.
+    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's. ValueError if REPA's encoder
+    cannot be loaded.
 
     Args:
         experiment: the settings.
         device: where to compute.
-        feature_shape: (N', F) of the data's own features, if there are any.
+        feature_shape: (N', F) of the data's features, if any.
 
     Attributes:
-        feature_size: of the features that REPA compares with; None without REPA.
-
-    Raises:
-        ValueError: the encoder of REPA's features cannot be loaded.
+        feature_size: size F of the features that REPA compares with; None without REPA.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device, feature_shape: tuple[int, int] | None) -> None:
@@ -94,13 +88,13 @@ class Objective:
         self._generator = torch.Generator(device)
         self._encoder: DinoV2 | None = None
         if self._settings.repa_weight and experiment.data.images is not None:
-            self._encoder = DinoV2(self._settings.repa_encoder, device, getattr(torch, self._settings.dtype))
+            self._encoder = DinoV2(self._settings.repa_encoder, device, DTYPES[self._settings.dtype])
             self.feature_size: int | None = self._encoder.feature_size
         else:
             self.feature_size = None if feature_shape is None else feature_shape[1]
 
     def encoder_sha256(self) -> str | None:
-        """Checksum of the weights of REPA's encoder; None where features are not computed here."""
+        """Checksum of the weights of REPA's encoder; None if features are not computed here."""
         return None if self._encoder is None else self._encoder.sha256()
 
     def backward(self, replica: MixedPrecisionReplica, batch: LatentBatch, step: int) -> Tensor:
@@ -109,13 +103,13 @@ class Objective:
         Args:
             replica: what is trained.
             batch: this process's share of the step's batch.
-            step: its number; it and the seed alone decide what is drawn.
+            step: the number of the step; the random numbers depend only on it and on the seed.
 
         Returns:
-            (2,) float32, the losses of flow matching and of REPA (0 without), means over this process's share.
+            (2,) float32, the losses of flow matching and of REPA (0 without REPA), means over this process's share.
         """
         settings = self._settings
-        # Neighbouring seeds and steps are far apart, and differ from torch's and the data's own seeds.
+        # Neighbouring seeds and steps give distant seeds, which also differ from torch's and the data's.
         self._generator.manual_seed((settings.seed * 0x9E3779B97F4A7C15 + step) % 2**63)
         points = flow_matching_batch(
             batch.latents.to(self._device, non_blocking=True),
@@ -139,7 +133,7 @@ class Objective:
         return losses
 
     def _features(self, batch: LatentBatch) -> Tensor:
-        """DINOv2's, cached or computed now: (B, N', F)."""
+        """DINOv2's features, cached or computed now: (B, N', F)."""
         if self._encoder is None:
             assert batch.features is not None
             return batch.features.to(self._device, non_blocking=True)

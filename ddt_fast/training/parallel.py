@@ -1,6 +1,4 @@
-"""Several processes, and the precision they compute in, by torch.distributed."""
-
-from __future__ import annotations
+"""Training in several processes with torch.distributed, and in mixed precision."""
 
 import copy
 import os
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -27,15 +25,15 @@ from ddt_fast.training.model import TrainingModel
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """A group of the processes that torchrun started, or of this one alone; an existing group is left as it is."""
+    """Form a group of the processes that torchrun started, or of this one alone; an existing group stays."""
     if dist.is_initialized():
         yield
         return
     backend, own = "gloo", None
     if device.type == "cuda":
-        # Checkpoints are written from the CPU while the GPUs continue: both need to communicate.
+        # Checkpoints are written from the CPU while the GPUs continue: both must communicate.
         backend, own = "cpu:gloo,cuda:nccl", torch.device("cuda", device.index or 0)
-        # FSDP puts its shards on the current GPU, which is the first one in every process by default.
+        # FSDP puts its shards on the current GPU, which by default is the first one in every process.
         torch.cuda.set_device(own)
     hook = sys.excepthook  # torch installs its own, and leaves it there
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -50,14 +48,13 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def patient_group() -> dist.ProcessGroup:
-    """All processes, over gloo, which wait for each other however long one takes: a collective on GPUs ends the run if
+    """A group of all processes, over gloo, that wait for each other for up to a week: on GPUs, a collective fails if
     one process arrives 10 minutes after another."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def wait_for_all(group: dist.ProcessGroup) -> None:
-    """Return when every process of the group has arrived here: after something that one of them does alone, or that may
-    take one much longer than another."""
+    """Return when every process of the group has arrived: after work of one process, or of unequal length."""
     if dist.get_world_size(group) > 1:
         dist.barrier(group)
 
@@ -65,14 +62,14 @@ def wait_for_all(group: dist.ProcessGroup) -> None:
 class MixedPrecisionReplica:
     """Master weights in float32, and a module that computes their gradients in `dtype`, alone or with other processes.
 
-    With "ddp" and bfloat16 the module is a bfloat16 copy whose gradients are moved to the masters after every backward
-    pass; in float32 it is the masters themselves. With "fsdp" (FSDP2) parameters, gradients and whatever is derived
+    With "ddp" and bfloat16, the module is a bfloat16 copy whose gradients are moved to the masters after every backward
+    pass; in float32, it is the masters themselves. With "fsdp" (FSDP2), parameters, gradients and everything derived
     from them are sharded, and PyTorch gathers each block in `dtype` when it is needed. Gradients are summed over the
-    parts of a batch, and then averaged over the processes, in float32.
+    parts of a batch and then averaged over the processes, in float32.
 
     Attributes:
-        masters: float32 parameters, to be optimised, averaged and saved.
-        compute: what to call, within `part`.
+        masters: float32 parameters, to optimise, average and save.
+        compute: the module to call, within `part`.
     """
 
     def __init__(self, masters: TrainingModel, dtype: torch.dtype, parallel: str, compile: bool) -> None:
@@ -83,7 +80,7 @@ class MixedPrecisionReplica:
         self._copied = parallel == "ddp" and dtype != torch.float32
         if parallel == "fsdp":
             if compile and not isinstance(masters.denoiser, FusedDDT):
-                raise ValueError("compile with fsdp works with engine fused only; use ddp, or leave compile out")
+                raise ValueError("compile with fsdp needs the fused engine; use it or ddp, or leave compile out")
             _shard(masters, dtype, device)
         module = copy.deepcopy(masters).to(dtype) if self._copied else masters
         if compile:
@@ -96,7 +93,7 @@ class MixedPrecisionReplica:
             if self._copied:
                 ddp.register_comm_hook(None, self._average_hook)
             self.compute = ddp
-        # Of a copy: where its gradients go, and their averages that are in progress.
+        # For a copy: where its gradients go, and the averages in progress.
         self._master_of: dict[Tensor, Tensor] = {}
         if self._copied:
             self._master_of.update(zip(module.parameters(), masters.parameters(), strict=True))
@@ -104,8 +101,8 @@ class MixedPrecisionReplica:
 
     @contextmanager
     def part(self, last: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one part of a step's batch. Its gradients are added to those of the
-        parts before; processes exchange them only in the last one, so that FSDP keeps whole ones until then."""
+        """Surround the forward and backward pass of one part of a step's batch. Gradients add up over the parts;
+        processes exchange them only in the last one, so that FSDP keeps them whole until then."""
         if isinstance(self.masters, FSDPModule):
             self.masters.set_requires_gradient_sync(last)
         quiet = isinstance(self.compute, DistributedDataParallel) and not last
@@ -124,8 +121,8 @@ class MixedPrecisionReplica:
                 master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
 
     def _average_hook(self, _: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """Add the gradients of some parameters to those of earlier parts, and average them over the processes: not in
-        place, in bfloat16, but in the masters."""
+        """Add the gradients of some parameters to those of earlier parts, and average them over the processes: in the
+        masters, not in place in bfloat16."""
         masters = [self._master_of[parameter] for parameter in bucket.parameters()]
         sums = bucket.buffer().float()
         for own, master in zip(sums.split([master.numel() for master in masters]), masters, strict=True):
@@ -141,13 +138,13 @@ class MixedPrecisionReplica:
 
     @torch.no_grad()
     def copy_master_weights(self) -> None:
-        """After an optimiser step, copy the masters' weights to the module that computes."""
+        """Copy the masters' weights to the module that computes; call it after every optimiser step."""
         if self._copied:
             torch._foreach_copy_(list(self._module.parameters()), list(self.masters.parameters()))
 
 
 def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> None:
-    # FSDP warns that the outputs of some layers are views, which must not be changed in place; none are.
+    # FSDP warns that some layers return views, which must not be changed in place. Nothing here does that.
     warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch.distributed.fsdp.*")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -156,17 +153,10 @@ def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> No
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-# DDP checks for the types themselves, which `from __future__ import annotations` turns into strings.
-MixedPrecisionReplica._average_hook.__annotations__ |= {
-    "bucket": dist.GradBucket,
-    "return": torch.futures.Future[Tensor],
-}
-
-
 class StopSignal:
     """Whether any process was told to stop (SIGTERM), known to all after the same step.
 
-    Each process calls `agreed` once a step. The answer is one step old, so that no process waits for it.
+    Each process calls `agreed` once per step. The answer is one step old, so that no process waits for it.
     """
 
     def __init__(self) -> None:
@@ -175,8 +165,8 @@ class StopSignal:
         self._work: dist.Work | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
-        """Stop on SIGTERM instead of dying of it; only a main thread can."""
+    def listening(self) -> Iterator[Self]:
+        """Stop on SIGTERM instead of dying; works only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

@@ -1,7 +1,5 @@
 """Plots of training logs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,24 +21,22 @@ _PANELS = {
     "images_per_second": "img/s",
 }
 _EXACT = ("learning_rate",)
-"""Drawn as logged: nothing in it is noise."""
+"""Drawn as logged, because it has no noise."""
 _LOGARITHMIC = ("grad_norm",)
-"""Spikes of many times the usual value must be visible without dragging the mean along."""
+"""Spikes far above the usual value must be visible without pulling the mean up."""
 _COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#475569")
 
 _FEW = 20
-"""Lines below which nothing is smoothed."""
+"""Shorter logs are not smoothed."""
 
 Curve = NDArray[np.float64]
 
 
 def plot_runs(logs: Mapping[str, Path], output: Path) -> None:
-    """Plot the log.jsonl of every run, by its name, into one PNG: a panel for each metric that any run has.
+    """Plot the log.jsonl of every run, by name, into one PNG, with a panel for each metric that any run has.
 
     Noisy metrics are drawn twice: faint as logged, and smoothed by a Gaussian as wide as a fortieth of the lines.
-
-    Raises:
-        ValueError: a log is missing, damaged or holds nothing to plot.
+    ValueError if a log is missing or damaged, or holds nothing to plot.
     """
     runs = {name: _columns(log) for name, log in logs.items()}
     panels = [metric for metric in _PANELS if any(metric in columns for columns in runs.values())]
@@ -50,7 +46,7 @@ def plot_runs(logs: Mapping[str, Path], output: Path) -> None:
     grid = figure.add_gridspec(rows, 2, height_ratios=(1.5, *[1] * (rows - 1)))
     for index, metric in enumerate(panels):
         row, column = (index + 1) // 2, (index + 1) % 2
-        # The first panel has a row to itself, and so has the last if none is left to share it.
+        # The first panel has a row to itself, and so has the last one if no other panel can share its row.
         alone = index == 0 or (column == 0 and index == len(panels) - 1)
         axes = figure.add_subplot(grid[row, :] if alone else grid[row, column])
         for number, (name, columns) in enumerate(runs.items()):
@@ -64,12 +60,12 @@ def plot_runs(logs: Mapping[str, Path], output: Path) -> None:
 
 
 def _columns(log: Path) -> dict[str, tuple[Curve, Curve]]:
-    """Steps and values of each metric to draw of a log; a null is NaN."""
+    """Steps and values of each metric in a log; a null is NaN."""
     if not log.is_file():
         raise ValueError(f"{log} is missing; a training run writes it")
     rows: list[dict[str, float | None]] = []
     for row in read_log(log):
-        # Logs that were concatenated from several runs repeat steps; the later line counts.
+        # Concatenated logs repeat steps; the later line counts.
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append(row)
@@ -100,7 +96,7 @@ def _draw(axes: Axes, metric: str, steps: Curve, values: Curve, colour: str, nam
 
 
 def _smoothed(values: Curve) -> Curve:
-    """A Gaussian mean over neighbouring lines, those that are NaN left out; few lines are returned as they are."""
+    """A Gaussian mean over neighbouring lines, without NaNs; few lines are returned unchanged."""
     if len(values) < _FEW:
         return values
     deviation = len(values) / 80
@@ -134,7 +130,7 @@ def _dress(axes: Axes, metric: str, curves: list[Curve]) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_ylim(0, 1.1 * max(float(np.nanmax(values)) for values in curves) or 1.0)
         return
-    # The drop of the first steps and single spikes would flatten the rest: they may leave the panel.
+    # The drop of the first steps and single spikes may leave the panel: they would flatten the rest.
     tails = np.concatenate([values[len(values) // 20 :] for values in curves])
     tails = tails[np.isfinite(tails)]
     if len(tails) >= _FEW:

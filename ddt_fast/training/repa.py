@@ -1,6 +1,4 @@
-"""REPA, representation alignment (arXiv 2410.06940): an early block's tokens, projected, are aligned with DINOv2's."""
-
-from __future__ import annotations
+"""REPA, representation alignment (arXiv 2410.06940): projected tokens of an early block are aligned with DINOv2's."""
 
 import math
 
@@ -9,7 +7,7 @@ from torch.nn import functional
 
 
 class Projector(nn.Sequential):
-    """The MLP between a block's tokens and DINOv2's: (B, N, C) → (B, N, features).
+    """The MLP from a block's tokens to DINOv2's: (B, N, C) → (B, N, features).
 
     Its state_dict holds {0,2,4}.{weight,bias}, as released checkpoints do below `diffusion_trainer.proj.0.`.
 
@@ -29,16 +27,14 @@ class Projector(nn.Sequential):
 
 
 def repa_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over tokens of 1 - cosine similarity, computed in float32: a scalar between 0 and 2.
+    """Mean over tokens of 1 - cosine similarity, computed in float32: a scalar between 0 and 2. ValueError if shapes do
+    not match.
 
     Args:
-        projected: (B, N, F) of `Projector`.
-        features: (B, N', F) of `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
-            from the tokens'.
-        grid: (rows, columns) of the tokens, N of them.
-
-    Raises:
-        ValueError: shapes that do not match.
+        projected: (B, N, F) from `Projector`.
+        features: (B, N', F) from `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
+            from the grid of the tokens.
+        grid: (rows, columns) of the N tokens.
     """
     rows, columns = grid
     side = math.isqrt(features.shape[1])

@@ -1,6 +1,4 @@
-"""A run: the data, the model and the outputs that the training loop needs, made from an experiment."""
-
-from __future__ import annotations
+"""A run: the data, model and outputs that the training loop needs, made from an experiment."""
 
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.loader import LatentLoader
 from ddt_fast.data.source import open_source
 from ddt_fast.data.verification import verify_together
+from ddt_fast.device import DTYPES
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
 from ddt_fast.model.base import DDTBase
@@ -38,14 +37,13 @@ from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patien
 from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
-from ddt_fast.training.start import read_start
-from ddt_fast.training.state import TrainingState
+from ddt_fast.training.state import TrainingState, read_start
 from ddt_fast.training.throughput import Throughput, training_flops
 
 
 class Run:
     """One process's part of a run: data, model and outputs. All processes construct one and call its methods together;
-    the first one writes.
+    the first process writes.
 
     Args:
         experiment, folder, device, resume: as for `loop.train`.
@@ -55,7 +53,7 @@ class Run:
         loader: this process's share of the batches.
         objective: the loss, and its gradients.
         state: the float32 weights, their average and the optimiser.
-        replica: what computes the gradients of these weights.
+        replica: computes the gradients of these weights.
         throughput: counts images and time.
         stop: whether any process was told to stop.
     """
@@ -74,22 +72,22 @@ class Run:
         self.loader = stack.enter_context(closing(open_loader(self.experiment, self.device, self._group)))
         self.objective = Objective(self.experiment, self.device, self.loader.dataset.feature_shape)
         self._preview = Preview(self.experiment, self.device) if self._first else None
-        # Models that the settings name, which a continued run must find unchanged.
+        # A continued run must find these models unchanged.
         self._frozen: dict[str, str | None] = {}
         if self._preview is not None:
             self._frozen["data.autoencoder"] = self._preview.autoencoder_sha256()
             self._frozen["training.repa_encoder"] = self.objective.encoder_sha256()
 
     def _build_model(self, resume: str | None) -> None:
-        """The weights of a checkpoint, of another model, or fresh ones."""
+        """Take the weights of a checkpoint or of another model, or initialise them."""
         settings = self.experiment.training
         checkpoint, numbers = run_folder.open_checkpoint(
             self.folder, resume, self.experiment, self._frozen, self._group
         )
-        torch.default_generator.manual_seed(settings.seed)  # of the CPU, where weights are initialised
+        torch.default_generator.manual_seed(settings.seed)  # the CPU's, where weights are initialised
         masters = build_model(self.experiment, self.device, self.objective.feature_size)
         average = read_start(settings.init, masters) if checkpoint is None and settings.init is not None else None
-        wait_for_all(self._group)  # files from the Hub arrive in some processes sooner than in others
+        wait_for_all(self._group)  # files from the Hub reach some processes sooner than others
         self.replica = MixedPrecisionReplica(masters, self._dtype, settings.parallel, settings.compile)
         optimizer = torch.optim.AdamW(
             masters.parameters(),
@@ -144,7 +142,7 @@ class Run:
             self._log.write(self.state.step, metrics)
 
     def save(self, wait: bool = False) -> None:
-        """Save a checkpoint of this step; with `wait`, return when it is on the disk."""
+        """Save a checkpoint of this step; with `wait`, return once it is on the disk."""
         with self.throughput.paused():
             numbers = {
                 "step": self.state.step,
@@ -160,7 +158,7 @@ class Run:
                 wait_for_all(self._group)
 
     def draw(self) -> None:
-        """Log a grid of samples of the averaged model."""
+        """Log a grid of samples from the averaged model."""
         with self.throughput.paused():
             model = self.state.averaged_model()
             if self._log is not None and self._preview is not None and model is not None:
@@ -168,7 +166,7 @@ class Run:
             wait_for_all(self._group)
 
     def finish(self) -> tuple[DDT | None, dict[str, DigitsScore]]:
-        """Write what a finished run leaves; the averaged model and its scores, in the first process."""
+        """Write the results; return the averaged model and its scores, in the first process."""
         seconds = time.perf_counter() - self._started
         model, projector = self.state.averaged_model(), self.state.projector()
         scores: dict[str, DigitsScore] = {}
@@ -182,7 +180,7 @@ class Run:
             if settings.score_samples:
                 scores = self._preview.score(model, settings.score_samples)
             run_folder.write_provenance(self.folder, self.state.step, seconds, self.device, scores)
-            write_model_card(self.folder / "model")  # with the scores
+            write_model_card(self.folder / "model")  # again, now with the scores
         wait_for_all(self._group)
         return model, scores
 
@@ -194,27 +192,24 @@ class Run:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return getattr(torch, self.experiment.training.dtype)
+        return DTYPES[self.experiment.training.dtype]
 
 
 @contextmanager
 def open_run(experiment: Experiment, folder: Path, device: torch.device, resume: str | None) -> Iterator[Run]:
-    """Start or continue a run, and end it properly; see `loop.train`."""
+    """Start or continue a run, and close what it opens; see `loop.train`."""
     timesteps(experiment.sampling.num_steps, experiment.sampling.last_step, experiment.sampling.timeshift)
     with ExitStack() as stack:
-        # The caller's random numbers continue as if nothing had been trained.
+        # Training does not change the caller's random numbers.
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(process_group(device))
         yield Run(experiment, folder, device, resume, stack)
 
 
 def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
-    """This process's share of the experiment's batches. All processes of the group call it together.
-
-    Raises:
-        ValueError: missing or unusable data, shards of another checksum, data that do not fit the model, or a batch
-            that the processes cannot share.
-    """
+    """This process's share of the experiment's batches. All processes of the group call it together. ValueError if the
+    data are missing, unusable or do not fit the model, a shard has another checksum, or the processes cannot share a
+    batch."""
     data, training = experiment.data, experiment.training
     shares = dist.get_world_size() * training.accumulation_steps
     allowed = f"multiples of {shares}, processes times accumulation_steps"
@@ -237,7 +232,7 @@ def open_loader(experiment: Experiment, device: torch.device, group: dist.Proces
 
 
 def build_model(experiment: Experiment, device: torch.device, feature_size: int | None) -> TrainingModel:
-    """The model to train, float32, freshly initialised; with a projector if there are features."""
+    """The model to train, in float32, freshly initialised, with a projector if there are features."""
     settings, config = experiment.training, experiment.model
     reference = DDT(config)
     denoiser: DDTBase = reference if settings.engine == "reference" else FusedDDT.from_reference(reference)

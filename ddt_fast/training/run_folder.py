@@ -1,8 +1,5 @@
-"""The files of a run: its settings, what they must agree with to be continued, and its provenance."""
+"""The files of a run: its settings, the checks before it is continued, and its provenance."""
 
-from __future__ import annotations
-
-import json
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,7 +13,7 @@ import yaml
 
 from ddt_fast.config import Experiment
 from ddt_fast.evaluation.digits_score import DigitsScore
-from ddt_fast.files import atomic_file, check_replaceable
+from ddt_fast.files import atomic_file, check_replaceable, plain, write_json
 from ddt_fast.model.weights import OWNED_NAMES as MODEL_NAMES
 from ddt_fast.provenance import environment
 from ddt_fast.training import checkpoint
@@ -26,7 +23,7 @@ from ddt_fast.training.parallel import wait_for_all
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
-    # The data that these name are compared by content, when they are opened and when the position in them is set.
+    # The data in these places are compared by content, when they are opened and when the position in them is set.
     *("data.folder", "data.images", "data.channel_stats", "data.verify"),
     *("training.max_steps", "training.accumulation_steps"),
     *("training.parallel", "training.gradient_checkpointing", "training.compile", "training.checkpoint_every"),
@@ -36,28 +33,24 @@ _MAY_CHANGE = {
 
 
 def settings_of(experiment: Experiment) -> dict[str, dict[str, Any]]:
-    """All settings as YAML and JSON can hold them: tuples become lists."""
-    parts = {name: asdict(getattr(experiment, name)) for name in ("model", "data", "training", "sampling")}
-    return {
-        part: {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-        for part, settings in parts.items()
-    }
+    """All settings as plain JSON values."""
+    return plain(asdict(experiment))
 
 
 def check_continuable(
     checkpoint: Path, numbers: dict[str, Any], experiment: Experiment, frozen: Mapping[str, str | None]
 ) -> None:
-    """ValueError that names the settings that would make a continued run another run than its checkpoint's.
+    """ValueError if the settings would continue a checkpoint as another run; the message names them.
 
     How samples are drawn, how often things are written, the number of processes and how they share the work may change.
-    So may the places of data and models, which are compared by content. A model that is not loaded, now or then, cannot
+    So may the paths of data and models, which are compared by content. A model that is not loaded, now or then, cannot
     be compared: a warning says so.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: the checkpoint's folder.
         numbers: its trainer.json.
-        experiment: the settings to continue under.
-        frozen: checksums of the models that settings name, by setting; None for those that are not loaded.
+        experiment: the settings to continue with.
+        frozen: checksums of the models that settings name, by setting; None for models that are not loaded.
     """
     limit = experiment.training.max_steps
     if numbers["step"] > limit:
@@ -76,7 +69,7 @@ def check_continuable(
         if setting in frozen and before is not None and value is not None:
             sums = {numbers.get("frozen_sha256", {}).get(setting), frozen[setting]}
             if None in sums:
-                warnings.warn(f"{change}: whether it is the same model cannot be told here; continuing", stacklevel=2)
+                warnings.warn(f"{change}: whether it is the same model is not known here; continuing", stacklevel=2)
             if None in sums or len(sums) == 1:
                 continue
             change += ", with other weights"
@@ -84,16 +77,13 @@ def check_continuable(
     if changed:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}; use the same, or start a new run "
-            f"from its weights with --training.init {checkpoint / 'model'}"
+            f"from its weights with training.init {checkpoint / 'model'}"
         )
 
 
 def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
-    """Write recipe.yaml; without `keep`, remove an earlier run's files first. All of the group call it together.
-
-    Raises:
-        ValueError: files of the same names that are not a run's.
-    """
+    """Write recipe.yaml; without `keep`, first remove an earlier run's files. All processes call it together.
+    ValueError if files of the same names are not a run's."""
     check_replaceable(folder / "model", MODEL_NAMES)
     check_replaceable(folder / "checkpoints", checkpoint.OWNED_NAMES)
     check_replaceable(folder / "samples", r"\w+_step_\d+\.png")
@@ -113,12 +103,9 @@ def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from: none, for "auto" the latest in the folder if it has one, or the one named.
-
-    Raises:
-        ValueError: the folder holds other checkpoints, later than the one named or of another run: two histories in one
-            folder could not be told apart.
-    """
+    """The checkpoint to continue from: none, for "auto" the latest in the folder if any, or the one named. ValueError
+    if the folder holds checkpoints that are later than the one named, or of another run: two histories in one folder
+    could not be told apart."""
     if resume is None:
         return None
     found = list_checkpoints(folder / "checkpoints")
@@ -127,26 +114,20 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     named = Path(resume)
     if found and found[-1].resolve() != named.resolve():
         raise ValueError(
-            f"{folder} holds a run that has reached {found[-1].name}; --resume auto continues it there; to continue "
+            f"{folder} holds a run that has reached {found[-1].name}; `resume` auto continues it there; to continue "
             f"from {named}, name another folder, or remove the checkpoints after it"
         )
     return named
 
 
 def open_checkpoint(
-    folder: Path,
-    resume: str | None,
-    experiment: Experiment,
-    frozen: Mapping[str, str | None],
-    group: dist.ProcessGroup,
+    folder: Path, resume: str | None, experiment: Experiment, frozen: Mapping[str, str | None], group: dist.ProcessGroup
 ) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from and its trainer.json; None and nothing for a fresh start.
+    """The checkpoint to continue from and its trainer.json; None and {} for a new run.
 
-    All processes of the group call it together. The first one looks, for all: a shared file system may show others
-    what was there some seconds ago; only it needs `frozen` (see `check_continuable`).
-
-    Raises:
-        ValueError: a checkpoint that this experiment cannot continue.
+    All processes of the group call it together. The first one looks for all of them, because a shared file system may
+    show the others an older state; only it needs `frozen` (see `check_continuable`). ValueError if this experiment
+    cannot continue the checkpoint.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -167,7 +148,7 @@ def open_checkpoint(
 def write_provenance(
     folder: Path, steps: int, seconds: float, device: torch.device, scores: dict[str, DigitsScore]
 ) -> None:
-    """training.json: what a reader needs to trust or repeat a run."""
+    """Write training.json: what a reader needs to trust or repeat a run."""
     content = {
         "steps": steps,
         "training_seconds": round(seconds, 1),
@@ -176,5 +157,4 @@ def write_provenance(
         **environment(device),
         "scores": {kind: asdict(score) for kind, score in scores.items()},
     }
-    with atomic_file(folder / "training.json") as file:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "training.json", content)

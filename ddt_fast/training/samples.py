@@ -1,6 +1,4 @@
-"""Previews of a model in training: labelled grids of samples, and scores of digits."""
-
-from __future__ import annotations
+"""Previews of a model during training: labelled grids of samples, and scores of digits."""
 
 from dataclasses import replace
 
@@ -21,14 +19,12 @@ from ddt_fast.sampling.noise import seeded_noise
 
 
 class Preview:
-    """Draws from models of one experiment by its sampling settings.
+    """Draws from an experiment's models with its sampling settings. ValueError if the autoencoder that turns samples
+    into images cannot be loaded.
 
     Args:
         experiment: the settings.
         device: where to draw.
-
-    Raises:
-        ValueError: the autoencoder that turns samples into images cannot be loaded.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
@@ -39,10 +35,10 @@ class Preview:
             try:
                 self._decode = Decoder(experiment.data.autoencoder, device)
             except ValueError as error:
-                raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
+                raise ValueError(f"{error}; or train without grids of samples, with training.sample_every 0") from error
 
     def autoencoder_sha256(self) -> str | None:
-        """Checksum of the autoencoder's weights; None if there is none, or none is needed."""
+        """Checksum of the autoencoder's weights; None if no autoencoder is needed."""
         return None if self._decode is None else self._decode.sha256()
 
     def grid(self, model: DDT) -> Image.Image:
@@ -53,7 +49,7 @@ class Preview:
         return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
 
     def score(self, model: DDT, num_samples: int) -> dict[str, DigitsScore]:
-        """Scores of class-balanced digits drawn without guidance, and by the sampling settings."""
+        """Scores of class-balanced digits, drawn without guidance and with the sampling settings."""
         labels = assign_labels(num_samples, self._experiment.model.num_classes)
         sampling = self._experiment.sampling
         configs = {"unguided": replace(sampling, guidance_scale=1.0), "guided": sampling}

@@ -1,6 +1,4 @@
-"""Everything that a run continues from, as one nested dictionary of tensors and a few numbers."""
-
-from __future__ import annotations
+"""Everything that a run continues from: a nested dictionary of tensors, and a few numbers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,19 +11,21 @@ from torch.distributed.tensor import DTensor
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import read_weight_sets
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.model import TrainingModel
+from ddt_fast.wording import tell
 
 
 @dataclass
 class TrainingState:
-    """What training changes: weights, their average, the optimiser's moments. Randomness is not part of it: every step
-    draws from a generator that is seeded by its number.
+    """What training changes: weights, their average, the optimiser's moments. Random generators are not part of it:
+    every step seeds its own by its number.
 
     Attributes:
         masters: the trained weights, float32.
-        ema: averages of the denoiser's.
-        optimizer: AdamW over all of masters' parameters.
+        ema: the averages of the denoiser's weights.
+        optimizer: AdamW over all parameters of masters.
         step: steps done.
     """
 
@@ -35,7 +35,7 @@ class TrainingState:
     step: int = 0
 
     def tensors(self) -> dict[str, Any]:
-        """The tensors themselves, not copies, by parameter names; sharded ones stay so."""
+        """The tensors themselves, not copies, by parameter name; sharded ones stay sharded."""
         for parameter in self.masters.parameters():
             if not self.optimizer.state[parameter]:
                 self.optimizer.state[parameter] = {
@@ -51,7 +51,7 @@ class TrainingState:
         }
 
     def projector(self) -> dict[str, Tensor] | None:
-        """REPA's projector, whole, on the CPU; None without REPA. All processes must call it together."""
+        """REPA's projector, whole, on the CPU; None without REPA. All processes call it together."""
         if self.masters.projector is None:
             return None
         weights = self.masters.projector.state_dict()
@@ -59,9 +59,7 @@ class TrainingState:
 
     def averaged_model(self) -> DDT | None:
         """The reference model with the averaged weights, whole, on the CPU, in the first process; None in the others.
-
-        All processes must call it together.
-        """
+        All processes call it together."""
         first = dist.get_rank() == 0
         averages: dict[str, Tensor] = {}
         for name, average in self.ema.weights.items():
@@ -78,16 +76,42 @@ class TrainingState:
         return model.eval().requires_grad_(False)
 
 
-def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors by the names that `DDT` and released checkpoints have.
+def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
+    """Load the weights that training starts from into the model, and REPA's projector if both have one; return the
+    averages to start from, by the names of model.denoiser's parameters.
+
+    A released .ckpt holds trained weights and their average; if there is only an average, as in most model folders, the
+    weights start there too. What was found is reported on stderr. ValueError if this is not a checkpoint, or has
+    another architecture.
 
     Args:
-        config: its shape.
-        fused: whether it is a FusedDDT, which has merged parameters.
-        parameters: by its own names.
+        checkpoint: a model folder, .safetensors, .ckpt, or hub id.
+        model: the model, on any device, not sharded yet.
+    """
+    sets = read_weight_sets(checkpoint, model.denoiser.config)
+    averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
+    found = ["trained weights" if sets.raw else "averaged weights only: training starts there too"]
+    if sets.raw:
+        found.append("their average" if sets.ema else "no average: it starts there too")
+    denoiser = model.denoiser
+    denoiser.load_state_dict(averaged)
+    average = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
+    denoiser.load_state_dict(trained)
+    if model.projector is not None:
+        found.append("REPA's projector" if sets.projector else "no projector for REPA: a fresh one")
+        if sets.projector:
+            model.projector.load_state_dict(sets.projector)
+    tell(f"starting from {checkpoint}: {', '.join(found)}")
+    return average
 
-    Raises:
-        ValueError: parameters of other names.
+
+def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by the names in `DDT` and released checkpoints. ValueError if the parameters have other names.
+
+    Args:
+        config: the model's shape.
+        fused: whether it is a FusedDDT, which has merged parameters.
+        parameters: the tensors by its own names.
     """
     with torch.device("meta"):
         model = FusedDDT(config) if fused else DDT(config)

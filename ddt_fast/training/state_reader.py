@@ -1,7 +1,5 @@
-"""Reading a checkpoint's state/ without running code in it: torch.distributed.checkpoint's metadata is a pickle, and a
-checkpoint may come from anybody."""
-
-from __future__ import annotations
+"""Reading a checkpoint's state/ without running code in it: the metadata of torch.distributed.checkpoint is a pickle,
+and a checkpoint may come from anyone."""
 
 import pathlib
 import pickle
@@ -16,21 +14,18 @@ _MADE = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    # Of any machine, as this one's.
+    # Paths from any machine become this one's.
     ("pathlib", "PosixPath"): pathlib.PurePath,
     ("pathlib", "WindowsPath"): pathlib.PurePath,
 }
 
 
 class StateReader(dcp.FileSystemReader):
-    """Reads a state/ folder of tensors.
+    """Reads a state/ folder of tensors. pickle.UnpicklingError if the metadata names anything but the places of
+    tensors, or has an entry that is not a tensor, which torch would unpickle.
 
     Attributes:
         failure: what `read_metadata` raised last, which torch 2.11 does not pass on.
-
-    Raises:
-        pickle.UnpicklingError: its metadata names anything but the places of tensors, or an entry that is not a tensor,
-            which torch would unpickle.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -64,7 +59,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _MADE:
             return _MADE[module, name]
         if module == metadata.__name__:
-            # Not what that module has imported.
+            # Only what that module defines, not what it imports.
             kind = vars(metadata).get(name)
             if isinstance(kind, type) and kind.__module__ == module:
                 return kind

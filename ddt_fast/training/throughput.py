@@ -1,6 +1,4 @@
-"""How fast training goes: img/s, TFLOP/s, MFU and memory."""
-
-from __future__ import annotations
+"""The speed of training: img/s, TFLOP/s, MFU and memory."""
 
 import re
 import sys
@@ -25,20 +23,20 @@ _PEAK_TFLOPS = {
     r"L40S": 362.05,
     r"GeForce RTX 4090": 165.2,
 }
-"""Dense bf16 and fp16 TFLOP/s with fp32 accumulation, by what CUDA calls the GPU: NVIDIA's data sheets, whose figures
-for Hopper and Blackwell are for sparse matrices, twice these."""
+"""Dense bf16 and fp16 TFLOP/s with fp32 accumulation, by CUDA's name of the GPU. Source: NVIDIA's data sheets, whose
+figures for Hopper and Blackwell are for sparse matrices, twice these."""
 
 
 def training_flops(config: DDTConfig, height: int, width: int, projector: bool) -> int:
-    """Matrix-multiplication FLOPs that training takes per image: forward, and twice that for backward.
+    """Matrix-multiplication FLOPs of training per image: forward, and twice that for backward.
 
-    Not counted: what activation checkpointing computes again, as is usual for MFU, and DINOv2's own forward, which
-    cached features do not need.
+    Recomputation by gradient checkpointing is not counted, as usual for MFU, nor is DINOv2's forward pass, which cached
+    features do not need.
 
     Args:
         config: the model.
-        height, width: of the image or latent; ValueError if patch_size does not divide them.
-        projector: whether REPA is on, whose MLP C -> C -> C -> 768 runs on every token.
+        height, width: size of the image or latent; ValueError if patch_size does not divide it.
+        projector: whether REPA is on; its MLP C -> C -> C -> 768 runs on every token.
     """
     forward = model_flops(config, height, width).total
     if projector:
@@ -48,8 +46,8 @@ def training_flops(config: DDTConfig, height: int, width: int, projector: bool) 
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak dense FLOP/s of a GPU in bfloat16 or float16; None for other dtypes and if it is not known: CPUs, GPUs not
-    listed here, slices of a GPU (MIG)."""
+    """Peak dense FLOP/s of a GPU in bfloat16 or float16; None for other dtypes, CPUs, GPUs that are not listed here,
+    and slices of a GPU (MIG)."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
@@ -60,10 +58,10 @@ class Throughput:
     """Counts images and time between log lines.
 
     Args:
-        flops_per_image: see training_flops.
-        device: of this rank.
-        dtype: of the matrix multiplications.
-        world_size: GPUs, or processes on CPUs, that the images are shared by.
+        flops_per_image: see `training_flops`.
+        device: this rank's device.
+        dtype: dtype of the matrix multiplications.
+        world_size: GPUs, or processes on CPUs, that share the images.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class Throughput:
         self._images, self._start = 0, self._now()
 
     def add(self, images: int) -> None:
-        """Count the images of a step, those of all ranks."""
+        """Count the images of a step, over all ranks."""
         self._images += images
 
     @contextmanager
@@ -87,11 +85,11 @@ class Throughput:
             self._start += self._now() - start
 
     def read(self) -> dict[str, float]:
-        """Rates since the last call or the start, for the log, and start again.
+        """The rates since the last call or the start, for the log; starts again.
 
-        images_per_second over all ranks; tflops_per_second of one device, and mfu, its share of the device's peak,
-        left out if the peak is not known; memory_gb (10^9 bytes), the most that this rank's tensors took on its GPU so
-        far, or this process in RAM, left out if the system does not tell.
+        images_per_second over all ranks; tflops_per_second of one device; mfu, its share of the device's peak, if the
+        peak is known; memory_gb (10^9 bytes), the peak memory of this rank's tensors on its GPU, or of this process in
+        RAM, if the system reports it.
         """
         now = self._now()
         rate = self._images / (now - self._start)
@@ -106,7 +104,7 @@ class Throughput:
         return values
 
     def _now(self) -> float:
-        # The GPU lags behind: without waiting, its last steps would count as time of what comes next.
+        # The GPU lags behind: without waiting, the time of its last steps would count towards what comes next.
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
@@ -120,5 +118,5 @@ def _peak_memory(device: torch.device) -> int | None:
         import resource
     except ImportError:  # Windows
         return None
-    # macOS counts bytes, the others KiB.
+    # In bytes on macOS, elsewhere in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -121,7 +121,7 @@ def test_damaged_shards_are_found_and_made_again(images, unbroken, cache, capsys
     assert changed.read_bytes() != (unbroken / changed.name).read_bytes()
     encode_all(images, cache, verify=True)
     assert contents(cache) == contents(unbroken)
-    assert f"{changed} does not have the checksum on record" in capsys.readouterr().err
+    assert f"{changed} does not have the recorded checksum" in capsys.readouterr().err
 
 
 def test_a_full_disk_loses_nothing(images, unbroken, tmp_path, monkeypatch):
@@ -165,13 +165,13 @@ def test_a_cache_of_other_settings_or_images_is_refused(images, unbroken, tmp_pa
         (
             images,
             {"dtype": "bfloat16", "flips": False},
-            r"dtype float16, now bfloat16; flips True, now False; use another",
+            'dtype "float16", now "bfloat16"; flips true, now false; use another',
         ),
         (fewer, {}, "num_images 26, now 25; images_sha256"),
     ):
         with pytest.raises(ValueError, match=message):
             encode_all(folder, unbroken, **options)
-    with pytest.raises(ValueError, match=r"repa_encoder patch means, now None; .*feature_shape \[16, 3\], now None"):
+    with pytest.raises(ValueError, match=r'repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null'):
         encode(images, unbroken)
     assert contents(unbroken) == before
 

@@ -83,7 +83,7 @@ def test_features_and_images_that_are_not_there_are_refused(images, unbroken, tm
         (lambda: LatentDataset(tmp_path / "cache", features=True), r"no features; .*cache_latents --repa-encoder"),
         (lambda: LatentDataset(tmp_path / "shards", scaling_factor=1.0, features=True), "shards holds no features; "),
         (lambda: plain.features(np.arange(2), np.zeros(2, dtype=bool)), "opened without features"),
-        (lambda: CachedImages(images, lightningdit), "LightningDiT's shards do not say which image is which"),
+        (lambda: CachedImages(images, lightningdit), "LightningDiT's shards do not record their images"),
         (lambda: CachedImages(tmp_path / "none", plain), "does not exist"),
         (lambda: CachedImages(other, plain), r"images holds other file names than the image folder"),
         (lambda: CachedImages(fewer, plain), r"fewer holds 25 images; the cache was made from 26"),
@@ -106,8 +106,8 @@ def test_features_and_images_that_are_not_there_are_refused(images, unbroken, tm
             "00002-of-00004.safetensors holds features_flip as torch.float32",
         ),
         ("features_flip", lambda tensor: None, "00002-of-00004.safetensors holds no features_flip, only"),
-        ("index", lambda tensor: tensor[:-1].contiguous(), "00002-of-00004.safetensors does not say which images"),
-        ("index", lambda tensor: tensor + 20, "holds latents of images outside the 26 on record"),
+        ("index", lambda tensor: tensor[:-1].contiguous(), "00002-of-00004.safetensors does not record the images"),
+        ("index", lambda tensor: tensor + 20, "holds latents of images outside the 26 of the cache"),
     ],
 )
 def test_shards_with_other_features_or_images_are_named(images, cache, name, change, message):
@@ -140,7 +140,7 @@ def test_an_image_that_broke_since_is_named_and_its_batch_is_not_skipped(images,
                 break
         else:
             pytest.fail("the broken image was not noticed in a whole epoch")
-        assert f"{file} was readable when its latent was cached, now it is not: " in message
+        assert f"{file} was readable when its latent was cached, but now is not: " in message
         with pytest.raises(ValueError, match=r"004\.png"):
             next(loader)
         assert loader.state_dict() == state

@@ -137,7 +137,7 @@ def test_lightningdit_shards_are_read(tmp_path):
             {name: tensor.contiguous() for name, tensor in part.items()},
             tmp_path / f"latents_rank{rank:02d}_shard000.safetensors",
         )
-    with pytest.raises(ValueError, match="do not say how they are scaled"):
+    with pytest.raises(ValueError, match="do not record their scale"):
         LatentDataset(tmp_path)
     dataset = LatentDataset(tmp_path, scaling_factor=0.5, shape=(4, 2, 2))
     assert (len(dataset), dataset.num_classes, dataset.has_posterior, dataset.has_flips) == (30, 7, False, True)
@@ -174,7 +174,7 @@ def test_damaged_caches_are_named(cache, tmp_path):
         r"00000-of-00005.safetensors holds mean of shape \(16, 4, 2, 2\); expected \(16, 4, 8, 8\)", shape=(4, 8, 8)
     )
     refused("was made for 0.5", scaling_factor=0.18215)
-    for other, message in (({**record, "version": 9}, "is of version 9"), ({"version": 1}, "is damaged")):
+    for other, message in (({**record, "version": 9}, "has version 9"), ({"version": 1}, "is damaged")):
         manifest.write_text(json.dumps(other))
         refused(message)
     manifest.write_text(json.dumps(record))

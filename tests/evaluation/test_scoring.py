@@ -168,7 +168,7 @@ def test_statistics_of_a_file_go_before_its_images(tmp_path):
     }
     assert by_file["whole"]["metrics"]["fid"] == by_file["reference"]["metrics"]["fid"]
     assert by_file["whole"]["metrics"].keys() == {"fid"}
-    assert by_file["whole"]["not_computed"]["recall"].endswith("whole.npz holds statistics alone, no images")
+    assert by_file["whole"]["not_computed"]["recall"].endswith("whole.npz holds only statistics, no images")
     assert by_file["reference"]["metrics"].keys() == {"fid", "precision", "recall", "kid", "kid_std"}
     assert by_file["reference"]["reference"]["num_features"] == 100
     expected = evaluate(accumulated(real[500:900]), accumulated(real[:100]))["metrics"]
@@ -202,7 +202,7 @@ def test_what_cannot_be_computed_is_said(tmp_path):
     samples = accumulated(smooth_images(30, 0, size=8))
     missing = evaluate(samples, accumulated(smooth_images(3, 1, size=8)))["not_computed"]
     assert missing == {
-        "sfid": "these features have none for sFID",
+        "sfid": "these features have no part for sFID",
         "inception_score": "these features have no class probabilities",
         "precision": "reference: 3 images; 4 or more are needed",
         "recall": "reference: 3 images; 4 or more are needed",

@@ -116,7 +116,7 @@ def test_damaged_files_are_refused(tmp_path):
 def test_damaged_and_mixed_folders(tmp_path):
     write_folder(tmp_path / "mixed", smooth_images(5, 0, size=6))
     Image.new("RGB", (7, 6)).save(tmp_path / "mixed" / "0003.png")
-    mixed = r"0003.png has 7x6 pixels, 0000.png 6x6; images must be of one size"
+    mixed = r"0003.png has 7x6 pixels, 0000.png 6x6; expected one size"
     for message in (mixed, r"0003.png cannot be read"):
         with pytest.raises(ValueError, match=message):
             open_source(tmp_path / "mixed")

@@ -183,8 +183,8 @@ def test_words_of_other_people_stay_words_in_the_card(latents):
     [
         ("[" * 50_000, "valid YAML"),
         ("!!python/object/apply:os.system [touch it_ran]", "valid YAML"),
-        ("a: &a [x, x]\nb: &b [*a, *a]\ntraining: {adam_betas: [*b, *b]}", "adam_betas is neither a value nor a list"),
-        ("training: {seed: {a: 1}}", "seed is neither a value nor a list of values"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\ntraining: {adam_betas: [*b, *b]}", "adam_betas is nested"),
+        ("training: {seed: {a: 1}}", "seed is nested"),
     ],
 )
 def test_a_malformed_recipe(tmp_path, monkeypatch, recipe, message):

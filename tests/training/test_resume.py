@@ -91,7 +91,7 @@ def test_a_run_starts_from_weights_their_average_and_the_projector(tmp_path, lat
     first = train(latents(latent_cache, 5), tmp_path / "a", CPU)
     experiment = latents(latent_cache, 1, init=str(tmp_path / "a" / "model"), learning_rate=1e-12)
     second = train(experiment, tmp_path / "b", CPU)
-    assert "averaged weights only, which training starts from as well, REPA's projector" in capfd.readouterr().err
+    assert "averaged weights only: training starts there too, REPA's projector" in capfd.readouterr().err
     for ours, theirs in zip(second.model.parameters(), first.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-6)
     other = replace(experiment, model=replace(experiment.model, hidden_size=64))
@@ -112,8 +112,8 @@ def first_shard(checkpoint):
             {"learning_rate": 0.5, "batch_size": 32, "log_every": 1},
             r"settings: training\.batch_size was 16, now 32; training\.learning_rate was 0\.002, now 0\.5; use",
         ),
-        (lambda folder: (folder / "trainer.json").write_text("{"), {}, r"trainer\.json is damaged"),
-        (lambda folder: (folder / "trainer.json").unlink(), {}, r"is not a checkpoint of a run, a folder such as"),
+        (lambda folder: (folder / "trainer.json").write_text("{"), {}, r"trainer\.json is not valid JSON"),
+        (lambda folder: (folder / "trainer.json").unlink(), {}, r"is not a checkpoint of a run; expected RUN/"),
         (lambda folder: first_shard(folder).write_bytes(b"x"), {}, r"step_0000010 cannot be read: "),
         (lambda folder: (folder / "state" / ".metadata").write_bytes(b"x"), {}, r"step_0000010 cannot be read: "),
     ],
