@@ -39,7 +39,8 @@ def draw(file: ResultsFile, folder: Path | None = None) -> None:
         fill(axis, file.record)
         axis.set(xlabel="TFLOP per image at XL/2, 256 px", ylabel="median relative error", yscale="log", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
         with atomic_file((folder or file.path.parent) / file.picture.name) as temporary:
             figure.savefig(temporary, dpi=90, metadata={"Description": file.digest})
     finally:

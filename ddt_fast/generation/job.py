@@ -256,4 +256,4 @@ class Job:
 
 
 def _advance(bar: tqdm, images: float, *_: object) -> None:
-    bar.update(images)
+    bar.update(min(images, bar.total - bar.n))  # shares of an image add up to a little more than the total
