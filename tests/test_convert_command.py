@@ -60,7 +60,7 @@ def test_a_released_checkpoint_becomes_a_folder_of_its_average(place, capsys):
     run(place, *TO_FOLDER)
     folder = place / "model"
     assert {path.name for path in folder.iterdir()} == {
-        *(CONFIG_NAME, WEIGHTS_NAME, "repa_projector.safetensors", "README.md"),
+        *(CONFIG_NAME, WEIGHTS_NAME, "repa_projector.safetensors", "README.md")
     }
     assert same(load_model(folder).state_dict(), EMA)
     assert same(load_file(folder / "repa_projector.safetensors"), PROJECTOR)

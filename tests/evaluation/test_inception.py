@@ -161,10 +161,7 @@ def test_a_download_is_checked_and_kept(monkeypatch, tmp_path):
         (lambda weights: weights.pop("fc.weight"), 'Missing key(s) in state_dict: "fc.weight"'),
         (lambda weights: weights.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
         (lambda weights: weights.update({"fc.weight": torch.zeros(1000, 2048)}), "size mismatch for fc.weight"),
-        (
-            lambda weights: weights.update({"fc.bias": torch.full((1008,), torch.nan)}),
-            "fc.bias has values that",
-        ),
+        (lambda weights: weights.update({"fc.bias": torch.full((1008,), torch.nan)}), "fc.bias has values that"),
     ],
 )
 def test_other_weights_are_refused(change, message):

@@ -9,12 +9,7 @@ from torch import Tensor
 from ddt_kernels import norm_launch, reference
 from kernel_testing import check_against_reference
 
-OPS = (
-    "rms_norm_modulate",
-    "gated_residual_rms_norm_modulate",
-    "gated_residual_layer_norm_modulate",
-    "gated_residual",
-)
+OPS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_layer_norm_modulate", "gated_residual")
 FORECAST_OPS = OPS[:3]
 Forecast = tuple[Tensor, Tensor]
 

@@ -135,13 +135,7 @@ def test_a_quantised_model_is_close_and_the_error_is_measured(name, dtype, limit
 def test_every_large_linear_is_quantised():
     model = quantize_int8(fused())
     left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert left == [
-        "x_embedder.proj",
-        "s_embedder.proj",
-        "t_embedder.mlp.0",
-        "t_embedder.mlp.2",
-        "final_layer.linear",
-    ]
+    assert left == ["x_embedder.proj", "s_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
     block = model.blocks[0]
     widths = [len(layer.scale) for layer in (block.attn.qkv, block.attn.proj, block.mlp.w13, block.mlp.w2)]
     assert widths == [3 * 48, 48, 2 * model.config.mlp_hidden_size, 48]

@@ -48,7 +48,7 @@ def test_digits_round_trip(saved, digit, embedded):
     folder = saved / "pixels"
     assert image(DDTPipeline.from_pretrained(folder)) == digit
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("README.md", "model_index.json", "scheduler", "training.json", "transformer"),
+        *("README.md", "model_index.json", "scheduler", "training.json", "transformer")
     ]
     assert load_file(folder / "transformer" / WEIGHTS_NAME).keys() == embedded.keys()
     for place in (folder, folder / "transformer"):
