@@ -212,7 +212,7 @@ class ScaledFeatures(PatchMeanFeatures):
         ({"repa_encoder": ScaledFeatures(1e6)}, "features up to .* do not fit float16; use bfloat16"),
         ({"repa_encoder": ScaledFeatures(float("nan"))}, "the features are not finite"),
     ],
-    ids=str,
+    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan features"],
 )
 def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
