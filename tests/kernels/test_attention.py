@@ -7,7 +7,7 @@ import ddt_kernels
 from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
 from ddt_kernels import attention_launch, reference
 from ddt_kernels.compilation import SHARED_MEMORY_LIMIT, compile_case
-from kernel_testing import BF16, COMPILES, DTYPES, FP32, FP64, assert_all_equal, with_gradients
+from kernel_testing import BF16, COMPILES, DTYPES, FP32, FP64, assert_all_equal, kept_for_backward, with_gradients
 from operators import QKV_ATTENTION
 
 SHAPE = (2, 5, 3, 12)
@@ -60,23 +60,11 @@ def test_on_a_cpu_qkv_attention_is_the_two_ops_bit_for_bit(dtype, layout):
 def test_qkv_attention_keeps_three_tensors_instead_of_six():
     inputs = QKV_ATTENTION.inputs(layout="contiguous")
     heads = inputs["qkv"][:, :, 0].numel()
-
-    def kept(function):
+    for function, tensors in ((ddt_kernels.qkv_attention, 3), (two_ops, 6)):
         # As in a layer: qkv is a GEMM's output, which is alive for as long as something keeps it.
         qkv, *weights = QKV_ATTENTION.leaves(inputs)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = QKV_ATTENTION.of_leaves(function, inputs)(qkv * 1, *weights)
-        assert out.requires_grad
-        return sum(size for size in storages.values() if size >= heads) / heads
-
-    assert kept(ddt_kernels.qkv_attention) == 3 + 1
-    assert kept(two_ops) == 6 + 1
+        kept = kept_for_backward(QKV_ATTENTION.of_leaves(function, inputs), qkv * 1, *weights)
+        assert sum(size for size in kept.values() if size >= heads) == (tensors + 1) * heads
 
 
 def test_heads_are_split_where_it_saves_columns():
