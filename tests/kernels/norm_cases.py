@@ -44,9 +44,9 @@ def make_inputs(
 
 def make_grads(op: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     """A gradient for each output."""
-    x = inputs["x"]
-    randn = seeded(1, x.dtype, x.device)
-    return [randn(*x.shape) for _ in range(2 if op == "gated_residual_rms_norm_modulate" else 1)]
+    x, generator = inputs["x"], torch.Generator().manual_seed(1)
+    count = 2 if op == "gated_residual_rms_norm_modulate" else 1
+    return [torch.randn(x.shape, generator=generator).to(x) for _ in range(count)]
 
 
 def launch_forward(op: str, i: dict[str, Tensor], forecast: Forecast | None = None) -> list[Tensor]:

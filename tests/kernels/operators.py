@@ -184,7 +184,10 @@ ATTENTION = Operator(
     "attention",
     shape=(2, 5, 3, 12),
     tiny=(2, 3, 2, 4),
-    gpu_shapes=((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)),
+    gpu_shapes=(
+        *((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)),
+        *((2, 200, 3, head_dim) for head_dim in (16, 20, 80, 96)),
+    ),
     graph_shape=(4, 256, 16, 72),
     layouts=attention_cases.LAYOUTS,
     make=_make_heads,

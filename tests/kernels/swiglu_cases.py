@@ -14,12 +14,13 @@ def make_inputs(
     """Seeded x, w1 and w3 for (B, N, C, F). layout "rows": all are columns of something wider, whose leading dimensions
     still merge; "transposed": x's do not."""
     B, N, C, F = shape
-    randn = seeded(0, dtype, device)
+    randn = seeded(0, torch.float64)
     pad = 8 if layout == "rows" else 0  # which keeps the pitch a multiple of 16 bytes where it was one
-    x, w1, w3 = (randn(*rows, C + pad)[..., :C] for rows in ((B, N), (F,), (F,)))
+    sizes = {"x": ((B, N), 1.0), "w1": ((F,), 2 / C**0.5), "w3": ((F,), C**-0.5)}
+    inputs = {n: (randn(*rows, C + pad) * size).to(dtype).to(device)[..., :C] for n, (rows, size) in sizes.items()}
     if layout == "transposed":
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    return {"x": x, "w1": w1.mul_(2 / C**0.5), "w3": w3.mul_(C**-0.5)}
+        inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    return inputs
 
 
 def make_mlp_inputs(
@@ -35,4 +36,4 @@ def make_mlp_inputs(
 def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     """A gradient of the output."""
     x, last = inputs["x"], inputs.get("w2", inputs["w1"])
-    return seeded(1, x.dtype, x.device)(*x.shape[:-1], last.shape[0])
+    return torch.randn(*x.shape[:-1], last.shape[0], generator=torch.Generator().manual_seed(1)).to(x)

@@ -17,7 +17,8 @@ SHAPES = [
     (1, 64, 2, 96),
     (2, 5, 1, 20),
 ]
-FP32_SHAPES = [(2, 9, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 64)]
+CASES = [*((shape, BF16) for shape in SHAPES), ((1, 70, 2, 72), FP16)]
+FP32_CASES = [((2, 9, 2, 72), None), ((1, 1, 3, 24), None), ((1, 32, 1, 80), None), ((1, 33, 1, 64), 0.3)]
 
 
 def run(heads, scale=None):
@@ -56,20 +57,15 @@ def loads(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, arch, loads):
-    check(make_heads(shape, BF16))
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_matches_reference(shape, dtype, arch, loads):
+    check(make_heads(shape, dtype))
     assert loads == [arch >= 90 and shape[-1] % 8 == 0] * 3
 
 
-@pytest.mark.parametrize("arch", [80, 90], indirect=True)
-def test_fp16(arch):
-    check(make_heads((1, 70, 2, 72), FP16))
-
-
-@pytest.mark.parametrize("shape", FP32_SHAPES, ids=str)
-def test_fp32(shape):
-    check(make_heads(shape, FP32))
+@pytest.mark.parametrize(("shape", "scale"), FP32_CASES, ids=str)
+def test_fp32(shape, scale):
+    check(make_heads(shape, FP32), scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,11 +82,6 @@ def test_heads_shared_by_expansion_are_read_by_pointers(arch, loads):
     q, k, v = make_heads((1, 24, 2, 72), BF16)
     check([q, k[:, :, :1].expand(q.shape), v[:, :, :1].expand(q.shape)])
     assert loads == [False] * 3
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((1, 24, 2, 72), BF16), ((1, 24, 1, 24), FP32)])
-def test_scale(shape, dtype):
-    check(make_heads(shape, dtype), scale=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # NumPy, about rows past N
