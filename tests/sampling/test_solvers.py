@@ -48,12 +48,6 @@ def test_multistep_of_order_k_is_exact_for_polynomial_velocities_of_degree_below
     assert x == pytest.approx(1.0, abs=1e-12)
 
 
-def test_multistep_of_order_one_is_euler():
-    times = timesteps(7, 0.04, 2.0)
-    for a, b in zip(linear_multistep(times, 1), euler(times), strict=True):
-        assert a.velocity_coefficients == pytest.approx(b.velocity_coefficients, abs=1e-15)
-
-
 def test_lagrange_weights_interpolate_and_integrate():
     nodes = [0.1, 0.4, 0.6]
     values = [t**2 - t for t in nodes]
