@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import ddt_kernels
 from ddt_kernels import norm_launch, reference
@@ -93,7 +94,7 @@ def test_compiles_without_graph_breaks(op, history):
 def test_another_step_needs_no_other_graph():
     inputs, (weights, step) = make_forecast_inputs("rms_norm_modulate", SHAPE, True, FP32, 2)
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ddt_kernels.rms_norm_modulate, fullgraph=True, backend=graphs)
     for row in range(3):
         step.fill_(row)

@@ -14,16 +14,16 @@ def test_count_equals_what_pytorch_counts():
         model, x, t, y = DDT(config), torch.zeros(1, 4, 8, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
     cost = model_flops(config, 8, 12)
 
-    def plural(run) -> int:
+    def counted(run):
         with FlopCounterMode(display=False) as counter:
             result = run()
         counts.append(counter.get_total_flops())
         return result
 
     counts: list[int] = []
-    state = plural(lambda: model.encode(x, t, y))
-    modulations = plural(lambda: model.decoder_modulations(state))
-    plural(lambda: model.decode(x, modulations))
+    state = counted(lambda: model.encode(x, t, y))
+    modulations = counted(lambda: model.decoder_modulations(state))
+    counted(lambda: model.decode(x, modulations))
     assert counts == [cost.encoder, cost.modulations, cost.decoder]
 
 

@@ -75,9 +75,7 @@ def test_missing_names_are_reported_as_released():
     state = golden.model("tiny_h48_d24").state_dict()
     del state["blocks.1.adaLN_modulation.0.bias"]
     model = FusedDDT(golden.model_config("tiny_h48_d24"))
-    with pytest.raises(
-        RuntimeError, match=r'Missing key\(s\) in state_dict: "blocks\.1\.adaLN_modulation\.0\.bias"\. $'
-    ):
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in .*: "blocks\.1\.adaLN_modulation\.0\.bias"\. $'):
         model.load_state_dict(state)
 
 
