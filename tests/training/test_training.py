@@ -148,10 +148,8 @@ def test_a_second_run_leaves_nothing_of_the_first(ten):
     assert not (ten / "samples").exists()
 
 
-def test_classes_without_data_are_warned_of(latent_cache, tmp_path, recwarn):
+def test_classes_without_data_are_warned_of(latent_cache, tmp_path):
     experiment = latents(latent_cache, 1)
-    train(experiment, tmp_path / "two", CPU)
-    assert not [warning for warning in recwarn if "num_classes" in str(warning.message)]
     more = replace(experiment, model=replace(experiment.model, num_classes=3))
     with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the others are never trained"):
         train(more, tmp_path / "three", CPU)
