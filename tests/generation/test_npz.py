@@ -36,18 +36,14 @@ def test_wrong_parts_are_refused(tmp_path):
         write_npz(tmp_path / "x.npz", (2, 4, 4, 3), [images.astype(np.float32)])
 
 
-def test_files_that_are_no_samples_are_one_error(tmp_path):
+def test_other_files_are_refused(tmp_path):
     images = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez_compressed(tmp_path / "compressed.npz", arr_0=images)
-    with pytest.raises(ValueError, match="is compressed"):
-        open_images(tmp_path / "compressed.npz")
     np.savez(tmp_path / "other.npz", x=images)
-    with pytest.raises(ValueError, match="not an npz file with an arr_0"):
-        open_images(tmp_path / "other.npz")
-    write_npz(tmp_path / "cut.npz", images.shape, [images])
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:150])
-    with pytest.raises(ValueError, match="not an npz file"):
-        open_images(tmp_path / "cut.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:150])
+    for name, message in (("compressed", "is compressed"), ("other", "with an arr_0"), ("cut", "not an npz file")):
+        with pytest.raises(ValueError, match=message):
+            open_images(tmp_path / f"{name}.npz")
 
 
 MERGE = """
@@ -59,7 +55,7 @@ from ddt_fast.generation.seeds import Assignment
 from ddt_fast.generation.shards import ShardFolder
 
 images = np.random.default_rng(0).integers(0, 256, (64, 256, 256, 3), dtype=np.uint8)
-for num_shards in (4, 24):
+for num_shards in (4, 12):
     output = Path(sys.argv[1], str(num_shards))
     output.mkdir()
     shards = ShardFolder(output, {}, num_shards * 64, 64, 64)
@@ -75,12 +71,12 @@ for num_shards in (4, 24):
 
 @pytest.mark.slow
 def test_memory_of_the_merge_does_not_grow_with_the_number_of_images(tmp_path):
-    """12.6 MB a shard; written from 4 and from 24 of them, 302 MB."""
+    """12.6 MB a shard; written from 4 and from 12 of them, 151 MB."""
     result = subprocess.run([sys.executable, "-c", MERGE, str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (before, peak, _), (_, later, size) = (map(int, line.split()) for line in result.stdout.splitlines())
-    assert size > 24 * 64 * 256 * 256 * 3
+    assert size > 12 * 64 * 256 * 256 * 3
     assert peak - before < 60_000  # KiB; a shard twice, and the grid
     assert later < 1.05 * peak
-    last, first = open_images(tmp_path / "24" / "samples.npz")[-64:], open_images(tmp_path / "4" / "samples.npz")[:64]
+    last, first = open_images(tmp_path / "12" / "samples.npz")[-64:], open_images(tmp_path / "4" / "samples.npz")[:64]
     assert hashlib.sha256(last).hexdigest() == hashlib.sha256(first).hexdigest()
