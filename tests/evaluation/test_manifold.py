@@ -88,11 +88,9 @@ def test_other_packages_agree(seed):
     ("samples", "reference", "k", "message"),
     [
         (np.zeros((3, 2)), np.zeros((9, 2)), 3, "3 samples have no 3-th nearest neighbour; expected 4 or more"),
-        (np.zeros((9, 2)), np.zeros((3, 2)), 3, "3 reference have no"),
         (np.zeros((9, 2)), np.zeros((9, 3)), 3, "samples have 2 numbers each, the reference 3"),
         (np.zeros((9, 2)), np.zeros((9, 2)), 0, "k is 0"),
         (np.full((9, 2), np.nan), np.zeros((9, 2)), 3, "samples hold features that are not finite"),
-        (np.zeros((9, 2), dtype=int), np.zeros((9, 2)), 3, r"expected floating point \(N, D\)"),
         (np.zeros(9), np.zeros((9, 2)), 3, r"expected floating point \(N, D\)"),
     ],
 )

@@ -16,15 +16,6 @@ def random_gaussian(rng, dims):
     return rng.standard_normal(dims), root @ root.T / dims
 
 
-def test_closed_forms():
-    zero, one = np.zeros(3), np.eye(3)
-    assert frechet_distance(zero, one, zero, one) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(zero, one, np.array([1.0, 2.0, 2.0]), one) == pytest.approx(9)
-    # Commuting covariances: the sum of squared differences of the standard deviations.
-    a, b = np.diag([4.0, 9.0, 1.0]), np.diag([1.0, 1.0, 16.0])
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(1 + 4 + 9)
-
-
 def test_agrees_with_the_matrix_square_root():
     rng = np.random.default_rng(0)
     (mu1, sigma1), (mu2, sigma2) = random_gaussian(rng, 20), random_gaussian(rng, 20)
@@ -44,6 +35,7 @@ def test_statistics_are_the_unbiased_ones_in_float64():
 
 @pytest.mark.parametrize("dims", [8, 300])
 def test_rotated_gaussians_have_a_closed_form(dims):
+    """Commuting covariances: the sum of squared differences of the standard deviations."""
     rng = np.random.default_rng(dims)
     rotation = np.linalg.qr(rng.standard_normal((dims, dims)))[0]
     a, b = rng.uniform(0, 3, (2, dims))
@@ -109,21 +101,11 @@ def test_inception_score_and_kid_are_those_of_torch_fidelity():
     kid = independent("torch_fidelity.metric_kid").kid_features_to_metric
     rng = np.random.default_rng(0)
     samples, reference = rng.standard_normal((150, 32)) + 0.5, rng.standard_normal((120, 32))
-    theirs = kid(
-        torch.from_numpy(samples), torch.from_numpy(reference), kid_subsets=7, kid_subset_size=60, verbose=False
-    )
+    theirs = kid(*map(torch.from_numpy, (samples, reference)), kid_subsets=7, kid_subset_size=60, verbose=False)
     expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
     assert kernel_inception_distance(samples, reference, 7, 60) == pytest.approx(expected, rel=1e-9)
     float32 = kernel_inception_distance(samples.astype(np.float32), reference.astype(np.float32), 7, 60)
     assert float32 == pytest.approx(expected, rel=1e-4)
-
-
-def test_kid_is_unbiased():
-    rng = np.random.default_rng(0)
-    same = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)), 50, 200)
-    other = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)) + 1, 50, 200)
-    assert abs(same[0]) < 3 * same[1] / 50**0.5
-    assert other[0] > 10 * same[1]
 
 
 def test_kid_against_its_definition():
@@ -151,11 +133,9 @@ def test_kid_against_its_definition():
         (lambda: inception_score(np.full((5, 4), 0.25)), "5 images cannot be split into 10 parts"),
         (lambda: inception_score(np.full((50, 4), 0.3)), "sum to 1"),
         (lambda: inception_score(np.full((50, 4), np.nan)), "finite"),
-        (lambda: inception_score(np.ones((50, 1), dtype=int)), "expected floats"),
         (lambda: inception_score(np.ones(50)), r"expected floats \(N, classes\)"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 3))), "features have shapes"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((7, 2))), "subset_size is 1000; allowed: 2 to 7"),
-        (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 3), "num_subsets is 0"),
         (lambda: kernel_inception_distance(np.full((9, 2), np.inf), np.zeros((9, 2)), 1, 3), "not finite"),
     ],
 )
