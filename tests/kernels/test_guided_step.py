@@ -57,13 +57,6 @@ def test_compiles_without_graph_breaks(function, variant):
     assert_equal(call(compiled, inputs), call(function, inputs))
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_unpatchify_undoes_unfold(patch_size):
-    image = torch.randn(2, 3, 8, 12)
-    tokens = torch.nn.functional.unfold(image, patch_size, stride=patch_size).transpose(1, 2)
-    assert torch.equal(reference.unpatchify(tokens, 8, 12, patch_size), image)
-
-
 def test_a_run_with_every_kind_of_step_is_the_samplers_own_arithmetic():
     """Guidance evaluated at every third step and forecast between, four velocities, noise: written as lists of tensors,
     newest first, which is how a sampler is defined, and with histories that begin uninitialised."""

@@ -170,11 +170,6 @@ def test_cost_is_what_the_operators_read_and_write(op):
     assert low <= made.flops <= high
 
 
-def test_costs_add():
-    a = ddt_kernels.gated_residual_cost(2, 3, 20, BF16, True)
-    assert a + a == ddt_kernels.Cost(2 * a.bytes_moved, 2 * a.flops)
-
-
 def public_names(op):
     return (op.name, "qk_norm_rope_") if op == QK_NORM_ROPE else (op.name,)
 

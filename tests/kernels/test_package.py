@@ -16,7 +16,6 @@ from ddt_fast.config import DDTConfig
 from ddt_fast.model.base import rotary_tables
 from ddt_fast.model.reference import Block
 from ddt_kernels import floors
-from ddt_kernels.cost import Cost
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 README = (KERNELS / "README.md").read_text(encoding="utf-8")
@@ -62,11 +61,6 @@ def test_every_public_op_has_a_floor_and_a_row():
     assert costs == with_floor
     for name in costs:
         assert re.search(rf"^\| `{name}\(", README, re.MULTILINE), name
-
-
-def test_a_floor_is_the_longer_of_the_two_times():
-    assert floors.floor_seconds(Cost(4_300_000_000_000, 1)) == pytest.approx(1)
-    assert floors.floor_seconds(Cost(1, 1_580_000_000_000_000)) == pytest.approx(2)
 
 
 def test_the_folder_installs_as_a_package_of_its_own(tmp_path):

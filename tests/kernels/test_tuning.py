@@ -100,22 +100,6 @@ def test_launches_run_only_compiled_on_a_gpu_and_unrecorded(monkeypatch):
         assert not runtime.launches_run(GPU)
 
 
-def test_the_timer_launches_the_candidate_on_the_device(monkeypatch):
-    testing = pytest.importorskip("triton.testing")
-    entered, ran, options = [], [], []
-
-    def do_bench(launch, **kwargs):
-        launch()
-        options.append(kwargs)
-        return 0.5
-
-    monkeypatch.setattr(testing, "do_bench", do_bench)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    assert tuning._milliseconds(ran.append, "b", GPU) == 0.5
-    assert (entered, ran) == ([GPU], ["b"])
-    assert options[0]["return_mode"] == "median"
-
-
 def launched(run, arch):
     """(kernel's name, meta, bytes of its first tensor's element) of every launch on meta tensors."""
     pytest.importorskip("triton")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import golden_data as golden
 from ddt_fast import FusedDDT, load_model
-from ddt_fast.model.lightning import check_projector, own_storages, read_lightning, write_lightning
+from ddt_fast.model.lightning import check_projector, read_lightning, write_lightning
 
 NAME = "tiny_h48_d24"
 CONFIG = golden.model_config(NAME)
@@ -223,19 +223,6 @@ def test_an_export_has_what_the_original_code_asks_for_under_the_released_names(
     assert same(read_lightning(tmp_path / "a.ckpt").ema, golden.weights(NAME))
     numbers = sum(tensor.nbytes for tensor in (*golden.weights(NAME).values(), *repa_projector().values()))
     assert (tmp_path / "a.ckpt").stat().st_size < 1.5 * numbers, "no part is stored with the whole it is a part of"
-
-
-def test_tensors_get_storages_of_their_own():
-    whole = torch.arange(6.0)
-    owned = own_storages(
-        {"a": whole, "b": whole, "part": whole[2:4], "row": whole[:1].expand(4), "t": whole.view(2, 3).T}
-    )
-    pointers = {tensor.untyped_storage().data_ptr() for tensor in owned.values()}
-    assert len(pointers) == 5
-    for name, expected in (("b", whole), ("part", whole[2:4]), ("row", torch.zeros(4)), ("t", whole.view(2, 3).T)):
-        assert torch.equal(owned[name], expected)
-        assert owned[name].is_contiguous()
-        assert owned[name].untyped_storage().nbytes() == owned[name].nbytes
 
 
 def test_projectors_are_three_layers_of_the_models_width(tmp_path):

@@ -1,6 +1,5 @@
 """Plots of training curves, and the command that draws them."""
 
-import json
 import os
 from pathlib import Path
 
@@ -104,14 +103,6 @@ def test_constant_metrics_are_drawn(tmp_path):
     metrics = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 1.0, "images_per_second": -1.0}
     plot(write(tmp_path, [{"step": step, **metrics} for step in range(1, 60)]), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-def test_steps_that_come_again_replace_the_earlier_lines_and_a_torn_line_is_left_out(tmp_path, figures):
-    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 1), (2, 2), (3, 3), (2, 20), (3, 30))]
-    (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
-    (line,) = panels(figures[0])["loss"].lines
-    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2, 3], [1, 20, 30])
 
 
 def test_runs_share_panels_and_keep_their_colours(tmp_path, figures):
