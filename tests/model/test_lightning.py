@@ -142,17 +142,15 @@ def test_usual_hyperparameters_are_passed_over(tmp_path, monkeypatch):
     package = types.ModuleType("lightning")
     package.AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
     monkeypatch.setitem(sys.modules, "lightning", package)
-    hyper_parameters = {
-        "scalar": np.float64(0.5),
-        "array": np.arange(3),
-        "path": pathlib.Path("somewhere"),
-        "namespace": argparse.Namespace(a=1),
-        "factory": functools.partial(int, "3"),
-        "counts": collections.defaultdict(list, {"a": [1]}),
-        "ordered": collections.OrderedDict(a=1),
-        "date": datetime.date(2025, 4, 8),
-        "attributes": package.AttributeDict(a=1),
-    }
+    usual = [
+        np.float64(0.5),
+        np.arange(3),
+        pathlib.Path("somewhere"),
+        argparse.Namespace(a=1),
+        functools.partial(int, 3),
+    ]
+    usual += [collections.defaultdict(list, {"a": [1]}), collections.OrderedDict(a=1), datetime.date(2025, 4, 8)]
+    hyper_parameters = {"usual": usual, "attributes": package.AttributeDict(a=1)}
     torch.save({"state_dict": state_dict(), "hyper_parameters": hyper_parameters}, tmp_path / "a.ckpt")
     monkeypatch.delitem(sys.modules, "lightning")
     allowed = set(torch.serialization.get_safe_globals())

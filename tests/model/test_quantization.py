@@ -10,14 +10,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.device import cpu_has_bf16, cpu_has_int8
 from ddt_fast.model import quantization
 from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.quantization import (
-    ZERO_POINT,
-    Int8Attention,
-    Int8Linear,
-    pack_int8_weight,
-    quantize_int8,
-    quantize_rows,
-)
+from ddt_fast.model.quantization import ZERO_POINT, Int8Attention, Int8Linear, quantize_int8, quantize_rows
 from ddt_fast.sampling import sample
 from golden_data import relative_error
 
@@ -35,7 +28,7 @@ def gemm(request, monkeypatch):
     """Either GEMM that may be behind a layer."""
     if request.param == "plain":
         monkeypatch.setattr(quantization, "pack_int8_weight", lambda weight: None)
-    elif pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
+    elif quantization.pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
         pytest.skip("this CPU has no packed int8 GEMM")
 
 
