@@ -280,13 +280,6 @@ def test_registers_are_limited_where_the_compiler_would_spill_for_occupancy():
     assert limit(768, True, 90) is limit(1152, True, 100) is None
 
 
-def test_backward_programs_have_enough_rows_and_no_more():
-    assert norm_launch.backward_rows_per_program(128, 256) == 32  # 32K rows: 1024 programs
-    assert norm_launch.backward_rows_per_program(1, 256) == 1
-    assert norm_launch.backward_rows_per_program(1000, 1024) == 32
-    assert norm_launch.backward_rows_per_program(5000, 12) == 16
-
-
 @pytest.mark.gpu
 def test_launches_on_the_tensors_device():
     if torch.cuda.device_count() < 2:

@@ -215,7 +215,6 @@ def test_eps_and_scale_are_finite_and_positive(op, value):
 NORM = next(op for op in OPERATORS if str(op) == "gated_residual_rms_norm_modulate-sample")
 QK, QKV, MLP = QK_NORM_ROPE, QKV_ATTENTION, SWIGLU_MLP
 MISTAKES = [
-    (NORM, "x", lambda t: t[0], r"x has shape \(3, 20\); expected shape \(B, N, C\)"),
     (NORM, "x", lambda t: t[:, :0], r"x has shape \(2, 0, 20\); expected B and N at least 1, C in 1..6144"),
     (NORM, "x", lambda t: t.new_zeros(1, 1, 6145), r"x has shape .* C in 1..6144"),
     (NORM, "branch", lambda t: t[:, :2], r"branch has shape \(2, 2, 20\); expected \(2, 3, 20\)"),
@@ -223,7 +222,6 @@ MISTAKES = [
     (NORM, "gate", lambda t: t[:, 0], r"gate has shape .*; expected \(2, 1, 20\) \(per sample\) or \(2, 3, 20\)"),
     (NORM, "shift", lambda t: t.expand(2, 3, 20), r"shift has shape \(2, 3, 20\); expected \(2, 1, 20\), "),
     (NORM, "scale", lambda t: t[:1], r"scale has shape \(1, 1, 20\); expected \(2, 1, 20\)"),
-    (QK, "qkv", lambda t: t[0], r"qkv has shape \(3, 3, 2, 12\); expected shape \(B, N, 3, H, D\)"),
     (QK, "qkv", lambda t: t[:, :, :2], r"qkv has shape \(2, 3, 2, 2, 12\); expected shape \(B, N, 3, H, D\)"),
     (QK, "qkv", lambda t: t[:, :0], r"qkv has shape \(2, 0, 3, 2, 12\); expected B, N and H at least 1"),
     (QK, "qkv", lambda t: t[..., :10], r"qkv has shape \(2, 3, 3, 2, 10\); .* D a multiple of 4 in 4..256"),
@@ -249,7 +247,6 @@ MISTAKES = [
         lambda t: t.clone().requires_grad_(),
         r"sin requires a gradient; expected a table without one",
     ),
-    (ATTENTION, "q", lambda t: t[0], r"q has shape \(5, 3, 12\); expected shape \(B, N, H, D\)"),
     (ATTENTION, "q", lambda t: t[:, :0], r"q has shape \(2, 0, 3, 12\); expected B, N and H at least 1, D a multiple"),
     (ATTENTION, "q", lambda t: t[..., :10], r"q has shape \(2, 5, 3, 10\); expected .* D a multiple of 4 in 4..128"),
     (ATTENTION, "q", lambda t: t.new_zeros(2, 5, 3, 132), r"q has shape \(2, 5, 3, 132\); expected .* in 4..128"),

@@ -134,13 +134,6 @@ def test_tiles_cover_every_head(element_size):
             assert config.tokens * config.lane_heads == config.rows
 
 
-def test_backward_programs_have_enough_tokens_and_no_more():
-    assert qk_norm_rope_launch.tokens_per_program(128, 256, 4) == 16
-    assert qk_norm_rope_launch.tokens_per_program(16, 256, 4) == 8
-    assert qk_norm_rope_launch.tokens_per_program(1, 256, 4) == 4
-    assert qk_norm_rope_launch.tokens_per_program(1, 1, 32) == 32
-
-
 @pytest.mark.gpu
 @DTYPES
 @pytest.mark.parametrize("shape", QK_NORM_ROPE.gpu_shapes)

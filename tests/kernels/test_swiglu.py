@@ -100,11 +100,6 @@ def test_the_tile_follows_the_shape():
             assert chosen(rows, chip, configs) == (128, 128)
 
 
-def test_architecture_families():
-    families = {75: 80, 80: 80, 89: 80, 90: 90, 100: 100, 103: 100, 120: 80}
-    assert {arch: swiglu_launch.family(arch) for arch in families} == families
-
-
 @COMPILES
 @pytest.mark.parametrize("keep", [False, True])
 def test_wgmmas_are_in_flight_together(keep, tmp_path):

@@ -9,7 +9,7 @@ import torch
 
 import ddt_kernels
 from attention_cases import check_attention, make_grad, make_heads
-from ddt_kernels import attention_launch, reference, runtime, swiglu_launch, tuning
+from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, reference, runtime, swiglu_launch, tuning
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
 from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty, with_gradients
 from swiglu_cases import make_inputs
@@ -212,6 +212,20 @@ def test_the_choice_is_what_is_launched(asked, arch):
     *_, candidates, default = asked[1]
     assert default in candidates[:-1]
     assert (meta["BM"], meta["BN"], meta["num_warps"]) == (64, candidates[-1].keys, 4)
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (norm_launch.backward_rows_per_program, {(128, 256): 32, (1, 256): 1, (1000, 1024): 32, (5000, 12): 16}),
+        (qk_norm_rope_launch.tokens_per_program, {(128, 256, 4): 16, (16, 256, 4): 8, (1, 256, 4): 4, (1, 1, 32): 32}),
+        (qk_norm_rope_launch.groups_per_program, {(512, 16, 4): 1, (32768, 16, 4): 4, (32768, 6, 4): 2}),
+        (swiglu_launch.family, {(75,): 80, (89,): 80, (90,): 90, (100,): 100, (103,): 100, (120,): 80}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_programs_have_enough_work_and_no_more(function, expected):
+    assert {arguments: function(*arguments) for arguments in expected} == expected
 
 
 def swiglu_inputs():

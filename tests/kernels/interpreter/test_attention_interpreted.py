@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
-from ddt_kernels import attention_launch, qk_norm_rope_launch, qkv_attention, reference
+from ddt_kernels import attention_launch, qk_norm_rope_launch, reference
+from ddt_kernels.qkv_attention import launch_backward, launch_forward
 from kernel_testing import BF16, FP16, FP32, assert_all_equal, check_against_reference, poison_empty
 from qk_norm_rope_cases import FIXED, make_inputs
 
@@ -145,8 +146,8 @@ def test_qkv_attention_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatc
     grad, before = random_grad(inputs), inputs["qkv"].clone()
     expected = one_after_the_other(inputs, grad, scale)
     poison_empty(monkeypatch)
-    out, lse = qkv_attention.launch_forward(*inputs.values(), 1e-6, scale)
-    gradients = qkv_attention.launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    gradients = launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
     assert_all_equal((out, lse, *gradients), expected)
     assert gradients[0].is_contiguous()
     assert torch.equal(inputs["qkv"], before)
@@ -156,7 +157,7 @@ def test_qkv_attention_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatc
 def test_qkv_attention_matches_reference(shape, dtype):
     inputs = make_inputs(shape, dtype, strided=False)
     grad, scale = random_grad(inputs), shape[-1] ** -0.5
-    out, lse = qkv_attention.launch_forward(*inputs.values(), 1e-6, scale)
-    made = qkv_attention.launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    made = launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
     gradients = dict(zip(inputs, made, strict=False))  # the tables, last, have none
     check_against_reference(reference.qkv_attention, inputs, [out], [grad], gradients, FIXED)

@@ -54,12 +54,6 @@ def test_many_groups_of_heads_in_a_program(monkeypatch):
     check(make_inputs((1, 5, 21, 64), BF16))
 
 
-def test_few_tokens_take_one_group_of_heads_a_program_and_many_take_all():
-    assert qk_norm_rope_launch.groups_per_program(512, 16, 4) == 1
-    assert qk_norm_rope_launch.groups_per_program(32768, 16, 4) == 4
-    assert qk_norm_rope_launch.groups_per_program(32768, 6, 4) == 2
-
-
 def test_backward_programs_that_walk_many_tiles(monkeypatch):
     monkeypatch.setattr(qk_norm_rope_launch, "tokens_per_program", lambda batch, tokens, tile: 2 * tile)
     tile = qk_norm_rope_launch.tile_config(2, 72, 4).tokens
