@@ -54,6 +54,7 @@ def images(gallery) -> np.ndarray:
     return np.stack([np.asarray(Image.open(item["image"])) for item in gallery["value"]])
 
 
+@pytest.mark.slow
 def test_every_model_answers_every_tab(client, demo, tmp_path):
     for name in demo.models:
         settings = {"model": name, "num_images": 2, "num_steps": 5, "seed": 3}
@@ -193,6 +194,7 @@ def test_a_run_ends_with_a_client_that_vanishes(demo, client, monkeypatch):
     assert "4 images" in call(client)[0]
 
 
+@pytest.mark.slow
 def test_a_full_queue_turns_requests_away_and_serves_the_others(client, demo):
     sent = [values(seed=100 * i) for i in range(CONCURRENT + 2)]
     with held(demo):

@@ -29,6 +29,7 @@ EVERY_LAYOUT = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @EVERY_LAYOUT
 def test_opcheck(op, layout):
     inputs = op.inputs(layout=layout)
@@ -67,6 +68,7 @@ def test_on_a_cpu(op, layout, dtype):
     assert_all_equal(list(inputs.values()), before)
 
 
+@pytest.mark.slow
 @EVERY_OPERATOR
 def test_compiles_without_graph_breaks(op):
     inputs = op.inputs()

@@ -99,6 +99,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_imports_and_its_cpu_kernels_run():
     result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=KERNELS, capture_output=True, text=True)
     assert result.stdout == "done\n", result.stderr

@@ -15,6 +15,7 @@ def digits():
     return load_model(EMBEDDED_CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_the_reference_can_be_exported():
     model, tensors = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
     x, t, y = (tensors[name] for name in "xty")

@@ -28,6 +28,7 @@ from ddt_fast.training.samples import Preview
 from dispatched import operators_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parallel):
     settings = {"log_every": 1, "batch_size": 8, "accumulation_steps": 2, "max_grad_norm": 1.0}
@@ -146,6 +147,7 @@ def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
     train(digits(15), tmp_path / "whole", CPU)
     run = tmp_path / "run"
@@ -207,7 +209,7 @@ def test_fsdp_goes_with_compile(tmp_path, monkeypatch, checkpointing):
         assert torch.allclose(ours, theirs, atol=2e-5), name
 
 
-SECONDS = 3
+SECONDS = 2
 
 
 def slow_grid(preview, model):
