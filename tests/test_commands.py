@@ -66,6 +66,7 @@ def test_embedded_checkpoint_meets_its_numbers(tmp_path):
         assert result.nearest >= 0.9 * result.nearest_real
 
 
+@pytest.mark.slow
 def test_every_sampling_option_changes_the_images(tmp_path):
     plain = ["--num-images", "4", "--num-steps", "8", "--refresh-every", "2", "--guidance-scale", "3"]
     plain += ["--solver", "euler"]

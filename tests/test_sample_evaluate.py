@@ -145,6 +145,7 @@ def test_the_features_of_the_other_process_are_merged(tmp_path, reference, expec
     assert "missing" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "truncated", "of other images"])
 def test_features_that_another_process_did_not_leave_come_from_the_samples(
     tmp_path, reference, expected, monkeypatch, capsys, damage

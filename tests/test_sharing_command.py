@@ -83,6 +83,7 @@ def test_any_budget_and_weights_without_config(tmp_path, monkeypatch, arguments,
     assert len(run(tmp_path, *arguments)["chosen"]["refresh_steps"]) == refreshes
 
 
+@pytest.mark.slow
 def test_every_option_reaches_the_probe_or_the_search(tmp_path):
     plain = ["--num-steps", "10", "--num-refreshes", "4", "--num-samples", "2", "--solver", "euler"]
     variants = [

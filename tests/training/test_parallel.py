@@ -139,6 +139,7 @@ def test_sharded_gradients_are_exchanged_once():
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_steps):
     settings = {"log_every": 1, "dtype": "bfloat16", "accumulation_steps": accumulation_steps}

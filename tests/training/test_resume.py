@@ -172,6 +172,7 @@ def test_another_cache_of_the_same_size_is_refused_a_moved_one_is_not(tmp_path):
     assert train(latents(tmp_path / "moved", 10), tmp_path / "run", CPU, resume="auto").step == 10
 
 
+@pytest.mark.slow
 def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, recwarn):
     def experiment(steps, vae, **settings):
         plain = latents(latent_cache, steps, **{"sample_every": 100, "sample_images": 2, **settings})
