@@ -3,19 +3,21 @@
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Operators(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):
+    """Within, `calls` gets (name, arguments) of every operator of ddt_kernels, in the order they run."""
+
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "ddt_kernels":
-            self.names.append(function.name().removeprefix("ddt_kernels::"))
+            self.calls.append((function.name().removeprefix("ddt_kernels::"), args))
         return function(*args, **(kwargs or {}))
 
 
 def operators_of(function, *arguments):
     """(result, names of the operators in the order they ran)."""
-    with _Operators() as seen:
+    with Dispatched() as seen:
         result = function(*arguments)
-    return result, seen.names
+    return result, [name for name, _ in seen.calls]

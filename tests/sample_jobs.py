@@ -1,8 +1,10 @@
 """A job of the sample command, and ways to disturb it."""
 
 import importlib
+import resource
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +65,17 @@ def error_line(capsys, main: Callable[[Sequence[str]], object], arguments: Seque
 def sample_error(capsys, folder: Path, *arguments: str) -> str:
     """The error line of the sample command in a folder."""
     return error_line(capsys, sample_command.main, [*arguments, "--output-dir", str(folder)])
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Within, no file grows past `size` bytes: a write fails half-way, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def begin(folder: Path, count: int, *arguments: str) -> list[Path]:

@@ -1,4 +1,6 @@
-"""The functions behind the commands, as a notebook uses them: typed, documented, cheap to import."""
+"""The functions behind the commands, as a notebook uses them: typed, documented, cheap to import.
+
+A wrong argument is a ValueError that says what is allowed, before anything is written."""
 
 import importlib
 import inspect
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import ddt_fast
+from ddt_fast import Draws, Engine, Outputs, SamplingConfig, Scoring
 from ddt_fast.__main__ import COMMANDS as NAMED
 from ddt_fast.__main__ import main as name_commands
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
@@ -26,6 +30,17 @@ COMMANDS = {
     "study_refreshes": "ddt_fast.sharing",
 }
 SETTINGS = ("Draws", "Engine", "Outputs", "Scoring")
+IMAGES = {"samples": "images.npz", "reference": "images.npz", "features": "pixels", "output": "metrics.json"}
+PLACES = {
+    "load_model": {"path": EMBEDDED_CHECKPOINT},
+    "generate": {"checkpoint": EMBEDDED_CHECKPOINT, "output_dir": "out"},
+    "score_samples": IMAGES,
+    "convert_checkpoint": {"source": EMBEDDED_CHECKPOINT, "out": "released.ckpt"},
+    "encode_image_folder": {"images": "images", "output": "latents"},
+    "study_refreshes": {"checkpoint": EMBEDDED_CHECKPOINT, "output_dir": "study"},
+    "write_model_card": {"folder": "model"},
+    "train_model": {"experiment": PRESETS["digits"], "output_dir": "run"},
+}
 
 
 def test_without_a_command_the_commands_are_named(monkeypatch, capsys):
@@ -72,10 +87,18 @@ def test_the_functions_defaults_are_the_commands(name, module):
         assert default is inspect.Parameter.empty or given[parameter] == default, parameter
 
 
-def test_importing_the_package_imports_no_more_than_the_model_needs():
-    code = "import sys, ddt_fast; print([n for n in ('diffusers', 'sklearn', 'matplotlib') if n in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+IMPORTED = """
+import sys, ddt_fast
+print([name for name in ("diffusers", "sklearn", "matplotlib") if name in sys.modules])
+import ddt_fast.cache_latents, ddt_fast.dinov2
+print([name for name in ("transformers",) if name in sys.modules])
+"""
+
+
+@pytest.mark.slow
+def test_packages_are_imported_where_they_are_needed():
+    found = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["[]", "[]"]
 
 
 def test_every_public_name_is_there_and_types_are_shipped():
@@ -106,16 +129,18 @@ def test_a_notebooks_day(tmp_path, capsys):
         assert fact in card
     assert str(tmp_path) not in card
 
-    draws, engine = ddt_fast.Draws(classes=[3, 8], num_images=12), ddt_fast.Engine(device="cpu")
+    draws, engine = Draws(classes=np.array([3, 8]), seeds=np.arange(12)), Engine(device="cpu")
     drawn = ddt_fast.generate(run / "model", tmp_path / "drawn", draws=draws, engine=engine)
     samples = np.load(drawn / "samples.npz")
-    assert samples["labels"].tolist() == [3, 8] * 6
+    assert (samples["labels"].tolist(), samples["seeds"].tolist()) == ([3, 8] * 6, list(range(12)))
     report = ddt_fast.score_samples(
         drawn / "samples.npz", drawn / "samples.npz", features="pixels", metrics=["fid"], output=drawn / "metrics.json"
     )
     assert report["metrics"]["fid"] == pytest.approx(0, abs=1e-4)
 
     released = ddt_fast.convert_checkpoint(run / "model", tmp_path / "released.ckpt")
+    with pytest.raises(ValueError, match="weights is 'best'; allowed: ema, raw, both"):
+        ddt_fast.convert_checkpoint(released, tmp_path / "again", weights="best")
     again = ddt_fast.convert_checkpoint(released, tmp_path / "again", preset="digits")
     first, second = (ddt_fast.load_model(place).state_dict() for place in (run / "model", again))
     assert all(first[name].equal(tensor) for name, tensor in second.items())
@@ -127,3 +152,104 @@ def test_a_notebooks_day(tmp_path, capsys):
     pipe = ddt_fast.DDTPipeline.from_pretrained(run / "model")
     assert pipe.provenance.training["steps"] == 3
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Draws, {"num_images": 2.5}, r"num_images is 2\.5; allowed: a whole number, 1 or more"),
+        (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of whole numbers, at least one"),
+        (Draws, {"classes": 3}, "classes is 3"),
+        (Draws, {"classes": []}, r"classes is \[\]"),
+        (Draws, {"classes": "38"}, "classes is '38'"),
+        (Draws, {"seeds": [0.5]}, r"seeds is \[0\.5\]"),
+        (Draws, {"class_seeds": ["a"]}, r"class_seeds is \['a'\]"),
+        (Draws, {"first_seed": 1.5}, r"first_seed is 1\.5; allowed: a whole number"),
+        (Draws, {"seeds_per_class": 2, "num_images": 20}, "`seeds_per_class` and `num_images` are both given; give"),
+        (Engine, {"batch_size": 1.5}, r"batch_size is 1\.5"),
+        (Engine, {"quantize": "int4"}, "quantize is 'int4'; allowed: int8"),
+        (Engine, {"memory_budget": 3}, "memory_budget is 3; allowed: a number and a unit"),
+        (Engine, {"reference": True, "compile": True}, "`reference` is plain PyTorch; it excludes `quantize`"),
+        (Outputs, {"num_png": -1}, "num_png is -1; allowed: a whole number, 0 or more"),
+        (Outputs, {"shard_size": 0}, "shard_size is 0"),
+        (Scoring, {"reference": "x.npz", "features": "vgg"}, "features is 'vgg'; allowed: inception, pixels"),
+        (Scoring, {"reference": "x.npz", "metrics": ["is"]}, "metric 'is' does not exist; allowed: fid, sfid"),
+        (Scoring, {"reference": "x.npz", "center_crop": "8"}, "center_crop is '8'; allowed: a whole number, 1 or more"),
+    ],
+)
+def test_wrong_settings_are_refused(kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("generate", {"engine": Engine(dtype="int8")}, "dtype is 'int8'; allowed: auto, float32, bfloat16, float16"),
+        ("generate", {"engine": Engine(device=None)}, "device None cannot be used here"),
+        ("generate", {"draws": [1]}, r"draws is a list; \w+ Draws"),
+        ("generate", {"sampling": {}}, r"sampling is a dict; expected SamplingConfig"),
+        ("generate", {"draws": Draws(seeds=[1, 2], num_images=3)}, "`seeds` holds 2 seeds for 3 images"),
+        ("generate", {"scoring": Scoring(3)}, "a source of images is a int; expected a path"),
+        ("score_samples", {"features": "vgg"}, "features is 'vgg'; allowed: inception, pixels"),
+        ("score_samples", {"batch_size": "x"}, "batch_size is 'x'; allowed: a whole number, 1 or more"),
+        ("convert_checkpoint", {"weights": "best"}, "weights is 'best'; allowed: ema, raw, both"),
+        ("convert_checkpoint", {"skip": "package"}, r"skip is 'package'; allowed: a list of packages"),
+        ("train_model", {"experiment": "digits"}, r"experiment is a str; \w+ Experiment"),
+        ("train_model", {"output_dir": None}, "the output folder is a NoneType"),
+        ("study_refreshes", {"sampling": 3}, r"sampling is a int; expected SamplingConfig"),
+        ("study_refreshes", {"num_samples": 1.5}, r"num.samples is 1\.5"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments, message):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        getattr(ddt_fast, function)(**PLACES[function] | arguments)
+    assert [path for path in tmp_path.rglob("*.*") if path.name != "images.npz"] == []
+
+
+@pytest.mark.parametrize("wrong", [3, b"place", ["place"], ""], ids=repr)
+@pytest.mark.parametrize(
+    ("function", "argument", "name"),
+    [
+        ("load_model", "path", "checkpoint"),
+        ("generate", "checkpoint", "checkpoint"),
+        ("generate", "output_dir", "the output folder"),
+        ("score_samples", "samples", "a source of images"),
+        ("score_samples", "reference", "a source of images"),
+        ("score_samples", "output", "output"),
+        ("score_samples", "save_statistics", "save_statistics"),
+        ("convert_checkpoint", "source", "source"),
+        ("convert_checkpoint", "out", "out"),
+        ("convert_checkpoint", "config", "config"),
+        ("encode_image_folder", "images", "images"),
+        ("encode_image_folder", "output", "output"),
+        ("encode_image_folder", "autoencoder", "autoencoder"),
+        ("encode_image_folder", "repa_encoder", "repa_encoder"),
+        ("study_refreshes", "checkpoint", "checkpoint"),
+        ("study_refreshes", "output_dir", "the output folder"),
+        ("write_model_card", "folder", "folder"),
+        ("train_model", "output_dir", "the output folder"),
+        ("train_model", "resume", "resume"),
+    ],
+)
+def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argument, name, wrong):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.png").touch()
+    monkeypatch.chdir(tmp_path)
+    said = "has an empty name; name one" if wrong == "" else f"is a {type(wrong).__name__}; expected a path"
+    with pytest.raises(ValueError, match=f"{name} {said}"):
+        getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
+    assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}
+
+
+def test_wrong_arguments_of_pipelines_and_of_sample_are_refused():
+    pipe, model = (load(EMBEDDED_CHECKPOINT) for load in (ddt_fast.DDTPipeline.from_pretrained, ddt_fast.load_model))
+    saves = [part.save_pretrained for part in (pipe, pipe.transformer, pipe.scheduler)]
+    for function in (pipe.from_pretrained, pipe.from_single_file, pipe.transformer.from_pretrained, *saves):
+        with pytest.raises(ValueError, match=r"is a int; expected a path"):
+            function(3)
+    with pytest.raises(ValueError, match=r"config is a type; expected SamplingConfig"):
+        ddt_fast.sampling.sample(model, torch.zeros(1, 1, 8, 8), torch.tensor([1]), SamplingConfig)

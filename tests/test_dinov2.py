@@ -1,6 +1,5 @@
 """DINOv2 against its equations, and what is refused."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -24,9 +23,8 @@ def dinov2(request, tmp_path_factory):
     if request.param == "dinov2":
         model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
     else:
-        model = transformers.Dinov2WithRegistersModel(
-            transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)
-        )
+        config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=4)
+        model = transformers.Dinov2WithRegistersModel(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
@@ -51,9 +49,7 @@ def expected_tokens(weights: dict[str, Tensor], images: Tensor) -> Tensor:
     """Patch tokens by the equations of a ViT with layer scale, from (B, 3, S, S) uint8 images, in float64."""
     w = {name: weight.double() for name, weight in weights.items()}
     side = images.shape[-1] * 224 // 256
-    mean, std = (
-        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    )
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float64).view(2, 3, 1, 1)
     resize = bicubic_matrix(images.shape[-1], side)
     pixels = resize @ ((images.double() / 255 - mean) / std) @ resize.T
     patches = functional.unfold(pixels, 14, stride=14).transpose(1, 2)
@@ -101,13 +97,9 @@ def test_tokens_are_those_of_the_equations(dinov2):
         assert encoder.grid(size) == grid
         assert (tokens.shape, tokens.dtype, tokens.requires_grad) == ((2, grid**2, 24), torch.float32, False)
         assert relative_error(tokens, expected_tokens(weights, images)) < 1e-5
-
-
-def test_it_computes_in_the_dtype_asked_for(dinov2):
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    tokens = DinoV2(str(dinov2), dtype=torch.bfloat16)(images)
-    assert tokens.dtype == torch.bfloat16
-    assert relative_error(tokens.float(), DinoV2(str(dinov2))(images)) < 0.03
+    narrow = DinoV2(str(dinov2), dtype=torch.bfloat16)(images)
+    assert narrow.dtype == torch.bfloat16
+    assert relative_error(narrow.float(), tokens) < 0.03
 
 
 def test_the_checksum_is_of_the_weights_alone(dinov2, tmp_path):
@@ -127,7 +119,6 @@ def test_the_checksum_is_of_the_weights_alone(dinov2, tmp_path):
     [
         ((1, 3, 40, 40), torch.uint8, "image size is 40; allowed: multiples of 16"),
         ((1, 3, 64, 48), torch.uint8, r"expected torch.uint8 \(B, 3, S, S\)"),
-        ((1, 1, 64, 64), torch.uint8, r"expected torch.uint8 \(B, 3, S, S\)"),
         ((1, 3, 64, 64), torch.float32, r"images are torch.float32"),
     ],
 )
@@ -154,9 +145,6 @@ def test_folders_without_a_dinov2_are_refused(dinov2, tmp_path):
     lacking = {name: weight for name, weight in weights.items() if not name.startswith("encoder.layer.1.mlp")}
     save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
     refused(r"lacks 4 of its weights, such as encoder\.layer\.1\.mlp\.fc1\.bias")
-    other = {**weights, "layernorm.weight": torch.ones(25)}
-    save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
-    refused("could not be loaded")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
     refused("could not be loaded")
 
@@ -165,9 +153,3 @@ def test_a_missing_transformers_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match=r'DINOv2 needs transformers, pip install "\.\[repa\]" in the checkout'):
         DinoV2()
-
-
-@pytest.mark.slow
-def test_transformers_is_imported_by_dinov2_alone():
-    code = "import sys, ddt_fast, ddt_fast.cache_latents, ddt_fast.dinov2; print('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

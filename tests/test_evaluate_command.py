@@ -149,15 +149,11 @@ def test_inception_features_from_a_weights_file(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--samples", "nowhere.npz"], "nowhere.npz does not exist; expected an npz or a folder of images"),
-        (["--reference", "nowhere.npz"], "nowhere.npz does not exist"),
         (["--samples", "{folder}/single.npz"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
-        (["--samples", "{folder}/float.npz"], "arr_0 is float64 (3, 8, 8, 3); expected uint8 (N, H, W, 3)"),
         (["--samples", "{folder}/truncated.npz"], "truncated"),
-        (["--samples", "{folder}/empty"], "holds no images"),
         (["--samples", ""], "--reference is for --samples, which is not given"),
         (["--samples", "", "--reference", "", "--center-crop", "8"], "--center-crop is for --samples, which"),
         (["--reference", "{folder}/half.npz"], "holds sigma but no mu; expected both"),
-        (["--reference", "{folder}/nan.npz"], "mu holds numbers that are not finite"),
         (["--reference", "{folder}/other.npz"], "samples have 64 features, the reference 3"),
         (["--metrics", "is"], "is"),
         (["--batch-size", "0"], "--batch-size is 0; allowed: a whole number, 1 or more"),
@@ -171,13 +167,10 @@ def test_inception_features_from_a_weights_file(tmp_path, capsys):
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, files, capsys, arguments, message):
     np.savez(tmp_path / "single.npz", arr_0=smooth_images(1, 0, size=8))
-    np.savez(tmp_path / "float.npz", arr_0=np.zeros((3, 8, 8, 3)))
     np.savez(tmp_path / "half.npz", sigma=np.eye(3))
-    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "truncated.npz").write_bytes((tmp_path / "samples.npz").read_bytes()[:3000])
-    for name in ("picture.png", "empty"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "picture.png").mkdir()
     given = dict(zip(files[::2], files[1::2], strict=True)) | {"--features": "pixels"}
     given |= {"--output": str(tmp_path / "metrics.json")}
     given |= dict(zip(arguments[::2], (a.format(folder=tmp_path) for a in arguments[1::2]), strict=True))

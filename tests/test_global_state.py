@@ -1,8 +1,6 @@
 """The functions leave torch's global state, and the caller's random numbers, as they were."""
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,9 +66,3 @@ def test_training_leaves_the_callers_random_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"is nan|is inf"):
         ddt_fast.train_model(lost, tmp_path / "b", device="cpu")
     assert next_random() == before
-
-
-def test_the_suites_temporary_files_are_pytests(tmp_path):
-    folder = Path(tempfile.gettempdir())
-    assert folder.name == "tmp0"
-    assert folder.parent == tmp_path.parent

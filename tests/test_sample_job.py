@@ -117,14 +117,6 @@ def test_on_images_sees_every_image_once_however_often_the_job_was_stopped(tmp_p
         np.testing.assert_array_equal(images, open_images(whole() / "samples.npz"))
 
 
-def test_an_error_of_on_images_ends_the_job(tmp_path):
-    def failing(index: np.ndarray, images: np.ndarray) -> None:
-        raise ValueError("no such features")
-
-    with pytest.raises(ValueError, match="no such features"):
-        sample(tmp_path, *JOB, on_images=failing)
-
-
 @pytest.mark.parametrize(
     ("arguments", "pairs"),
     [

@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ddt_fast import sharing
-from ddt_fast.command import run_command
 from ddt_fast.model import DDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling.refresh import optimal_refresh_steps, uniform_refresh_steps
+from sample_jobs import error_line
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,7 @@ def test_any_budget_and_weights_without_config(tmp_path, monkeypatch, arguments,
     assert len(run(tmp_path, *arguments)["chosen"]["refresh_steps"]) == refreshes
 
 
+@pytest.mark.slow
 def test_every_option_reaches_the_probe_or_the_search(tmp_path):
     plain = ["--num-steps", "10", "--num-refreshes", "4", "--num-samples", "2", "--solver", "euler"]
     variants = [
@@ -99,31 +100,21 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-refreshes", "0"), "--num-refreshes is 0; allowed: 1 to num_steps (25)"),
-        (("--num-refreshes", "26"), "--num-refreshes is 26"),
+        (("--num-refreshes", "0"), "num_refreshes is 0; allowed: 1 to num_steps (25)"),
         (("--num-refreshes", "few"), "num_refreshes"),
-        (("--num-samples", "0"), "--num-samples is 0; allowed: a whole number, 1 or more"),
-        (("--num-steps", "-5"), "--num-steps is -5"),
-        (("--state-forecast", "cubic"), "cubic"),
+        (("--num-samples", "0"), "num_samples is 0; allowed: a whole number, 1 or more"),
+        (("--num-steps", "-5"), "num_steps is -5"),
         (("--refresh-every", "2"), "unrecognized arguments: --refresh-every"),
         (("--preset", "digits"), "preset is for checkpoints without config.json"),
         (("--checkpoint", "nowhere"), "checkpoint nowhere does not exist"),
-        (("--checkpoint", "digits.safetensors"), "has no config.json, and --preset is not given"),
         (("--device", "gpu"), "device 'gpu' cannot be used here"),
-        (("--output-dir", ""), "the output folder is empty"),
-        (("--output-dir", "digits.safetensors"), "cannot be written"),
+        (("--output-dir", "file"), "cannot be written"),
         (("--output-dir", "mine"), "similarity.png is a folder; a file of that name will be written"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine" / "similarity.png").mkdir(parents=True)
-    save_file(DDT(PRESETS["digits"].model).state_dict(), "digits.safetensors")
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: sharing.main(["--output-dir", "out", *arguments]))
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    (tmp_path / "file").touch()
+    assert message in error_line(capsys, sharing.main, ["--output-dir", "out", *arguments])
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

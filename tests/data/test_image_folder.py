@@ -19,12 +19,7 @@ def test_labels_follow_the_sorted_class_names(tmp_path):
     folder = list_images(root)
     assert folder.class_names == ("n01", "n02", "n10")
     assert folder.files == (
-        "n01/000.png",
-        "n02/000.png",
-        "n02/001.png",
-        "n10/001.png",
-        "n10/002.png",
-        "n10/deeper/a.PNG",
+        *("n01/000.png", "n02/000.png", "n02/001.png", "n10/001.png", "n10/002.png", "n10/deeper/a.PNG"),
     )
     assert folder.labels == (0, 1, 1, 2, 2, 2)
     assert [folder.labels.count(label) for label in range(3)] == [1, 2, 3]
@@ -77,12 +72,8 @@ def test_unreadable_images_say_why(tmp_path):
     (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.png").write_text("no image")
-    for name, reason in (
-        ("cut.jpg", "truncated"),
-        ("empty.jpg", "not an image"),
-        ("text.png", "not an image"),
-        ("missing.png", "No such file"),
-    ):
+    reasons = {"cut.jpg": "truncated", "text.png": "not an image", "missing.png": "No such file"}
+    for name, reason in (reasons | {"empty.jpg": "not an image"}).items():
         with pytest.raises(UnreadableImageError, match=reason) as error:
             read_image(tmp_path / name, 16)
         assert str(tmp_path) not in str(error.value)

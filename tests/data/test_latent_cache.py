@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -161,31 +160,27 @@ def test_a_cache_from_before_there_were_features_stays_usable(images, tmp_path):
 def test_a_cache_of_other_settings_or_images_is_refused(images, unbroken, tmp_path):
     before = contents(unbroken)
     fewer = make_images(tmp_path / "fewer", {"a": 7, "b": 9, "c": 9})
+    repa = {"repa_encoder": PatchMeanFeatures()}
     for folder, options, message in (
         (
             images,
-            {"dtype": "bfloat16", "flips": False},
-            'dtype "float16", now "bfloat16"; flips true, now false; use another',
+            repa | {"dtype": "bfloat16", "flips": False},
+            "float16, now bfloat16; flips True, now False; use",
         ),
-        (fewer, {}, "num_images 26, now 25; images_sha256"),
+        (fewer, repa, "num_images 26, now 25; images_sha256"),
+        (images, {}, r"repa_encoder patch means, now None; .*feature_shape \[16, 3\], now None"),
     ):
         with pytest.raises(ValueError, match=message):
-            encode_all(folder, unbroken, **options)
-    with pytest.raises(ValueError, match=r'repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null'):
-        encode(images, unbroken)
+            encode(folder, unbroken, **options)
     assert contents(unbroken) == before
 
 
-def test_a_folder_that_holds_something_else_is_refused(images, unbroken, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds thesis.tex"):
+@pytest.mark.parametrize("name", ["thesis.tex", "latents-00000-of-00004.safetensors"])
+def test_a_folder_that_holds_something_else_is_refused(images, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {name}"):
         encode(images, tmp_path)
-    assert list(tmp_path.iterdir()) == [tmp_path / "thesis.tex"]
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    shutil.copy(unbroken / "latents-00000-of-00004.safetensors", foreign)
-    with pytest.raises(ValueError, match=r"holds latents-00000-of-00004.safetensors"):
-        encode(images, foreign)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
 
 
 class LoudEncoder(MeanPoolEncoder):
@@ -212,6 +207,7 @@ class ScaledFeatures(PatchMeanFeatures):
         ({"repa_encoder": ScaledFeatures(1e6)}, "features up to .* do not fit float16; use bfloat16"),
         ({"repa_encoder": ScaledFeatures(float("nan"))}, "the features are not finite"),
     ],
+    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan features"],
 )
 def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):

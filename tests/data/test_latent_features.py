@@ -95,19 +95,11 @@ def test_features_and_images_that_are_not_there_are_refused(images, unbroken, tm
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (
-            "features_flip",
-            lambda tensor: tensor[:, :9].contiguous(),
-            "00002-of-00004.safetensors holds features_flip of shape ",
-        ),
-        (
-            "features_flip",
-            lambda tensor: tensor.float(),
-            "00002-of-00004.safetensors holds features_flip as torch.float32",
-        ),
-        ("features_flip", lambda tensor: None, "00002-of-00004.safetensors holds no features_flip, only"),
-        ("index", lambda tensor: tensor[:-1].contiguous(), "00002-of-00004.safetensors does not record the images"),
-        ("index", lambda tensor: tensor + 20, "holds latents of images outside the 26 of the cache"),
+        ("features_flip", lambda tensor: tensor[:, :9].contiguous(), " holds features_flip of shape "),
+        ("features_flip", lambda tensor: tensor.float(), " holds features_flip as torch.float32"),
+        ("features_flip", lambda tensor: None, " holds no features_flip, only"),
+        ("index", lambda tensor: tensor[:-1].contiguous(), " does not say which images"),
+        ("index", lambda tensor: tensor + 20, " holds latents of images outside the 26 on record"),
     ],
 )
 def test_shards_with_other_features_or_images_are_named(images, cache, name, change, message):
@@ -120,7 +112,7 @@ def test_shards_with_other_features_or_images_are_named(images, cache, name, cha
         record["bytes"] = (cache / record["file"]).stat().st_size
     (cache / "manifest.json").write_text(json.dumps(manifest))
     LatentDataset(cache)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"(00002-of-00004\.safetensors|/cache){message}"):
         CachedImages(images, LatentDataset(cache, features=name != "index"))
 
 

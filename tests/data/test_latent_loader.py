@@ -114,8 +114,8 @@ def test_latents_are_drawn_afresh_from_their_posteriors(tmp_path):
 
 
 def test_logvar_is_clamped(tmp_path):
-    wide = LatentDataset(write_cache(tmp_path / "wide", 4, flips=False, logvar=50.0))
-    latents, _ = take(LatentLoader(wide, 4), 200)
+    wide = LatentDataset(write_cache(tmp_path / "wide", 40, flips=False, logvar=50.0))
+    latents, _ = take(LatentLoader(wide, 40), 20)
     assert 0.9 < latents.std() / (0.5 * np.exp(10)) < 1.1
 
 
@@ -133,11 +133,9 @@ def test_lightningdit_shards_are_read(tmp_path):
     index = torch.arange(30).float().view(-1, 1, 1, 1).expand(-1, 4, 2, 2).contiguous()
     for rank, rows in enumerate((slice(0, 18), slice(18, 30))):
         part = {"latents": index[rows], "latents_flip": -index[rows], "labels": torch.arange(30)[rows] % 7}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in part.items()},
-            tmp_path / f"latents_rank{rank:02d}_shard000.safetensors",
-        )
-    with pytest.raises(ValueError, match="do not record their scale"):
+        contiguous = {name: tensor.contiguous() for name, tensor in part.items()}
+        save_file(contiguous, tmp_path / f"latents_rank{rank:02d}_shard000.safetensors")
+    with pytest.raises(ValueError, match="do not say how they are scaled"):
         LatentDataset(tmp_path)
     dataset = LatentDataset(tmp_path, scaling_factor=0.5, shape=(4, 2, 2))
     assert (len(dataset), dataset.num_classes, dataset.has_posterior, dataset.has_flips) == (30, 7, False, True)
@@ -150,9 +148,8 @@ def test_lightningdit_shards_are_read(tmp_path):
 
     stats = tmp_path / "latents_stats.pt"
     torch.save({"mean": torch.full((1, 4, 1, 1), 3.0), "std": torch.full((1, 4, 1, 1), 2.0)}, stats)
-    normalised, _ = take(
-        LatentLoader(LatentDataset(tmp_path, scaling_factor=1.0, channel_stats=stats), 30, flips=False), 1
-    )
+    normalised = LatentDataset(tmp_path, scaling_factor=1.0, channel_stats=stats)
+    normalised, _ = take(LatentLoader(normalised, 30, flips=False), 1)
     torch.testing.assert_close(normalised, (latents * 2 - 3) / 2)
     stats.write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"latents_stats\.pt cannot be used"):
@@ -170,9 +167,7 @@ def test_damaged_caches_are_named(cache, tmp_path):
         with pytest.raises(ValueError, match=message):
             LatentDataset(broken, **options)
 
-    refused(
-        r"00000-of-00005.safetensors holds mean of shape \(16, 4, 2, 2\); expected \(16, 4, 8, 8\)", shape=(4, 8, 8)
-    )
+    refused(r"holds mean of shape \(16, 4, 2, 2\); expected \(16, 4, 8, 8\)", shape=(4, 8, 8))
     refused("was made for 0.5", scaling_factor=0.18215)
     for other, message in (({**record, "version": 9}, "has version 9"), ({"version": 1}, "is damaged")):
         manifest.write_text(json.dumps(other))
@@ -205,7 +200,6 @@ def test_damaged_caches_are_named(cache, tmp_path):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 9, "world_size": 2}, "multiples of world_size"),
         ({"batch_size": 8, "rank": 2, "world_size": 2}, "rank is 2"),
-        ({"batch_size": 8, "seed": 2**63}, "seed is"),
         ({"batch_size": 8, "num_threads": 0}, "num_threads is 0"),
         ({"batch_size": 4, "flips": True}, "the cache has no mirrored images"),
     ],
@@ -216,19 +210,21 @@ def test_wrong_settings_of_the_loader_are_refused(sure, tmp_path, options, messa
         LatentLoader(dataset, **options)
 
 
+NEW_THREADS = """
+import os, torch
+from ddt_fast.data.digits import DigitsDataset
+from ddt_fast.data.loader import LatentLoader
+dataset = DigitsDataset()
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+before = len(os.listdir("/proc/self/task"))
+with LatentLoader(dataset, 256, num_threads=1) as loader:
+    [next(loader) for _ in range(3)]
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
 @pytest.mark.slow
 def test_digits_come_without_threads_that_would_slow_the_training_down():
-    script = (
-        "import os, torch\n"
-        "from ddt_fast.data.digits import DigitsDataset\n"
-        "from ddt_fast.data.loader import LatentLoader\n"
-        "dataset = DigitsDataset()\n"
-        "torch.randn(1000, 1000) @ torch.randn(1000, 1000)\n"
-        "before = len(os.listdir('/proc/self/task'))\n"
-        "with LatentLoader(dataset, 256, num_threads=1) as loader:\n"
-        "    [next(loader) for _ in range(3)]\n"
-        "    print(len(os.listdir('/proc/self/task')) - before)\n"
-    )
     environment = {**os.environ, "OMP_NUM_THREADS": "4"}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    result = subprocess.run([sys.executable, "-c", NEW_THREADS], capture_output=True, text=True, env=environment)
     assert result.stdout.strip() == "1", result.stderr

@@ -27,7 +27,6 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
         (["--port", "0"], "--port is 0; allowed: 1 to 65535"),
         (["--port", "http"], "port"),
         (["--max-queue", "0"], "--max-queue is 0; allowed: 1 to 1000"),
-        (["--max-images", "-1"], "--max-images is -1; allowed: 1 to 1000"),
         (["--max-steps", "20000"], "--max-steps is 20000; allowed: 1 to 10000"),
         (["--preset", "xxl"], "xxl"),
         (["--dtype", "int8"], "int8"),
@@ -46,7 +45,6 @@ def test_wrong_options_are_one_line(capsys, arguments, message):
         (["--checkpoint", __file__], "test_demo_command.py"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--host", "no such host"], "cannot listen on --host no such host --port"),
-        (["--host", "x" * 70], "cannot listen on"),
         (["--port", "{taken}"], "cannot listen on --host 127.0.0.1 --port {taken}: "),
     ],
 )
@@ -58,9 +56,8 @@ def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
     assert message.format(taken=taken) in line
 
 
-@pytest.mark.parametrize(
-    ("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing):
     gradio_client = pytest.importorskip("gradio_client", reason='pip install ".[demo]" in the checkout')
     port = free_port()
@@ -71,7 +68,7 @@ def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, draw
         stderr=subprocess.STDOUT,
         text=True,
         # A shell's background jobs are started deaf to interrupts, and so are their children.
-        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         try:
             wait_until(lambda: run.poll() is not None or answers(port))

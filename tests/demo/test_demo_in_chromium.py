@@ -150,20 +150,24 @@ def test_wrong_input_is_answered_in_the_page_and_the_next_request_served(opened)
     pictures(page, "images", 2)
 
 
-def test_two_pages_at_once_both_get_their_own_images(opened, demo):
-    pages = [opened(), opened()]
-    for page, digit in zip(pages, "38", strict=True):
-        choose_class(page, digit)
-        set_number(page, "num_images", "2")
+def test_pages_wait_and_get_their_own_images_and_a_full_queue_says_so(opened, demo):
+    pages = [opened() for _ in range(CONCURRENT + 2)]
+    for seed, page in enumerate(pages):
+        set_number(page, "num_images", "1")
+        set_number(page, "seed", str(seed))
     with held(demo):
-        for page in pages:
+        for count, page in enumerate(pages[:CONCURRENT], start=1):  # each passes through the queue, which one fills
             page.click("#generate-run")
-        wait_until(lambda: len(demo.reports) == 2)
-        for page in pages:
+            wait_until(lambda count=count: len(demo.reports) == count)
             page.wait_for_function("() => document.querySelector('#generate-status').innerText.includes('waiting')")
-    for page, digit in zip(pages, "38", strict=True):
-        pictures(page, "images", 2)
-        assert captions(page, "images") == [f"{digit} · seed 0", f"{digit} · seed 1"]
+        pages[-2].click("#generate-run")
+        wait_until(lambda: len(demo.page._queue) == 1)
+        pages[-1].click("#generate-run")
+        pages[-1].get_by_text("This application is currently busy. Please try again.").wait_for()
+    for seed, page in enumerate(pages[:-1]):
+        pictures(page, "images", 1)
+        assert captions(page, "images") == [f"0 · seed {seed}"]
+    assert pages[-1].locator("#images img").count() == 0
 
 
 def test_another_model_brings_its_classes_and_settings(opened, demo):
@@ -187,19 +191,23 @@ def test_another_model_brings_its_classes_and_settings(opened, demo):
 
 
 def test_refresh_1_and_k_stand_side_by_side(opened):
+    """The picture of the documentation, written where DDT_DEMO_SCREENSHOT says, if it does."""
     page = opened()
     page.get_by_role("tab", name="Compare").click()
     page.click("#compare-run")
     page.get_by_text("Refresh K is 1").wait_for()
-    set_number(page, "refresh_every", "5")
-    set_number(page, "num_images", "4")
+    for field, value in (("seed", "20"), ("num_images", "9"), ("refresh_every", "4")):
+        set_number(page, field, value)
     page.click("#compare-run")
     for gallery in ("fresh", "kept", "difference"):
-        pictures(page, gallery, 4)
-    page.locator("#kept").get_by_text("Refresh 5").wait_for()
+        pictures(page, gallery, 9)
+    page.locator("#kept").get_by_text("Refresh 4").wait_for()
+    page.wait_for_selector("#compare-table td")
     table = page.inner_text("#compare-table")
     for row in ("time", "img/s", "encoder runs", "times as fast", "relative L2 difference"):
         assert row in table
+    page.wait_for_timeout(500)
+    assert len(page.screenshot(path=os.environ.get("DDT_DEMO_SCREENSHOT"))) < 300_000
 
 
 def test_a_trajectory_is_a_strip_from_noise_to_image(opened):
@@ -229,25 +237,6 @@ def test_stop_ends_a_request(opened, demo):
     assert captions(page, "images") == ["0 · seed 0"]
 
 
-def test_a_full_queue_says_so(opened, demo):
-    pages = [opened() for _ in range(CONCURRENT + 2)]
-    for seed, page in enumerate(pages):
-        set_number(page, "num_images", "1")
-        set_number(page, "seed", str(seed))
-    with held(demo):
-        for count, page in enumerate(pages[:CONCURRENT], start=1):  # each passes through the queue, which one fills
-            page.click("#generate-run")
-            wait_until(lambda count=count: len(demo.reports) == count)
-        pages[-2].click("#generate-run")
-        wait_until(lambda: len(demo.page._queue) == 1)
-        pages[-1].click("#generate-run")
-        pages[-1].get_by_text("This application is currently busy. Please try again.").wait_for()
-    for seed, page in enumerate(pages[:-1]):
-        pictures(page, "images", 1)
-        assert captions(page, "images") == [f"0 · seed {seed}"]
-    assert pages[-1].locator("#images img").count() == 0
-
-
 def test_a_random_seed_is_another_one(opened):
     page = opened()
     seeds = [page.input_value("#seed input")]
@@ -258,18 +247,3 @@ def test_a_random_seed_is_another_one(opened):
     assert seeds[0] == "0"
     assert all(0 <= int(seed) < 2**31 for seed in seeds)
     assert len(set(seeds)) == 3
-
-
-def test_the_picture_of_the_documentation(opened):
-    """Written where DDT_DEMO_SCREENSHOT says, if it does."""
-    page = opened()
-    page.get_by_role("tab", name="Compare").click()
-    set_number(page, "seed", "20")
-    set_number(page, "num_images", "9")
-    set_number(page, "refresh_every", "4")
-    page.click("#compare-run")
-    pictures(page, "difference", 9)
-    page.wait_for_selector("#compare-table td")
-    page.wait_for_timeout(500)
-    picture = page.screenshot(path=os.environ.get("DDT_DEMO_SCREENSHOT"))
-    assert len(picture) < 300_000

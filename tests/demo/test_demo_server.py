@@ -54,6 +54,7 @@ def images(gallery) -> np.ndarray:
     return np.stack([np.asarray(Image.open(item["image"])) for item in gallery["value"]])
 
 
+@pytest.mark.slow
 def test_every_model_answers_every_tab(client, demo, tmp_path):
     for name in demo.models:
         settings = {"model": name, "num_images": 2, "num_steps": 5, "seed": 3}
@@ -77,53 +78,35 @@ def test_every_model_answers_every_tab(client, demo, tmp_path):
 
 
 CAPTIONS = (["class 0 · seed 3", "class 1 · seed 4"], ["0 · seed 3", "1 · seed 4"])
-NAN, INFINITY = float("nan"), float("inf")
+NAN = float("nan")
 REFUSED = [
-    ({"model": "/etc/passwd"}, "Model '/etc/passwd' is not available; allowed: digits, "),
-    ({"model": None}, "Model None is not available"),
-    ({"model": ["digits"]}, "Model ['digits'] is not available"),
-    ({"model": "x" * 10_000}, "Model 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not available"),
+    ({"model": "/etc/passwd"}, "Model '/etc/passwd' is not on offer; allowed: digits, "),
+    ({"model": ["digits"]}, "Model ['digits'] is not on offer"),
+    ({"model": "x" * 10_000}, "Model 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not on offer"),
     ({"classes": ["unicorn"]}, "Class 'unicorn' is unknown"),
     ({"classes": ["<script>"]}, "Class '&lt;script&gt;' is unknown"),
     ({"classes": ["10"]}, "Class 10 does not exist; allowed: 0 to 9"),
-    ({"classes": [-1]}, "Class -1 does not exist"),
     ({"classes": [3.5]}, "Class 3.5 is a float"),
-    ({"classes": [[1]]}, "Class [1] is a list"),
-    ({"classes": [{"a": 1}]}, "is a dict"),
     ({"classes": {"a": 1}}, "is a dict"),
     ({"classes": [True]}, "Class True is a bool"),
     ({"classes": ["3"] * 11}, "11 classes are chosen; allowed: up to 10"),
     ({"classes": ["9" * 5000]}, "A class name has 5000 characters; allowed: up to 100"),
-    ({"num_images": 0}, "Images is 0; allowed: a whole number, 1 to 12"),
     ({"num_images": 10**6}, "Images is 1000000; allowed: a whole number, 1 to 12"),
-    ({"num_images": 2.5}, "Images is 2.5"),
     ({"num_images": NAN}, "Images is nan"),
-    ({"num_images": INFINITY}, "Images is inf"),
     ({"num_images": 10**400}, "Images is 1000"),
     ({"num_images": None}, "Images is empty"),
-    ({"num_images": "4"}, "Images is '4'"),
-    ({"num_images": True}, "Images is True"),
     ({"num_steps": 41}, "Steps is 41; allowed: a whole number, 1 to 40"),
-    ({"num_steps": 10**9}, "Steps is 1000000000"),
     ({"guidance_scale": -1}, "CFG scale is -1; allowed: 0 to 20"),
     ({"guidance_scale": NAN}, "CFG scale is nan"),
-    ({"guidance_scale": 1e30}, "CFG scale is 1e+30"),
-    ({"guidance_scale": []}, "CFG scale is []"),
     ({"guidance_low": -0.1}, "Guided from t is -0.1; allowed: 0 to 1"),
-    ({"guidance_high": 1.5}, "Guided to t is 1.5"),
     ({"guidance_low": 0.8, "guidance_high": 0.3}, "Guidance_interval is (0.8, 0.3); allowed: "),
     ({"timeshift": 0}, "Timeshift is 0; allowed: 0.1 to 10"),
     ({"refresh_every": 0}, "Refresh K is 0; allowed: a whole number, 1 to 50"),
-    ({"refresh_every": 1000}, "Refresh K is 1000"),
     ({"state_forecast": "cubic"}, "State_forecast is 'cubic'; allowed: hold, linear, quadratic"),
-    ({"state_forecast": [1]}, "State_forecast is [1]"),
     ({"solver": "heun"}, "Solver is 'heun'; allowed: euler, lms, sde"),
-    ({"solver": None}, "Solver is None"),
     ({"solver": "y" * 10_000}, "Solver is 'yyyy"),
     ({"order": 5}, "Order of lms is 5; allowed: a whole number, 1 to 4"),
-    ({"order": {}}, "Order of lms is {}"),
     ({"seed": "x"}, "Seed is 'x'"),
-    ({"seed": -1}, "Seed is -1"),
     ({"seed": 2**53}, "Seed is 9007199254740992"),
     ({"seed": MAX_SEED}, "The last of 4 seeds from 9007199254740991 is too large; allowed: up to 9007199254740991"),
 ]
@@ -138,7 +121,7 @@ def test_wrong_values_are_refused_in_one_line(demo, changes, message):
     assert len(error.value.message) <= 300
 
 
-@pytest.mark.parametrize(("changes", "message"), REFUSED[::16])
+@pytest.mark.parametrize(("changes", "message"), REFUSED[::10])
 def test_over_the_wire_wrong_values_are_refused_too(demo, client, changes, message):
     """gradio's own client sends no NaN."""
     url = f"{demo.page.local_url}gradio_api/call/generate"
@@ -211,6 +194,7 @@ def test_a_run_ends_with_a_client_that_vanishes(demo, client, monkeypatch):
     assert "4 images" in call(client)[0]
 
 
+@pytest.mark.slow
 def test_a_full_queue_turns_requests_away_and_serves_the_others(client, demo):
     sent = [values(seed=100 * i) for i in range(CONCURRENT + 2)]
     with held(demo):

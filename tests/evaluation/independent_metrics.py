@@ -11,13 +11,7 @@ import types
 
 import pytest
 
-_STAND_INS = (
-    "torchvision",
-    "torchvision.datasets",
-    "torchvision.models",
-    "torchvision.transforms",
-    "torchvision.transforms.functional",
-)
+_STAND_INS = ("", ".datasets", ".models", ".transforms", ".transforms.functional")
 
 
 class _Anything(type):
@@ -46,7 +40,7 @@ def independent(name: str) -> types.ModuleType:
     try:
         if importlib.util.find_spec("torchvision") is None:
             foreign.append("torchvision")
-            for stand_in in _STAND_INS:
+            for stand_in in (f"torchvision{part}" for part in _STAND_INS):
                 sys.modules[stand_in] = _StandIn(stand_in)
                 parent, _, child = stand_in.rpartition(".")
                 if parent:

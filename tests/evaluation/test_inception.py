@@ -66,24 +66,16 @@ def test_resize_is_that_of_torch_fidelity(size):
     assert torch.equal(resize(images), theirs)
 
 
-def test_resize_has_no_half_pixel_centres():
-    row = torch.tensor([0.0, 10.0]).expand(1, 1, 2, 2)
-    # Output i lies at i / 2: 0, 0.5, 1 and 1.5, the last beyond the last pixel.
-    assert resize(row, 4)[0, 0, 0].tolist() == [0, 5, 10, 10]
-    same = images_of((299, 299)).float()
-    assert torch.equal(resize(same), same)
-
-
 def test_quirks_of_the_graph(network):
-    images = images_of((32, 32), 3)
-    output = network(images)
-    assert output.pool.shape == (3, 2048)
-    assert output.spatial.shape == (3, 2023)
-    # The spatial features are (row, column, channel): the first seven numbers are the channels of the first pixel.
+    row = torch.tensor([0.0, 10.0]).expand(1, 1, 2, 2)
+    # No half-pixel centres: output i lies at i / 2: 0, 0.5, 1 and 1.5, the last beyond the last pixel.
+    assert resize(row, 4)[0, 0, 0].tolist() == [0, 5, 10, 10]
     seen = []
     handle = network.Mixed_6d.register_forward_hook(lambda _module, _inputs, y: seen.append(y))
-    network(images)
+    output = network(images_of((32, 32), 3))
     handle.remove()
+    assert (output.pool.shape, output.spatial.shape) == ((3, 2048), (3, 2023))
+    # The spatial features are (row, column, channel): the first seven numbers are the channels of the first pixel.
     assert torch.equal(output.spatial[:, :7], seen[0][:, :7, 0, 0])
     assert torch.equal(output.spatial[:, 7:14], seen[0][:, :7, 0, 1])
     logits = output.pool @ network.fc.weight.T
@@ -103,11 +95,9 @@ def test_folded_network_is_the_same_function(network):
 def test_features_do_not_depend_on_the_batch():
     extractor = InceptionExtractor(weights_file())
     images = torch.from_numpy(smooth_images(4, 0)).permute(0, 3, 1, 2)
-    together = extractor(images)
-    for parts in (images.split(1), images.split(3)):
-        apart = [torch.cat(tensors) for tensors in zip(*map(extractor, parts), strict=True)]
-        for ours, expected in zip(apart, together, strict=True):
-            assert relative_error(ours, expected) < 1e-5
+    apart = [torch.cat(tensors) for tensors in zip(*map(extractor, images.split(3)), strict=True)]
+    for ours, expected in zip(apart, extractor(images), strict=True):
+        assert relative_error(ours, expected) < 1e-5
 
 
 def test_float32_is_float32_whatever_the_settings(monkeypatch):
@@ -161,10 +151,7 @@ def test_a_download_is_checked_and_kept(monkeypatch, tmp_path):
         (lambda weights: weights.pop("fc.weight"), 'Missing key(s) in state_dict: "fc.weight"'),
         (lambda weights: weights.update(extra=torch.zeros(1)), 'Unexpected key(s) in state_dict: "extra"'),
         (lambda weights: weights.update({"fc.weight": torch.zeros(1000, 2048)}), "size mismatch for fc.weight"),
-        (
-            lambda weights: weights.update({"fc.bias": torch.full((1008,), torch.nan)}),
-            "fc.bias has values that",
-        ),
+        (lambda weights: weights.update({"fc.bias": torch.full((1008,), torch.nan)}), "fc.bias has values that"),
     ],
 )
 def test_other_weights_are_refused(change, message):

@@ -6,7 +6,13 @@ import torch
 from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
-from ddt_fast.evaluation import frechet_distance, inception_score, kernel_inception_distance
+from ddt_fast.evaluation import (
+    frechet_distance,
+    inception_score,
+    kernel_inception_distance,
+    manifold,
+    precision_recall,
+)
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.evaluation.metrics import gaussian_statistics
 
@@ -14,15 +20,6 @@ from ddt_fast.evaluation.metrics import gaussian_statistics
 def random_gaussian(rng, dims):
     root = rng.standard_normal((dims, dims))
     return rng.standard_normal(dims), root @ root.T / dims
-
-
-def test_closed_forms():
-    zero, one = np.zeros(3), np.eye(3)
-    assert frechet_distance(zero, one, zero, one) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(zero, one, np.array([1.0, 2.0, 2.0]), one) == pytest.approx(9)
-    # Commuting covariances: the sum of squared differences of the standard deviations.
-    a, b = np.diag([4.0, 9.0, 1.0]), np.diag([1.0, 1.0, 16.0])
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(1 + 4 + 9)
 
 
 def test_agrees_with_the_matrix_square_root():
@@ -44,6 +41,7 @@ def test_statistics_are_the_unbiased_ones_in_float64():
 
 @pytest.mark.parametrize("dims", [8, 300])
 def test_rotated_gaussians_have_a_closed_form(dims):
+    """Commuting covariances: the sum of squared differences of the standard deviations."""
     rng = np.random.default_rng(dims)
     rotation = np.linalg.qr(rng.standard_normal((dims, dims)))[0]
     a, b = rng.uniform(0, 3, (2, dims))
@@ -109,21 +107,11 @@ def test_inception_score_and_kid_are_those_of_torch_fidelity():
     kid = independent("torch_fidelity.metric_kid").kid_features_to_metric
     rng = np.random.default_rng(0)
     samples, reference = rng.standard_normal((150, 32)) + 0.5, rng.standard_normal((120, 32))
-    theirs = kid(
-        torch.from_numpy(samples), torch.from_numpy(reference), kid_subsets=7, kid_subset_size=60, verbose=False
-    )
+    theirs = kid(*map(torch.from_numpy, (samples, reference)), kid_subsets=7, kid_subset_size=60, verbose=False)
     expected = theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"]
     assert kernel_inception_distance(samples, reference, 7, 60) == pytest.approx(expected, rel=1e-9)
     float32 = kernel_inception_distance(samples.astype(np.float32), reference.astype(np.float32), 7, 60)
     assert float32 == pytest.approx(expected, rel=1e-4)
-
-
-def test_kid_is_unbiased():
-    rng = np.random.default_rng(0)
-    same = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)), 50, 200)
-    other = kernel_inception_distance(rng.standard_normal((2000, 16)), rng.standard_normal((2000, 16)) + 1, 50, 200)
-    assert abs(same[0]) < 3 * same[1] / 50**0.5
-    assert other[0] > 10 * same[1]
 
 
 def test_kid_against_its_definition():
@@ -140,6 +128,82 @@ def test_kid_against_its_definition():
     assert kernel_inception_distance(x, y, 1, 5) == pytest.approx((expected, 0))
 
 
+def brute_force(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[float, float]:
+    samples, reference = samples.double(), reference.double()
+
+    def distances(a, b):
+        return (a[:, None] - b[None]).square().sum(-1)
+
+    def radii(a):
+        return distances(a, a).fill_diagonal_(torch.inf).kthvalue(k, 1).values
+
+    between = distances(samples, reference)
+    precision = (between <= radii(reference)).any(1).double().mean().item()
+    return precision, (between <= radii(samples)[:, None]).any(0).double().mean().item()
+
+
+def clouds(seed: int, count: int = 150, dims: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = 0.7 * torch.randn(count, dims, generator=generator)
+    return samples, torch.randn(count * 2 // 3, dims, generator=generator)
+
+
+@pytest.mark.parametrize("block", [16, 64, 4096])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_those_of_brute_force_whatever_the_blocks(monkeypatch, block, k):
+    monkeypatch.setattr(manifold, "_BLOCK", block)
+    samples, reference = clouds(k)
+    expected = brute_force(samples, reference, k)
+    assert 0.1 < expected[0] <= 1
+    assert 0.1 < expected[1] < 1
+    assert precision_recall(samples, reference, k) == expected
+    assert precision_recall(samples.numpy(), reference.numpy(), k) == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_duplicates_and_far_origins_are_decided_exactly(monkeypatch, seed):
+    monkeypatch.setattr(manifold, "_BLOCK", 64)
+    monkeypatch.setattr(manifold, "_EXACT_NUMBERS", 500)
+    samples, reference = (torch.round(2 * cloud) / 2 for cloud in clouds(seed, dims=4))
+    # Distances on a lattice tie all the time; copies have radius 0; far from the origin float32 products cancel.
+    samples[20:60], reference[20:40] = samples[0], samples[0]
+    samples, reference = samples + 1000, reference + 1000
+    assert precision_recall(samples, reference) == brute_force(samples, reference, 3)
+
+
+def test_what_float32_products_cannot_tell_apart(monkeypatch):
+    # Rows whose distances differ by less than the rounding of their squared norms.
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 64, generator=generator)
+    offsets = torch.tensor([[-300.0], [300.0]])
+    samples = torch.cat([base + o + 1e-3 * torch.randn(40, 64, generator=generator) for o in offsets]).double()
+    reference = torch.cat([base + o + 1e-3 * torch.randn(40, 64, generator=generator) for o in offsets]).double()
+    assert precision_recall(samples, reference) == brute_force(samples, reference, 3)
+    settled = []
+    exact = manifold._exact_distances
+    monkeypatch.setattr(manifold, "_exact_distances", lambda a, b: settled.append(1) or exact(a, b))
+    precision_recall(samples, reference)
+    assert settled
+
+
+def test_precision_and_recall_of_known_sets():
+    reference = torch.arange(10.0)[:, None]
+    # Balls reach 3 at the ends, 2 elsewhere.
+    assert precision_recall(reference, reference) == (1, 1)
+    assert precision_recall(reference + 100, reference) == (0, 0)
+    assert precision_recall(torch.tensor([[-3.0], [12.0], [13.0], [5.0]]), reference)[0] == 0.75
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_precision_and_recall_are_those_of_other_packages(seed):
+    samples, reference = clouds(seed)
+    ours = precision_recall(samples, reference)
+    theirs = independent("torch_fidelity.metric_prc").prc_features_to_metric(samples, reference, verbose=False)
+    assert ours == pytest.approx((theirs["precision"], theirs["recall"]))
+    prdc = independent("prdc").compute_prdc(reference.numpy(), samples.numpy(), nearest_k=3)
+    assert ours == pytest.approx((prdc["precision"], prdc["recall"]))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -151,12 +215,24 @@ def test_kid_against_its_definition():
         (lambda: inception_score(np.full((5, 4), 0.25)), "5 images cannot be split into 10 parts"),
         (lambda: inception_score(np.full((50, 4), 0.3)), "sum to 1"),
         (lambda: inception_score(np.full((50, 4), np.nan)), "finite"),
-        (lambda: inception_score(np.ones((50, 1), dtype=int)), "expected floats"),
         (lambda: inception_score(np.ones(50)), r"expected floats \(N, classes\)"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 3))), "features have shapes"),
         (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((7, 2))), "subset_size is 1000; allowed: 2 to 7"),
-        (lambda: kernel_inception_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 3), "num_subsets is 0"),
         (lambda: kernel_inception_distance(np.full((9, 2), np.inf), np.zeros((9, 2)), 1, 3), "not finite"),
+        (
+            lambda: precision_recall(np.zeros((3, 2)), np.zeros((9, 2)), 3),
+            "3 samples have no 3-th nearest neigh",
+        ),
+        (
+            lambda: precision_recall(np.zeros((9, 2)), np.zeros((9, 3)), 3),
+            "samples have 2 numbers each, the reference",
+        ),
+        (lambda: precision_recall(np.zeros((9, 2)), np.zeros((9, 2)), 0), "k is 0"),
+        (
+            lambda: precision_recall(np.full((9, 2), np.nan), np.zeros((9, 2)), 3),
+            "samples hold features that are not fin",
+        ),
+        (lambda: precision_recall(np.zeros(9), np.zeros((9, 2)), 3), r"expected floating point \(N, D\)"),
     ],
 )
 def test_metrics_refuse_what_they_cannot_score(call, message):

@@ -1,13 +1,16 @@
-"""What can be scored: npz files, statistics and folders, read in batches; and what is wrong with others."""
+"""What can be scored: npz files, statistics and folders, read in batches; what is wrong with others; and statistics,
+exact whatever the batches, mergeable, kept in ADM's format."""
 
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ddt_fast.data.image_folder import read_image
 from ddt_fast.evaluation.sources import open_source, open_sources
+from ddt_fast.evaluation.statistics import RunningStatistics, load_statistics, save_statistics
 from inception_cases import smooth_images
 
 
@@ -76,13 +79,11 @@ def test_reference_batches_hold_images_and_statistics(tmp_path):
     ("arrays", "message"),
     [
         ({"arr_0": np.zeros((2, 4, 4, 3))}, r"arr_0 is float64 \(2, 4, 4, 3\); expected uint8 \(N, H, W, 3\)"),
-        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"expected uint8 \(N, H, W, 3\)"),
         ({"arr_0": np.asfortranarray(np.zeros((2, 4, 5, 3), np.uint8))}, "Fortran"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, int)}, r"labels \(labels\) is int64 \(3,\)"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "holds images; expected arr_0"),
         ({"mu_s": np.zeros(2), "sigma_s": np.eye(2)}, "holds mu_s, sigma_s; expected"),
-        ({"sigma": np.eye(2)}, "holds sigma but no mu"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, arrays, message):
@@ -138,3 +139,89 @@ def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
         open_source(tmp_path / "photos", crop=0)
     with pytest.raises(ValueError, match=r"center_crop is for folders of images; .*whole\.npz is not one"):
         open_sources([str(tmp_path / "whole.npz"), None], 16)
+
+
+def rows(count: int = 500, dims: int = 12, offset: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(dims, dims, generator=generator)
+    return torch.randn(count, dims, generator=generator) @ mix + offset
+
+
+def running(parts) -> RunningStatistics:
+    statistics = RunningStatistics()
+    for part in parts:
+        statistics.add(part)
+    return statistics
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 500])
+def test_batches_do_not_matter(batch):
+    # An offset that would take seven digits from a sum of squares.
+    data = rows(offset=1e5)
+    gaussian = running(data.split(batch)).gaussian()
+    assert gaussian.mu.dtype == gaussian.sigma.dtype == np.float64
+    np.testing.assert_allclose(gaussian.mu, data.double().mean(0), rtol=1e-13)
+    np.testing.assert_allclose(gaussian.sigma, np.cov(data.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
+
+
+def test_parts_merge():
+    data = rows()
+    merged = running([data[:100]])
+    for part in (data[100:101], data[101:101], data[101:]):
+        merged.merge(running([part] if len(part) else []))
+    whole = running([data]).gaussian()
+    np.testing.assert_allclose(merged.gaussian().mu, whole.mu, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(merged.gaussian().sigma, whole.sigma, rtol=1e-12, atol=1e-13)
+    empty = RunningStatistics()
+    empty.merge(merged)
+    merged.add(data)
+    assert empty.count == 500  # a copy, which later rows do not reach
+    np.testing.assert_allclose(empty.gaussian().sigma, whole.sigma, rtol=1e-12, atol=1e-13)
+
+
+def test_files_have_adms_names(tmp_path):
+    pool, spatial = (running([rows(dims=dims)]).gaussian() for dims in (4, 6))
+    save_statistics(tmp_path / "both.npz", pool, spatial, 500)
+    with np.load(tmp_path / "both.npz") as archive:
+        assert sorted(archive.files) == ["mu", "mu_s", "num_images", "sigma", "sigma_s"]
+    found_pool, found_spatial, count = load_statistics(tmp_path / "both.npz")
+    assert count == 500
+    np.testing.assert_array_equal(found_pool.sigma, pool.sigma)
+    np.testing.assert_array_equal(found_spatial.mu, spatial.mu)
+    save_statistics(tmp_path / "pool.npz", pool, None, None)
+    assert load_statistics(tmp_path / "pool.npz")[1:] == (None, None)
+    # Other programmes save float32 too.
+    np.savez(tmp_path / "float32.npz", mu=pool.mu.astype(np.float32), sigma=pool.sigma.astype(np.float32))
+    assert load_statistics(tmp_path / "float32.npz")[0].mu.dtype == np.float64
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros(3))
+    assert load_statistics(tmp_path / "images.npz") == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([rows(dims=4), torch.zeros(3, 5)], "features have 5 numbers, those before 4"),
+        ([torch.full((3, 4), torch.nan)], "not finite"),
+        ([torch.zeros(4)], r"expected \(B, D\)"),
+        ([torch.zeros(1, 4)], "covariance of 1 row "),
+    ],
+)
+def test_wrong_rows_are_refused(parts, message):
+    with pytest.raises(ValueError, match=message):
+        running(parts).gaussian()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"sigma": np.eye(3)}, "holds sigma but no mu; expected both"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"mu has shape \(3,\), sigma \(4, 4\)"),
+        ({"mu": np.zeros(3, dtype=int), "sigma": np.eye(3)}, "mu is int64; expected floating point"),
+        ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "mu holds numbers that are not finite"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "num_images": np.array(0.5)}, "num_images is float64"),
+    ],
+)
+def test_wrong_statistics_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        load_statistics(tmp_path / "wrong.npz")

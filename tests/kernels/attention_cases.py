@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from kernel_testing import check_against_reference
+from kernel_testing import check_against_reference, seeded
 
 Shape = tuple[int, int, int, int]  # B, N, H, D
 LAYOUTS = ("packed", "contiguous", "heads first", "odd pitch")
@@ -21,28 +21,23 @@ def make_heads(
     which no copy of more than one element fits.
     """
     B, N, H, D = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=generator, dtype=torch.float64)
-
+    randn = seeded(0, dtype, device)
     if layout == "packed":
-        qkv = randn(B, N, 3, H, D)
-        qkv[:, :, 0] *= size
-        return list(qkv.to(dtype).to(device).unbind(2))
-    scales = (size, 1.0, 1.0)
-    if layout == "contiguous":
-        return [(randn(*shape) * s).to(dtype).to(device) for s in scales]
-    if layout == "heads first":
-        return [(randn(B, H, N, D) * s).to(dtype).to(device).transpose(1, 2) for s in scales]
-    assert layout == "odd pitch"
-    return [(randn(B, N, H, 2 * D + 1) * s).to(dtype).to(device)[..., 1 : D + 1] for s in scales]
+        heads = list(randn(B, N, 3, H, D).unbind(2))
+    elif layout == "contiguous":
+        heads = [randn(*shape) for _ in "qkv"]
+    elif layout == "heads first":
+        heads = [randn(B, H, N, D).transpose(1, 2) for _ in "qkv"]
+    else:
+        assert layout == "odd pitch"
+        heads = [randn(B, N, H, 2 * D + 1)[..., 1 : D + 1] for _ in "qkv"]
+    heads[0].mul_(size)
+    return heads
 
 
 def make_grad(heads: Sequence[Tensor]) -> Tensor:
     """A gradient for the output, contiguous."""
-    shape, like = heads[0].shape, heads[0]
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(like.dtype).to(like.device)
+    return torch.randn(heads[0].shape, generator=torch.Generator().manual_seed(1)).to(heads[0])
 
 
 def check_attention(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from kernel_testing import assert_as_accurate
+from kernel_testing import assert_as_accurate, seeded
 
 Inputs = dict[str, Tensor | None]
 OUTPUTS = ("x", "velocity_history", "difference_history")
@@ -25,11 +25,7 @@ def make_inputs(
     """Seeded inputs for x (B, C, H, W), in the op's order. Tokens are chunks of a CFG batch with rows of another width;
     steps: of the table, whose row 1 is taken; None: a single row."""
     B, C, H, W = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(device)
-
+    randn = seeded(0, torch.float32, device)
     N, features = H * W // patch_size**2, C * patch_size**2
     cond, uncond = randn(2 * B, N, features + 3).to(dtype)[..., :features].chunk(2)
     return {

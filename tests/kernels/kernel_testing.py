@@ -32,6 +32,12 @@ def assert_as_accurate(name: str, actual: Tensor, plain: Tensor, oracle: Tensor)
     assert rms <= 2 * plain_rms + ulp / 2 * size, f"{name}: rms error {rms:.3g}, plain PyTorch {plain_rms:.3g}"
 
 
+def seeded(seed: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> Callable[..., Tensor]:
+    """A torch.randn of its own generator, which draws in fp64 and rounds once, so that devices and dtypes agree."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *size: torch.randn(*size, generator=generator, dtype=FP64).to(dtype).to(device)
+
+
 def as_list(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
     """What a function of one or of several outputs returned."""
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -128,6 +134,21 @@ def check_compiles(
     made, _, operators = compiled_results(function, inputs)
     assert not operators
     assert_all_equal(made, outputs)
+
+
+def kept_for_backward(function: Callable[..., Tensor], *inputs: Tensor) -> dict[int, int]:
+    """Elements of every storage that function(*inputs) keeps for its backward pass, by its address."""
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = function(*inputs)
+    assert output.requires_grad
+    return kept
 
 
 def check_replays(run: Callable[[], Sequence[Tensor]]) -> None:

@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import norm_launch, reference
-from kernel_testing import check_against_reference
+from kernel_testing import check_against_reference, seeded
 
-OPS = (
-    "rms_norm_modulate",
-    "gated_residual_rms_norm_modulate",
-    "gated_residual_layer_norm_modulate",
-    "gated_residual",
-)
+OPS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_layer_norm_modulate", "gated_residual")
 FORECAST_OPS = OPS[:3]
 Forecast = tuple[Tensor, Tensor]
 
@@ -34,11 +29,7 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Seeded inputs. strided: x and branch are views of something larger, modulations chunks of one (B, N or 1, 6C)."""
     B, N, C = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).to(device)
-
+    randn = seeded(0, dtype, device)
     modulations = (randn(B, N if per_token else 1, 6 * C) / 2).chunk(6, dim=-1)
     tensors = {
         "x": randn(N, B, C).transpose(0, 1),
@@ -53,10 +44,9 @@ def make_inputs(
 
 def make_grads(op: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     """A gradient for each output."""
-    generator = torch.Generator().manual_seed(1)
-    x = inputs["x"]
+    x, generator = inputs["x"], torch.Generator().manual_seed(1)
     count = 2 if op == "gated_residual_rms_norm_modulate" else 1
-    return [torch.randn(x.shape, generator=generator).to(x.dtype).to(x.device) for _ in range(count)]
+    return [torch.randn(x.shape, generator=generator).to(x) for _ in range(count)]
 
 
 def launch_forward(op: str, i: dict[str, Tensor], forecast: Forecast | None = None) -> list[Tensor]:
@@ -94,15 +84,12 @@ def make_forecast_inputs(
     """Seeded inputs, the modulations as chunks of one cached (K, B, N or 1, 8C), and (weights, step), which takes row 1
     of 3."""
     B, N, C = shape
-    generator = torch.Generator().manual_seed(2)
-    cached = torch.randn(history, B, N if per_token else 1, 8 * C, generator=generator, dtype=torch.float64) / 2
-    chunks = dict(zip(("shift", "scale", "gate"), cached.to(dtype).to(device).chunk(8, dim=-1)[2:5], strict=True))
+    cached = seeded(2, dtype, device)(history, B, N if per_token else 1, 8 * C) / 2
+    chunks = dict(zip(("shift", "scale", "gate"), cached.chunk(8, dim=-1)[2:5], strict=True))
     inputs = make_inputs(op, shape, per_token, dtype, device)
     weights = torch.tensor([[0.3, 0.7, 0.0], [1.7, -0.9, 0.2], [-1.0, 4.0, -2.0]])[:, :history].contiguous()
-    return inputs | {name: chunks[name] for name in chunks if name in inputs}, (
-        weights.to(device),
-        torch.tensor([1], device=device),
-    )
+    inputs |= {name: chunks[name] for name in chunks if name in inputs}
+    return inputs, (weights.to(device), torch.tensor([1], device=device))
 
 
 def with_forecast(op: str, forecast: Forecast) -> Callable[..., Tensor | tuple[Tensor, ...]]:

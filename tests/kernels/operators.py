@@ -1,5 +1,6 @@
 """The differentiable operators, for the tests of properties they share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,10 +105,6 @@ def _norm(name: str, granularity: str) -> Operator:
         kept = [t for key, t in inputs.items() if key != "shift" and (key, name) != ("x", "gated_residual")]
         return [*kept, *constants]
 
-    def flops(shape: Shape, backward: bool) -> tuple[int, int]:
-        elements = shape[0] * shape[1] * shape[2]
-        return 2 * elements, 30 * elements
-
     constants = () if name == "gated_residual" else (1e-6,)
     return Operator(
         name,
@@ -121,7 +118,7 @@ def _norm(name: str, granularity: str) -> Operator:
         ),
         make_grads=lambda inputs: norm_cases.make_grads(name, inputs),
         saved=saved,
-        flops=flops,
+        flops=lambda shape, backward: (2 * math.prod(shape), 30 * math.prod(shape)),
         constants=(constants,),
         outputs=2 if name == "gated_residual_rms_norm_modulate" else 1,
         granularity=granularity,
@@ -129,19 +126,18 @@ def _norm(name: str, granularity: str) -> Operator:
 
 
 def _attention_flops(shape: Shape, backward: bool) -> tuple[int, int]:
-    B, N, H, D = shape
-    products = (5 if backward else 2) * 2 * B * H * N * N * D
+    products = (5 if backward else 2) * 2 * math.prod(shape) * shape[1]
     return products, products
 
 
 def _qk_flops(shape: Shape, backward: bool) -> tuple[int, int]:
-    elements = shape[0] * shape[1] * shape[2] * shape[3]
-    return (28 * elements, 42 * elements) if backward else (14 * elements, 14 * elements)
+    elements = 14 * math.prod(shape)
+    return (2 * elements, 3 * elements) if backward else (elements, elements)
 
 
 def _qkv_flops(shape: Shape, backward: bool) -> tuple[int, int]:
-    products, elements = _attention_flops(shape, backward)[0], shape[0] * shape[1] * shape[2] * shape[3]
-    return products + (3 if backward else 1) * 14 * elements, products + (4 if backward else 1) * 14 * elements
+    products, elements = _attention_flops(shape, backward)[0], 14 * math.prod(shape)
+    return products + (3 if backward else 1) * elements, products + (4 if backward else 1) * elements
 
 
 def _mlp_flops(gemms: int) -> Callable[[Shape, bool], tuple[int, int]]:
@@ -184,7 +180,10 @@ ATTENTION = Operator(
     "attention",
     shape=(2, 5, 3, 12),
     tiny=(2, 3, 2, 4),
-    gpu_shapes=((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)),
+    gpu_shapes=(
+        *((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)),
+        *((2, 200, 3, head_dim) for head_dim in (16, 20, 80, 96)),
+    ),
     graph_shape=(4, 256, 16, 72),
     layouts=attention_cases.LAYOUTS,
     make=_make_heads,

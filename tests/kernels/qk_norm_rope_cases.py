@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from kernel_testing import check_against_reference
+from kernel_testing import check_against_reference, seeded
 
 FIXED = ("cos", "sin")
 
@@ -20,28 +20,22 @@ def make_inputs(
 ) -> dict[str, Tensor]:
     """Seeded inputs for (B, N, H, D). strided: qkv is a view of something larger, tokens outside samples."""
     B, N, H, D = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).to(device)
-
+    randn = seeded(0, dtype, device)
     qkv = randn(N, B, 4, H, D)[:, :, :3].transpose(0, 1) if strided else randn(B, N, 3, H, D)
-    angles = 7 * torch.randn(N, D // 2, generator=generator)
+    angles = 7 * seeded(1, torch.float32, device)(N, D // 2)
     return {
         "qkv": qkv,
         "q_weight": (1 + randn(D) / 4).to(weight_dtype or dtype),
         "k_weight": (1 + randn(D) / 4).to(weight_dtype or dtype),
-        "cos": angles.cos().to(device),
-        "sin": angles.sin().to(device),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
     }
 
 
 def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     """A gradient of the output, not contiguous."""
-    generator = torch.Generator().manual_seed(1)
     B, N, _, H, D = inputs["qkv"].shape
-    grad = torch.randn(B, N, H, 3, D, generator=generator).transpose(2, 3)
-    return grad.to(inputs["qkv"].dtype).to(inputs["qkv"].device)
+    return torch.randn(B, N, H, 3, D, generator=torch.Generator().manual_seed(1)).transpose(2, 3).to(inputs["qkv"])
 
 
 def check_qk_norm_rope(

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-NAMES = ("x", "w1", "w3")
+from kernel_testing import seeded
+
 LAYOUTS = ("contiguous", "rows", "transposed")
 
 
@@ -13,21 +14,13 @@ def make_inputs(
     """Seeded x, w1 and w3 for (B, N, C, F). layout "rows": all are columns of something wider, whose leading dimensions
     still merge; "transposed": x's do not."""
     B, N, C, F = shape
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).to(device)
-
-    x, w1, w3 = randn(B, N, C), 2 * randn(F, C) / C**0.5, randn(F, C) / C**0.5
-    if layout == "rows":  # 8 columns of padding keep the pitch a multiple of 16 bytes where it was one
-        x, w1, w3 = (torch.cat([tensor, randn(*tensor.shape[:-1], 8)], -1) for tensor in (x, w1, w3))
-        return {name: tensor[..., :C] for name, tensor in zip(NAMES, map(place, (x, w1, w3)), strict=True)}
+    randn = seeded(0, torch.float64)
+    pad = 8 if layout == "rows" else 0  # which keeps the pitch a multiple of 16 bytes where it was one
+    sizes = {"x": ((B, N), 1.0), "w1": ((F,), 2 / C**0.5), "w3": ((F,), C**-0.5)}
+    inputs = {n: (randn(*rows, C + pad) * size).to(dtype).to(device)[..., :C] for n, (rows, size) in sizes.items()}
     if layout == "transposed":
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    return dict(zip(NAMES, map(place, (x, w1, w3)), strict=True))
+        inputs["x"] = inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)
+    return inputs
 
 
 def make_mlp_inputs(
@@ -36,13 +29,11 @@ def make_mlp_inputs(
     """`make_inputs`, and w2 (out or C, F), laid out as w1 is."""
     inputs = make_inputs(shape, dtype, device, layout)
     C, F = shape[2:]
-    w2 = torch.randn(out or C, F + 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64) / F**0.5
-    w2 = w2.to(dtype).to(device)[:, :F]
+    w2 = seeded(2, dtype, device)(out or C, F + 8)[:, :F].mul_(F**-0.5)
     return inputs | {"w2": w2 if layout == "rows" else w2.contiguous()}
 
 
 def make_grad(inputs: dict[str, Tensor]) -> Tensor:
     """A gradient of the output."""
     x, last = inputs["x"], inputs.get("w2", inputs["w1"])
-    grad = torch.randn(*x.shape[:-1], last.shape[0], generator=torch.Generator().manual_seed(1))
-    return grad.to(x.dtype).to(x.device)
+    return torch.randn(*x.shape[:-1], last.shape[0], generator=torch.Generator().manual_seed(1)).to(x)

@@ -1,16 +1,12 @@
 """`python -m ddt_kernels.aot`: green on what ships, red on what must not."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from ddt_kernels import norm_launch, qk_norm_rope_launch
 from ddt_kernels.aot import main
+from ddt_kernels.compilation import compile_case
 from kernel_testing import COMPILES
 
-KERNELS = Path(__file__).parents[2] / "kernels"
 RED = ("--module", "red_aot_cases", "--arch", "90", "--jobs", "1")
 
 
@@ -21,15 +17,20 @@ def verdicts(output):
 
 
 @COMPILES
-def test_shipped_forward_kernels_are_green_and_exchange_nothing(capsys):
-    code = main(["--kernel", "norm_modulate_forward", "--arch", "90", "--jobs", "1"])
-    output = capsys.readouterr().out
-    assert code == 0, output
-    rows = verdicts(output)
-    assert {row[-1] for row in rows.values()} == {"ok"}
-    shared = {name: row[2] for name, row in rows.items() if "C 1152 bfloat16" in name}
-    assert len(shared) == 8 + 6  # without and with a forecast
-    assert set(shared.values()) == {"0"}  # a warp owns its row: no shared memory, hence no barrier
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cases", "part", "kernel", "count"),
+    [
+        (norm_launch.aot_cases, "C 1152 bfloat16", "norm_modulate_forward", 8 + 6),  # without and with a forecast
+        (qk_norm_rope_launch.aot_cases, "H ", "qk_norm_rope_forward", 5),
+    ],
+)
+def test_forward_kernels_of_norms_exchange_nothing(cases, part, kernel, count):
+    """A warp owns its row: no bytes of shared memory, hence no barrier."""
+    selected = [case for case in cases() if part in case.configuration and not case.configuration.startswith("B ")]
+    rows = [row for case in selected for row in compile_case(case, 90, kernel)]
+    assert len(rows) == count
+    assert {(row.problems, row.shared) for row in rows} == {((), 0)}
 
 
 @COMPILES
@@ -66,9 +67,8 @@ def test_jobs_must_be_positive(capsys):
     assert "--jobs is 0; expected at least 1" in capsys.readouterr().err
 
 
-def test_the_interpreter_cannot_compile():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(KERNELS)}
-    command = [sys.executable, "-m", "ddt_kernels.aot"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "TRITON_INTERPRET is set" in result.stderr
+def test_the_interpreter_cannot_compile(monkeypatch, capsys):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    assert main([]) == 2
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

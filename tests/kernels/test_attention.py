@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import ddt_kernels
-from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
+from attention_cases import LAYOUTS, check_logsumexp, make_grad, make_heads
 from ddt_kernels import attention_launch, reference
 from ddt_kernels.compilation import SHARED_MEMORY_LIMIT, compile_case
-from kernel_testing import BF16, COMPILES, DTYPES, FP32, FP64, assert_all_equal, with_gradients
-from operators import QKV_ATTENTION
+from kernel_testing import BF16, COMPILES, DTYPES, FP32, FP64, assert_all_equal, kept_for_backward, with_gradients
+from operators import ATTENTION, QKV_ATTENTION
 
 SHAPE = (2, 5, 3, 12)
 FORWARD = torch.ops.ddt_kernels.attention.default
@@ -29,9 +29,11 @@ def test_the_reference_is_attention():
 
 @DTYPES
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_logsumexp_on_a_cpu(dtype, layout):
-    heads = make_heads(SHAPE, dtype, layout)
-    check_logsumexp(heads, FORWARD(*heads, 12**-0.5)[1])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_logsumexp(dtype, layout, device):
+    for shape in [SHAPE] if device == "cpu" else ATTENTION.gpu_shapes:
+        heads = make_heads(shape, dtype, layout, device)
+        check_logsumexp(heads, FORWARD(*heads, shape[-1] ** -0.5)[1])
 
 
 def test_scale_defaults_to_the_inverse_root_of_the_head_dim():
@@ -60,23 +62,11 @@ def test_on_a_cpu_qkv_attention_is_the_two_ops_bit_for_bit(dtype, layout):
 def test_qkv_attention_keeps_three_tensors_instead_of_six():
     inputs = QKV_ATTENTION.inputs(layout="contiguous")
     heads = inputs["qkv"][:, :, 0].numel()
-
-    def kept(function):
+    for function, tensors in ((ddt_kernels.qkv_attention, 3), (two_ops, 6)):
         # As in a layer: qkv is a GEMM's output, which is alive for as long as something keeps it.
         qkv, *weights = QKV_ATTENTION.leaves(inputs)
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = QKV_ATTENTION.of_leaves(function, inputs)(qkv * 1, *weights)
-        assert out.requires_grad
-        return sum(size for size in storages.values() if size >= heads) / heads
-
-    assert kept(ddt_kernels.qkv_attention) == 3 + 1
-    assert kept(two_ops) == 6 + 1
+        kept = kept_for_backward(QKV_ATTENTION.of_leaves(function, inputs), qkv * 1, *weights)
+        assert sum(size for size in kept.values() if size >= heads) == (tensors + 1) * heads
 
 
 def test_heads_are_split_where_it_saves_columns():
@@ -100,24 +90,6 @@ def test_two_programs_share_an_sm_of_a_hopper():
     assert binary.bulk_copies
     assert 2 * 256 * binary.registers <= 65536
     assert 2 * binary.shared <= SHARED_MEMORY_LIMIT[90]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [16, 20, 72, 80, 96, 128])
-def test_every_width_on_a_gpu(head_dim):
-    heads = make_heads((2, 200, 3, head_dim), BF16, device="cuda")
-    grads = [make_grad(heads)]
-    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
-    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
-
-
-@pytest.mark.gpu
-@DTYPES
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_logsumexp_on_a_gpu(dtype, layout):
-    for shape in ((3, 24, 2, 72), (2, 256, 16, 72), (1, 1, 3, 24), (2, 130, 12, 64), (1, 1000, 2, 128)):
-        heads = make_heads(shape, dtype, layout, device="cuda")
-        check_logsumexp(heads, FORWARD(*heads, shape[-1] ** -0.5)[1])
 
 
 @pytest.mark.gpu

@@ -57,13 +57,6 @@ def test_compiles_without_graph_breaks(function, variant):
     assert_equal(call(compiled, inputs), call(function, inputs))
 
 
-@pytest.mark.parametrize("patch_size", [1, 2, 4])
-def test_unpatchify_undoes_unfold(patch_size):
-    image = torch.randn(2, 3, 8, 12)
-    tokens = torch.nn.functional.unfold(image, patch_size, stride=patch_size).transpose(1, 2)
-    assert torch.equal(reference.unpatchify(tokens, 8, 12, patch_size), image)
-
-
 def test_a_run_with_every_kind_of_step_is_the_samplers_own_arithmetic():
     """Guidance evaluated at every third step and forecast between, four velocities, noise: written as lists of tensors,
     newest first, which is how a sampler is defined, and with histories that begin uninitialised."""
@@ -113,12 +106,13 @@ def test_a_run_with_every_kind_of_step_is_the_samplers_own_arithmetic():
 def test_coefficient_rows():
     assert guided_step_coefficients((0.1,)) == (1, 0, 0, 0, 0.1, 0, 0, 0)
     assert guided_step_coefficients((1, 2, 3, 4), (5, 6), 7, 8) == (7, 8, 5, 6, 1, 2, 3, 4)
-    with pytest.raises(ValueError, match="velocity_coefficients has length 0; expected 1 to 4"):
-        guided_step_coefficients(())
-    with pytest.raises(ValueError, match="velocity_coefficients has length 5; expected 1 to 4"):
-        guided_step_coefficients([1] * 5)
-    with pytest.raises(ValueError, match="difference_coefficients has length 3; expected at most 2"):
-        guided_step_coefficients([1], [1] * 3)
+    for arguments, message in (
+        (((),), "velocity_coefficients has length 0; expected 1 to 4"),
+        (([1] * 5,), "velocity_coefficients has length 5; expected 1 to 4"),
+        (([1], [1] * 3), "difference_coefficients has length 3; expected at most 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            guided_step_coefficients(*arguments)
 
 
 @pytest.mark.parametrize("step", [-1, 3])
@@ -128,10 +122,10 @@ def test_a_step_outside_the_table_is_an_index_error_on_a_cpu(step):
         ddt_kernels.guided_step(*(inputs | {"step": torch.tensor(step)}).values(), patch_size=2)
 
 
+ALL = make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True)
 MISTAKES = [
     ("x", lambda t: t[0], r"x has shape \(3, 4, 6\); expected shape \(B, C, H, W\), not empty"),
     ("x", lambda t: t[:0], r"x has shape \(0, 3, 4, 6\); expected shape \(B, C, H, W\), not empty"),
-    ("x", lambda t: t[..., :5], r"patch_size is 2; expected a positive divisor of H 4 and W 5"),
     ("v_cond", lambda t: t[:, :5], r"v_cond has shape \(2, 5, 12\); expected \(2, 6, 12\)"),
     ("v_cond", lambda t: t.double(), r"v_cond is torch.float64; expected bfloat16, float16 or float32"),
     ("v_uncond", lambda t: t[:1], r"v_uncond has shape \(1, 6, 12\); expected \(2, 6, 12\)"),
@@ -142,7 +136,6 @@ MISTAKES = [
     ("step", lambda t: t.repeat(2), r"step has shape \(2,\); expected \(1,\)"),
     ("velocity_history", lambda t: t[0], r"velocity_history has shape .*; expected \(1 to 3, 2, 3, 4, 6\)"),
     ("velocity_history", lambda t: t.repeat(4, 1, 1, 1, 1), r"velocity_history has shape \(4, 2, 3, 4, 6\)"),
-    ("velocity_history", lambda t: t[..., :3], r"velocity_history has shape .*; expected \(1, 2, 3, 4, 6\)"),
     ("difference_history", lambda t: t.repeat(3, 1, 1, 1, 1), r"expected \(1 to 2, 2, 3, 4, 6\)"),
     ("noise", lambda t: t[:1], r"noise has shape \(1, 3, 4, 6\); expected \(2, 3, 4, 6\)"),
 ]
@@ -151,20 +144,17 @@ MISTAKES = [
 @pytest.mark.parametrize("op", ["guided_step", "guided_step_"])
 @pytest.mark.parametrize(("name", "change", "message"), MISTAKES)
 def test_mistakes_are_value_errors(op, name, change, message):
-    inputs = fresh(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
+    inputs = fresh(ALL)
     inputs[name] = change(inputs[name])
     with pytest.raises(ValueError, match=f"{op}: .*{message}"):
         getattr(ddt_kernels, op)(*inputs.values(), patch_size=2)
 
 
-NAMES = list(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
-
-
 @pytest.mark.parametrize("op", [ddt_kernels.guided_step, ddt_kernels.guided_step_])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", list(ALL))
 def test_every_argument_is_checked(op, name):
     """Each argument is refused as a list, with another dtype, device or column stride, and with a gradient."""
-    inputs = fresh(make_inputs(SHAPE, 2, velocities=1, differences=1, noise=True))
+    inputs = fresh(ALL)
     tensor = inputs[name]
     cases = [(tensor.tolist(), r"is a \w+; expected a torch.Tensor")]
     cases += [(tensor.double(), r"is torch.float64; expected (torch.float32|bfloat16, float16 or|torch.int32 or)")]

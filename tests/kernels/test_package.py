@@ -1,12 +1,83 @@
-"""The package as a whole: it imports without triton, and no kernel uses atomics."""
+"""The package as shipped: README's example and table, installed alone, without triton, without atomics."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+
+import ddt_kernels
+from ddt_fast.config import DDTConfig
+from ddt_fast.model.base import rotary_tables
+from ddt_fast.model.reference import Block
+from ddt_kernels import floors
 
 KERNELS = Path(__file__).parents[2] / "kernels"
+README = (KERNELS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("tokens", [1, 24], ids=["sample", "token"])
+def test_the_example_is_a_block_forward_and_backward(tokens):
+    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace = {}
+    exec(source, namespace)
+    torch.manual_seed(0)
+    config = DDTConfig(4, 2, hidden_size=40, num_heads=2, num_blocks=2, num_encoder_blocks=1, num_classes=10)
+    block = Block(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    theirs = SimpleNamespace(
+        adaLN=block.adaLN_modulation,
+        norm1=block.norm1,
+        norm2=block.norm2,
+        num_heads=config.num_heads,
+        **{name: getattr(block.attn, name) for name in ("qkv", "q_norm", "k_norm", "proj")},
+        **{name: getattr(block.mlp, name) for name in ("w1", "w2", "w3")},
+    )
+    cos, sin = rotary_tables(config.head_dim, 4, 6)
+    x, c = torch.randn(2, 24, 40), torch.randn(2, tokens, 40)
+    y = namespace["forward"](theirs, x, c, cos, sin)
+    expected = block(x, block.adaLN_modulation(c), cos, sin)
+    torch.testing.assert_close(y, expected)
+    parameters = list(block.parameters())
+    weights = torch.randn(y.shape)
+    made, expected_gradients = (torch.autograd.grad((output * weights).sum(), parameters) for output in (y, expected))
+    torch.testing.assert_close(made, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_the_floors_are_what_the_command_prints():
+    printed = floors.table()
+    assert printed in README, "run: python -m ddt_kernels.floors, and put its table into kernels/README.md"
+
+
+def test_every_public_op_has_a_floor_and_a_row():
+    costs = {name.removesuffix("_cost") for name in ddt_kernels.__all__ if name.endswith("_cost")}
+    with_floor = {name.removesuffix("_") for name, _, _ in floors.costs()}
+    assert costs == with_floor
+    for name in costs:
+        assert re.search(rf"^\| `{name}\(", README, re.MULTILINE), name
+
+
+def test_the_folder_installs_as_a_package_of_its_own(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source, site = tmp_path / "kernels", tmp_path / "site"
+    shutil.copytree(KERNELS, source, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(site)]
+    subprocess.run([*pip, str(source)], check=True, capture_output=True)
+    installed = {path.relative_to(site) for path in site.glob("ddt_kernels/**/*") if path.suffix != ".pyc"}
+    shipped = {path.relative_to(source) for path in source.glob("ddt_kernels/**/*")}
+    assert {path for path in installed if path.name != "__pycache__"} == shipped
+    assert Path("ddt_kernels/py.typed") in installed
+    assert not (site / "ddt_fast").exists()
+    (metadata,) = site.glob("ddt_kernels-*.dist-info/METADATA")
+    required = re.findall(r"^Requires-Dist: (\w+)", metadata.read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(required) == ["torch", "triton"]
+
 
 WITHOUT_TRITON = """
 import sys
@@ -28,6 +99,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_without_triton_the_package_imports_and_its_cpu_kernels_run():
     result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=KERNELS, capture_output=True, text=True)
     assert result.stdout == "done\n", result.stderr

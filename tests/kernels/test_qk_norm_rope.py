@@ -8,8 +8,7 @@ import ddt_kernels
 from ddt_fast.model.base import rotary_tables
 from ddt_fast.model.reference import RMSNorm, rotate
 from ddt_kernels import qk_norm_rope_launch, reference
-from ddt_kernels.compilation import compile_case
-from kernel_testing import BF16, COMPILES, DTYPES, check_replays, compiled_results
+from kernel_testing import BF16, DTYPES, check_replays, compiled_results
 from operators import QK_NORM_ROPE
 from qk_norm_rope_cases import make_inputs
 
@@ -133,21 +132,6 @@ def test_tiles_cover_every_head(element_size):
             assert config.main // config.lanes >= 2  # a lane has whole pairs
             assert config.tail == 0 or config.tail // config.lanes >= 2
             assert config.tokens * config.lane_heads == config.rows
-
-
-def test_backward_programs_have_enough_tokens_and_no_more():
-    assert qk_norm_rope_launch.tokens_per_program(128, 256, 4) == 16
-    assert qk_norm_rope_launch.tokens_per_program(16, 256, 4) == 8
-    assert qk_norm_rope_launch.tokens_per_program(1, 256, 4) == 4
-    assert qk_norm_rope_launch.tokens_per_program(1, 1, 32) == 32
-
-
-@COMPILES
-def test_the_forward_kernels_exchange_nothing():
-    cases = [case for case in qk_norm_rope_launch.aot_cases() if not case.configuration.startswith("B ")]
-    rows = {row.configuration: row for case in cases for row in compile_case(case, 90, "qk_norm_rope_forward")}
-    assert len(rows) == 5
-    assert {(row.problems, row.shared) for row in rows.values()} == {((), 0)}  # bytes of shared memory
 
 
 @pytest.mark.gpu

@@ -5,12 +5,12 @@ import subprocess
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import ddt_kernels
 from ddt_kernels import reference, runtime, swiglu_launch
 from ddt_kernels.compilation import compiling_for
+from dispatched import Dispatched
 from kernel_testing import (
     BF16,
     COMPILES,
@@ -18,6 +18,7 @@ from kernel_testing import (
     FP64,
     assert_all_equal,
     check_against_reference,
+    kept_for_backward,
     poison_empty,
     with_gradients,
 )
@@ -27,17 +28,9 @@ from swiglu_cases import make_grad, make_inputs
 BOTH = pytest.mark.parametrize("op", [SWIGLU, SWIGLU_MLP], ids=str)
 
 
-class Keeps(TorchDispatchMode):
-    """Records the `keep` of every forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in (SWIGLU.registered, SWIGLU_MLP.registered):
-            self.seen.append(args[-1])
-        return func(*args, **(kwargs or {}))
+def keeps(seen):
+    """The `keep` of every forward."""
+    return [args[-1] for name, args in seen.calls if name in ("swiglu", "swiglu_mlp")]
 
 
 def test_reference_backward_is_the_gradient():
@@ -62,19 +55,14 @@ def test_any_leading_dimensions(lead):
 def test_inference_writes_nothing_for_a_backward_pass(op):
     leaves = op.leaves(op.inputs())
     first, *rest = (leaf.detach() for leaf in leaves)
-    with Keeps() as keeps:
+    with Dispatched() as seen:
         with torch.no_grad():
             op.public(*leaves)
         op.public(first, *rest)
         op.public(first, leaves[1], *rest[1:])
-    assert keeps.seen == [False, False, True]
-
-
-@BOTH
-def test_checkpointing_keeps_nothing_in_between(op):
-    with Keeps() as keeps:
-        checkpoint(op.public, *op.leaves(op.inputs()), use_reentrant=True)
-    assert keeps.seen == [False]
+        assert keeps(seen) == [False, False, True]
+        checkpoint(op.public, *leaves, use_reentrant=True)
+    assert keeps(seen)[3:] == [False]
 
 
 @BOTH
@@ -84,29 +72,18 @@ def test_what_was_not_kept_is_recomputed(op):
     assert_all_equal(*made)
 
 
-def kept_columns(function, inputs):
-    """Elements kept for the backward pass besides the arguments themselves, per token."""
-    arguments = {tensor.data_ptr() for tensor in inputs}
-    kept = {}
-
-    def pack(tensor):
-        if tensor.data_ptr() not in arguments:
-            kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function(*inputs)
-    assert output.requires_grad
-    return sum(kept.values()) / inputs[0][..., 0].numel()
-
-
 def test_an_mlp_keeps_two_columns_of_f_instead_of_three_or_four():
     leaves = SWIGLU_MLP.leaves(SWIGLU_MLP.inputs())
-    width = SWIGLU_MLP.shape[3]
-    linear = torch.nn.functional.linear
-    assert kept_columns(ddt_kernels.swiglu_mlp, leaves) == 2 * width
-    assert kept_columns(lambda x, w1, w3, w2: linear(ddt_kernels.swiglu(x, w1, w3), w2), leaves) == 3 * width
-    assert kept_columns(reference.swiglu_mlp, leaves) == 4 * width
+    hidden = SWIGLU_MLP.shape[0] * SWIGLU_MLP.shape[1] * SWIGLU_MLP.shape[3]
+
+    def two_ops(x, w1, w3, w2):
+        return torch.nn.functional.linear(ddt_kernels.swiglu(x, w1, w3), w2)
+
+    for function, columns in ((ddt_kernels.swiglu_mlp, 2), (two_ops, 3), (reference.swiglu_mlp, 4)):
+        kept = kept_for_backward(function, *leaves)
+        for leaf in leaves:
+            kept.pop(leaf.data_ptr(), None)
+        assert sum(kept.values()) == columns * hidden
 
 
 def chosen(rows, chip=90, configs=swiglu_launch.HALF_BY_DESCRIPTOR):
@@ -123,21 +100,16 @@ def test_the_tile_follows_the_shape():
             assert chosen(rows, chip, configs) == (128, 128)
 
 
-@pytest.mark.parametrize(
-    ("arch", "expected"), [(75, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80)]
-)
-def test_architecture_families(arch, expected):
-    assert swiglu_launch.family(arch) == expected
-
-
-def waits(folder, keep, **options):
-    """Of the 128x128 tile of XL/2's forward on sm_90: its wgmmas and the waits for them, in order."""
+@COMPILES
+@pytest.mark.parametrize("keep", [False, True])
+def test_wgmmas_are_in_flight_together(keep, tmp_path):
+    """The wgmmas of the 128x128 tile of XL/2's forward on sm_90, and the waits for them."""
     from triton import knobs
 
     def disassemble(kernel, args, meta):
         if (meta["BLOCK_M"], meta["BLOCK_F"]) == (128, 128):
-            file = folder / "kernel.cubin"
-            file.write_bytes(kernel.warmup(*args, grid=(1,), **(meta | options)).asm["cubin"])
+            file = tmp_path / "kernel.cubin"
+            file.write_bytes(kernel.warmup(*args, grid=(1,), **meta).asm["cubin"])
             command = [knobs.nvidia.nvdisasm.path, str(file)]
             found.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -146,19 +118,8 @@ def waits(folder, keep, **options):
     with compiling_for(90), runtime.recording(disassemble):
         swiglu_launch.launch_forward(x, w, w, keep, False)
     (code,) = found
-    return " ".join(match.group(1) or "wgmma" for match in re.finditer(r"HGMMA|DEPBAR\.LE gsb0, (0x\d)", code))
-
-
-@COMPILES
-@pytest.mark.parametrize("keep", [False, True])
-def test_wgmmas_are_in_flight_together(keep, tmp_path):
-    steps = " ".join(["wgmma"] * 8)  # two accumulators, 64 channels
-    assert waits(tmp_path, keep) == f"{steps} 0x2 0x0"
-
-
-@COMPILES
-def test_why_the_loops_are_not_fused_on_sm_90(tmp_path):
-    assert "wgmma 0x0 wgmma 0x0 wgmma" in waits(tmp_path, False, FLATTEN=True)
+    order = [match.group(1) or "wgmma" for match in re.finditer(r"HGMMA|DEPBAR\.LE gsb0, (0x\d)", code)]
+    assert order == [*["wgmma"] * 8, "0x2", "0x0"]  # two accumulators, 64 channels
 
 
 @pytest.mark.gpu

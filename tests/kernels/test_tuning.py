@@ -9,7 +9,7 @@ import torch
 
 import ddt_kernels
 from attention_cases import check_attention, make_grad, make_heads
-from ddt_kernels import attention_launch, reference, runtime, swiglu_launch, tuning
+from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, reference, runtime, swiglu_launch, tuning
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
 from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty, with_gradients
 from swiglu_cases import make_inputs
@@ -43,34 +43,18 @@ def choose(op="op", key=(1,), candidates=("a", "b", "c"), default="a", run=None,
     return tuning.choose(op, key, candidates, default, run, device)
 
 
-def test_the_fastest_is_timed_once_and_kept(gpu):
+def test_the_fastest_is_timed_once_per_op_shape_and_device_and_kept(gpu):
+    assert tuning.choices() == []
     assert choose() == "b"
     assert gpu.timed == [("a", GPU), ("b", GPU), ("c", GPU)]
+    assert tuning.choices() == [tuning.Choice("op", GPU, (1,), "b", (("a", 3.0), ("b", 1.0), ("c", 2.0)))]
     gpu.speeds["c"] = 0.0
+    for other in ({"op": "other"}, {"key": (2,)}, {"device": torch.device("cuda", 1)}):
+        assert choose(**other) == "c"
     assert choose() == "b"
-    assert len(gpu.timed) == 3
-
-
-@pytest.mark.parametrize("other", [{"op": "other"}, {"key": (2,)}, {"device": torch.device("cuda", 1)}], ids=str)
-def test_another_op_shape_or_device_is_timed_on_its_own(gpu, other):
-    choose()
-    gpu.speeds["c"] = 0.0
-    assert choose(**other) == "c"
-    assert choose() == "b"
-
-
-def test_the_first_wins_ties(gpu):
+    assert len(gpu.timed) == 4 * 3
     gpu.speeds = dict.fromkeys("abc", 1.0)
-    assert choose(default="c") == "a"
-
-
-def test_choices_are_listed_with_their_times(gpu):
-    assert tuning.choices() == []
-    choose()
-    choose("other", ("M", 64), ("a", "c"))
-    first, second = tuning.choices()
-    assert first == tuning.Choice("op", GPU, (1,), "b", (("a", 3.0), ("b", 1.0), ("c", 2.0)))
-    assert (second.op, second.key, second.config) == ("other", ("M", 64), "c")
+    assert choose(key=(3,), default="c") == "a", "the first wins ties"
 
 
 def test_nothing_is_timed_during_capture_but_what_is_known_is_used(gpu):
@@ -85,20 +69,14 @@ def test_nothing_is_timed_during_capture_but_what_is_known_is_used(gpu):
 
 
 def test_the_variable_switches_timing_off(gpu, monkeypatch):
-    monkeypatch.setenv(tuning.VARIABLE, "0")
-    assert choose(default="c") == "c"
-    assert gpu.timed == []
-    monkeypatch.setenv(tuning.VARIABLE, "1")
-    assert choose(default="c") == "b"
-    monkeypatch.setenv(tuning.VARIABLE, "0")
-    assert choose(default="c") == "c"
-
-
-@pytest.mark.parametrize("value", ["", "2", "off", "true"])
-def test_any_other_value_is_an_error(gpu, monkeypatch, value):
-    monkeypatch.setenv(tuning.VARIABLE, value)
-    with pytest.raises(ValueError, match=f"DDT_KERNELS_AUTOTUNE is '{value}'; expected 0 .* or 1"):
-        choose()
+    for value, chosen in (("0", "c"), ("1", "b"), ("0", "c")):
+        monkeypatch.setenv(tuning.VARIABLE, value)
+        assert choose(default="c") == chosen
+        assert (gpu.timed == []) == (not tuning.choices())
+    for value in ("", "2", "off"):
+        monkeypatch.setenv(tuning.VARIABLE, value)
+        with pytest.raises(ValueError, match=f"DDT_KERNELS_AUTOTUNE is '{value}'; expected 0 .* or 1"):
+            choose()
 
 
 @pytest.mark.parametrize("only", [{"candidates": ("a",)}, {"device": torch.device("cpu")}], ids=str)
@@ -120,22 +98,6 @@ def test_launches_run_only_compiled_on_a_gpu_and_unrecorded(monkeypatch):
     assert runtime.launches_run(GPU)
     with runtime.recording(lambda *launched: None):
         assert not runtime.launches_run(GPU)
-
-
-def test_the_timer_launches_the_candidate_on_the_device(monkeypatch):
-    testing = pytest.importorskip("triton.testing")
-    entered, ran, options = [], [], []
-
-    def do_bench(launch, **kwargs):
-        launch()
-        options.append(kwargs)
-        return 0.5
-
-    monkeypatch.setattr(testing, "do_bench", do_bench)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
-    assert tuning._milliseconds(ran.append, "b", GPU) == 0.5
-    assert (entered, ran) == ([GPU], ["b"])
-    assert options[0]["return_mode"] == "median"
 
 
 def launched(run, arch):
@@ -252,8 +214,34 @@ def test_the_choice_is_what_is_launched(asked, arch):
     assert (meta["BM"], meta["BN"], meta["num_warps"]) == (64, candidates[-1].keys, 4)
 
 
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (norm_launch.backward_rows_per_program, {(128, 256): 32, (1, 256): 1, (1000, 1024): 32, (5000, 12): 16}),
+        (qk_norm_rope_launch.tokens_per_program, {(128, 256, 4): 16, (16, 256, 4): 8, (1, 256, 4): 4, (1, 1, 32): 32}),
+        (qk_norm_rope_launch.groups_per_program, {(512, 16, 4): 1, (32768, 16, 4): 4, (32768, 6, 4): 2}),
+        (swiglu_launch.family, {(75,): 80, (89,): 80, (90,): 90, (100,): 100, (103,): 100, (120,): 80}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_programs_have_enough_work_and_no_more(function, expected):
+    assert {arguments: function(*arguments) for arguments in expected} == expected
+
+
 def swiglu_inputs():
     return make_inputs((4, 256, 1152, 3072), BF16, device="cuda")
+
+
+def check_swiglu():
+    inputs = swiglu_inputs()
+    check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
+
+
+def check_tuned_attention(shape):
+    heads = make_heads(shape, BF16, device="cuda")
+    grads = [make_grad(heads)]
+    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
+    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
 
 
 @pytest.mark.gpu
@@ -261,8 +249,7 @@ def swiglu_inputs():
 def test_every_swiglu_candidate_on_a_gpu(index, monkeypatch):
     poison_empty(monkeypatch)
     monkeypatch.setattr(swiglu_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
-    inputs = swiglu_inputs()
-    check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
+    check_swiglu()
 
 
 @pytest.mark.gpu
@@ -272,20 +259,13 @@ def test_every_swiglu_candidate_on_a_gpu(index, monkeypatch):
 def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch):
     poison_empty(monkeypatch)
     monkeypatch.setattr(attention_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
-    heads = make_heads((2, tokens, 4, head_dim), BF16, device="cuda")
-    grads = [make_grad(heads)]
-    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
-    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
+    check_tuned_attention((2, tokens, 4, head_dim))
 
 
 @pytest.mark.gpu
 def test_tuned_on_a_gpu():
-    inputs = swiglu_inputs()
-    check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
-    heads = make_heads((4, 256, 16, 72), BF16, device="cuda")
-    grads = [make_grad(heads)]
-    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
-    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
+    check_swiglu()
+    check_tuned_attention((4, 256, 16, 72))
     swiglu, attention = tuning.choices()
     assert (swiglu.op, attention.op) == ("swiglu", "attention")
     for choice in (swiglu, attention):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddt_kernels
@@ -113,18 +114,13 @@ def test_layouts_do_not_matter(backend):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_as_one_graph_forward_and_backward(backend):
     torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=counting)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend=graphs)
     for tokens in (18, 20, 24):
         qkv = packed(N=tokens)
         for actual, expected in zip(run(qkv, backend, compiled), formula(qkv), strict=True):
             assert_close(actual, expected)
-    assert len(graphs) == 1, "another number of tokens compiles nothing new"
+    assert graphs.frame_count == 1, "another number of tokens compiles nothing new"
 
 
 def test_sdpa_math_and_sdpa_flash_are_different_kernels():
@@ -148,23 +144,20 @@ def test_triton_is_the_kernel_of_ddt_kernels(gpu):
         (lambda q, k, v: (q, k[:, :8], v), "auto", r"k has shape \(2, 8, 3, 12\); allowed: \(B, N, H, D\), the same"),
         (lambda q, k, v: (q, k, v.double()), "auto", "v is torch.float64 on cpu; allowed: one floating dtype"),
         (lambda q, k, v: (q, k.to("meta"), v), "auto", "k is torch.float32 on meta"),
-        (lambda q, k, v: (q.long(), k.long(), v.long()), "auto", "q is torch.int64"),
-        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "auto", r"q has strides .* allowed: 1 for the last dimension"),
+        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "auto", r"q has strides .* allowed: a last one of 1"),
         (lambda *qkv: qkv, "flash", r"attention backend is 'flash'; allowed: auto, triton, .*, sdpa_math"),
-        *(
-            (
-                lambda *qkv: qkv,
-                name,
-                f"'{name}' cannot be used here: needs an NVIDIA GPU .*; this is cpu.*; usable: sdpa",
-            )
-            for name in CONCRETE_BACKENDS
-            if name not in CPU_BACKENDS
-        ),
     ],
 )
 def test_wrong_arguments_are_refused(change, backend, message):
     with pytest.raises(ValueError, match=message):
         attention(*change(*packed().detach().unbind(2)), backend)
+
+
+@pytest.mark.parametrize("backend", [name for name in CONCRETE_BACKENDS if name not in CPU_BACKENDS])
+def test_backends_of_a_gpu_are_refused_on_a_cpu(backend):
+    message = f"'{backend}' cannot be used here: needs an NVIDIA GPU .*; this is cpu.*; usable: sdpa"
+    with pytest.raises(ValueError, match=message):
+        attention(*packed().detach().unbind(2), backend)
 
 
 # Compute capability, backend, dtype, head dimension and how the reason begins; None for a usable one.
@@ -174,15 +167,12 @@ REASONS = [
     ((9, 0), "triton", BF16, 132, "takes head dimensions up to 128 divisible by 4, not 132"),
     ((9, 0), "triton", torch.float32, 68, None),
     ((8, 0), "flash_attn_3", BF16, 72, "needs compute capability 9.0 or newer, below 10.0; this is 8.0"),
-    ((10, 0), "flash_attn_3", BF16, 72, "needs compute capability 9.0 or newer, below 10.0; this is 10.0"),
     ((10, 0), "xformers", torch.float32, 72, "takes float32 up to compute capability 9.0, not 10.0"),
     ((9, 0), "xformers", BF16, 68, "takes head dimensions up to 256 divisible by 8, not 68"),
-    ((9, 0), "xformers", torch.float32, 66, "takes head dimensions up to 256 divisible by 4, not 66"),
     ((9, 0), "flash_attn_2", torch.float32, 72, "takes bfloat16, float16, not float32"),
     ((9, 0), "sdpa_cudnn", BF16, 72, None),
     ((9, 0), "sdpa_cudnn", BF16, 76, "takes head dimensions up to 128 divisible by 8, not 76"),
     ((9, 0), "sdpa_efficient", torch.float32, 68, None),
-    ((9, 0), "sdpa_efficient", torch.float32, 74, "takes head dimensions up to 65536 divisible by 4, not 74"),
     ((9, 0), "sdpa_flash", BF16, 264, "takes head dimensions up to 256 divisible by 1, not 264"),
 ]
 
@@ -244,21 +234,16 @@ def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=N
     assert available_backends(CUDA, BF16, 16)[backend] is None
 
 
-def test_packages_are_traced_into_a_single_graph(gpu, package):
+def test_flash_attn_4_alone_is_traced_and_is_not_flash_attn_2(gpu, package):
     gpu(9, 0)
-    package("flash_attn_interface", "def flash_attn_func(q, k, v, softmax_scale, causal): return q * softmax_scale + v")
-    torch._dynamo.reset()
-    q, k, v = packed(D=16, dtype=BF16).detach().unbind(2)
-    compiled = torch.compile(attention, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(q, k, v, "flash_attn_3"), q * 0.25 + v)
-
-
-def test_flash_attn_4_alone_is_not_flash_attn_2(gpu, package):
-    gpu(9, 0)
-    package("flash_attn.cute", "def flash_attn_func(): ...")
+    package("flash_attn.cute", "def flash_attn_func(q, k, v, softmax_scale, causal): return q * softmax_scale + v")
     usable = available_backends(CUDA, BF16, 72)
     assert usable["flash_attn_4"] is None
     assert usable["flash_attn_2"] == "flash_attn is not installed: pip install flash-attn --no-build-isolation"
+    torch._dynamo.reset()
+    q, k, v = packed(D=16, dtype=BF16).detach().unbind(2)
+    compiled = torch.compile(attention, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, k, v, "flash_attn_4"), q * 0.25 + v)
 
 
 @pytest.mark.parametrize(
@@ -290,14 +275,11 @@ def test_looking_imports_nothing_that_could_not_be_used(gpu, package):
     ("capability", "dtype", "head_dim", "expected", "without_triton"),
     [
         ((8, 0), BF16, 72, "triton", "sdpa_flash"),
-        ((8, 6), BF16, 72, "triton", "sdpa_flash"),
         ((9, 0), BF16, 72, "triton", "sdpa_cudnn"),
         ((9, 0), torch.float16, 64, "triton", "sdpa_cudnn"),
         ((10, 3), BF16, 128, "triton", "sdpa_cudnn"),
         ((8, 0), torch.float32, 72, "sdpa_efficient", "sdpa_efficient"),
-        ((10, 0), torch.float32, 128, "sdpa_efficient", "sdpa_efficient"),
         ((8, 0), BF16, 160, "sdpa_flash", "sdpa_flash"),
-        ((9, 0), BF16, 256, "sdpa_flash", "sdpa_flash"),
         ((7, 5), torch.float16, 72, "sdpa_efficient", "sdpa_efficient"),
     ],
 )
@@ -355,11 +337,6 @@ def test_every_usable_backend_is_right_on_cuda(shape, dtype):
     for name in usable:
         assert all(error <= limit for error, limit in zip(errors(name), limits, strict=True)), name
 
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_auto_compiles_as_one_graph_on_cuda(dtype):
-    qkv = packed(2, 256, 4, 72, dtype, "cuda")
-    out = torch.compile(attention, fullgraph=True)(*qkv.unbind(2))
-    torch.testing.assert_close(out, attention(*qkv.unbind(2)))
-    torch.autograd.grad(out.sum(), qkv)
+    compiled = torch.compile(attention, fullgraph=True)(*qkv.unbind(2))
+    torch.testing.assert_close(compiled, attention(*qkv.unbind(2)))
+    torch.autograd.grad(compiled.sum(), qkv)

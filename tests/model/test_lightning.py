@@ -20,7 +20,7 @@ from torch import Tensor
 
 import golden_data as golden
 from ddt_fast import FusedDDT, load_model
-from ddt_fast.model.lightning import check_projector, own_storages, read_lightning, write_lightning
+from ddt_fast.model.lightning import check_projector, read_lightning, write_lightning
 
 NAME = "tiny_h48_d24"
 CONFIG = golden.model_config(NAME)
@@ -82,13 +82,6 @@ def test_everything_is_read_whatever_it_was_wrapped_in(tmp_path, ema, raw):
     assert read.other == ["epoch", "optimizer_states", "vae.scale"]
 
 
-def test_one_name_twice_is_refused(tmp_path):
-    state = state_dict() | {"denoiser._orig_mod.x_embedder.proj.bias": torch.zeros(48)}
-    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"holds denoiser\.x_embedder\.proj\.bias twice, once as denoiser\._orig_mod"):
-        read_lightning(tmp_path / "a.ckpt")
-
-
 class Calls:
     """Pickles as a call."""
 
@@ -135,11 +128,8 @@ def test_unusual_objects_are_named_and_can_be_passed_over(tmp_path, monkeypatch)
     unusual = Unusual()
     unusual.size = 3
     torch.save({"state_dict": state_dict(), "hyper_parameters": {"config": unusual}}, tmp_path / "a.ckpt")
-    with pytest.raises(
-        ValueError, match=r"was not executed: .* mylab\.Unusual; .*a\.ckpt OUT --skip mylab$"
-    ) as refusal:
+    with pytest.raises(ValueError, match=r"was not executed: .* mylab\.Unusual; .*a\.ckpt OUT --skip mylab$"):
         read_lightning(tmp_path / "a.ckpt")
-    assert "\n" not in str(refusal.value)
     for skip in (["mylab"], ["mylab.Unusual"]):
         assert same(read_lightning(tmp_path / "a.ckpt", skip).ema, golden.weights(NAME))
     with pytest.raises(ValueError, match="was not executed"):
@@ -152,17 +142,15 @@ def test_usual_hyperparameters_are_passed_over(tmp_path, monkeypatch):
     package = types.ModuleType("lightning")
     package.AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
     monkeypatch.setitem(sys.modules, "lightning", package)
-    hyper_parameters = {
-        "scalar": np.float64(0.5),
-        "array": np.arange(3),
-        "path": pathlib.Path("somewhere"),
-        "namespace": argparse.Namespace(a=1),
-        "factory": functools.partial(int, "3"),
-        "counts": collections.defaultdict(list, {"a": [1]}),
-        "ordered": collections.OrderedDict(a=1),
-        "date": datetime.date(2025, 4, 8),
-        "attributes": package.AttributeDict(a=1),
-    }
+    usual = [
+        np.float64(0.5),
+        np.arange(3),
+        pathlib.Path("somewhere"),
+        argparse.Namespace(a=1),
+        functools.partial(int, 3),
+    ]
+    usual += [collections.defaultdict(list, {"a": [1]}), collections.OrderedDict(a=1), datetime.date(2025, 4, 8)]
+    hyper_parameters = {"usual": usual, "attributes": package.AttributeDict(a=1)}
     torch.save({"state_dict": state_dict(), "hyper_parameters": hyper_parameters}, tmp_path / "a.ckpt")
     monkeypatch.delitem(sys.modules, "lightning")
     allowed = set(torch.serialization.get_safe_globals())
@@ -181,6 +169,12 @@ NOT_CHECKPOINTS = {
     "legacy": lambda content: saved({"state_dict": state_dict()}, _use_new_zipfile_serialization=False),
     "list": lambda content: saved([1]),
     "no tensors": lambda content: saved({"state_dict": {"conv.weight": torch.zeros(1), "denoiser.x": 3}}),
+    "twice": lambda content: saved({"state_dict": state_dict() | {"denoiser._orig_mod.x_embedder.proj.bias": NOTHING}}),
+}
+NOTHING = torch.zeros(48)
+MESSAGES = {
+    "no tensors": r"no denoiser\.\* tensors; it is not a DDT",
+    "twice": r"holds denoiser\.x_embedder\.proj\.bias twice, once as denoiser\._orig_mod",
 }
 
 
@@ -192,9 +186,8 @@ def saved(content, **options) -> bytes:
 
 @pytest.mark.parametrize("kind", NOT_CHECKPOINTS)
 def test_other_files_are_refused_in_one_line(tmp_path, kind):
-    message = r"no denoiser\.\* tensors; it is not a DDT" if kind == "no tensors" else "is corrupt or not a"
     (tmp_path / "a.ckpt").write_bytes(NOT_CHECKPOINTS[kind](saved({"state_dict": state_dict()})))
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(ValueError, match=MESSAGES.get(kind, "is corrupt or not a")) as refusal:
         read_lightning(tmp_path / "a.ckpt")
     assert "\n" not in str(refusal.value)
 
@@ -228,19 +221,6 @@ def test_an_export_has_what_the_original_code_asks_for_under_the_released_names(
     assert same(read_lightning(tmp_path / "a.ckpt").ema, golden.weights(NAME))
     numbers = sum(tensor.nbytes for tensor in (*golden.weights(NAME).values(), *repa_projector().values()))
     assert (tmp_path / "a.ckpt").stat().st_size < 1.5 * numbers, "no part is stored with the whole it is a part of"
-
-
-def test_tensors_get_storages_of_their_own():
-    whole = torch.arange(6.0)
-    owned = own_storages(
-        {"a": whole, "b": whole, "part": whole[2:4], "row": whole[:1].expand(4), "t": whole.view(2, 3).T}
-    )
-    pointers = {tensor.untyped_storage().data_ptr() for tensor in owned.values()}
-    assert len(pointers) == 5
-    for name, expected in (("b", whole), ("part", whole[2:4]), ("row", torch.zeros(4)), ("t", whole.view(2, 3).T)):
-        assert torch.equal(owned[name], expected)
-        assert owned[name].is_contiguous()
-        assert owned[name].untyped_storage().nbytes() == owned[name].nbytes
 
 
 def test_projectors_are_three_layers_of_the_models_width(tmp_path):

@@ -10,14 +10,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.device import cpu_has_bf16, cpu_has_int8
 from ddt_fast.model import quantization
 from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.quantization import (
-    ZERO_POINT,
-    Int8Attention,
-    Int8Linear,
-    pack_int8_weight,
-    quantize_int8,
-    quantize_rows,
-)
+from ddt_fast.model.quantization import ZERO_POINT, Int8Attention, Int8Linear, quantize_int8, quantize_rows
 from ddt_fast.sampling import sample
 from golden_data import relative_error
 
@@ -35,7 +28,7 @@ def gemm(request, monkeypatch):
     """Either GEMM that may be behind a layer."""
     if request.param == "plain":
         monkeypatch.setattr(quantization, "pack_int8_weight", lambda weight: None)
-    elif pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
+    elif quantization.pack_int8_weight(torch.ones(4, 4, dtype=torch.int8)) is None:
         pytest.skip("this CPU has no packed int8 GEMM")
 
 
@@ -80,19 +73,17 @@ def test_a_linear_is_the_exact_sum_of_its_int8_products(gemm, width, has_bias):
         assert relative_error(y, in_float64(weight, bias, x)) < 1e-6, shape
 
 
-def test_one_packed_weight_serves_every_number_of_rows(gemm):
+def test_one_packed_weight_serves_every_number_of_rows_and_the_largest_numbers(gemm):
     weight = random(96, 130, seed=1)
     layer = Int8Linear(weight, None)
     for rows in (1, 3, 64, 1, 500):
         x = random(rows, 130, seed=rows)
         assert relative_error(layer(x), in_float64(weight, None, x)) < 1e-6
-
-
-def test_products_of_the_largest_numbers_do_not_saturate(gemm):
-    x, weight = torch.ones(4, 3072), torch.ones(16, 3072)
-    for signs in (1, -1):
-        expected = torch.full((4, 16), 3072.0 * signs)
-        torch.testing.assert_close(Int8Linear(weight, None)(x * signs), expected, rtol=1e-6, atol=0)
+    ones = Int8Linear(torch.ones(16, 3072), None)
+    for sign in (1.0, -1.0):  # sums of products of 127 do not saturate
+        torch.testing.assert_close(
+            ones(torch.full((4, 3072), sign)), torch.full((4, 16), 3072.0 * sign), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("given", [None, torch.float32])
@@ -135,32 +126,24 @@ def test_a_quantised_model_is_close_and_the_error_is_measured(name, dtype, limit
 def test_every_large_linear_is_quantised():
     model = quantize_int8(fused())
     left = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    assert left == [
-        "x_embedder.proj",
-        "s_embedder.proj",
-        "t_embedder.mlp.0",
-        "t_embedder.mlp.2",
-        "final_layer.linear",
-    ]
+    assert left == ["x_embedder.proj", "s_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"]
     block = model.blocks[0]
     widths = [len(layer.scale) for layer in (block.attn.qkv, block.attn.proj, block.mlp.w13, block.mlp.w2)]
     assert widths == [3 * 48, 48, 2 * model.config.mlp_hidden_size, 48]
 
 
-@pytest.mark.parametrize("size", [128, 170, 341])
-def test_spreading_keeps_products_and_shortens_tails(size):
-    x, y = random(64, size).double() ** 3, random(64, size, seed=1).double()
-    spread = quantization._spread(x)
-    torch.testing.assert_close(spread @ quantization._spread(y).T, x @ y.T)
-    if size == 128:
-        assert spread.abs().amax(1).mean() < 0.7 * x.abs().amax(1).mean()
+def test_spreading_keeps_products_and_shortens_tails():
+    for size in (128, 170, 341):
+        x, y = random(64, size).double() ** 3, random(64, size, seed=1).double()
+        spread = quantization._spread(x)
+        torch.testing.assert_close(spread @ quantization._spread(y).T, x @ y.T)
+        assert size != 128 or spread.abs().amax(1).mean() < 0.7 * x.abs().amax(1).mean()
 
 
 def test_a_run_is_sampled_in_int8():
     model, io = fused(), golden.tensors("tiny_h48_d24")
-    config = SamplingConfig(
-        num_steps=12, refresh_every=3, state_forecast="linear", guidance_every=2, guidance_forecast="linear"
-    )
+    forecasts = {"state_forecast": "linear", "guidance_every": 2, "guidance_forecast": "linear"}
+    config = SamplingConfig(num_steps=12, refresh_every=3, **forecasts)
     expected = sample(model, io["xT"], io["y"], config)
     result = sample(quantize_int8(model), io["xT"], io["y"], config)
     assert 0 < relative_error(result, expected) < 0.01
@@ -182,8 +165,7 @@ def test_strides_of_single_rows_and_columns_do_not_matter(gemm):
         (lambda: quantize_int8(golden.model("tiny_h48_d24")), "for FusedDDT, not DDT"),
         (lambda: quantize_int8(quantize_int8(fused())), "already"),
         (lambda: quantize_int8(fused().to("meta")), "on a CPU, this one is on meta"),
-        (lambda: quantize_int8(fused()).state_dict(), "cannot be saved or loaded"),
-        (lambda: quantize_int8(fused()).load_state_dict(fused().state_dict()), "cannot be saved or loaded"),
+        (lambda: quantize_int8(fused()).state_dict(), "neither saved nor loaded"),
     ],
 )
 def test_what_cannot_be_done_is_an_error(call, message):

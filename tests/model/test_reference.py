@@ -1,13 +1,16 @@
-"""The models against numbers of the original implementation, and what the reference is by itself."""
+"""The models against numbers of the original implementation; what the reference is by itself, and costs."""
 
 import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import golden_data as golden
+from ddt_fast.config import DDTConfig
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.base import rotary_tables
+from ddt_fast.model.flops import model_flops
 from ddt_fast.model.reference import DDT, rotate
 from ddt_fast.presets import PRESETS
 from golden_data import relative_error
@@ -69,11 +72,10 @@ def test_rotation_keeps_norms_and_depends_on_relative_position():
     torch.testing.assert_close(products[0, 0, 1, 2], products[2, 1, 3, 3], rtol=1e-4, atol=1e-4)
 
 
-def test_initial_model_predicts_zero_velocity_and_finite_state():
+def test_a_fresh_model_predicts_zero_velocity():
     model = DDT(golden.model_config("tiny_h48_d24"))
-    velocity, state = model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10]))
+    velocity, _ = model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 10]))
     assert torch.equal(velocity, torch.zeros(2, 4, 8, 8))
-    assert state.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -98,3 +100,29 @@ def test_wrong_shapes_are_refused(x_shape, state_shape, message):
     state = None if state_shape is None else torch.zeros(state_shape)
     with pytest.raises(ValueError, match=message):
         model(torch.zeros(x_shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64), state)
+
+
+def test_flops_are_what_pytorch_counts():
+    config = DDTConfig(4, 2, 64, 4, 5, 3, 10)
+    with torch.device("meta"):
+        model, x, t, y = DDT(config), torch.zeros(1, 4, 8, 12), torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    cost = model_flops(config, 8, 12)
+
+    def counted(run):
+        with FlopCounterMode(display=False) as counter:
+            result = run()
+        counts.append(counter.get_total_flops())
+        return result
+
+    counts: list[int] = []
+    state = counted(lambda: model.encode(x, t, y))
+    modulations = counted(lambda: model.decoder_modulations(state))
+    counted(lambda: model.decode(x, modulations))
+    assert counts == [cost.encoder, cost.modulations, cost.decoder]
+
+
+def test_flops_of_xl2_at_256_and_512_pixels():
+    model = PRESETS["xl2_256"].model
+    assert model_flops(model, 32, 32).total / 1e9 == pytest.approx(263, abs=0.5)
+    assert model_flops(model, 64, 64).total / 1e9 == pytest.approx(1152, abs=0.5)
+    assert model_flops(model, 32, 32).modulations / 1e9 == pytest.approx(25.8, abs=0.05)

@@ -1,39 +1,24 @@
-"""The models among PyTorch's tools: safetensors, torch.export, torchao, PEFT; each test is how it is done."""
+"""The models among PyTorch's tools: torch.export, torchao, PEFT; each test is how it is done."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
 
 import golden_data as golden
-from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model
+from ddt_fast import FusedDDT, SamplingConfig, load_model
 from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
-
-NAME = "tiny_h48_d24"
-
-
-def inputs(name=NAME):
-    tensors = golden.tensors(name)
-    return tensors["x"], tensors["t"], tensors["y"]
 
 
 def digits():
     return load_model(EMBEDDED_CHECKPOINT)
 
 
-@pytest.mark.parametrize("make", [lambda model: model, FusedDDT.from_reference])
-def test_state_dicts_go_through_safetensors(make):
-    model = make(golden.model(NAME))
-    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
-    other = make(DDT(model.config))
-    other.load_state_dict(load(content))
-    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in golden.weights(NAME).items())
-
-
+@pytest.mark.slow
 def test_the_reference_can_be_exported():
-    model, (x, t, y) = golden.model(NAME), inputs()
+    model, tensors = golden.model("tiny_h48_d24"), golden.tensors("tiny_h48_d24")
+    x, t, y = (tensors[name] for name in "xty")
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model, (x, t, y), dynamic_shapes=[{0: batch}] * 3)
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """A wrong call of a pipeline is refused with what was wrong and what is allowed. Unknown keyword arguments too, with
 the nearest named; diffusers alone would ignore them."""
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -21,57 +20,38 @@ class Elsewhere(torch.Generator):
     device = torch.device("cuda:1")
 
 
-def meta(*shape, dtype=torch.float32):
-    return torch.zeros(*shape, dtype=dtype, device="meta")
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"class_labels": ["12"]}, "class '12' is unknown; nearest"),
         ({"class_labels": [10]}, "class 10 does not exist; allowed: 0 to 9"),
-        ({"class_labels": meta(2, dtype=torch.int64)}, "classes are .* on meta; expected"),
+        ({"class_labels": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes are .* on meta; expected"),
         ({"generator": seeded(1, 2, 3)}, "3 generators for 2 images; expected one, or one per image"),
-        ({"generator": [1, 2]}, "generator is a int"),
         ({"generator": 5}, "generator is a int; expected torch.Generator, or a list of them"),
         ({"generator": Elsewhere()}, r"is on cuda:1; expected torch\.Generator\('cpu'\), whose .* machine$"),
         ({"height": 7}, "height is 7; allowed: a positive multiple of 2 pixels"),
-        ({"width": -2}, "width is -2"),
         ({"height": 2 * 10**9}, "one 2000000000x8 sample keeps .* between steps"),
         ({"num_images_per_label": 10**9}, "batches of 2000000000 keep .* between steps, the device has"),
         ({"num_images_per_label": 0}, "num_images_per_label is 0"),
-        ({"num_inference_steps": 10**9}, "num_steps is 1000000000; allowed: a whole number, 1 to 100000"),
         ({"num_inference_steps": 0}, "num_steps is 0"),
         ({"output_type": "jpg"}, "output_type is 'jpg'; allowed: pil, np, pt, latent"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1"),
-        ({"guidance_interval": (0.5, 0.1)}, "guidance_interval is"),
-        ({"refresh_steps": (1, 2)}, "refresh_steps is"),
-        ({"solver": "heun"}, "solver is 'heun'"),
         ({"guidence_scale": 2.0}, "DDTPipeline has no argument 'guidence_scale'; nearest: guidance_scale"),
         ({"num_steps": 2}, "DDTPipeline has no argument 'num_steps'; nearest: num_inference_steps"),
-        ({"generators": None}, "DDTPipeline has no argument 'generators'; nearest: generator"),
         ({"sampling": {"order": 3}}, "sampling is a dict; expected SamplingConfig"),
         ({"sampling": SamplingConfig(9, refresh_steps=(0, 7))}, "refresh_steps are for 9 steps, not for 2; give"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents are \(1, 1, 8, 8\); expected \(2, 1, 8, 8\)"),
         ({"latents": [1.0]}, r"latents are a list; expected a tensor \(2, 1, 8, 8\) for 2 images"),
         ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.bool)}, "latents are torch.bool, .* expected dense floats"),
-        ({"latents": meta(2, 1, 8, 8)}, "latents are .*, on meta; expected dense floats"),
         ({"latents": torch.zeros(2, 1, 8, 8).to_sparse()}, r"latents are .*torch\.sparse_coo, .*; expected dense"),
         ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
-        (
-            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
-            "names 'prompt_embeds'; allowed: latents",
-        ),
+        ({"callback_on_step_end_tensor_inputs": ["embeds"]}, "names 'embeds'; allowed: latents"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs is 'latents'; expected a list of names"),
-        ({"callback_on_step_end_tensor_inputs": None}, "tensor_inputs is None"),
         ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end returned a int; expected None or a dict"),
-        (
-            {"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}},
-            r"returned latents \(2, 2\); expected \(2, 1, 8, 8\)",
-        ),
+        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}}, r"returned latents \(2, 2\); expected"),
     ],
 )
-def test_calling(pipe, arguments, message):
+def test_wrong_calls(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**{"class_labels": [3, 4], "num_inference_steps": 2, **arguments})
 
@@ -105,15 +85,12 @@ IMAGENET = ClassNames(1000, imagenet_id2label())
     [
         ("crane", r"'crane' is ambiguous: 134 'crane' \(animal\), 517 'crane' \(object\); give the number"),
         ("golden retreiver", r"'golden retreiver' is unknown; nearest: 207 'golden retriever'"),
-        ("retriever", r"unknown; nearest: 205 'flat-coated retriever'.*, 207 'golden retriever'"),
         ("qqqq", "'qqqq' is unknown; allowed: 0 to 999, or a name"),
         (1000, "class 1000 does not exist; allowed: 0 to 999"),
-        (-1, "class -1 does not exist"),
         (True, "class True is a bool; expected a label or a name"),
         (1.0, r"class 1\.0 is a float"),
         ([], "no class is given"),
         (torch.tensor([1.0]), "expected .* whole numbers"),
-        (np.array(1.0), r"class .*1\.0.* is a float64"),
         (b"tench", "class b'tench' is a bytes; expected a label or a name"),
     ],
 )
@@ -126,13 +103,9 @@ def test_classes(name, message):
     ("arguments", "message"),
     [
         ({"lisence": "x"}, "has no argument 'lisence'; nearest: license"),
-        ({"max_shard_sise": "x"}, "has no argument 'max_shard_sise'; nearest: max_shard_size"),
-        ({"repo": "x"}, "has no argument 'repo'; nearest: repo_id"),
         ({"use_flashpack": "x"}, "allowed: save_directory, safe_serialization, variant, max_shard_size, push_to_hub, "),
         ({"variant": "../../x"}, r"variant is '\.\./\.\./x'; allowed: none, or up to 64 letters"),
-        ({"variant": 3}, "variant is 3"),
         ({"max_shard_size": []}, r"max_shard_size is \[\]; allowed: a number of bytes"),
-        ({"max_shard_size": 0}, "max_shard_size is 0"),
         ({"license": 3}, "license is 3; allowed: none, or its identifier"),
         ({"safe_serialization": False}, "safe_serialization is False; allowed: True"),
     ],
@@ -172,9 +145,6 @@ def test_saving_over_anything_but_a_pipeline(pipe, pixels, part):
     ("name", "arguments", "message"),
     [
         ("pixels", {"variannt": "fp16"}, "from_pretrained has no argument 'variannt'; nearest: variant"),
-        ("pixels", {"torch_dtyp": torch.float32}, "nearest: torch_dtype"),
-        ("pixels", {"id2labels": {}}, "nearest: id2label"),
-        ("pixels", {"revison": "x"}, "nearest: revision"),
         ("pixels", {"preset": "digits"}, "from_pretrained of a pipeline has no argument 'preset'"),
         ("pixels", {"torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16'; allowed: torch.float32, torch.bfloat16"),
         ("pixels", {"dtype": {"transformer": torch.int8}}, "dtype is torch.int8; allowed"),
@@ -183,8 +153,7 @@ def test_saving_over_anything_but_a_pipeline(pipe, pixels, part):
         (EMBEDDED_CHECKPOINT, {"vea": None}, "from_pretrained has no argument 'vea'; nearest: vae"),
         (EMBEDDED_CHECKPOINT, {"variant": "x"}, "of a model folder has no argument 'variant'; allowed: torch"),
         ("nowhere", {}, "is not a local folder"),
-        ("no/where/at/all", {}, "is not a local folder"),
-        ("pixels/model_index.json", {}, "use from_single_file"),
+        ("pixels/model_index.json", {}, "from_single_file reads those"),
     ],
 )
 def test_loading(saved, name, arguments, message):
@@ -194,18 +163,10 @@ def test_loading(saved, name, arguments, message):
 
 
 def test_options_of_diffusers_are_taken(saved):
-    pipe = DDTPipeline.from_pretrained(
-        saved / "pixels",
-        dtype={"default": torch.bfloat16},
-        scheduler=DDTScheduler(num_steps=3),
-        cache_dir=None,
-        local_files_only=True,
-        use_safetensors=True,
-        low_cpu_mem_usage=False,
-        trust_remote_code=False,
-        custom_pipeline=None,
-        device_map=None,
-    )
+    options = {"cache_dir": None, "local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}
+    options |= {"trust_remote_code": False, "custom_pipeline": None, "device_map": None}
+    given = {"dtype": {"default": torch.bfloat16}, "scheduler": DDTScheduler(num_steps=3)}
+    pipe = DDTPipeline.from_pretrained(saved / "pixels", **given, **options)
     assert pipe.scheduler.config["num_steps"] == 3
     assert pipe.transformer.dtype == torch.bfloat16
     quiet(pipe.to(device="cpu", dtype=torch.float32, silence_dtype_warnings=True))
@@ -239,7 +200,6 @@ def test_parts_that_do_not_fit(pipe, latent_model):
         ((transformer, None, scheduler, "x"), "id2label is a str; expected a dict"),
         ((transformer, None, scheduler, {"a": "b"}), "id2label names class a; allowed: 0 to 9"),
         ((transformer, None, scheduler, {1: 5}), "id2label names class 1 5; expected a string"),
-        ((transformer, None, scheduler, {1.5: "b"}), r"id2label names class 1\.5; allowed: 0 to 9"),
     ):
         with pytest.raises(ValueError, match=message):
             DDTPipeline(*parts)

@@ -24,16 +24,15 @@ from golden_data import relative_error
 NAME = "tiny_h48_d24"
 
 
-def fused() -> FusedDDT:
-    return FusedDDT.from_reference(golden.model(NAME))
+def fused(name: str = NAME) -> FusedDDT:
+    return FusedDDT.from_reference(golden.model(name))
 
 
+@pytest.mark.parametrize("make", [golden.model, lambda name: golden.model(name).double(), fused])
 @pytest.mark.parametrize(("name", "run"), golden.sampling_runs())
-def test_samples_match_the_original(name, run):
-    io = golden.tensors(name)
-    config = golden.sampling_config(name, run)
-    for model in (golden.model(name), *([golden.model(name).double()] if run == "euler_cfg2_interval" else [])):
-        assert relative_error(sample(model, io["xT"], io["y"], config), io[f"sample.{run}"]) < 1e-4
+def test_samples_match_the_original(name, run, make):
+    io, config = golden.tensors(name), golden.sampling_config(name, run)
+    assert relative_error(sample(make(name), io["xT"], io["y"], config), io[f"sample.{run}"]) < 1e-4
 
 
 def evaluate_everything(model, x, labels, config):
@@ -127,8 +126,8 @@ def test_cuda_matches_the_cpu():
 def test_the_recommended_shortcut_is_nearer_to_the_truth_than_holding_two_steps():
     """Final samples of the trained digits model against the run that evaluates everything."""
     base = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
-    model, labels = load_model(EMBEDDED_CHECKPOINT), torch.arange(20) % 10
-    noise, _ = seeded_noise(range(20), (1, 8, 8))
+    model, labels = load_model(EMBEDDED_CHECKPOINT), torch.arange(10)
+    noise, _ = seeded_noise(range(10), (1, 8, 8))
     fast, held = fast_settings(base), replace(base, refresh_every=2)
     assert (fast.refresh_every, fast.guidance_every) == (6, 10)
     assert (fast.state_forecast, fast.guidance_forecast) == ("linear", "linear")
@@ -206,16 +205,6 @@ def test_a_sampler_draws_one_batch_after_another():
         assert torch.equal(sampler(noise, labels), sample(model, noise, labels, config))
 
 
-@pytest.mark.slow
-def test_compiled_model_gives_the_same_samples():
-    model = fused()
-    config = SamplingConfig(num_steps=4, guidance_scale=1.0, refresh_every=2)
-    noise, labels = torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    sampler = Sampler(copy.deepcopy(model), config, 3, 8, 8, compile_model=True)
-    assert sampler.engine == "eager, torch.compile"
-    assert relative_error(sampler(noise, labels), sample(model, noise, labels, config)) < 1e-5
-
-
 def test_nothing_of_a_broken_batch_reaches_the_next():
     model = golden.model(NAME)
     config = SamplingConfig(num_steps=8, solver="lms", order=4, refresh_every=2, state_forecast="quadratic")
@@ -237,13 +226,6 @@ def test_inference_mode_and_autocast_around_a_call_change_nothing():
     assert torch.equal(sampler(noise, labels), first)
 
 
-def test_best_refreshes_without_a_place_to_keep_them():
-    model = quantize_int8(fused())
-    config = SamplingConfig(num_steps=6, refresh_steps="dp", num_refreshes=2)
-    sampler = Sampler(model, config, 2, 8, 8)
-    assert sum(step.cond.encode for step in sampler.plan.steps) == 2
-
-
 @pytest.mark.slow
 def test_two_compiled_samplers_stay_compiled(monkeypatch):
     """More kinds of calls than dynamo keeps by default; past that it would raise, or run eagerly."""
@@ -255,8 +237,15 @@ def test_two_compiled_samplers_stay_compiled(monkeypatch):
     )
     for count in (3, 2):
         noise, labels = torch.randn(count, 4, 8, 8), torch.arange(count)
-        compiled = Sampler(copy.deepcopy(model), config, count, 8, 8, compile_model=True)(noise, labels)
-        assert relative_error(compiled, sample(model, noise, labels, config)) < 1e-5
+        sampler = Sampler(copy.deepcopy(model), config, count, 8, 8, compile_model=True)
+        assert sampler.engine == "eager, torch.compile"
+        assert relative_error(sampler(noise, labels), sample(model, noise, labels, config)) < 1e-5
+
+
+def test_best_refreshes_without_a_place_to_keep_them():
+    config = SamplingConfig(num_steps=6, refresh_steps="dp", num_refreshes=2)
+    sampler = Sampler(quantize_int8(fused()), config, 2, 8, 8)
+    assert sum(step.cond.encode for step in sampler.plan.steps) == 2
 
 
 IMAGE, LABELS = (4, 8, 8), torch.zeros(2).long()
@@ -266,17 +255,13 @@ IMAGE, LABELS = (4, 8, 8), torch.zeros(2).long()
     ("noise", "labels", "message"),
     [
         (torch.zeros(2, 3, 8, 8), LABELS, r"noise has shape \(2, 3, 8, 8\); expected \(B, 4, height, width\)"),
-        (torch.zeros(0, *IMAGE), LABELS[:0], "noise has shape"),
         (torch.zeros(2, 4, 9, 8), LABELS, "height is 9"),
         (torch.zeros(4, *IMAGE), torch.zeros(4).long(), "expected up to 3 samples of 8x8"),
         (torch.zeros(2, 4, 8, 12), LABELS, "expected up to 3 samples of 8x8"),
         (None, LABELS, "noise is NoneType; expected a tensor of floats"),
-        (torch.zeros(2, *IMAGE, dtype=torch.complex64), LABELS, "noise is torch.complex64"),
         (torch.zeros(2, *IMAGE), torch.zeros(3).long(), "labels are"),
-        (torch.zeros(2, *IMAGE), torch.zeros(2), "labels are"),
         (torch.zeros(2, *IMAGE), [1, 1], "labels are a list; expected a tensor"),
         (torch.zeros(2, *IMAGE), torch.tensor([0, 10]), "labels run from 0 to 10; allowed: 0 to 9"),
-        (torch.zeros(2, *IMAGE), torch.tensor([-1, 3]), "labels run from -1"),
         (torch.zeros(2, *IMAGE), LABELS, "0 generators for 2 samples; expected one each"),
     ],
 )
@@ -289,7 +274,6 @@ def test_wrong_inputs_are_refused(noise, labels, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": True}, "batch_size is True"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 10**9}, r"batches of 1000000000 keep .* the device has .* batches of up to"),
         ({"memory_budget": "8GiB"}, "memory_budget is '8GiB'; allowed: a whole number of bytes"),

@@ -6,11 +6,11 @@ import torch
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import FusedDDT
-from ddt_fast.sampling import Sampler, sample
+from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.engine import StopSampling
 from ddt_fast.sampling.graphs import CapturedSteps
 from ddt_fast.sampling.noise import seeded_noise
-from recorded_graphs import play_graphs
+from recorded_graphs import RecordedGraph, play_graphs
 
 PLANS = {
     "as published": {},
@@ -19,12 +19,7 @@ PLANS = {
     "linear": {"refresh_every": 3, "state_forecast": "linear"},
     "quadratic": {"refresh_every": 2, "state_forecast": "quadratic", "guidance_interval": (0.5, 0.9)},
     "rare guidance": {"refresh_every": 2, "guidance_every": 3},
-    "both forecasts": {
-        "refresh_every": 3,
-        "state_forecast": "linear",
-        "guidance_every": 3,
-        "guidance_forecast": "linear",
-    },
+    "forecasts": {"refresh_every": 3, "state_forecast": "linear", "guidance_every": 3, "guidance_forecast": "linear"},
     "multistep": {"solver": "lms", "order": 3, "refresh_every": 2},
     "stochastic": {"solver": "sde"},
     "unguided": {"guidance_scale": 1.0, "refresh_every": 4},
@@ -110,8 +105,6 @@ def test_a_plan_has_few_kinds_of_steps():
 
 def test_recorded_graphs_notice_what_real_ones_would():
     """The stand-in itself: a number from Python is frozen, a tensor read on the host is refused."""
-    from recorded_graphs import RecordedGraph
-
     x, out, factor = torch.ones(2), torch.zeros(2), 2.0
     graph = RecordedGraph()
     with graph:
@@ -131,16 +124,12 @@ def test_recorded_graphs_notice_what_real_ones_would():
 def test_cuda_graphs_equal_the_eager_result(name, kind, dtype):
     settings = {"num_steps": 11, "last_step": None, **PLANS[name]}
     model = model_on("cuda", kind).to(dtype)
-    noise, generators = seeded_noise(range(3), (4, 8, 8))
-    labels = torch.tensor([1, 2, 3])
-    eager = sample(model, noise, labels, SamplingConfig(**settings), generators=generators)
-    sampler = Sampler(model, SamplingConfig(**settings, cuda_graphs=True), 4, 8, 8)
-    assert sampler.engine == "CUDA graphs"
-    assert sampler.capture_seconds > 0
-    whole_batch = Sampler(model, SamplingConfig(**settings, cuda_graphs=True), 3, 8, 8)
+    eager = draw(Sampler(model, SamplingConfig(**settings), 3, 8, 8), range(3))
+    graphs = Sampler(model, SamplingConfig(**settings, cuda_graphs=True), 3, 8, 8)
+    assert graphs.engine == "CUDA graphs"
+    assert graphs.capture_seconds > 0
     for _ in range(2):
-        noise, generators = seeded_noise(range(3), (4, 8, 8))
-        assert torch.equal(whole_batch(noise, labels, generators=generators), eager)
+        assert torch.equal(draw(graphs, range(3)), eager)
 
 
 @pytest.mark.gpu

@@ -147,18 +147,13 @@ def test_bounded_search_is_exact_within_its_bound():
     assert written_out(probed, states, found, "quadratic", 0.0).sum() == pytest.approx(best, rel=1e-9)
 
 
-def test_published_length_is_searched_in_a_second():
-    random_similarity = random_probe(250, 0)[0].similarity
-    started = time.perf_counter()
-    assert len(optimal_refresh_steps(random_similarity, 42)) == 42
-    assert time.perf_counter() - started < 1
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("forecast", ["linear", "quadratic"])
-def test_published_length_is_searched_with_a_forecast(forecast):
+@pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
+def test_the_published_length_is_searched_in_seconds(forecast):
     found = random_probe(250, 0)[0]
+    started = time.perf_counter()
     steps = optimal_refresh_schedule(found, 42, forecast)
+    assert time.perf_counter() - started < (1 if forecast == "hold" else 60)
     assert len(set(steps)) == 42
     chosen, even = (step_errors(found, s, forecast).sum() for s in (steps, uniform_refresh_steps(250, 42)))
     assert chosen < even
@@ -246,10 +241,8 @@ def broken_model():
     ("call", "message"),
     [
         (lambda _: optimal_refresh_steps(np.ones((3, 4)), 1), r"shape \(3, 4\); expected \(T, T\)"),
-        (lambda _: optimal_refresh_steps(np.ones((0, 0)), 1), "shape"),
         (lambda _: optimal_refresh_steps(np.full((3, 3), np.nan), 1), "not finite"),
         (lambda _: optimal_refresh_steps(np.ones((3, 3)), 0), "num_refreshes is 0; allowed: 1 to 3"),
-        (lambda _: optimal_refresh_steps(np.ones((3, 3)), 4), "num_refreshes is 4; allowed: 1 to 3"),
         (lambda _: optimal_refresh_steps(np.ones((3, 3)), 2.0), "num_refreshes is 2.0"),
         (lambda _: optimal_refresh_schedule(random_probe(3, 0)[0], 2, "cubic"), "forecast is 'cubic'; allowed: hold"),
         (lambda model: probe_states(model, SMALL, 8, 8, num_samples=0), "num_samples is 0"),

@@ -48,6 +48,7 @@ def test_a_run_is_exported_with_all_that_training_needs(tmp_path, latent_cache, 
     assert "trained weights, their average, REPA's projector" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cache):
     experiment = latents(latent_cache, 4, checkpoint_every=2, parallel="fsdp", engine="reference")
     run = tmp_path / "run"

@@ -1,16 +1,21 @@
-"""Several processes, over gloo on a CPU: the same run, whoever shares it and however."""
+"""Several processes, over gloo on a CPU: the same run, whoever shares it and however; what is asked of CUDA."""
 
 import copy
+import functools
 import json
 import os
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from tiny_runs import CPU, TINY, digits, final_state, latents, losses, start, wait_for_log
+from PIL import Image
+from tiny_runs import CPU, TINY, digits, final_state, latents, launch, losses, start, wait_for_log
 
 from ddt_fast import load_model
 from ddt_fast.model.fused import FusedDDT
@@ -19,9 +24,11 @@ from ddt_fast.training.loop import train
 from ddt_fast.training.model import TrainingModel
 from ddt_fast.training.parallel import MixedPrecisionReplica, process_group
 from ddt_fast.training.run_folder import settings_of
+from ddt_fast.training.samples import Preview
 from dispatched import operators_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parallel):
     settings = {"log_every": 1, "batch_size": 8, "accumulation_steps": 2, "max_grad_norm": 1.0}
@@ -132,6 +139,7 @@ def test_sharded_gradients_are_exchanged_once():
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_steps):
     settings = {"log_every": 1, "dtype": "bfloat16", "accumulation_steps": accumulation_steps}
@@ -140,6 +148,7 @@ def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
     train(digits(15), tmp_path / "whole", CPU)
     run = tmp_path / "run"
@@ -172,3 +181,56 @@ def test_torchrun_starts_the_processes_of_a_run(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("model: run/model") == 1
     assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize(("named", "index"), [("cuda:3", 3), ("cuda", 0)])
+@pytest.mark.parametrize("launched", [False, True], ids=["alone", "torchrun"])
+def test_a_process_makes_its_gpu_the_current_one_before_it_meets_the_others(monkeypatch, named, index, launched):
+    calls = []
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "1") if launched else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("current", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, device_id, **__: calls.append(("group", device_id)))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with process_group(torch.device(named)):
+        pass
+    own = torch.device("cuda", index)
+    assert calls == [("current", own), ("group", own)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fsdp_goes_with_compile(tmp_path, monkeypatch, checkpointing):
+    # The graphs are dynamo's, whole or not at all; what makes code of them does not matter here, and takes long.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    settings = {"parallel": "fsdp", "gradient_checkpointing": checkpointing}
+    expected = train(digits(3), tmp_path / "plain", CPU).model
+    compiled = train(digits(3, compile=True, **settings), tmp_path / "compiled", CPU).model
+    for (name, ours), theirs in zip(compiled.named_parameters(), expected.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-5), name
+
+
+SECONDS = 2
+
+
+def slow_grid(preview, model):
+    time.sleep(SECONDS + 1)
+    return Image.new("RGB", (2, 2))
+
+
+def train_slowly(folder: Path) -> None:
+    """The first process takes longer with what it does alone than the collectives of training wait."""
+    Preview.grid = slow_grid
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SECONDS), dist.group.WORLD)
+    train(digits(4, sample_every=2), folder, CPU)
+    assert (folder / "samples.png").exists(), "returned before the first process had drawn"
+    print("came to the end")
+
+
+@pytest.mark.slow
+def test_others_wait_while_samples_are_drawn(tmp_path):
+    output = launch(train_slowly, tmp_path / "run", tmp_path / "output.txt", processes=2).finish()
+    assert output.count("came to the end") == 2
+    assert (tmp_path / "run" / "samples" / "samples_step_0000002.png").exists()

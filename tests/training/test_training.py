@@ -148,10 +148,8 @@ def test_a_second_run_leaves_nothing_of_the_first(ten):
     assert not (ten / "samples").exists()
 
 
-def test_classes_without_data_are_warned_of(latent_cache, tmp_path, recwarn):
+def test_classes_without_data_are_warned_of(latent_cache, tmp_path):
     experiment = latents(latent_cache, 1)
-    train(experiment, tmp_path / "two", CPU)
-    assert not [warning for warning in recwarn if "num_classes" in str(warning.message)]
     more = replace(experiment, model=replace(experiment.model, num_classes=3))
     with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the other classes are never trained"):
         train(more, tmp_path / "three", CPU)
@@ -165,10 +163,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_removed(ten, laten
     (ten / "model" / "my_code.py").touch()
     for experiment, message in (
         (digits(2), r"holds my_code\.py, which ddt-fast did not write"),
-        (
-            without_autoencoder(),
-            r"could not be loaded: .*; expected .*; or train without .* training.sample_every 0",
-        ),
+        (without_autoencoder(), r"could not be loaded: .*; expected .*; or train without .* --training.sample_every 0"),
     ):
         with pytest.raises(ValueError, match=message):
             train(experiment, ten, CPU)

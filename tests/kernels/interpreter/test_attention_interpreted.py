@@ -1,11 +1,13 @@
-"""The attention kernels, forward and backward, against the reference."""
+"""The attention kernels, forward and backward, against the reference; qkv_attention's launchers against two ops'."""
 
 import pytest
 import torch
 
 from attention_cases import LAYOUTS, check_attention, check_logsumexp, make_grad, make_heads
-from ddt_kernels import attention_launch
-from kernel_testing import BF16, FP16, FP32
+from ddt_kernels import attention_launch, qk_norm_rope_launch, reference
+from ddt_kernels.qkv_attention import launch_backward, launch_forward
+from kernel_testing import BF16, FP16, FP32, assert_all_equal, check_against_reference, poison_empty
+from qk_norm_rope_cases import FIXED, make_inputs
 
 # Every split of the head (one dot, two, either padded) and every kind of N: below a tile, whole tiles, more.
 SHAPES = [
@@ -17,7 +19,8 @@ SHAPES = [
     (1, 64, 2, 96),
     (2, 5, 1, 20),
 ]
-FP32_SHAPES = [(2, 9, 2, 72), (1, 1, 3, 24), (1, 32, 1, 80), (1, 33, 1, 64)]
+CASES = [*((shape, BF16) for shape in SHAPES), ((1, 70, 2, 72), FP16)]
+FP32_CASES = [((2, 9, 2, 72), None), ((1, 1, 3, 24), None), ((1, 32, 1, 80), None), ((1, 33, 1, 64), 0.3)]
 
 
 def run(heads, scale=None):
@@ -56,20 +59,15 @@ def loads(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(shape, arch, loads):
-    check(make_heads(shape, BF16))
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_matches_reference(shape, dtype, arch, loads):
+    check(make_heads(shape, dtype))
     assert loads == [arch >= 90 and shape[-1] % 8 == 0] * 3
 
 
-@pytest.mark.parametrize("arch", [80, 90], indirect=True)
-def test_fp16(arch):
-    check(make_heads((1, 70, 2, 72), FP16))
-
-
-@pytest.mark.parametrize("shape", FP32_SHAPES, ids=str)
-def test_fp32(shape):
-    check(make_heads(shape, FP32))
+@pytest.mark.parametrize(("shape", "scale"), FP32_CASES, ids=str)
+def test_fp32(shape, scale):
+    check(make_heads(shape, FP32), scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,11 +84,6 @@ def test_heads_shared_by_expansion_are_read_by_pointers(arch, loads):
     q, k, v = make_heads((1, 24, 2, 72), BF16)
     check([q, k[:, :, :1].expand(q.shape), v[:, :, :1].expand(q.shape)])
     assert loads == [False] * 3
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((1, 24, 2, 72), BF16), ((1, 24, 1, 24), FP32)])
-def test_scale(shape, dtype):
-    check(make_heads(shape, dtype), scale=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value")  # NumPy, about rows past N
@@ -126,3 +119,45 @@ def test_samples_and_heads_do_not_leak():
         made[1, :, 1] = expected[1, :, 1]
         assert torch.equal(made, expected)
     assert lse[0].isfinite().all()
+
+
+QKV_CASES = [((2, 5, 3, 72), BF16), ((1, 70, 1, 72), BF16), ((1, 1, 2, 24), BF16), ((1, 33, 1, 80), BF16)]
+QKV_CASES += [((2, 9, 2, 128), BF16), ((1, 6, 3, 20), BF16), ((2, 5, 2, 72), FP16), ((1, 18, 1, 44), FP32)]
+
+
+def random_grad(inputs, seed=1):
+    shape = inputs["qkv"][:, :, 0].shape
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inputs["qkv"].dtype)
+
+
+def one_after_the_other(inputs, grad, scale):
+    """(out, lse, gradients) by the two ops' launchers, the gradients of q, k and v put side by side between them."""
+    arguments = (*inputs.values(), 1e-6)
+    heads = qk_norm_rope_launch.launch_forward(*arguments, torch.zeros_like(inputs["qkv"])).unbind(2)
+    out, lse = attention_launch.launch_forward(*heads, scale)
+    packed = torch.stack(attention_launch.launch_backward(grad, out, lse, *heads, scale), 2)
+    return out, lse, *qk_norm_rope_launch.launch_backward(packed, *arguments)
+
+
+@pytest.mark.parametrize("arch", [80, 90], indirect=True)
+@pytest.mark.parametrize(("shape", "dtype"), QKV_CASES)
+def test_qkv_attention_is_the_two_ops_bit_for_bit(shape, dtype, arch, monkeypatch):
+    inputs, scale = make_inputs(shape, dtype), 0.3
+    grad, before = random_grad(inputs), inputs["qkv"].clone()
+    expected = one_after_the_other(inputs, grad, scale)
+    poison_empty(monkeypatch)
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    gradients = launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
+    assert_all_equal((out, lse, *gradients), expected)
+    assert gradients[0].is_contiguous()
+    assert torch.equal(inputs["qkv"], before)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((1, 21, 2, 72), BF16), ((1, 21, 2, 24), FP32)])
+def test_qkv_attention_matches_reference(shape, dtype):
+    inputs = make_inputs(shape, dtype, strided=False)
+    grad, scale = random_grad(inputs), shape[-1] ** -0.5
+    out, lse = launch_forward(*inputs.values(), 1e-6, scale)
+    made = launch_backward(grad, out, lse, (*inputs.values(), 1e-6), scale)
+    gradients = dict(zip(inputs, made, strict=False))  # the tables, last, have none
+    check_against_reference(reference.qkv_attention, inputs, [out], [grad], gradients, FIXED)

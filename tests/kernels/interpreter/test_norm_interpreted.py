@@ -39,12 +39,6 @@ def test_matches_reference(op, shape, per_token, dtype):
     check_launched(op, make_inputs(op, shape, per_token, dtype))
 
 
-@GRANULARITIES
-def test_contiguous_inputs(per_token):
-    op = "gated_residual_rms_norm_modulate"  # which has them all
-    check_launched(op, make_inputs(op, (1, 2, 72), per_token, BF16, strided=False))
-
-
 @EVERY_OP
 @GRANULARITIES
 def test_backward_programs_that_walk_many_rows(op, per_token, monkeypatch):
@@ -52,14 +46,19 @@ def test_backward_programs_that_walk_many_rows(op, per_token, monkeypatch):
     check_launched(op, make_inputs(op, (2, 5, 72), per_token, FP32))
 
 
-def test_more_partial_sums_than_one_tile_of_them():
+@pytest.mark.parametrize(
+    ("shape", "per_token", "strided"),
+    [
+        ((1, 2, 72), False, False),
+        ((1, 2, 72), True, False),
+        ((1, 20, 72), False, True),  # more partial sums than one tile of them
+        ((1, 2, 4100), True, True),  # rows of several warps
+    ],
+)
+def test_special_layouts_and_shapes(shape, per_token, strided):
     assert norm_launch.backward_rows_per_program(1, 20) == 1
-    check_launched("rms_norm_modulate", make_inputs("rms_norm_modulate", (1, 20, 72), False, BF16))
-
-
-def test_rows_of_several_warps():
-    op = "gated_residual_rms_norm_modulate"
-    check_launched(op, make_inputs(op, (1, 2, 4100), True, BF16))
+    op = "gated_residual_rms_norm_modulate"  # which has all inputs
+    check_launched(op, make_inputs(op, shape, per_token, BF16, strided=strided))
 
 
 def test_fp32_weight_with_bf16_activations():

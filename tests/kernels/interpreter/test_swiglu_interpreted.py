@@ -63,18 +63,13 @@ def test_strided_inputs(arch, layout):
     check(make_inputs((2, 12, 40, 48), BF16, layout=layout))
 
 
-def test_a_base_address_no_descriptor_takes():
-    wide = make_inputs((2, 12, 41, 48), BF16, layout="rows")
-    inputs = {name: tensor[..., 1:] for name, tensor in wide.items()}
-    assert not swiglu_launch.descriptor_fits(inputs["x"])
-    check(inputs)
-
-
-def test_rows_that_are_all_one():
-    inputs = make_inputs((1, 1, 40, 48), BF16)
-    inputs["x"] = inputs["x"].expand(2, 12, 40)
-    assert not swiglu_launch.descriptor_fits(inputs["x"].reshape(-1, 40))
-    check(inputs)
+def test_what_no_descriptor_takes():
+    wide, one = make_inputs((2, 12, 41, 48), BF16, layout="rows"), make_inputs((1, 1, 40, 48), BF16)
+    odd_base_address = {name: tensor[..., 1:] for name, tensor in wide.items()}
+    rows_all_one = one | {"x": one["x"].expand(2, 12, 40)}
+    for inputs in (odd_base_address, rows_all_one):
+        assert not swiglu_launch.descriptor_fits(inputs["x"].reshape(-1, 40))
+        check(inputs)
 
 
 CONFIGS = [
