@@ -201,7 +201,7 @@ class Job:
         made_with = self.engine.made_with(sampler, ranks)
         writer = ShardWriter(folder.shards, converter, made_with, hooks, self.timings)
         bar = tqdm(
-            total=folder.num_images,
+            total=folder.num_images + 1e-6,  # the steps' shares add up to a little more than their images
             desc=f"{ranks.who}{sampler.engine}, {self.engine.description}",
             unit="img",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} img [{elapsed}<{remaining}, {rate_fmt}]",
@@ -256,4 +256,4 @@ class Job:
 
 
 def _advance(bar: tqdm, images: float, *_: object) -> None:
-    bar.update(min(images, bar.total - bar.n))  # shares of an image add up to a little more than the total
+    bar.update(images)
