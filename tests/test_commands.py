@@ -234,7 +234,7 @@ def places(tmp_path_factory) -> Path:
         (["--preset", "digits", "--config", "{folder}/preset.yaml"], "presets digits and l2_256 are both named"),
         (["--pres", "xl2_256"], "unrecognized arguments: --pres xl2_256; nearest: --preset"),
         (["--config", "{folder}/overwrite.yaml"], "overwrite is 'maybe'; allowed: true or false"),
-        (["--output-dir", ""], "the output folder has an empty name"),
+        (["--output-dir", ""], "the output folder is empty"),
         (["--config", "{folder}/broken.yaml"], "broken.yaml is not valid YAML"),
         (["--config", "{folder}/list.yaml"], "list.yaml holds a list"),
         (["--config", "{folder}/key.yaml"], "hiden_size"),

@@ -136,7 +136,7 @@ def test_folders_without_a_dinov2_are_refused(dinov2, tmp_path):
         assert str(tmp_path) in str(error.value)
         assert "\n" not in str(error.value)
 
-    refused("could not be loaded: .*; expected a local folder or a hub id such as facebook/dinov2-base")
+    refused("could not be loaded: .*; expected a local folder or hub id such as facebook/dinov2-base")
     transformers.ViTConfig().save_pretrained(tmp_path)
     refused("is a vit; expected a DINOv2")
     (tmp_path / "config.json").write_bytes((dinov2 / "config.json").read_bytes())

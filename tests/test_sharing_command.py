@@ -100,10 +100,10 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--num-refreshes", "0"), "num_refreshes is 0; allowed: 1 to num_steps (25)"),
+        (("--num-refreshes", "0"), "--num-refreshes is 0; allowed: 1 to num_steps (25)"),
         (("--num-refreshes", "few"), "num_refreshes"),
-        (("--num-samples", "0"), "num_samples is 0; allowed: a whole number, 1 or more"),
-        (("--num-steps", "-5"), "num_steps is -5"),
+        (("--num-samples", "0"), "--num-samples is 0; allowed: a whole number, 1 or more"),
+        (("--num-steps", "-5"), "--num-steps is -5"),
         (("--refresh-every", "2"), "unrecognized arguments: --refresh-every"),
         (("--preset", "digits"), "preset is for checkpoints without config.json"),
         (("--checkpoint", "nowhere"), "checkpoint nowhere does not exist"),

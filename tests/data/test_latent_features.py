@@ -98,8 +98,8 @@ def test_features_and_images_that_are_not_there_are_refused(images, unbroken, tm
         ("features_flip", lambda tensor: tensor[:, :9].contiguous(), " holds features_flip of shape "),
         ("features_flip", lambda tensor: tensor.float(), " holds features_flip as torch.float32"),
         ("features_flip", lambda tensor: None, " holds no features_flip, only"),
-        ("index", lambda tensor: tensor[:-1].contiguous(), " does not say which images"),
-        ("index", lambda tensor: tensor + 20, " holds latents of images outside the 26 on record"),
+        ("index", lambda tensor: tensor[:-1].contiguous(), " does not record the images"),
+        ("index", lambda tensor: tensor + 20, " holds latents of images outside the 26 of the cache"),
     ],
 )
 def test_shards_with_other_features_or_images_are_named(images, cache, name, change, message):

@@ -135,7 +135,7 @@ def test_lightningdit_shards_are_read(tmp_path):
         part = {"latents": index[rows], "latents_flip": -index[rows], "labels": torch.arange(30)[rows] % 7}
         contiguous = {name: tensor.contiguous() for name, tensor in part.items()}
         save_file(contiguous, tmp_path / f"latents_rank{rank:02d}_shard000.safetensors")
-    with pytest.raises(ValueError, match="do not say how they are scaled"):
+    with pytest.raises(ValueError, match="do not record their scale"):
         LatentDataset(tmp_path)
     dataset = LatentDataset(tmp_path, scaling_factor=0.5, shape=(4, 2, 2))
     assert (len(dataset), dataset.num_classes, dataset.has_posterior, dataset.has_flips) == (30, 7, False, True)
@@ -178,7 +178,7 @@ def test_damaged_caches_are_named(cache, tmp_path):
     with pytest.raises(ValueError, match=r"latents-00002-of-00005\.safetensors does not have the checksum"):
         latent_loader.main([str(broken), "--verify"])
     shard.write_bytes(content[:-40])
-    refused("latents-00002-of-00005.safetensors is .* bytes;")
+    refused("latents-00002-of-00005.safetensors has .* bytes;")
     shard.unlink()
     refused("latents-00002-of-00005.safetensors is missing")
     manifest.unlink()

@@ -162,7 +162,7 @@ def test_statistics_of_a_file_go_before_its_images(tmp_path):
         evaluate(samples, tmp_path / f"{name}.npz", make_extractor=PixelExtractor) for name in ("whole", "reference")
     )
     assert alone["metrics"] == {"fid": beside["metrics"]["fid"]}
-    assert alone["not_computed"]["recall"].endswith("whole.npz holds statistics alone, no images")
+    assert alone["not_computed"]["recall"].endswith("whole.npz holds only statistics, no images")
     assert beside["metrics"].keys() == {"fid", "precision", "recall", "kid", "kid_std"}
     assert beside["reference"]["num_features"] == 100
     expected = evaluate(accumulated(real[500:900]), accumulated(real[:100]))["metrics"]

@@ -106,7 +106,7 @@ def test_folders_of_the_user_are_never_replaced(tmp_path):
 
 def test_unwritable_folders_are_found_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
-    for name, message in ((tmp_path / "file" / "folder", "cannot be written: Not a directory"), ("", "empty name")):
+    for name, message in ((tmp_path / "file" / "folder", "cannot be written: Not a directory"), ("", "is empty")):
         with pytest.raises(ValueError, match=message):
             output_folder(str(name))
     assert output_folder(str(tmp_path / "new" / "folder")).is_dir()

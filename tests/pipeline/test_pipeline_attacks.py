@@ -142,7 +142,7 @@ def test_a_lightning_checkpoint_that_holds_code_is_refused_and_not_run(tmp_path)
     [
         ("training.json", {"versions": 5}, r"training\.json: versions is a"),
         ("training.json", {"scores": [1]}, r"training\.json: scores is a list"),
-        ("training.json", {"scores": {"guided": 3}}, r"training\.json: scores: guided is a"),
+        ("training.json", {"scores": {"guided": 3}}, r"training\.json: guided is a"),
         ("metrics.json", {"metrics": {"fid": 1}, "samples": "x"}, r"metrics\.json: samples is a str"),
         ("metrics.json", {"samples": {"num_images": "x"}}, r"metrics\.json: num_images is 'x'"),
     ],

@@ -153,7 +153,7 @@ def test_saving_over_anything_but_a_pipeline(pipe, pixels, part):
         (EMBEDDED_CHECKPOINT, {"vea": None}, "from_pretrained has no argument 'vea'; nearest: vae"),
         (EMBEDDED_CHECKPOINT, {"variant": "x"}, "of a model folder has no argument 'variant'; allowed: torch"),
         ("nowhere", {}, "is not a local folder"),
-        ("pixels/model_index.json", {}, "from_single_file reads those"),
+        ("pixels/model_index.json", {}, "is a file; use from_single_file"),
     ],
 )
 def test_loading(saved, name, arguments, message):

@@ -149,7 +149,7 @@ def names(run):
 
 def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(ten):
     early = ten / "checkpoints" / "step_0000005"
-    with pytest.raises(ValueError, match=r"has reached step_0000010; --resume auto continues it"):
+    with pytest.raises(ValueError, match=r"has reached step_0000010; `resume` auto continues it"):
         train(digits(20, **CLIPPED), ten, CPU, resume=str(early))
     assert names(ten) == ["step_0000005", "step_0000010"]
     shutil.rmtree(ten / "checkpoints" / "step_0000010")
@@ -223,7 +223,7 @@ def test_a_moved_encoder_of_features_is_known_by_its_weights():
     check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": "abc"})
     with pytest.raises(ValueError, match=r"training\.repa_encoder was .*, now '/new/dinov2', with other weights"):
         check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": "abd"})
-    with pytest.warns(UserWarning, match="whether it is the same model cannot be told here"):
+    with pytest.warns(UserWarning, match="whether it is the same model is not known here"):
         check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": None})
 
 

@@ -163,7 +163,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_removed(ten, laten
     (ten / "model" / "my_code.py").touch()
     for experiment, message in (
         (digits(2), r"holds my_code\.py, which ddt-fast did not write"),
-        (without_autoencoder(), r"could not be loaded: .*; expected .*; or train without .* --training.sample_every 0"),
+        (without_autoencoder(), r"could not be loaded: .*; expected .*; or train without .* training.sample_every 0"),
     ):
         with pytest.raises(ValueError, match=message):
             train(experiment, ten, CPU)
