@@ -1,4 +1,4 @@
-"""The VAE between latents and pixels: diffusers' AutoencoderKL with its own scaling."""
+"""The VAE between latents and pixels: diffusers' AutoencoderKL."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddt_fast.config import DataConfig
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
+_AS_IT_IS = DataConfig("latents")
 
 
 def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -64,23 +66,36 @@ def deterministic_convolutions() -> Iterator[None]:
 
 
 class Decoder:
-    """Latents → pixels in [-1, 1].
+    """Latents, as a model draws them → pixels in [-1, 1].
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
         device, dtype: where and in what to decode.
         batch_size: latents decoded at a time; more keep a GPU busier and take more memory. None: as
             `decode_latents`.
+        data: what training did to the latents, and their size.
 
     Raises:
-        ValueError: the autoencoder is neither a local folder nor on the Hub.
+        ValueError: the autoencoder is neither a local folder nor on the Hub, or its latents have another size.
     """
 
     def __init__(
-        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int | None = None
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int | None = None,
+        data: DataConfig = _AS_IT_IS,
     ) -> None:
         self.vae = load_vae(name, device, dtype)
         self.batch_size = batch_size or _batch_size(device)
+        self._data = data
+        factor = pixels_per_latent(self.vae)
+        if data.autoencoder is not None and data.sample_size * factor != data.image_size:
+            size = f"{data.image_size} pixels and {data.sample_size}x{data.sample_size} latents"
+            raise ValueError(
+                f"autoencoder {name} has {factor} pixels a latent, which does not fit {size}; name another"
+            )
 
     def sha256(self) -> str:
         """Checksum of the weights and their names, in the dtype they are used in."""
@@ -88,17 +103,28 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; the memory that decoding itself takes does not grow with N."""
-        return decode_latents(self.vae, latents, self.batch_size)
+        """(N, C, h, w) latents → (N, 3, H, W) float32; the memory that decoding itself takes does not grow with N."""
+        return decode_latents(self.vae, latents, self.batch_size, self._data)
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None) -> Tensor:
-    """Latents (N, C, h, w) as a model draws them → pixels (N, 3, H, W) float32, around [-1, 1], on the VAE's device,
-    decoded in its dtype, batch_size at a time; by default 8 on a GPU, one on a CPU."""
-    scaling, dtype, device = vae.config.scaling_factor, vae.dtype, vae.device
+def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None, data: DataConfig = _AS_IT_IS) -> Tensor:
+    """Latents (N, C, h, w) as a model of these data draws them → pixels (N, 3, H, W) float32, around [-1, 1], on the
+    VAE's device, decoded in its dtype, batch_size at a time; by default 8 on a GPU, one on a CPU."""
+    scaling, dtype, device = float(vae.config.scaling_factor), vae.dtype, vae.device
     parts = latents.split(batch_size or _batch_size(device))
-    return torch.cat([vae.decode(z.to(device, dtype) / scaling).sample.float() for z in parts])
+    undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
+    return torch.cat([vae.decode(z.to(dtype)).sample.float() for z in undone])
+
+
+def undo_normalisation(samples: Tensor, data: DataConfig, own_scale: float = 1.0) -> Tensor:
+    """Samples (N, C, h, w) as a model of these data draws them → what its data were before training normalised them:
+    x / scaling_factor * std + mean, float32; own_scale is the factor where the data name none."""
+    undone = samples.float() / (data.scaling_factor or own_scale)
+    if isinstance(data.channel_stats, tuple):
+        mean, std = torch.tensor(data.channel_stats, dtype=torch.float32, device=undone.device)[..., None, None]
+        undone = undone * std + mean
+    return undone
 
 
 def _batch_size(device: torch.device) -> int:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from ddt_fast.config import DataConfig
+
 LEVELS = 16
 
 
@@ -31,6 +33,10 @@ class DigitsDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def described(self, data: DataConfig) -> DataConfig:
+        """The settings as they are."""
+        return data
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
         """(n, 1, 8, 8) float32: the images of these indices, neither flipped nor random."""

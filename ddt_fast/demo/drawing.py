@@ -177,8 +177,8 @@ def _sample(
 
 
 def _pixels(request: Request, samples: Tensor) -> Images:
-    vae = request.pipe.vae
-    return to_uint8(samples if vae is None else decode_latents(vae, samples))
+    vae, data = request.pipe.vae, request.pipe.data
+    return to_uint8(samples if vae is None else decode_latents(vae, samples, data=data))
 
 
 def _file_names(request: Request) -> list[str]:

@@ -294,7 +294,7 @@ class DDTPipeline(SavedPipeline):
         if output_type == "latent":
             return samples
         if self.vae is not None:
-            samples = decode_latents(self.vae, samples)
+            samples = decode_latents(self.vae, samples, data=self.data)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import Decoder
+from ddt_fast.autoencoder import Decoder, undo_normalisation
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
@@ -24,7 +24,7 @@ class Preview:
     """Draws from an experiment's models with its sampling settings.
 
     Args:
-        experiment: the settings.
+        experiment: the settings, as the data complete them.
         device: where to draw.
 
     Raises:
@@ -37,7 +37,7 @@ class Preview:
         self._decode: Decoder | None = None
         if experiment.data.autoencoder is not None and experiment.training.sample_every:
             try:
-                self._decode = Decoder(experiment.data.autoencoder, device)
+                self._decode = Decoder(experiment.data.autoencoder, device, data=experiment.data)
             except ValueError as error:
                 raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
 
@@ -49,7 +49,7 @@ class Preview:
         """A labelled grid of class-balanced samples."""
         labels = assign_labels(self._experiment.training.sample_images, self._experiment.model.num_classes)
         samples = self._draw(model, labels, self._experiment.sampling)
-        images = samples if self._decode is None else self._decode(samples)
+        images = undo_normalisation(samples, self._experiment.data) if self._decode is None else self._decode(samples)
         return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
 
     def score(self, model: DDT, num_samples: int) -> dict[str, DigitsScore]:
@@ -61,7 +61,7 @@ class Preview:
 
     def _draw(self, model: DDT, labels: Tensor, config: SamplingConfig) -> Tensor:
         data = self._experiment.data
-        dtype = choose_dtype("auto", self._device, latents=data.autoencoder is not None)
+        dtype = choose_dtype("auto", self._device, latents=data.in_latents(self._experiment.model.in_channels))
         fused = FusedDDT.from_reference(model).to(self._device, dtype)
         shape = (self._experiment.model.in_channels, data.sample_size, data.sample_size)
         noise, generators = seeded_noise(range(len(labels)), shape)
