@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddt_fast.config import DataConfig
+from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 
@@ -75,6 +76,9 @@ class Decoder:
             `decode_latents`.
         data: what training did to the latents, and their size.
 
+    Attributes:
+        data: the same, with this autoencoder.
+
     Raises:
         ValueError: the autoencoder is neither a local folder nor on the Hub, or its latents have another size.
     """
@@ -89,13 +93,7 @@ class Decoder:
     ) -> None:
         self.vae = load_vae(name, device, dtype)
         self.batch_size = batch_size or _batch_size(device)
-        self._data = data
-        factor = pixels_per_latent(self.vae)
-        if data.autoencoder is not None and data.sample_size * factor != data.image_size:
-            size = f"{data.image_size} pixels and {data.sample_size}x{data.sample_size} latents"
-            raise ValueError(
-                f"autoencoder {name} has {factor} pixels a latent, which does not fit {size}; name another"
-            )
+        self.data = decoded_by(self.vae, name, data)
 
     def sha256(self) -> str:
         """Checksum of the weights and their names, in the dtype they are used in."""
@@ -104,7 +102,26 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) latents → (N, 3, H, W) float32; the memory that decoding itself takes does not grow with N."""
-        return decode_latents(self.vae, latents, self.batch_size, self._data)
+        return decode_latents(self.vae, latents, self.batch_size, self.data)
+
+
+def open_decoder(experiment: Experiment, device: torch.device, name: str | None = None) -> Decoder | None:
+    """The decoder of a model's samples: the one of that name, else the model's own, if any.
+
+    Raises:
+        ValueError: it cannot be loaded, does not fit the samples, or the samples are pixels.
+    """
+    model, data = experiment.model, experiment.data
+    if name is not None and not data.in_latents(model.in_channels):
+        raise ValueError(f"autoencoder is {name!r}; allowed: none, this model draws pixels")
+    name = name or data.autoencoder
+    if name is None:
+        return None
+    decoder = Decoder(name, device, data=data)
+    channels = decoder.vae.config.latent_channels
+    if channels != model.in_channels:
+        raise ValueError(f"autoencoder {name} has latents of {channels} channels; the model's have {model.in_channels}")
+    return decoder
 
 
 @torch.no_grad()
@@ -134,6 +151,19 @@ def _batch_size(device: torch.device) -> int:
 def pixels_per_latent(vae: Any) -> int:
     """Side of the square of pixels that one latent position of an AutoencoderKL stands for."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
+    """The data of a model's samples with the autoencoder that decodes them; ValueError if its latents have another
+    size."""
+    factor, side = pixels_per_latent(vae), data.sample_size
+    # Without an autoencoder, the size of a latent may stand for the size of its image.
+    if data.autoencoder is None and data.image_size == side:
+        data = replace(data, image_size=side * factor, pixels_per_latent=factor)
+    if data.image_size != side * factor:
+        size = f"images of {data.image_size} pixels with latents of {side}x{side}"
+        raise ValueError(f"autoencoder {name} has {factor} pixels a latent; expected one for {size}")
+    return replace(data, autoencoder=name)
 
 
 class Encoder:

@@ -254,11 +254,6 @@ class DataConfig:
         stats = None if isinstance(self.channel_stats, str) else self.channel_stats
         return replace(self, folder=None, images=None, channel_stats=stats, verify=True)
 
-    def with_autoencoder(self, name: str, pixels_per_latent: int) -> DataConfig:
-        """The same samples, decoded by an autoencoder of so many pixels a latent."""
-        size = self.sample_size * pixels_per_latent
-        return replace(self, autoencoder=name, image_size=size, pixels_per_latent=pixels_per_latent)
-
     def in_latents(self, in_channels: int) -> bool:
         """Whether samples of so many channels are latents: those of an autoencoder, or neither grey nor RGB pixels."""
         return self.autoencoder is not None or (

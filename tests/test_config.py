@@ -176,7 +176,5 @@ def test_derived_sizes():
 def test_what_samples_are_follows_from_the_data():
     latents = DataConfig("latents", 256, pixels_per_latent=16)
     assert (latents.sample_size, latents.in_latents(3)) == (16, True)
-    decoded = DataConfig("latents", 16).with_autoencoder("vae", 16)
-    assert (decoded.image_size, decoded.sample_size, decoded.in_latents(32)) == (256, 16, True)
     cases = [(DataConfig(), 1, False), (DataConfig("latents", 64), 3, False), (DataConfig("latents", 64), 4, True)]
     assert [data.in_latents(channels) for data, channels, _ in cases] == [latent for *_, latent in cases]

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ddt_fast.autoencoder import decode_latents
 from ddt_fast.demo.requests import Request
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.generation.npz import write_npz
@@ -177,8 +176,7 @@ def _sample(
 
 
 def _pixels(request: Request, samples: Tensor) -> Images:
-    vae, data = request.pipe.vae, request.pipe.data
-    return to_uint8(samples if vae is None else decode_latents(vae, samples, data=data))
+    return to_uint8(request.pipe.pixels(samples))
 
 
 def _file_names(request: Request) -> list[str]:

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, pixels_per_latent
+from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
@@ -82,6 +82,8 @@ class DDTPipeline(SavedPipeline):
                 raise ValueError(f"the vae has scaling_factor {scaling!r}; expected a positive number")
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
+            if self.data.in_latents(config.in_channels):
+                self.data = decoded_by(vae, self.data.autoencoder or "vae", self.data)
         if id2label is None:
             id2label = default_id2label(self.data.dataset, config.num_classes)
         self.class_names = ClassNames(config.num_classes, id2label)
@@ -166,7 +168,8 @@ class DDTPipeline(SavedPipeline):
                 the pipeline's own device draws there, and gives images of its own.
             latents: (N, in_channels, h, w) standard normal, to start from in place of the generators' noise.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
-                H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws.
+                H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws
+                (`ddt_fast.autoencoder.undo_normalisation` makes them what its data were).
             return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
             callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), x (N, in_channels,
                 h, w) float32, a copy. The next step continues from a returned {"latents": y}. When it sets
@@ -202,8 +205,13 @@ class DDTPipeline(SavedPipeline):
 
     def _check_output(self, output_type: str) -> None:
         require_choice("output_type", output_type, OutputType)
-        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
+        if self.lacks_vae and output_type != "latent":
             raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+
+    @property
+    def lacks_vae(self) -> bool:
+        """Whether samples are latents that nothing here decodes."""
+        return self.vae is None and self.data.in_latents(self.transformer.ddt_config.in_channels)
 
     def _config(
         self, sampling: SamplingConfig | None, num_steps: int | None, settings: dict[str, Any]
@@ -229,17 +237,13 @@ class DDTPipeline(SavedPipeline):
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(channels, height, width) of what the model sees, for pixels; ValueError for sizes it cannot see."""
         config = self.transformer.ddt_config
-        factor = 1 if self.data.autoencoder is None and self.vae is None else self._pixels_per_latent
+        factor = self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
         multiple = factor * config.patch_size
         for name, size in (("height", height), ("width", width)):
             if size is not None and not (type(size) is int and size > 0 and size % multiple == 0):
                 raise ValueError(f"{name} is {size!r}; allowed: a positive multiple of {multiple} pixels")
         size = self.data.image_size
         return config.in_channels, (height or size) // factor, (width or size) // factor
-
-    @property
-    def _pixels_per_latent(self) -> int:
-        return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler again, with its buffers and graphs, where nothing has changed since; else a new one."""
@@ -293,12 +297,17 @@ class DDTPipeline(SavedPipeline):
     def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return samples
-        if self.vae is not None:
-            samples = decode_latents(self.vae, samples, data=self.data)
+        samples = self.pixels(samples)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
+
+    def pixels(self, samples: Tensor) -> Tensor:
+        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]."""
+        if self.vae is None:
+            return undo_normalisation(samples, self.data)
+        return decode_latents(self.vae, samples, data=self.data)
 
 
 def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import Decoder, undo_normalisation
+from ddt_fast.autoencoder import Decoder, open_decoder, undo_normalisation
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
@@ -35,9 +35,9 @@ class Preview:
         self._experiment = experiment
         self._device = device
         self._decode: Decoder | None = None
-        if experiment.data.autoencoder is not None and experiment.training.sample_every:
+        if experiment.training.sample_every:
             try:
-                self._decode = Decoder(experiment.data.autoencoder, device, data=experiment.data)
+                self._decode = open_decoder(experiment, device)
             except ValueError as error:
                 raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
 
