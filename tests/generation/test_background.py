@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddt_fast.config import SamplingConfig
-from ddt_fast.config import DataConfig
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.generation.background import Background, PixelConverter
 from ddt_fast.generation.engine import LoadedEngine
 from ddt_fast.generation.folder import JobFolder
