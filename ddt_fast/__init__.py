@@ -63,10 +63,7 @@ __all__ = [
 # Imported on first use: some of these modules take seconds, or need packages that others do not.
 _LAZY = {
     "DDTPipeline": "ddt_fast.pipeline",
-    "Draws": "ddt_fast.generation.settings",
-    "Engine": "ddt_fast.generation.settings",
-    "Outputs": "ddt_fast.generation.settings",
-    "Scoring": "ddt_fast.generation.settings",
+    **dict.fromkeys(("Draws", "Engine", "Outputs", "Scoring"), "ddt_fast.generation.settings"),
     "convert_checkpoint": "ddt_fast.convert",
     "encode_image_folder": "ddt_fast.cache_latents",
     "generate": "ddt_fast.generation.job",

@@ -1,6 +1,4 @@
-"""The VAE between latents and pixels: diffusers' AutoencoderKL."""
-
-from __future__ import annotations
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,38 +11,38 @@ from torch import Tensor
 from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
+from ddt_fast.wording import one_line
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 _AS_IT_IS = DataConfig("latents")
 
 
 def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The diffusers AutoencoderKL of a hub id or local folder, for inference; ValueError if there is none."""
-    # diffusers takes seconds to import; pixel-space models never need it.
+    """Load the diffusers AutoencoderKL of a hub id or local folder, for inference; ValueError if there is none."""
+    # diffusers takes seconds to import, and pixel-space models do not need it.
     from diffusers import AutoencoderKL
 
     try:
         options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": cache_only(name)}
-        # Without accelerate, which is not needed here, diffusers prints five lines of advice unless told not to.
+        # By default, diffusers prints five lines of advice if accelerate, which is not needed here, is missing.
         options |= {"low_cpu_mem_usage": False, "use_safetensors": True, "output_loading_info": True}
         with default_dtype_kept():
             vae, info = AutoencoderKL.from_pretrained(name, **options)
-        if missing := info["missing_keys"]:  # which diffusers leaves uninitialised, with a warning
+        if missing := info["missing_keys"]:  # diffusers only warns, and leaves them uninitialised
             raise ValueError(f"{len(missing)} of its tensors are missing, such as {sorted(missing)[0]}")
         return vae.to(device).eval().requires_grad_(False)
     except MemoryError:
         raise
     except Exception as error:  # diffusers may raise anything on a damaged config.json
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"autoencoder {name} could not be loaded: {reason}; expected an AutoencoderKL's local folder or hub id, "
-            f"such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it on a machine with a network)"
+            f"autoencoder {name} could not be loaded: {one_line(error)}; expected the local folder or hub id of an "
+            f"AutoencoderKL, such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it)"
         ) from error
 
 
 @contextmanager
 def default_dtype_kept() -> Iterator[None]:
-    """For loading with diffusers, which changes torch's default dtype meanwhile, and leaves it changed if it fails."""
+    """Restore torch's default dtype, which diffusers changes while loading, and leaves changed if it fails."""
     before = torch.get_default_dtype()
     try:
         yield
@@ -54,11 +52,11 @@ def default_dtype_kept() -> Iterator[None]:
 
 @contextmanager
 def deterministic_convolutions() -> Iterator[None]:
-    """Inside, cuDNN's convolutions give the same bits at every call: a job that was stopped and continues encodes or
-    decodes as an unbroken one would have. The settings are restored."""
+    """Make cuDNN's convolutions give the same bits at every call, so that a job that was stopped and continued encodes
+    or decodes like an uninterrupted one. The settings are restored."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark = False  # it picks algorithms by their time
+    cudnn.benchmark = False  # it would pick algorithms by their time
     cudnn.deterministic = True
     try:
         yield
@@ -67,20 +65,18 @@ def deterministic_convolutions() -> Iterator[None]:
 
 
 class Decoder:
-    """Latents, as a model draws them → pixels in [-1, 1].
+    """A model's latents → pixels in [-1, 1]. ValueError if the autoencoder is neither a local folder nor on the Hub, or
+    its latents have another size.
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
-        device, dtype: where and in what to decode.
-        batch_size: latents decoded at a time; more keep a GPU busier and take more memory. None: as
+        device, dtype: the device and dtype to decode with.
+        batch_size: latents decoded at a time; a larger batch keeps a GPU busier and takes more memory. None: as for
             `decode_latents`.
-        data: what training did to the latents, and their size.
+        data: the latents' size, and what training did to them.
 
     Attributes:
         data: the same, with this autoencoder.
-
-    Raises:
-        ValueError: the autoencoder is neither a local folder nor on the Hub, or its latents have another size.
     """
 
     def __init__(
@@ -126,8 +122,8 @@ def open_decoder(experiment: Experiment, device: torch.device, name: str | None 
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None, data: DataConfig = _AS_IT_IS) -> Tensor:
-    """Latents (N, C, h, w) as a model of these data draws them → pixels (N, 3, H, W) float32, around [-1, 1], on the
-    VAE's device, decoded in its dtype, batch_size at a time; by default 8 on a GPU, one on a CPU."""
+    """Latents (N, C, h, w) of a model of these data → pixels (N, 3, H, W) float32, around [-1, 1], on the autoencoder's
+    device. They are decoded in its dtype, batch_size at a time: by default, 8 on a GPU and 1 on a CPU."""
     scaling, dtype, device = float(vae.config.scaling_factor), vae.dtype, vae.device
     parts = latents.split(batch_size or _batch_size(device))
     undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
@@ -149,7 +145,7 @@ def _batch_size(device: torch.device) -> int:
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """Side of the square of pixels that one latent position of an AutoencoderKL stands for."""
+    """Side of the square of pixels for one latent position of an AutoencoderKL."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
@@ -167,21 +163,18 @@ def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
 
 
 class Encoder:
-    """Pixels → the posterior of their latents, before scaling.
+    """Pixels → the posterior of their latents, before scaling. ValueError if the autoencoder is neither a local folder
+    nor on the Hub, or shifts its latents, which `Decoder` would not undo.
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
-        device, dtype: where and in what to encode.
+        device, dtype: the device and dtype to encode with.
 
     Attributes:
         name: as given.
-        scaling_factor: what a drawn latent is multiplied by to become what a model sees.
+        scaling_factor: factor from a drawn latent to a model's input.
         latent_channels: C of a latent.
-        pixels_per_latent: side of the square of pixels that one latent position stands for.
-
-    Raises:
-        ValueError: the autoencoder is neither a local folder nor on the Hub, or shifts its latents, which `Decoder`
-            would not undo.
+        pixels_per_latent: side of the square of pixels for one latent position.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -200,12 +193,8 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) uint8 images → mean and logvar, (N, C, h, w) float32 each on the CPU; logvar is within
-        [-30, 20].
-
-        Raises:
-            ValueError: latents that are not finite.
-        """
+        """(N, 3, H, W) uint8 images → mean and logvar, each (N, C, h, w) float32 on the CPU, with logvar in [-30, 20];
+        ValueError if they are not finite."""
         pixels = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         mean, logvar = posterior.mean.float().cpu(), posterior.logvar.float().cpu()

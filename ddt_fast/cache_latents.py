@@ -8,8 +8,6 @@ With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns wi
 --flips.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

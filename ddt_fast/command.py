@@ -1,7 +1,5 @@
 """What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2."""
 
-from __future__ import annotations
-
 import difflib
 import re
 import sys

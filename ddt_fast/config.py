@@ -4,12 +4,10 @@ A wrong value raises ValueError at construction, with the name of the setting, t
 configuration that exists is valid.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ddt_fast.checks import (
     require,
@@ -166,7 +164,7 @@ class SamplingConfig:
             require(valid, "refresh_steps", steps, f'"dp", or ascending step numbers, the first 0, below {count}')
             object.__setattr__(self, "refresh_steps", tuple(steps))
 
-    def override(self, **given: Any) -> SamplingConfig:
+    def override(self, **given: Any) -> Self:
         """A copy with other settings, by name. None keeps a setting, and last_step 0 means 1 / num_steps; refresh_every
         and refresh_steps replace each other.
 
@@ -249,7 +247,7 @@ class DataConfig:
         rule = f"a multiple of pixels_per_latent ({factor})"
         require(self.image_size % factor == 0, "image_size", self.image_size, rule)
 
-    def without_places(self) -> DataConfig:
+    def without_places(self) -> Self:
         """The settings to save with a model: the paths of its training data mean nothing to others."""
         stats = None if isinstance(self.channel_stats, str) else self.channel_stats
         return replace(self, folder=None, images=None, channel_stats=stats, verify=True)

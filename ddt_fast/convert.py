@@ -4,8 +4,6 @@ An OUT that ends in .ckpt is written for the original code; any other OUT is a m
 executed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +59,9 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
-    convert_checkpoint(**vars(build_parser().parse_args(arguments)))
+    parser = build_parser()
+    with parser.naming_options():
+        convert_checkpoint(**vars(parser.parse_args(arguments)))
 
 
 def convert_checkpoint(
@@ -104,11 +104,11 @@ def convert_checkpoint(
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both source and out; name another out")
     if preset is not None and config is not None:
-        raise ValueError("preset and config are both given; give one")
+        raise ValueError("`preset` and `config` are both given; give one")
     if source.suffix != ".ckpt" and skip:
         raise ValueError("skip is for a source that is a .ckpt")
     if run is not None and (preset or config) is not None:
-        raise ValueError(f"preset and config are for a source without settings; {run} has its own")
+        raise ValueError(f"`preset` and `config` are for a source without settings; {run} has its own")
     settings = _Settings(preset, None if config is None else require_path("config", config))
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":
         _export(source, out, weights, settings)

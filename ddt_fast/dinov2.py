@@ -1,9 +1,7 @@
 """DINOv2 (arXiv 2304.07193): images → patch tokens, the features that REPA aligns with.
 
-It is loaded through transformers, an optional extra: pip install ".[repa]" in the checkout.
+It needs transformers, an optional extra: pip install ".[repa]" in the checkout.
 """
-
-from __future__ import annotations
 
 import math
 from typing import Any
@@ -14,6 +12,7 @@ from torch.nn import functional
 
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
+from ddt_fast.wording import one_line
 
 DEFAULT_ENCODER = "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,20 +21,19 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class DinoV2:
     """A frozen DINOv2, with or without registers: images → patch tokens.
 
-    Preprocessing is REPA's and DDT's: [0, 1], ImageNet mean and std, bicubic without antialiasing to 224/256 of the
-    size; position embeddings are resized bicubically with antialiasing, which transformers leaves out for DINOv2.
+    Preprocessing is REPA's and DDT's: [0, 1], ImageNet mean and std, resized bicubically without antialiasing to
+    224/256 of the size. Position embeddings are resized bicubically with antialiasing, which transformers omits for
+    DINOv2. ValueError if transformers is missing, or the model is neither a local folder nor on the Hub, or is not a
+    DINOv2.
 
     Args:
-        name: hub id or local folder, such as facebook/dinov2-base (ViT-B/14, the paper's) or its small and large ones.
-        device, dtype: where and in what to compute.
+        name: hub id or local folder, such as facebook/dinov2-base (ViT-B/14, the paper's), -small or -large.
+        device, dtype: the device and dtype to compute with.
 
     Attributes:
         name: as given.
-        feature_size: F of a token; 768 for ViT-B/14.
+        feature_size: size F of a token; 768 for ViT-B/14.
         patch_size: side of a patch in pixels, 14.
-
-    Raises:
-        ValueError: transformers is missing, the model is neither a local folder nor on the Hub, or is not a DINOv2.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class DinoV2:
         self.feature_size = int(model.config.hidden_size)
         self.patch_size = int(model.config.patch_size)
         self._extra_tokens = 1 + int(getattr(model.config, "num_register_tokens", 0))
-        # In float32, whatever dtype the model gets: they are resized from these for every new grid.
+        # In float32, whatever the model's dtype: they are resized from these for every new grid.
         self._positions = model.embeddings.position_embeddings.detach()
         self._grid = math.isqrt(self._positions.shape[1] - 1)
         self.model = model.to(device, dtype)
@@ -55,7 +53,7 @@ class DinoV2:
         )
 
     def grid(self, image_size: int) -> int:
-        """Rows, and columns, of tokens for an image of that many pixels a side; ValueError for sizes that do not divide
+        """Rows, and columns, of tokens for an image of this side in pixels; ValueError for sizes that do not divide
         into patches."""
         grid, rest = divmod(image_size * 224, 256 * self.patch_size)
         if rest or not grid:
@@ -74,11 +72,8 @@ class DinoV2:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 images → (B, N', F) patch tokens after the final norm, row by row, on the model's device
-        and in its dtype; without class token and registers. N' is 256 for S = 256, 1024 for S = 512.
-
-        Raises:
-            ValueError: images of another shape or dtype, or of a size that does not divide into patches.
-        """
+        and in its dtype, without class token and registers. N' is 256 for S = 256, 1024 for S = 512. ValueError if the
+        images have another shape or dtype, or a size that does not divide into patches."""
         side = images.shape[-1]
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, S, S)")
@@ -90,7 +85,7 @@ class DinoV2:
         return self.model(pixels.to(self.model.dtype)).last_hidden_state[:, self._extra_tokens :]
 
     def _resize_positions(self, grid: int) -> None:
-        """Give the model position embeddings of this grid, so that it uses them as they are."""
+        """Give the model position embeddings for this grid, which it then does not resize."""
         if grid == self._grid:
             return
         first, patches = self._positions[:, :1], self._positions[:, 1:]
@@ -124,10 +119,9 @@ def _load(name: str) -> Any:
                 output_loading_info=True,
                 local_files_only=local,
             )
-    except Exception as error:  # of transformers, the Hub, safetensors or the unpickler, on missing or damaged files
-        reason = " ".join(str(error).split())[:200]
+    except Exception as error:  # from transformers, the Hub, safetensors or the unpickler
         raise ValueError(
-            f"DINOv2 {name} could not be loaded: {reason}; expected a local folder or a hub id such as "
+            f"DINOv2 {name} could not be loaded: {one_line(error)}; expected a local folder or hub id such as "
             f"{DEFAULT_ENCODER} ('hf download {DEFAULT_ENCODER} --local-dir FOLDER' fetches it)"
         ) from error
     if kind not in ("dinov2", "dinov2_with_registers"):

@@ -1,8 +1,7 @@
 """Files: outputs appear whole or not at all, and nothing of the user's is ever replaced."""
 
-from __future__ import annotations
-
 import errno
+import hashlib
 import json
 import os
 import re
@@ -35,6 +34,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,14 +110,12 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed.
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed. ValueError if
+    `path` holds something else.
 
     Args:
         path: the folder; an older one is replaced only if `check_replaceable` allows it.
         owned: regular expression for the names that such a folder may hold.
-
-    Raises:
-        ValueError: `path` holds something else.
     """
     path = path.resolve()
     check_replaceable(path, owned)

@@ -3,8 +3,6 @@
 Under torchrun the processes share the work. A job that was stopped or killed continues when it is started again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args

@@ -1,8 +1,6 @@
 """Choose the encoder's refresh steps by the statistical dynamic programme, and show why: how similar the states of all
 steps are, which refresh steps are best, and how their predicted error compares with uniform refreshes."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence
@@ -10,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import jsonargparse
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,7 +21,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype
 from ddt_fast.files import atomic_file, check_no_folder, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, has_config, load_model, resolve_checkpoint
+from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, load_model, resolve_checkpoint
 from ddt_fast.sampling.refresh import (
     Probe,
     optimal_refresh_schedule,
@@ -74,7 +71,7 @@ class Study:
         return f"share ratio {self.share_ratio:.2f}, {self.sampling.state_forecast} between"
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
     add_checkpoint_options(parser)
@@ -87,20 +84,22 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and study."""
-    options = build_parser().parse_args(arguments)
-    checkpoint, experiment = chosen_checkpoint(options)
-    own, asked = experiment.sampling, options.num_refreshes
-    given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
-    study_refreshes(
-        checkpoint,
-        options.output_dir,
-        preset=options.preset,
-        sampling=own.override(**given),
-        num_refreshes=own.num_refreshes if asked is None else asked,
-        num_samples=options.num_samples,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        checkpoint, experiment = chosen_checkpoint(options)
+        own, asked = experiment.sampling, options.num_refreshes
+        given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
+        study_refreshes(
+            checkpoint,
+            options.output_dir,
+            preset=options.preset,
+            sampling=own.override(**given),
+            num_refreshes=own.num_refreshes if asked is None else asked,
+            num_samples=options.num_samples,
+            device=options.device,
+            dtype=options.dtype,
+        )
 
 
 def study_refreshes(
@@ -144,7 +143,7 @@ def study_refreshes(
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.in_latents(experiment.model.in_channels))
     folder = output_folder(output_dir)
     check_no_folder(folder / _PICTURE, folder / _DATA)
-    reference = load_model(source, place, weight_dtype, None if has_config(source) else experiment.model)
+    reference = load_model(source, place, weight_dtype, experiment.model)
     study = _study(FusedDDT.from_reference(reference), own, experiment.data.sample_size, num_samples, str(source))
     print(_text_view(study), _table(study), sep="\n\n")
     _write(study, source, num_samples, folder)

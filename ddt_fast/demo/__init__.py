@@ -1,1 +1,1 @@
-"""The page that `python -m ddt_fast.demo` serves: models → requests → drawing → page."""
+"""The page that `python -m ddt_fast.demo` serves: requests → drawing → page."""

@@ -1,6 +1,4 @@
-"""A page to draw with in the browser: `python -m ddt_fast.demo` alone serves the digits in the package on loopback."""
-
-from __future__ import annotations
+"""Draw images on a page in the browser: `python -m ddt_fast.demo` alone serves the package's digits on loopback."""
 
 import os
 import signal
@@ -8,39 +6,38 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
-import jsonargparse
-
 from ddt_fast.checks import require
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.demo.requests import load_models
-from ddt_fast.device import DTYPES, choose_device
+from ddt_fast.device import choose_device
+from ddt_fast.generation.settings import Engine
 from ddt_fast.presets import PRESETS
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(prog="python -m ddt_fast.demo", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=str, nargs="+", default=[], help="folders, files or hub ids, beside the package's digits")
     add("--preset", choices=list(PRESETS), help="settings for a .ckpt or .safetensors without config.json")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bfloat16 for latents if the device has units")
+    parser.add_options(Engine, "device", "dtype")
     add("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
     add("--port", type=int, default=7860, help="port to listen on")
     add("--share", action="store_true", help="also serve a public address through gradio's servers for a week")
-    add("--max-queue", type=int, default=16, help="requests that may wait; more are turned away")
-    add("--max-images", type=int, default=64, help="images per request")
-    add("--max-steps", type=int, default=1000, help="steps per request")
+    add("--max-queue", type=int, default=16, help="requests that may wait; more are refused")
+    add("--max-images", type=int, default=64, help="most images per request")
+    add("--max-steps", type=int, default=1000, help="most steps per request")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load the models, serve until interrupted."""
-    options = build_parser().parse_args(arguments)
-    for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
-        require(1 <= options[name] <= highest, f"--{name.replace('_', '-')}", options[name], f"1 to {highest}")
-    with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
-        # Both are read when gradio is imported. What the page shows lies in the folder.
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options(), tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+        for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
+            require(1 <= options[name] <= highest, name, options[name], f"1 to {highest}")
+        # gradio reads both when it is imported. The folder holds what the page shows.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
             from ddt_fast.demo.page import Demo, serve
@@ -57,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_address(host: str, port: int) -> None:
-    """ValueError where nobody can listen: gradio would say so with a traceback."""
+    """ValueError for an address that cannot be used: gradio would answer with a traceback."""
     try:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
+        raise ValueError(f"cannot listen on `host` {host} `port` {port}: {error}") from error
 
 
 if __name__ == "__main__":
-    for name in ("SIGTERM", "SIGHUP"):  # Windows has one of them; under nohup SIGHUP stays ignored
+    for name in ("SIGTERM", "SIGHUP"):  # Windows lacks SIGHUP; under nohup it stays ignored
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), signal.default_int_handler)
     run_command(main)

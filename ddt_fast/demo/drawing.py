@@ -1,6 +1,4 @@
-"""What the page's tabs do with a request: draw it, write its images to a folder, return what the page shows of it."""
-
-from __future__ import annotations
+"""What the page's tabs do with a request: draw it, write its images to a folder, and return what to show."""
 
 import json
 import threading
@@ -14,33 +12,30 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from ddt_fast.data.image_folder import Images
 from ddt_fast.demo.requests import Request
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.generation.npz import write_npz
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.wording import plural
 
-Images = NDArray[np.uint8]
-"""(N, H, W, 3)."""
-
 TRAJECTORY_IMAGES = 4
-"""At most, one a row."""
+"""The most images of a trajectory, one per row."""
 
 _TIMED_SECONDS, _TIMED_RUNS = 1.0, 5
-"""A comparison repeats a run for so long, and so often at most: a single short run says little about speed."""
+"""A comparison repeats a run for this long, and at most this often: one short run says little about speed."""
 
 
 class Stopped(Exception):
-    """Raised in a run that nobody waits for any more."""
+    """Raised to end a run that nobody waits for."""
 
 
 class Report:
-    """How far a run is: the run calls it, the page reads it, and sets `stop` to end the run."""
+    """The progress of a run: the run calls it, the page reads it, and sets `stop` to end the run."""
 
     def __init__(self) -> None:
         self.text, self.done, self.total = "waiting for the model", 0, 0
@@ -56,7 +51,7 @@ class Report:
 
 
 def generate(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
-    """A status line, a gallery, and a zip of its images with samples.npz and settings.json."""
+    """Draw images; return a status line, a gallery, and a zip of the images with samples.npz and settings.json."""
     samples, seconds = _sample(request, report, "drawing")
     images, names = _pixels(request, samples), _file_names(request)
     classes = [request.pipe.id2label.get(label, f"class {label}").split(",")[0] for label in request.labels]
@@ -76,8 +71,8 @@ def generate(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
 
 
 def compare(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
-    """A status line, a table, and galleries with the encoder at every step, as asked for, and of their difference, the
-    largest of which is white. ValueError if the request refreshes at every step, too."""
+    """Compare the encoder at every step with the request; return a status line, a table, and galleries of both and of
+    their difference, scaled so that the largest is white. ValueError if the request also refreshes at every step."""
     every, forecast = request.sampling.refresh_every, request.sampling.state_forecast
     if every == 1:
         raise ValueError("refresh K is 1, the same as the other side; allowed: 2 or more")
@@ -107,12 +102,12 @@ def compare(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     head = f"Refresh {every} is {speedup} times as fast as refresh 1; samples differ by {error} (relative L2)"
-    return f"{head}\n{plural(count, 'image')} of the same seeds; times of sampling alone", table, *galleries
+    return f"{head}\n{plural(count, 'image')} with the same seeds; times are for sampling only", table, *galleries
 
 
 def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
-    """A status line, and galleries of the first images on their way, one a row: x_t, and where the next step points,
-    x_t + (1 - t) dx/dt with dx/dt the step that the solver takes from there; both end at the sample."""
+    """Follow the first images; return a status line and galleries with an image per row: x_t, and where the next step
+    points, x_t + (1 - t) dx/dt, with dx/dt from the solver's step. Both end at the sample."""
     few, total = slice(TRAJECTORY_IMAGES), request.sampling.num_steps
     request = replace(request, labels=request.labels[few], seeds=request.seeds[few])
     shown = sorted({round(i * total / (request.frames - 1)) for i in range(request.frames)})
@@ -141,7 +136,7 @@ def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...
 
 
 def _timed(request: Request, report: Report, text: str) -> tuple[Tensor, float]:
-    """As `_sample`, with the best time of a few runs, after a short one for what is set up once."""
+    """As `_sample`, with the best time of a few runs, after a short one to warm up."""
     short = replace(request.sampling, num_steps=2, last_step=None, guidance_interval=(0.0, 1.0))
     _sample(replace(request, sampling=short), report, f"{text}, warming up")
     times: list[float] = []
@@ -154,23 +149,25 @@ def _timed(request: Request, report: Report, text: str) -> tuple[Tensor, float]:
 def _sample(
     request: Request, report: Report, text: str, states: dict[int, Tensor] | None = None
 ) -> tuple[Tensor, float]:
-    """(N, in_channels, h, w) float32 samples on the CPU, as the model draws them, and the seconds that they took; x
-    after every step goes into `states`."""
-    settings = asdict(request.sampling)
-    settings["num_inference_steps"] = total = settings.pop("num_steps")
-    settings["last_step"] = settings["last_step"] or 0
+    """The model's samples (N, in_channels, h, w) float32 on the CPU, and the seconds that they took; x after every step
+    goes into `states`."""
+    total = request.sampling.num_steps
 
     def after_step(_pipe: Any, index: int, _t: Tensor, tensors: dict[str, Tensor]) -> None:
         report(text, index + 1, total)
         if states is not None:
             states[index + 1] = tensors["latents"].cpu()
 
-    settings["callback_on_step_end"] = after_step
-    settings["callback_on_step_end_tensor_inputs"] = [] if states is None else ["latents"]
-    settings["generator"] = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     report(text, 0, total)
     started = time.perf_counter()
-    result: Any = request.pipe(request.labels, output_type="latent", **settings)
+    result: Any = request.pipe(
+        request.labels,
+        sampling=request.sampling,
+        generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
+        output_type="latent",
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=[] if states is None else ["latents"],
+    )
     samples = result.images.cpu()  # waits for the device
     return samples, time.perf_counter() - started
 
@@ -180,13 +177,13 @@ def _pixels(request: Request, samples: Tensor) -> Images:
 
 
 def _file_names(request: Request) -> list[str]:
-    """One per image, as the sample command names them."""
+    """One name per image, as from the sample command."""
     draws = enumerate(zip(request.labels, request.seeds, strict=True))
     return [f"{i:05d}_class_{label}_seed_{seed}.png" for i, (label, seed) in draws]
 
 
 def _gallery(images: Images, names: list[str], folder: Path, captions: Sequence[str] = (), **changes: Any) -> Any:
-    """The new content of a gallery: PNGs with the true pixels; small images are enlarged without smoothing."""
+    """The new content of a gallery: PNGs with the true pixels; the page enlarges small images without smoothing."""
     paths = [folder / name for name in names]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)

@@ -1,7 +1,5 @@
 """The page: settings on the left, three tabs that draw with them on the right."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +16,10 @@ from ddt_fast.demo.drawing import TRAJECTORY_IMAGES, Report, Stopped, compare, g
 from ddt_fast.demo.requests import FIELDS, MAX_SEED, Models, class_choices, default_values, read_request
 
 CONCURRENT = 4
-"""Requests that draw or wait for their model; more wait in the queue."""
+"""Requests that draw or wait for their model; others wait in the queue."""
 
 _HEADER = """# DDT · Decoupled Diffusion Transformer
-An encoder turns time and class into a state, a decoder moves the image; a state may serve for K steps."""
+An encoder turns image, time and class into a state, and a decoder moves the image; one state can serve K steps."""
 
 _CSS = """
 .gradio-container > main { max-width: 1240px !important; width: 100% !important; margin: 0 auto; }
@@ -38,17 +36,17 @@ _CSS = """
 
 
 class Demo:
-    """Draws for the page's clients; each model draws for one request at a time.
+    """Draws for the page's clients; each model draws one request at a time.
 
     Args:
-        models: those on offer; the first is chosen.
-        max_images, max_steps: of a request.
+        models: the models to choose from; the first is selected.
+        max_images, max_steps: limits of a request.
 
     Attributes:
-        page: to be launched.
+        page: the page to launch.
         fields: the components of `FIELDS`.
-        threads: one a model, in which it draws.
-        reports: of the requests that draw or wait for their model.
+        threads: one thread per model, which draws.
+        reports: reports of the requests that draw or wait for their model.
     """
 
     def __init__(self, models: Models, max_images: int, max_steps: int) -> None:
@@ -65,15 +63,15 @@ class Demo:
                     self._tabs()
 
     def close(self) -> None:
-        """End all runs and wait for that: a thread that is inside torch when Python ends takes the process down."""
+        """End all runs and wait for them: a thread that is inside torch when Python exits crashes the process."""
         for report in list(self.reports):
             report.stop.set()
         for thread in self.threads.values():
             thread.shutdown()
 
     def answer(self, tab: Callable[..., Any], num_outputs: int, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Yield the status line while the tab draws, at last what it shows. gradio closes the iterator when the client
-        has stopped or vanished; the run ends at its next report."""
+        """Yield the status line while the tab draws, and finally its result. When the client stops or vanishes, gradio
+        closes the iterator, and the run ends at its next report."""
         unchanged, report = [gr.skip()] * num_outputs, Report()
         self.reports.add(report)
         try:
@@ -82,11 +80,12 @@ class Demo:
                 shown = self.threads[request.model].submit(tab, request, report, Path(folder))
                 while wait([shown], timeout=0.1).not_done:
                     yield _progress(report, len(request.seeds)), *unchanged
-                yield shown.result()  # gradio copies the files before it asks for more
+                yield shown.result()  # gradio copies the files before it continues
         except Stopped:
             pass
         except (ValueError, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error):  # as is a CPU allocation that fails
+            # A failed CPU allocation is a plain RuntimeError.
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
                 raise
             message = str(error) if isinstance(error, ValueError) else "out of memory; ask for fewer images"
             yield "", *unchanged
@@ -153,7 +152,7 @@ class Demo:
             connect([_gallery("states", 9, "x at time t"), _gallery("predictions", 9, "Where it is heading")])
 
     def _buttons(self, tab: Callable[..., Any], label: str) -> Callable[[list[Any]], None]:
-        """Start, stop, and a status line; what is returned connects them with the tab's outputs."""
+        """Add the start and stop buttons and a status line; return a function that connects them to the outputs."""
         name = tab.__name__
         with gr.Row():
             start = gr.Button(label, variant="primary", scale=4, elem_id=f"{name}-run")
@@ -167,7 +166,7 @@ class Demo:
                 partial(self.answer, tab, len(outputs)),
                 [self.fields[field] for field in FIELDS if field != "frames" or tab is trajectory],
                 [status, *outputs],
-                preprocess=False,  # whatever a client sends, `read_request` answers
+                preprocess=False,  # `read_request` checks whatever a client sends
                 show_progress="minimal",
                 show_progress_on=status,
                 concurrency_limit=CONCURRENT,
@@ -180,7 +179,7 @@ class Demo:
 
 
 def serve(demo: Demo, max_queue: int, **where: Any) -> None:
-    """Launch the page with a queue of so many waiting requests; `where` is for gradio's `launch`."""
+    """Launch the page with a queue of max_queue requests; `where` is for gradio's `launch`."""
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate")
     look = {"theme": theme, "css": _CSS, "footer_links": ["api"], "ssr_mode": False}
     # Nothing is uploaded here.

@@ -1,6 +1,4 @@
-"""The models on offer, and what a client asks of them: a `Request`, or a ValueError that says what is allowed."""
-
-from __future__ import annotations
+"""The models to choose from, and what a client asks of them: a `Request`, or a ValueError that says what is allowed."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -30,13 +28,13 @@ FIELDS = (
     *("model", "classes", "num_images", "num_steps", "guidance_scale", "guidance_low", "guidance_high"),
     *("refresh_every", "seed", "state_forecast", "solver", "order", "timeshift", "frames"),
 )
-"""What a client sends, in this order; `frames` for trajectories only."""
+"""What a client sends, in this order; `frames` only for trajectories."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Images to draw from the model of that name: image i has labels[i] and seeds[i], as in the sample command. A
-    trajectory shows so many frames."""
+    """Images to draw: image i has labels[i] and seeds[i], as in the sample command; `frames` is the number of moments
+    in a trajectory."""
 
     model: str
     pipe: DDTPipeline
@@ -52,11 +50,11 @@ class Request:
 
 
 def read_request(values: Sequence[Any], models: Models, fields: Mapping[str, Any]) -> Request:
-    """The request that a client's values make up, in the order of `FIELDS`; ValueError if one is not allowed. Classes
-    are a list of labels or names, empty for all; `fields` are the page's components."""
+    """Make a request from a client's values, in the order of `FIELDS`; ValueError if one is not allowed. Classes are a
+    list of labels or names, empty for all; `fields` are the page's components."""
     name = values[0]
     if not isinstance(name, str) or name not in models:
-        raise ValueError(f"model {reprlib.repr(name)} is not on offer; allowed: {', '.join(models)}")
+        raise ValueError(f"model {reprlib.repr(name)} is not available; allowed: {', '.join(models)}")
     pipe = models[name]
     given = default_values(pipe) | dict(zip(FIELDS, values, strict=False))
     numbers = {part: _read_number(given[part], field) for part, field in fields.items() if hasattr(field, "minimum")}
@@ -68,13 +66,13 @@ def read_request(values: Sequence[Any], models: Models, fields: Mapping[str, Any
     sampling = replace(_own_sampling(pipe), **numbers, **choices)
     labels = assign_labels(count, pipe.class_names.num_classes, _read_classes(given["classes"], pipe))
     request = Request(name, pipe, tuple(labels.tolist()), tuple(range(seed, seed + count)), sampling, frames)
-    _ = request.plan  # refuses settings that no run can have
+    _ = request.plan  # ValueError for settings that cannot be run
     return request
 
 
 def _read_number(value: Any, field: Any) -> Any:
-    """A float within the field's bounds, or an int if it steps by 1 (a browser may send 3.0); ValueError for anything
-    else, NaN included."""
+    """A float within the field's bounds, or an int if the field steps by 1 (a browser may send 3.0); ValueError for
+    anything else, including NaN."""
     whole = field.step == 1
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and field.minimum <= value <= field.maximum
     if not valid or (whole and value != int(value)):
@@ -97,7 +95,7 @@ def _read_classes(chosen: Any, pipe: DDTPipeline) -> list[int]:
 
 
 def default_values(pipe: DDTPipeline) -> dict[str, Any]:
-    """What the page's fields hold at first, by name; pixels are fast to draw, so that there are more of them."""
+    """The initial values of the page's fields, by name, with more images for pixels, which are fast to draw."""
     sampling = _own_sampling(pipe)
     low, high = sampling.guidance_interval
     own = {"num_images": 10 if pipe.vae is None else 4, "guidance_low": low, "guidance_high": high}
@@ -112,20 +110,20 @@ def class_choices(pipe: DDTPipeline) -> list[tuple[str, str]]:
 
 
 def _own_sampling(pipe: DDTPipeline) -> SamplingConfig:
-    """With evenly spaced refreshes, which the page has a slider for."""
+    """The pipeline's settings with evenly spaced refreshes, for which the page has a slider."""
     return replace(pipe.scheduler.sampling_config, refresh_steps=None, num_refreshes=None, cuda_graphs=False)
 
 
 def load_models(checkpoints: Sequence[str], preset: str | None, device: torch.device, dtype: str) -> Models:
-    """The checkpoints (folders, files or hub ids), then the digits in the package.
+    """Load the checkpoints (folders, files or hub ids), and the package's digits.
 
-    `preset` is for files without config.json, `dtype` as in `choose_dtype`. ValueError for a checkpoint that cannot be
+    `preset` is for files without config.json, `dtype` as for `choose_dtype`. ValueError for a checkpoint that cannot be
     loaded or is given twice, OSError for files that cannot be read.
     """
     models: Models = {}
     for name in (*checkpoints, EMBEDDED_NAME):
         if name in models:
-            raise ValueError(f"--checkpoint names {name} twice; the {EMBEDDED_NAME} are always there")
+            raise ValueError(f"`checkpoint` names {name} twice; the {EMBEDDED_NAME} are always loaded")
         models[name] = _load(Path(EMBEDDED_CHECKPOINT if name == EMBEDDED_NAME else name), preset, device, dtype)
     return models
 
@@ -137,7 +135,7 @@ def _load(source: Path, preset: str | None, device: torch.device, dtype: str) ->
         pipe = DDTPipeline.from_pretrained(source)
     if pipe.lacks_vae:
         raise ValueError(f"{source} draws latents and has no autoencoder; expected a pipeline folder with vae/")
-    # The autoencoder stays in float32, as in the sample command; Module's own `to`: diffusers' warns at every cast.
+    # The autoencoder stays in float32, as in the sample command. Module's own `to`, because diffusers' warns at casts.
     torch.nn.Module.to(pipe.transformer, choose_dtype(dtype, device, latents=pipe.vae is not None))
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)

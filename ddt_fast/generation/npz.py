@@ -4,8 +4,6 @@ Members are stored, not compressed (such images barely shrink), and have a fixed
 bytes.
 """
 
-from __future__ import annotations
-
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -54,12 +52,8 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def open_images(path: Path) -> Images:
-    """Open the images of an npz, or its latents if it has no arr_0, as an array that is read from disk when it is
-    used.
-
-    Raises:
-        ValueError: the file is not an npz, is truncated, or has no uncompressed arr_0.
-    """
+    """Open the images of an npz, or its latents if it has no arr_0, as an array that is read from disk when it is used.
+    ValueError if the file is not an npz, is truncated, or has neither of them uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = "arr_0" if "arr_0.npy" in archive.namelist() else "latents"

@@ -1,10 +1,8 @@
-"""What every DDT shares: images outside, tokens inside, and the few steps that samplers call one by one.
+"""What every DDT shares: images outside, tokens inside, and the steps that samplers call one by one.
 
-Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, the widths of what the encoder and the decoder are
-modulated by. Source: arXiv 2504.05741.
+Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, widths of the encoder's condition and of the
+decoder's modulations. Source: arXiv 2504.05741.
 """
-
-from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
@@ -20,18 +18,18 @@ Rotary = tuple[Tensor, Tensor]
 """`rotary_tables`: cos and sin."""
 
 Forecast = tuple[Tensor, Tensor]
-"""Weights (steps, K) float32 of K kept modulations, and the number of the step, an integer tensor of shape (1,)."""
+"""Weights (steps, K) float32 of K kept modulations, and the number of the step, an integer tensor (1,)."""
 
 
 class DDTBase(nn.Module):
     """A condition encoder (x, t, y) → state and a velocity decoder (x, state) → v.
 
     The decoder sees t and y only through the state, so everything it derives from the state (`decoder_modulations`)
-    can be kept as long as the state; the encoder's own modulations (`condition`) depend on t and y alone.
+    can be kept as long as the state; the encoder's own modulations (`condition`) depend only on t and y.
 
     Attributes:
-        gradient_checkpointing: a forward pass that will be differentiated keeps only the inputs of its blocks, and
-            backward runs each block again: less memory, a third more work.
+        gradient_checkpointing: with gradients, keep only the inputs of the blocks, and run each block again in the
+            backward pass: less memory, a third more work.
     """
 
     config: DDTConfig
@@ -39,19 +37,17 @@ class DDTBase(nn.Module):
     gradient_checkpointing: bool = False
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state.
+        """The velocity at (x, t) for the labels y, and the encoder's state. ValueError if x or state has the wrong
+        shape.
 
         Args:
             x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
             t: (B,) times in [0, 1], 0 noise, 1 data.
             y: (B,) int64 labels, num_classes for the null class.
-            state: (B, N, C) from an earlier call: the encoder is skipped and neither t nor y is read.
+            state: (B, N, C) from an earlier call: the encoder is skipped, and t and y are not read.
 
         Returns:
-            velocity, shaped as x, and state (B, N, C).
-
-        Raises:
-            ValueError: x or state of the wrong shape.
+            velocity, shaped like x, and state (B, N, C).
         """
         if state is None:
             state = self.encode(x, t, y)
@@ -62,11 +58,11 @@ class DDTBase(nn.Module):
     def forward_with_features(
         self, x: Tensor, t: Tensor, y: Tensor, block: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`forward`, and what representation alignment (REPA, arXiv 2410.06940) looks at.
+        """`forward`, and the features for representation alignment (REPA, arXiv 2410.06940).
 
         Args:
-            x, t, y: as `forward` takes them.
-            block: return the output of this encoder block, 1 to num_encoder_blocks; None for no output.
+            x, t, y: as for `forward`.
+            block: the encoder block whose output to return, 1 to num_encoder_blocks; None for none.
 
         Returns:
             velocity, state, and that output, (B, N, C).
@@ -84,11 +80,11 @@ class DDTBase(nn.Module):
         return self._encode(tokens, t_embedding, self.condition(t_embedding, y), self.rotary(x), block)
 
     def decode(self, x: Tensor, modulations: Tensor) -> Tensor:
-        """The velocity decoder: x (B, in_channels, height, width) and `decoder_modulations` → velocity, shaped as x."""
+        """The velocity decoder: x (B, in_channels, height, width), `decoder_modulations` → velocity, shaped like x."""
         return unpatchify(self.decode_tokens(patchify(x, self.config), modulations, self.rotary(x)), x, self.config)
 
     def rotary(self, x: Tensor) -> Rotary:
-        """The tables for images of x's size, on x's device."""
+        """The rotary tables for images of x's size, on x's device."""
         p = self.config.patch_size
         return rotary_tables(self.config.head_dim, x.shape[2] // p, x.shape[3] // p, device=x.device)
 
@@ -104,15 +100,12 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the encoder derives from t and y alone.
+        """What the encoder derives from t and y alone, (B, 1, W_e).
 
         Args:
-            t_embedding: (B, 1, C), `t_embedder` of the times.
+            t_embedding: (B, 1, C), from `t_embedder`.
             y: (B,) labels.
             out: (B, 1, W_e), written and returned; for inference.
-
-        Returns:
-            (B, 1, W_e)
         """
 
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
@@ -124,46 +117,44 @@ class DDTBase(nn.Module):
     def _encode(
         self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`encode_tokens`, and the tokens after that many blocks; None for None."""
+        """`encode_tokens`, and the tokens after `features_after` blocks, if given."""
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        """All the decoder derives from the state: six chunks a block, then two of the final layer. Affine in the state.
+        """All that the decoder derives from the state, and affine in it: (B, N, W_d), six chunks per block and then two
+        for the final layer, which may be kept and used many times.
 
         Args:
             state: (B, N, C).
             out: (B, N, W_d), contiguous, written and returned; for inference.
-
-        Returns:
-            (B, N, W_d), which may be kept and decoded with again and again.
         """
 
     @abstractmethod
     def decode_tokens(
         self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
     ) -> Tensor:
-        """The velocity decoder on `patchify`'s tokens (B, N, in_channels p p) → the velocity's tokens, shaped alike.
+        """The velocity decoder on `patchify`'s tokens (B, N, in_channels p p) → the velocity's tokens, of equal shape.
 
         Args:
-            tokens: of x.
-            modulations: (B, N, W_d); with forecast (K, B, N, W_d), K kept ones.
-            rotary: the tables.
-            forecast: decode with sum_k weights[step, k] modulations[k], terms of weight 0 left out; for inference.
-                Where the weights sum to 1 these are the modulations of the same combination of states.
+            tokens: the tokens of x.
+            modulations: (B, N, W_d); with forecast, K kept ones (K, B, N, W_d).
+            rotary: the rotary tables.
+            forecast: decode with sum_k weights[step, k] modulations[k], without terms of weight 0; for inference. If
+                the weights sum to 1, these are the modulations of the same combination of states.
         """
 
     def _call(self, block: nn.Module, *arguments: Any) -> Any:
-        """block(*arguments), checkpointed if asked for."""
+        """block(*arguments), with gradient checkpointing if it is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)
 
 
 def rotary_tables(head_dim: int, rows: int, columns: int, device: torch.device | str | None = None) -> Rotary:
-    """cos and sin of the 2-D rotary embedding, each (rows * columns, head_dim / 2) float32, one angle a pair.
+    """cos and sin of the 2-D rotary embedding, each (rows * columns, head_dim / 2) float32, one angle per pair.
 
-    Pairs alternate: even pairs turn with the column (x), odd pairs with the row (y), pairs 2k and 2k + 1 at frequency
-    10000^(-4k / head_dim). Positions span 0 to 16 at every size, so all resolutions see the same range.
+    Pairs alternate: even pairs turn with the column (x), odd pairs with the row (y), and pairs 2k and 2k + 1 have
+    frequency 10000^(-4k / head_dim). Positions span 0 to 16 at every size, so all resolutions have the same range.
     """
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 4, device=device, dtype=torch.float32) / head_dim)
     x = torch.linspace(0, 16, columns, device=device)
@@ -174,7 +165,7 @@ def rotary_tables(head_dim: int, rows: int, columns: int, device: torch.device |
 
 
 def patchify(x: Tensor, config: DDTConfig) -> Tensor:
-    """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), a token's features in (channel, row,
+    """x (B, in_channels, height, width) → its patches (B, N, in_channels * p * p), with features in (channel, row,
     column) order; ValueError for any other shape."""
     if x.ndim != 4 or x.shape[1] != config.in_channels:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected (B, {config.in_channels}, height, width)")
@@ -183,7 +174,7 @@ def patchify(x: Tensor, config: DDTConfig) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, like: Tensor, config: DDTConfig) -> Tensor:
-    """The inverse: (B, N, in_channels * p * p) → an image of the size of `like`."""
+    """The inverse of `patchify`: (B, N, in_channels * p * p) → an image with the size of `like`."""
     p = config.patch_size
     return F.fold(tokens.transpose(1, 2), like.shape[2:], kernel_size=p, stride=p)
 

@@ -1,6 +1,4 @@
-"""Model cards: the README.md of a model or pipeline folder. A card says what is known, and nothing else."""
-
-from __future__ import annotations
+"""Model cards: the README.md of a model or pipeline folder, which says only what is known."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -9,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddt_fast.checks import require_name, require_path
 from ddt_fast.config import Experiment
-from ddt_fast.files import atomic_file, read_json, write_json
+from ddt_fast.files import atomic_file, read_json, read_yaml, write_json
+from ddt_fast.hub import is_hub_id
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import CONFIG_NAME, read_settings
 
 CARD_NAME = "README.md"
 
-# What a result depends on; where files were and how often they were written concern nobody else.
+# What a result depends on; paths and intervals of writing do not matter to others.
 _RECIPE = (
     *("max_steps", "batch_size", "learning_rate", "warmup_steps", "adam_betas", "weight_decay", "max_grad_norm"),
     *("ema_decay", "label_dropout", "repa_weight", "repa_block", "repa_encoder", "dtype", "seed"),
@@ -62,7 +60,7 @@ The model alone is `ddt_fast.load_model("FOLDER OR HUB ID")`.
 
 ## Sampling
 
-How it samples unless told otherwise:
+The default settings:
 
 {{ table(sampling) }}
 {% if training %}
@@ -84,10 +82,10 @@ Settings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from, as far as it is known; an unknown part is empty.
+    """Where a model comes from; unknown parts are empty.
 
     Attributes:
-        training: training.json of its run, with the settings of training as `recipe`.
+        training: training.json of its run, with the training settings as `recipe`.
         metrics: metrics.json of `ddt_fast.evaluate`.
     """
 
@@ -95,7 +93,7 @@ class Provenance:
     metrics: Mapping[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Write what is known into the folder, for `read_provenance`."""
+        """Write the known parts into the folder, for `read_provenance`."""
         for name, content in (("training.json", self.training), ("metrics.json", self.metrics)):
             if content:
                 write_json(folder / name, dict(content))
@@ -105,21 +103,18 @@ UNKNOWN = Provenance({}, {})
 
 
 def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the settings of training, those that a result depends on."""
+    """The training settings that a result depends on."""
     recipe = {name: training[name] for name in _RECIPE if name in training}
     if not recipe.get("repa_weight"):
         return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
-    if not _is_hub_id(encoder := str(recipe.get("repa_encoder", ""))):
+    if not _on_hub(encoder := str(recipe.get("repa_encoder", ""))):
         recipe["repa_encoder"] = Path(encoder).name
     return recipe
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """What a model or pipeline folder says of its training and scores; for the model/ of a run, what the run says.
-
-    Raises:
-        ValueError: damaged files.
-    """
+    """Read what a model or pipeline folder says about its training and scores; for a run's model/, what the run says.
+    ValueError if files are damaged."""
     places = [folder]
     if folder.name == "model" and (folder.parent / "recipe.yaml").is_file():
         places.insert(0, folder.parent)
@@ -148,37 +143,31 @@ def _require_objects(file: Path | None, content: Mapping[str, Any], names: Itera
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    content = read_yaml(file)
     training = content.get("training") if isinstance(content, dict) else None
     training = training if isinstance(training, dict) else {}
     for name, value in training.items():
         if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{file}: training.{name} is neither a value nor a list of values")
+            raise ValueError(f"{file}: training.{name} is nested; expected a value or a list of values")
     return training
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
-    """Write README.md, the model card, into a model folder or a pipeline's; an older one is replaced.
+    """Write README.md, the model card, into a model or pipeline folder, and return its path; an older card is replaced.
 
-    It says what config.json, training.json and metrics.json in the folder say. For the model/ of a training run, what
-    the run's folder says as well; that is copied beside it, so that it goes where the model goes.
+    The card says what config.json, training.json and metrics.json in the folder say. For the model/ of a training run,
+    these come from the run's folder and are copied beside the card, so that they go where the model goes.
 
     Args:
-        folder: written by `save_model` or `DDTPipeline.save_pretrained`.
-        license: its identifier on the Hub, such as "mit"; None leaves it out.
-
-    Returns:
-        The file.
+        folder: a folder written by `save_model` or `DDTPipeline.save_pretrained`.
+        license: the license's identifier on the Hub, such as "mit"; None leaves it out.
 
     Raises:
-        ValueError: no model there, or damaged files.
-        OSError: it cannot be written.
+        ValueError: the folder holds no model, or files are damaged.
+        OSError: the card cannot be written.
     """
     folder = require_path("folder", folder)
-    require_name("license", license, "none, or its identifier on the Hub, such as mit")
+    require_license(license)
     is_pipeline = (folder / "model_index.json").is_file()
     experiment = read_settings((folder / "transformer" if is_pipeline else folder) / CONFIG_NAME)
     provenance = read_provenance(folder)
@@ -187,6 +176,11 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
     with atomic_file(folder / CARD_NAME) as temporary:
         card.save(temporary)
     return folder / CARD_NAME
+
+
+def require_license(license: object) -> None:
+    """Require None, or the identifier of a license."""
+    require_name("license", license, "none, or its identifier on the Hub, such as mit")
 
 
 def _card(experiment: Experiment, provenance: Provenance, is_pipeline: bool, license: str | None) -> ModelCard:
@@ -238,7 +232,7 @@ def _training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(provenance: Provenance) -> dict[str, Mapping[str, Any]]:
-    """Tables of scores by their titles."""
+    """Tables of scores, by title."""
     tables: dict[str, Mapping[str, Any]] = {}
     for kind, scores in (provenance.training.get("scores") or {}).items():
         rows = {title: scores[name] for name, title in _SCORES.items() if name in (scores or {})}
@@ -251,7 +245,7 @@ def _scores(provenance: Provenance) -> dict[str, Mapping[str, Any]]:
 
 
 def _reference(metrics: Mapping[str, Any]) -> str:
-    """What the scores are against, without its folder; "" if unknown."""
+    """The reference of the scores, without its folder; "" if unknown."""
     return _cell(Path(str((metrics.get("reference") or {}).get("source") or "")).name)
 
 
@@ -261,7 +255,7 @@ def _table(rows: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    """One line that Markdown takes as it is: values may come from other people's files."""
+    """One line, escaped for Markdown: values may come from other people's files."""
     if isinstance(value, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in value):
         return ", ".join(map(_cell, value))
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -269,11 +263,11 @@ def _cell(value: Any) -> str:
 
 
 def _named(autoencoder: str) -> str:
-    """A hub id as a link; of a local folder, which means nothing elsewhere, the last part."""
-    if _is_hub_id(autoencoder):
+    """A link to a hub id; of a local folder, whose path means nothing elsewhere, the last part."""
+    if _on_hub(autoencoder):
         return f"[{autoencoder}](https://huggingface.co/{autoencoder})"
     return f"the autoencoder {_cell(Path(autoencoder).name)}"
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+def _on_hub(name: str) -> bool:
+    return is_hub_id(name) and not Path(name).exists()

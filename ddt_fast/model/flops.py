@@ -1,7 +1,5 @@
 """Matrix-multiplication FLOPs of a DDT (1 multiply-add = 2 FLOPs), for plans, MFU and rooflines."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ddt_fast.config import DDTConfig
@@ -9,12 +7,13 @@ from ddt_fast.config import DDTConfig
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of one image through each part of the model, per run of that part.
+    """FLOPs per image of each part of the model, per run of the part.
 
     Attributes:
         encoder: patch embedding, (t, y) embedding and the encoder blocks.
-        modulations: all the decoder derives from a state: six chunks a block, two for the final layer, per token.
-        decoder: patch embedding, the decoder blocks and the final layer, modulations given.
+        modulations: what the decoder derives from a state: per token, six chunks for a block and two for the final
+            layer.
+        decoder: patch embedding, the decoder blocks and the final layer, without the modulations.
     """
 
     encoder: int
@@ -23,12 +22,12 @@ class ModelFlops:
 
     @property
     def total(self) -> int:
-        """One full forward."""
+        """FLOPs of a full forward pass."""
         return self.encoder + self.modulations + self.decoder
 
 
 def model_flops(config: DDTConfig, height: int, width: int) -> ModelFlops:
-    """FLOPs of one (height, width) image or latent; ValueError when patch_size does not divide it."""
+    """FLOPs for a (height, width) image or latent; ValueError if patch_size does not divide it."""
     n, c, f = config.num_tokens(height, width), config.hidden_size, config.mlp_hidden_size
     patch = 2 * n * config.in_channels * config.patch_size**2 * c
     block = 2 * n * (4 * c * c + 3 * c * f) + 4 * n * n * c

@@ -1,38 +1,29 @@
-"""DDT on ddt_kernels: the reference's numbers from fewer, larger operations.
+"""DDT on ddt_kernels: the reference's results from fewer, larger operations.
 
-The parameters and names of `reference.DDT`, merged on the way in, split on the way out:
+The state_dict is that of `reference.DDT`: modulations are merged on loading and split on saving.
 
-- a block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
-  norm after it are one pass, also across block boundaries; in training, all between qkv and proj is one operator,
-  and so is the whole MLP, for what they keep;
-- all modulations of the encoder are one GEMM on c, all of the decoder and the final layer one GEMM on the state.
+- A block is 4 GEMMs (qkv, proj, the dual w1/w3, w2), 1 attention and 3 element-wise passes: the residual sum and the
+  norm after it are one pass, even across blocks. In training, everything between qkv and proj is one operator, and so
+  is the whole MLP, because they keep less for the backward pass.
+- All modulations of the encoder are one GEMM on c; those of the decoder and the final layer are one GEMM on the state.
 
-On a CPU every operation is ddt_kernels' plain PyTorch one.
+On a CPU, every operation is ddt_kernels' plain PyTorch version.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddt_fast.checks import require
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.attention import AttentionBackend
 from ddt_fast.model.attention.qkv import qkv_attention
 from ddt_fast.model.base import DDTBase, Forecast, Rotary
-from ddt_fast.model.reference import (
-    DDT,
-    Attention,
-    LabelEmbedder,
-    PatchEmbed,
-    RMSNorm,
-    SwiGLU,
-    TimestepEmbedder,
-)
+from ddt_fast.model.reference import DDT, Attention, LabelEmbedder, PatchEmbed, RMSNorm, SwiGLU, TimestepEmbedder
 from ddt_kernels import (
     gated_residual,
     gated_residual_layer_norm_modulate,
@@ -46,7 +37,7 @@ class FusedSwiGLU(SwiGLU):
     def forward(self, x: Tensor) -> Tensor:
         if not all(_is_plain(layer) for layer in (self.w1, self.w2, self.w3)):
             return super().forward(x)
-        # To x's dtype, which they have but under torch.autocast: it casts for Linears, not for operators like this one.
+        # They have x's dtype except under torch.autocast, which casts for Linears but not for operators like this one.
         w1, w3, w2 = (layer.weight.to(x.dtype) for layer in (self.w1, self.w3, self.w2))
         return swiglu_mlp(x, w1, w3, w2)
 
@@ -82,11 +73,11 @@ class FusedBlock(nn.Module):
         rotary: Rotary,
         forecast: Forecast | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x, branch) after the block from (x, branch, gate) before it: the stream is x + gate * branch, and x alone
-        before the first block, where branch and gate are None.
+        """(x, branch, gate) before the block → (x, branch) after it. The residual stream is x + gate * branch; before
+        the first block it is x, and branch and gate are None.
 
-        modulation: shift_msa, scale_msa, gate_msa, shift_mlp and scale_mlp. The block's own gate_mlp belongs to whoever
-        adds the branch, and is the next block's `gate`.
+        modulation: shift_msa, scale_msa, gate_msa, shift_mlp and scale_mlp. The block's gate_mlp is the next block's
+        `gate`, because that block adds the branch.
         """
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp = modulation
         if branch is None or gate is None:
@@ -114,17 +105,16 @@ class FusedFinalLayer(nn.Module):
 
 
 class FusedDDT(DDTBase):
-    """`reference.DDT` on fused operations: same arguments, results and state_dict, up to rounding.
+    """`reference.DDT` on fused operations, with the same arguments and state_dict, and the same results up to rounding.
 
     Args:
-        config: head_dim at most 128, the attention kernel's limit; ValueError otherwise.
-        attention_backend: one of `attention`'s; "auto" takes what suits device, dtype and head dimension.
+        config: the shape; head_dim is at most 128, the attention kernel's limit; ValueError otherwise.
+        attention_backend: one of `ATTENTION_BACKENDS`; "auto" suits device, dtype and head dimension.
     """
 
     def __init__(self, config: DDTConfig, attention_backend: AttentionBackend = "auto") -> None:
         super().__init__()
-        if config.head_dim > 128:
-            raise ValueError(f"head dimension is {config.head_dim}; allowed for FusedDDT: up to 128")
+        require(config.head_dim <= 128, "head dimension", config.head_dim, "up to 128 for FusedDDT")
         self.config = config
         c = config.hidden_size
         self.x_embedder = PatchEmbed(config)
@@ -140,7 +130,7 @@ class FusedDDT(DDTBase):
         self.load_state_dict(DDT(config).state_dict())
 
     @classmethod
-    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> FusedDDT:
+    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> Self:
         """A FusedDDT with a copy of the reference's weights, in their dtype and on their device."""
         parameter = next(model.parameters())
         with torch.device("meta"):
@@ -150,9 +140,9 @@ class FusedDDT(DDTBase):
         return fused.train(model.training).requires_grad_(parameter.requires_grad)
 
     def compile_parts(self) -> None:
-        """Compile in place: blocks, final layer, modulations and state, each at its first calls, once for each shape.
-        All blocks share one compiled function, so the depth of the model costs nothing; hooks run outside of it."""
-        # Past dynamo's limit, 8, a function would run eagerly: one plan alone may call a block in 8 ways.
+        """Compile blocks, final layer, modulations and state in place, each at its first calls, once for each shape.
+        All blocks share one compiled function, so the depth of the model costs nothing; hooks run outside it."""
+        # Beyond dynamo's limit, 8, a function runs eagerly, and a single plan may call a block in 8 ways.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 128)
         parts: list[tuple[str, Sequence[nn.Module]]] = [
@@ -164,7 +154,7 @@ class FusedDDT(DDTBase):
         for name, modules in parts:
             compiled = torch.compile(getattr(type(modules[0]), name), dynamic=False, fullgraph=True)
             for module in modules:
-                setattr(module, name, MethodType(compiled, module))  # which a deep copy binds to the copy
+                setattr(module, name, MethodType(compiled, module))  # a deep copy binds it to the copy
 
     @property
     def condition_size(self) -> int:
@@ -180,7 +170,7 @@ class FusedDDT(DDTBase):
         chunks, split = condition.chunk(6 * len(blocks), dim=-1), features_after or 0
         s, features = self.s_embedder(tokens), None
         if split:
-            # The sum that the next block's norm would do is done here, and that block starts without.
+            # The sum is done here instead of in the next block's norm.
             s = features = gated_residual(*self._run(blocks[:split], s, chunks[: 6 * split], rotary))
         if split == len(blocks):
             return F.silu(t_embedding + s), features
@@ -209,8 +199,8 @@ class FusedDDT(DDTBase):
         rotary: Rotary,
         forecast: Forecast | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run blocks on x (B, N, C), six modulations each; returns (x, branch, gate), the last residual sum left
-        undone: x + gate * branch is part of the norm that comes next."""
+        """Run blocks on x (B, N, C), with six modulations each; return (x, branch, gate), whose sum x + gate * branch
+        is part of the next norm."""
         branch = gate = None
         for i, block in enumerate(blocks):
             *parts, next_gate = modulation[6 * i : 6 * i + 6]
@@ -225,7 +215,7 @@ class FusedDDT(DDTBase):
 
 
 def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
-    """layer(x), in a GEMM that writes to `out` where there is one."""
+    """layer(x), written to `out` if given."""
     if out is None:
         return layer(x)
     if _is_plain(layer):
@@ -235,12 +225,12 @@ def _linear(layer: nn.Module, x: Tensor, out: Tensor | None) -> Tensor:
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether its weight is all that matters: it is neither quantised nor adapted, and no hook waits for its call."""
+    """Whether only the layer's weight matters: it is neither quantised nor adapted, and has no hooks."""
     return _is_alone(layer) and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def _is_alone(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether nobody else sees its output: adapters and hooks may keep it, or change its weight first."""
+    """Whether nothing else sees the layer's output: adapters and hooks may keep it, or change the weight first."""
     hooked = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     return type(layer) is nn.Linear and not hooked
 
@@ -277,7 +267,7 @@ def _merge_modulations(
     for merged, layers in _released_names(model.config).items():
         for kind, current in model.get_submodule(merged).named_parameters():
             names = [f"{prefix}{name}.{kind}" for name, _ in layers]
-            # What is missing is reported under its released name; the merged tensor keeps those rows.
+            # Missing tensors are reported by their released names; the merged tensor keeps its rows.
             missing += [name for name in names if name not in state_dict]
             parts = current.split([rows for _, rows in layers])
             parts = [state_dict.pop(name, part) for name, part in zip(names, parts, strict=True)]

@@ -1,11 +1,9 @@
 """Released checkpoints: Lightning .ckpt files, read without running anything in them, written for the original code.
 
-Their state_dict holds `denoiser.*` (the trained weights), `ema_denoiser.*` (their average), both under the model's own
-names, and `diffusion_trainer.proj.0.*` (REPA's projector). Source: the DDT authors' LightningModel; it has no buffers,
-loads without strictness, samples with the average, and Lightning 2.5 asks for the other entries that are written here.
+Their state_dict holds `denoiser.*` (the trained weights) and `ema_denoiser.*` (their average), under the model's own
+names, and `diffusion_trainer.proj.0.*` (REPA's projector). Source: the DDT authors' LightningModel. It has no buffers,
+loads without strictness and samples with the average; Lightning 2.5 needs the other entries that are written here.
 """
-
-from __future__ import annotations
 
 import re
 import sys
@@ -23,12 +21,12 @@ from ddt_fast.files import atomic_file
 WeightSet = Literal["ema", "raw"]
 
 _PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser.", "projector": "diffusion_trainer.proj.0."}
-# What torch.compile, DDP, FSDP and activation checkpointing put between the parts of a name.
+# Parts of names that torch.compile, DDP, FSDP and activation checkpointing insert.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PROJECTOR_NAMES = [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
 _LIGHTNING_VERSION = "2.5.0.post0"
 
-# What hyperparameters and callbacks usually consist of; passed over without asking.
+# The usual content of hyperparameters and callbacks, which is passed over.
 _PASSED_OVER = re.compile(
     r"(argparse|collections|copyreg|datetime|decimal|enum|fractions|pathlib|typing|uuid)\..*"
     r"|(jsonargparse|lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning)\..*"
@@ -39,16 +37,16 @@ _DICTS = re.compile(r"collections\.defaultdict|.*\.AttributeDict")
 
 @dataclass(frozen=True)
 class LightningWeights:
-    """What a checkpoint holds of a DDT.
+    """The weights in a checkpoint of a DDT.
 
     Args:
-        ema: the averaged weights by the model's own names: what to sample from, and where a continued average starts.
-        raw: the trained weights, likewise: where continued training starts.
-        projector: REPA's, by the names "0.weight", "0.bias", ... "4.bias" of an nn.Sequential with SiLUs between.
+        ema: the averaged weights by the model's own names, to sample from and to continue averaging from.
+        raw: the trained weights, to continue training from.
+        projector: REPA's projector, by the names "0.weight", "0.bias", ... "4.bias" of an nn.Sequential with SiLUs.
         other: names of everything else in the file.
 
-    Each may be empty, but not both ema and raw. Copy before changing in place: tensors may share memory with each other
-    (equal weights are stored once) or with the file.
+    Each may be empty, but not both ema and raw. Copy tensors before changing them in place: they may share memory with
+    each other (equal weights are stored once) or with the file.
     """
 
     ema: dict[str, Tensor]
@@ -57,7 +55,7 @@ class LightningWeights:
     other: list[str]
 
     def take(self, which: WeightSet, file: Path) -> dict[str, Tensor]:
-        """The weights asked for; ValueError where `file`, which they were read from, has none."""
+        """The averaged or the raw weights; ValueError if `file`, which they come from, has none."""
         found: dict[str, Tensor] = getattr(self, which)
         if not found:
             other = "raw" if which == "ema" else "ema"
@@ -71,16 +69,17 @@ def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeigh
 
     Args:
         path: the file.
-        skip: packages or "package.name" of further objects to pass over, where the file is refused because of them.
+        skip: packages or "package.name" of further objects to pass over, if the file is refused because of them.
 
     Raises:
-        ValueError: missing or corrupt file, objects that no checkpoint needs (none is made), or no DDT in it.
-        OSError: it cannot be read.
+        ValueError: the file is missing or corrupt, holds objects that no checkpoint needs (none is created), or is not
+            a DDT.
+        OSError: the file cannot be read.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"checkpoint {file} does not exist")
-    file.open("rb").close()  # a file that may not be read is not a damaged one
+    file.open("rb").close()  # OSError: an unreadable file is not a damaged one
     content = _unpickle(file, list(skip))
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -103,23 +102,17 @@ def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeigh
 
 
 def write_lightning(
-    path: Path,
-    ema: dict[str, Tensor],
-    raw: dict[str, Tensor] | None = None,
-    projector: dict[str, Tensor] | None = None,
+    path: Path, ema: dict[str, Tensor], raw: dict[str, Tensor] | None = None, projector: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a .ckpt that the original code loads for sampling and for training, whole or not at all.
+    """Write a .ckpt that the original code loads for sampling and training, whole or not at all.
+
+    Training resumes from it at step 0 with a new optimiser. OSError if the file cannot be written.
 
     Args:
-        path: a file of that name is replaced.
+        path: the file; an older one is replaced.
         ema: averaged weights by the model's own names, in any dtype.
-        raw: trained weights; without them the averaged ones are written in their place.
-        projector: REPA's projector; without it the original code starts a new one.
-
-    Training resumes at step 0 with a new optimiser.
-
-    Raises:
-        OSError: it cannot be written.
+        raw: trained weights; without them, the averaged ones take their place.
+        projector: REPA's projector; without it, the original code starts a new one.
     """
     ema = own_storages(ema)
     sets = {"raw": own_storages(raw) if raw else ema, "ema": ema, "projector": own_storages(projector or {})}
@@ -135,13 +128,13 @@ def write_lightning(
         with atomic_file(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch's is about the archive; why it could not be written is in the error before.
+        # torch's error is about the archive; its context says why it could not be written.
         reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise OSError(f"{path} could not be written: {reason}") from error
 
 
 def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, none a part of a larger storage or of another's: as files hold them."""
+    """The tensors as files hold them: contiguous, on the CPU, each with a storage of its own and of its size."""
     result, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -154,8 +147,8 @@ def own_storages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_projector(projector: dict[str, Tensor], hidden_size: int, file: Path) -> tuple[int, ...]:
-    """The widths (hidden_size, ..., features) of a REPA projector; ValueError unless it is three linear layers in a row
-    that begin with the model's width."""
+    """The widths (hidden_size, ..., features) of a REPA projector; ValueError unless it is a chain of three linear
+    layers from the model's width."""
     if projector.keys() != set(_PROJECTOR_NAMES):
         wrong = sorted(projector.keys() ^ set(_PROJECTOR_NAMES))
         what = "lacks" if wrong[0] in _PROJECTOR_NAMES else "also has"
@@ -171,7 +164,7 @@ def check_projector(projector: dict[str, Tensor], hidden_size: int, file: Path) 
 
 
 class _PassedOver:
-    """Stands in for an object that is not needed: made from anything, it does nothing."""
+    """Stands in for an object that is not needed; it accepts anything and does nothing."""
 
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)
@@ -182,7 +175,7 @@ class _PassedOver:
 
 
 class _PassedOverDict:
-    """Stands in for a class of dictionaries, of which torch's unpickler fills plain ones only."""
+    """Stands in for a class of dictionaries: torch's unpickler fills only plain ones."""
 
     def __new__(cls, *_: Any) -> Any:
         return {}
@@ -194,7 +187,7 @@ def _unpickle(file: Path, skip: list[str]) -> Any:
         refused = [name for name in names if not _may_pass_over(name, skip)]
         if refused:
             raise _Refused(_refusal(file, refused))
-        # Nothing of those names is imported or called: torch makes the stand-ins in their place.
+        # Nothing with these names is imported or called: torch makes the stand-ins instead.
         stand_ins: list[Any] = [(_PassedOverDict if _DICTS.fullmatch(name) else _PassedOver, name) for name in names]
         with safe_globals(stand_ins):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -230,6 +223,6 @@ def _refusal(file: Path, names: list[str]) -> str:
         return f"{seen}; no checkpoint of a model needs that: do not trust this file"
     packages = " ".join(sorted({name.partition(".")[0] for name in names}))
     return (
-        f"{seen}; to read the weights alone and pass over those objects, without running them: "
+        f"{seen}; to read only the weights and pass over those objects, without running them: "
         f"python -m ddt_fast.convert {file} OUT --skip {packages}"
     )

@@ -1,16 +1,14 @@
 """8-bit inference on a CPU (W8A8).
 
-A Linear's weights become int8, one scale per output channel; its input becomes 8 bits at every call, one scale per
-token. Both are symmetric, the largest magnitude is 127. Products are summed exactly, in int32, and scaled:
+A Linear's weights become int8, with one scale per output channel; its input becomes 8 bits at every call, with one
+scale per token. Both are symmetric, with a largest magnitude of 127. Products are summed exactly, in int32, and scaled:
 
     y[m, n] = scale_x[m] * scale_w[n] * sum_k x8[m, k] w8[n, k] + bias[n]
 
 The Linears of the blocks and the modulations are quantised; patch, time and label embedders, the final Linear, norms
-and attention are not. Attention and SwiGLU read bfloat16 where the CPU has units for it, everything else keeps the
-model's dtype.
+and attention are not. Attention and SwiGLU use bfloat16 if the CPU has units for it; everything else keeps the model's
+dtype.
 """
-
-from __future__ import annotations
 
 import copy
 import math
@@ -26,35 +24,35 @@ from ddt_fast.model.fused import FusedAttention, FusedBlock, FusedDDT, FusedSwiG
 from ddt_kernels import reference
 
 ZERO_POINT = 128
-"""What stands for 0 in the packed GEMM's activations."""
+"""The value of 0 in the packed GEMM's activations."""
 
 _ZERO_ROW = 1e-30
-"""Stands for the largest magnitude of a row of zeros, whose scale would be 0 / 127."""
+"""The least largest magnitude of a row: a row of zeros would have scale 0."""
 
 _CHUNK = 2**18
-"""Numbers scaled at a time: they stay in the second-level cache between the passes over them."""
+"""Numbers to scale at a time: they stay in the second-level cache between passes."""
 
 
 def quantize_int8(model: FusedDDT) -> FusedDDT:
-    """A copy of a FusedDDT for int8 inference on a CPU; `model` is left as it is.
+    """A copy of a FusedDDT for int8 inference on a CPU; `model` itself stays unchanged.
 
     Args:
-        model: on a CPU, in the dtype to compute in outside the GEMMs. Without int8 units (`cpu_has_int8`) the result is
-            right, but slow.
+        model: the model, on a CPU, in the dtype to compute with outside the GEMMs. Without int8 units (`cpu_has_int8`)
+            the result is correct but slow.
 
     Returns:
         A FusedDDT that can be called and sampled from. It cannot be trained, saved or loaded into: keep the original.
 
     Raises:
-        ValueError: not a FusedDDT, one that is quantised already, or one on another device.
+        ValueError: the model is not a FusedDDT, is already quantised, or is on another device.
     """
     if not isinstance(model, FusedDDT):
         raise ValueError(f"int8 is for FusedDDT, not {type(model).__name__}; use FusedDDT.from_reference(model)")
     if isinstance(model.encoder_modulation, Int8Linear):
-        raise ValueError("the model is quantised already")
+        raise ValueError("the model is already quantised")
     _check_cpu(model.encoder_modulation.weight)
     inner = torch.bfloat16 if cpu_has_bf16() else model.encoder_modulation.weight.dtype
-    # What deepcopy finds in its memo counts as copied: the layers to replace are, by what replaces them.
+    # deepcopy takes what is in its memo as copied: here, the layers that replace others.
     made: dict[int, Any] = {}
     for layer in (model.encoder_modulation, model.decoder_modulation):
         made[id(layer)] = Int8Linear(layer.weight, layer.bias)
@@ -81,7 +79,7 @@ class Int8Linear(nn.Module):
     Args:
         weight: (N, K).
         bias: (N,) or None.
-        dtype: of the result; None for the weight's.
+        dtype: the result's dtype; None takes the weight's.
     """
 
     packed: Tensor | None
@@ -94,7 +92,7 @@ class Int8Linear(nn.Module):
         self.dtype = dtype or weight.dtype
         rows, scale = quantize_rows(weight.detach())
         self.register_buffer("packed", pack_int8_weight(rows))
-        # (K, N) in rows: the layout that torch._int_mm is fastest with.
+        # (K, N), contiguous: the fastest layout for torch._int_mm.
         plain_weight = None if self.packed is not None else rows.t().clone(memory_format=torch.contiguous_format)
         self.register_buffer("weight", plain_weight)
         self.register_buffer("scale", scale.flatten())
@@ -116,12 +114,12 @@ class Int8Linear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
     def _sums(self, rows: Tensor) -> Tensor:
-        """(M, K) → (M, N): with packed weights times `scale` and in `dtype`, else in int32."""
+        """(M, K) → (M, N): with packed weights, scaled by `scale` and in `dtype`; else in int32."""
         if self.packed is not None:
             return packed_int8_gemm(rows, self.packed, self.scale, self.dtype)
         assert self.weight is not None
         if 1 in rows.shape:
-            # The stride of such a dimension is anyone's choice, but torch._int_mm (2.13) reads it: with any other than
+            # The stride of a dimension of 1 is arbitrary, but torch._int_mm (2.13) reads it: with any other stride than
             # this one, results are silently wrong.
             rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
         return torch._int_mm(rows, self.weight)
@@ -136,8 +134,8 @@ class Int8Linear(nn.Module):
 class Int8Attention(nn.Module):
     """FusedAttention in int8, on q, k and v of the dtype `inner`.
 
-    Queries and keys come out of their GEMM with the first of every rotary pair before all of the second: their products
-    are the same in any order, and halves are read in whole vectors, pairs are not.
+    Queries and keys come out of their GEMM with the first elements of all rotary pairs before the second ones: their
+    products are the same in any order, and halves can be read as whole vectors, unlike pairs.
     """
 
     q_weight: Tensor
@@ -163,7 +161,7 @@ def _pairs_apart(x: Tensor, dim: int) -> Tensor:
 
 
 def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`ddt_kernels.reference.norm_rope` where the pairs of x (B, N, H, D) and weight (D,) are apart."""
+    """`ddt_kernels.reference.norm_rope` for x (B, N, H, D) and weight (D,) with their pairs apart."""
     first, second = reference.rms_norm(x, weight).float().chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1).to(x.dtype)
@@ -172,8 +170,8 @@ def _norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Int8SwiGLU(nn.Module):
     """FusedSwiGLU in int8: w1 and w3 are one GEMM, whose result has the dtype `inner`.
 
-    Products of two numbers have long tails, and the largest of a token sets its scale. `_spread` of activations and of
-    weights leaves their products as they are, and of this layer's rounding error about half.
+    Products of two numbers have long tails, and a token's largest one sets its scale. `_spread` on activations and
+    weights does not change the layer's result, and halves its rounding error.
     """
 
     def __init__(self, mlp: FusedSwiGLU, inner: torch.dtype) -> None:
@@ -187,8 +185,8 @@ class Int8SwiGLU(nn.Module):
 
 
 def _spread(x: Tensor) -> Tensor:
-    """x (..., K) times an orthogonal matrix, Hadamard's of the largest power of two up to 8 that divides K: each number
-    becomes a sum of 8 far from each other. Source: arXiv 2404.00456."""
+    """x (..., K) times an orthogonal matrix, the Hadamard matrix of the largest power of two up to 8 that divides K:
+    each number becomes a sum of up to 8 distant ones. Source: arXiv 2404.00456."""
     count = math.gcd(x.shape[-1], 8)
     parts = x.chunk(count, dim=-1)
     for bit in (1, 2, 4)[: count.bit_length() - 1]:
@@ -197,14 +195,12 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """8-bit numbers and their scales.
+    """8-bit numbers (M, K) and their scales (M, 1) float32: (numbers - zero point) * scale differs from x by at most
+    half a scale.
 
     Args:
         x: (M, K).
-        signed: int8, -127 to 127; else uint8, 1 to 255, ZERO_POINT for 0.
-
-    Returns:
-        numbers (M, K) and scales (M, 1) float32 such that (numbers - zero point) * scale is x to within half a scale.
+        signed: int8 from -127 to 127; else uint8 from 1 to 255, with ZERO_POINT for 0.
     """
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(_ZERO_ROW)
@@ -213,9 +209,9 @@ def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
 
 
 def pack_int8_weight(weight: Tensor) -> Tensor | None:
-    """int8 weight (N, K) packed for `packed_int8_gemm`; None where there is no such GEMM, and torch._int_mm serves.
+    """int8 weight (N, K) packed for `packed_int8_gemm`; None if there is no such GEMM, to use torch._int_mm.
 
-    It needs x86's int8 units: without them oneDNN adds pairs of uint8 products in 16 bits, which saturate.
+    It needs x86's int8 units: without them, oneDNN adds pairs of uint8 products in 16 bits, which saturate.
     """
     units = any(cpu_capabilities().get(name, False) for name in ("avx512_vnni", "amx_int8"))
     if not (units and torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_pointwise")):
@@ -224,25 +220,22 @@ def pack_int8_weight(weight: Tensor) -> Tensor | None:
     return packed
 
 
-# torch._int_mm packs its weights at every call and returns int32, which takes another pass. oneDNN's GEMM on packed
-# weights takes uint8 activations, as the units do, and returns scaled sums: a tenth faster at the sizes of XL/2. An
-# operator of its own, because Inductor takes oneDNN's with constant weights alone.
+# torch._int_mm packs its weights at every call and returns int32, which needs another pass. oneDNN's GEMM on packed
+# weights takes uint8 activations, as the units do, and returns scaled sums: a tenth faster at the sizes of XL/2. It is
+# wrapped in an operator, because Inductor accepts oneDNN's only with constant weights.
 _library = torch.library.Library("ddt_fast", "DEF")
 _library.define("packed_int8_gemm(Tensor x, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor")
 _ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32.
+    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32: (M, N).
 
     Args:
         x: (M, K) uint8, contiguous.
         weight: (N, K), from `pack_int8_weight`.
         scale: (N,) float32.
-        dtype: of the result, float32 or bfloat16.
-
-    Returns:
-        (M, N)
+        dtype: the result's dtype, float32 or bfloat16.
     """
     result: Tensor = torch.ops.ddt_fast.packed_int8_gemm(x, weight, scale, dtype)
     return result
@@ -255,7 +248,7 @@ def _packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dty
     return result
 
 
-for _key in ("CPU", "MkldnnCPU"):  # a packed tensor's key is the latter
+for _key in ("CPU", "MkldnnCPU"):  # packed tensors have the latter key
     _library.impl("packed_int8_gemm", _packed_int8_gemm, _key)
 
 
@@ -266,8 +259,8 @@ def _(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_cpu(x: Tensor) -> None:
     if x.device.type != "cpu":
-        raise ValueError(f"int8 is for models on a CPU, this one is on {x.device}; allowed there: float32, bfloat16")
+        raise ValueError(f"int8 is for models on a CPU, but this one is on {x.device}; use float32 or bfloat16 there")
 
 
 def _refuse_state_dict(*_: Any) -> NoReturn:
-    raise ValueError("a quantised model is neither saved nor loaded; save and load the one it was made from")
+    raise ValueError("a quantised model cannot be saved or loaded; save and load the one it was made from")

@@ -1,11 +1,9 @@
-"""DDT in plain PyTorch, under the names of the released weights: the definition every faster path is tested against.
+"""DDT in plain PyTorch, with the names of the released weights: every faster path is tested against it.
 
 Shapes: B batch, N tokens, C hidden size, H heads, D head dimension, F SwiGLU width, p patch size. Read from the end:
-`DDT` is the model, the classes above it its parts; `base` holds how images become tokens. Source: arXiv 2504.05741 and
+`DDT` is the model, and the classes above are its parts; `base` turns images into tokens. Source: arXiv 2504.05741 and
 its released implementation.
 """
-
-from __future__ import annotations
 
 import math
 from typing import cast
@@ -74,7 +72,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """One row a class; the last row is the null class."""
+    """One row per class; the last row is the null class."""
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
         super().__init__()
@@ -116,8 +114,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, each normed, modulated, gated and added. `modulation` is adaLN_modulation(condition),
-    (B, 1, 6C) in the encoder, (B, N, 6C) in the decoder."""
+    """Attention and SwiGLU, each normed, modulated, gated and added. `modulation` comes from adaLN_modulation: (B, 1,
+    6C) in the encoder, (B, N, 6C) in the decoder."""
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
@@ -134,7 +132,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """LayerNorm without affine, modulated; `modulation` is adaLN_modulation(state), (B, N, 2C)."""
+    """LayerNorm without affine parameters, modulated, and a Linear; `modulation` is adaLN_modulation(state), (B, N,
+    2C)."""
 
     def __init__(self, config: DDTConfig) -> None:
         super().__init__()
@@ -150,7 +149,7 @@ class FinalLayer(nn.Module):
 class DDT(DDTBase):
     """Decoupled Diffusion Transformer: a condition encoder (x, t, y) → state and a velocity decoder (x, state) → v.
 
-    `forward` (in `DDTBase`) is: embed t; `condition`; `encode_tokens`; `decoder_modulations`; `decode_tokens`.
+    `forward` (in `DDTBase`) embeds t and calls `condition`, `encode_tokens`, `decoder_modulations`, `decode_tokens`.
     """
 
     def __init__(self, config: DDTConfig) -> None:
@@ -212,7 +211,7 @@ class DDT(DDTBase):
             weights, step = forecast
             wide = torch.promote_types(modulations.dtype, weights.dtype)
             weights = weights.index_select(0, step).to(wide).view(-1, 1, 1, 1)
-            # Where the weight is 0, the modulations may be anything an earlier run left there, even NaN.
+            # Modulations of weight 0 may be anything that an earlier run left there, even NaN.
             combined = torch.where(weights == 0, 0, weights * modulations).sum(0)
             modulations = combined.to(modulations.dtype)
         *blocks, final = modulations.split(

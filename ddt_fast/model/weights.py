@@ -1,8 +1,6 @@
 """Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt
 (`lightning`)."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,8 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +16,7 @@ from torch import Tensor
 from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder, read_json
+from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
@@ -51,15 +48,15 @@ def save_model(
     raw: Mapping[str, Tensor] | None = None,
     projector: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model folder that `load_model` reads, whole or not at all; an older model of that name is replaced.
+    """Write a model folder that `load_model` reads, whole or not at all; an older model in the folder is replaced.
 
-    config.json holds the model's shape, and how its samples become images and are best drawn, so that a folder is all
-    that sampling needs. Weights keep their dtype. For continued training, `raw`, the weights that the model's are the
-    average of, and REPA's `projector` go into files of their own; `read_weight_sets` reads them.
+    config.json holds the model's shape, and how its samples become images and are best drawn, so that sampling needs
+    only the folder. Weights keep their dtype. For continued training, `raw` (the weights that the model is the average
+    of) and REPA's `projector` go into files of their own; `read_weight_sets` reads them.
 
     Raises:
         ValueError: the folder holds anything but a model.
-        OSError: it cannot be written.
+        OSError: the folder cannot be written.
     """
     entries = {"_class_name": "DDT", **asdict(model.config), "data": asdict(data), "sampling": asdict(sampling)}
     with atomic_folder(require_path("folder", folder), OWNED_NAMES) as temporary:
@@ -84,15 +81,15 @@ def load_model(
 
     Args:
         path: a folder written by `save_model`, the folder of a `DDTPipeline`, a .safetensors file, a released
-            Lightning .ckpt, or a Hugging Face Hub id of such a folder.
-        device, dtype: where to put it, and the dtype of its weights.
-        config: needed only where a bare weights file leaves open what its tensor shapes do not settle (patch size,
-            number of encoder blocks) and no preset has these shapes; must agree with the folder's config.json if given.
-        weights: "ema", the averaged ones, which every folder has; "raw", those that training continues from, if kept.
+            Lightning .ckpt, or the hub id of such a folder.
+        device, dtype: the model's device and dtype.
+        config: needed only for a bare weights file whose shapes no preset has, because they do not determine the patch
+            size and the number of encoder blocks; must agree with the folder's config.json, if there is one.
+        weights: "ema", the averaged weights, which every folder has; "raw", those to continue training from, if kept.
 
     Raises:
-        ValueError: missing or corrupt file, a .ckpt with more than tensors in it (nothing of it is run), or weights and
-            configuration that disagree.
+        ValueError: the file is missing or corrupt, a .ckpt holds more than tensors (nothing in it is run), or weights
+            and configuration disagree.
     """
     require_float("dtype", dtype)
     require_choice("weights", weights, WeightSet)
@@ -107,26 +104,23 @@ def load_model(
     if config is None:
         preset, config = settle_config(tensors, source)
         guessed = f"patch size {config.patch_size}, {config.num_encoder_blocks} encoder blocks"
-        warnings.warn(f"{source.name} does not say {guessed}: taken from preset {preset} by its shape", stacklevel=2)
+        warnings.warn(f"{source.name} does not record {guessed}: taken from preset {preset} by its shape", stacklevel=2)
     model = build_model(config, tensors, source)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def require_float(name: str, dtype: object) -> None:
-    """A dtype that weights may have."""
+    """Require a dtype that weights may have."""
     allowed = torch.float32, torch.bfloat16, torch.float16, torch.float64
     valid = isinstance(dtype, torch.dtype) and dtype in allowed
     require(valid, name, dtype, ", ".join(map(str, allowed)))
 
 
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
-    """Everything that training can continue from: averaged and raw weights and REPA's projector, those there are, from
-    a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a Hub id. On the CPU, memory-mapped, in
-    their own dtype.
-
-    Raises:
-        ValueError: missing or corrupt file, or weights or a projector that do not fit `config`, where it is given.
-    """
+    """Read everything that training can continue from: averaged weights, raw weights and REPA's projector, as far as
+    they exist, from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a hub id. They are on
+    the CPU, memory-mapped, in their own dtype. ValueError if the file is missing or corrupt, or weights or projector do
+    not fit `config`, if given."""
     source = resolve_checkpoint(path)
     sets = _read_sets(source)
     if config is not None:
@@ -151,7 +145,7 @@ def _read_sets(source: Path) -> LightningWeights:
 
 
 def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) -> DDT:
-    """A DDT that holds these very tensors; ValueError where they do not fit it, with `source` as their origin."""
+    """A DDT that holds these tensors, not copies; ValueError if they do not fit, with `source` as their origin."""
     _check_settings(_settled_by_shapes(weights, source), _settled(config), source)
     with torch.device("meta"):
         model = DDT(config)
@@ -161,25 +155,16 @@ def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) 
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The local folder or file of a checkpoint, in a pipeline's folder its transformer. A name like "user/model" that
-    does not exist here is fetched from the Hub.
-
-    Raises:
-        ValueError: nothing there, or not a path.
-    """
+    """The local folder or file of a checkpoint; for a pipeline's folder, its transformer. A name like "user/model" that
+    does not exist here is fetched from the Hub. ValueError if there is no such checkpoint."""
     local = require_path("checkpoint", path)
     if local.is_dir():
         return _model_folder(local)
     if local.exists():
         return local
-    if str(path).count("/") != 1 or local.suffix in (".ckpt", ".safetensors") or str(path).startswith((".", "/", "~")):
+    if not is_hub_id(str(path)) or local.suffix in (".ckpt", ".safetensors"):
         raise ValueError(f"checkpoint {path} does not exist; allowed: a folder, a .safetensors or a .ckpt file")
-    try:
-        fetched = Path(snapshot_download(str(path), allow_patterns=_FETCHED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"checkpoint {path} is not a local path, nor fetched from the Hub: {reason}") from error
-    return _model_folder(fetched)
+    return _model_folder(fetch(str(path), _FETCHED))
 
 
 def _model_folder(folder: Path) -> Path:
@@ -191,7 +176,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def has_config(checkpoint: Path) -> bool:
-    """Whether a local checkpoint has its settings with it: a config.json in the folder, or beside a .safetensors."""
+    """Whether a local checkpoint comes with settings: a config.json in the folder, or beside a .safetensors."""
     return checkpoint.suffix != ".ckpt" and _config_file(checkpoint).is_file()
 
 
@@ -200,25 +185,22 @@ def _config_file(checkpoint: Path) -> Path:
 
 
 def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
-    """The settings beside a local checkpoint's weights, else those of the preset; ValueError for both or neither."""
+    """The settings beside a local checkpoint's weights, else the preset's; ValueError for both or neither."""
     if has_config(checkpoint):
         saved = read_experiment(checkpoint)
         if preset is not None:
-            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
+            raise ValueError(f"preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
     if not isinstance(preset, str) or preset not in PRESETS:
-        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
-        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
+        missing = f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
+        problem = f"preset {preset!r} does not exist" if preset else missing
+        raise ValueError(f"{problem}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 
 def read_experiment(path: str | Path) -> Experiment:
-    """Model, data and sampling settings from the config.json of (or beside) a checkpoint; the autoencoder of a
-    pipeline's folder is its own.
-
-    Raises:
-        ValueError: no or a corrupt config.json.
-    """
+    """Read model, data and sampling settings from the config.json in (or beside) a checkpoint. A pipeline's folder has
+    its own autoencoder. ValueError if config.json is missing or corrupt."""
     file = _config_file(resolve_checkpoint(path))
     experiment, pipeline = read_settings(file), file.absolute().parent.parent
     if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
@@ -228,12 +210,8 @@ def read_experiment(path: str | Path) -> Experiment:
 
 
 def read_settings(file: Path) -> Experiment:
-    """Model, data and sampling settings from a config.json, or from what a training run writes: its recipe.yaml, or
-    the trainer.json of a checkpoint.
-
-    Raises:
-        ValueError: no or a corrupt file.
-    """
+    """Read model, data and sampling settings from a config.json, or from a training run's recipe.yaml or trainer.json.
+    ValueError if the file is missing or corrupt."""
     try:
         text = file.read_text()
         entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -252,12 +230,9 @@ def read_settings(file: Path) -> Experiment:
 
 
 def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
-    """The weights of a folder, which diffusers splits into several files where they are large; those of a variant have
-    its name in theirs. Memory-mapped.
-
-    Raises:
-        ValueError: none, damaged ones, or an index that names anything but safetensors of the folder.
-    """
+    """Read the weights of a folder, memory-mapped. diffusers splits large weights into several files, and adds the name
+    of a variant to the file names. ValueError if weights are missing or damaged, or an index names anything but
+    safetensors in the folder."""
     whole, index = WEIGHTS_NAME, INDEX_NAME
     if variant is not None:
         whole = whole.replace(".safetensors", f".{variant}.safetensors")
@@ -274,7 +249,7 @@ def shard_names(index: Path) -> list[str]:
     files = places.values() if isinstance(places, dict) else [None]
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index} says that weights are in {file!r}; expected .safetensors files of its folder")
+            raise ValueError(f"{index} says that weights are in {file!r}; expected .safetensors files in its folder")
     return sorted(set(files))
 
 
@@ -292,16 +267,14 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 def settle_config(
     weights: Mapping[str, Tensor], source: Path, presets: Mapping[str, Experiment] = PRESETS
 ) -> tuple[str, DDTConfig]:
-    """The name of the first preset that agrees with the shapes of the weights, and its config with their classes.
-
-    Raises:
-        ValueError: none agrees, or these are not the weights of a DDT; `source` is named as their origin.
-    """
+    """The name of the first preset that agrees with the shapes of the weights, and its config with their number of
+    classes. ValueError if no preset agrees, or the weights are not a DDT's; the message names `source` as their
+    origin."""
     seen = _settled_by_shapes(weights, source)
     for name, preset in presets.items():
         if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:
             return name, replace(preset.model, num_classes=seen["num_classes"])
-    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
+    whose = f"preset {next(iter(presets))} does not have" if len(presets) == 1 else "no preset has"
     shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "
@@ -310,7 +283,7 @@ def settle_config(
 
 
 def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str, int]:
-    """`_settled` of the model that has these weights; ValueError if no DDT has them."""
+    """`_settled` for the model with these weights; ValueError if no DDT has them."""
     try:
         hidden_size, patch_features = weights["x_embedder.proj.weight"].shape
         return {
@@ -327,7 +300,7 @@ def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str,
 
 
 def _settled(config: DDTConfig) -> dict[str, int]:
-    """The settings, or products of them, that the shapes of the weights determine."""
+    """The settings, or products of settings, that the shapes of the weights determine."""
     return {
         "hidden_size": config.hidden_size,
         "hidden_size / num_heads": config.head_dim,

@@ -1,6 +1,4 @@
-"""What a pipeline's own parts share: they refuse keyword arguments that diffusers ignores."""
-
-from __future__ import annotations
+"""What a pipeline's parts share: they refuse keyword arguments that diffusers would ignore."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,33 +11,31 @@ from diffusers.configuration_utils import ConfigMixin
 from ddt_fast.checks import require, require_arguments, require_kind, require_path
 
 UPLOAD_OPTIONS = ("repo_id", "private", "token", "commit_message", "create_pr")
-"""What diffusers' `save_pretrained` takes for an upload."""
+"""Arguments of diffusers' `save_pretrained` for an upload."""
 SAVING_OPTIONS = ("save_directory", "safe_serialization", "variant", "max_shard_size", "push_to_hub")
-"""What it takes for weights."""
+"""Its arguments for weights."""
 
 
 def check_loading(options: dict[str, Any]) -> None:
-    """Options of `from_pretrained`: use_safetensors, which is removed, has to be true; ValueError otherwise."""
-    if options.pop("use_safetensors", True) is False:
-        raise ValueError("use_safetensors is False; allowed: True, pickled weights may hold code")
+    """Check the options of `from_pretrained`, and remove use_safetensors, which must be true; ValueError otherwise."""
+    safe = options.pop("use_safetensors", True)
+    require(safe is not False, "use_safetensors", safe, "True, because pickled weights may hold code")
     _require_variant(options.get("variant"))
 
 
 def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str) -> Path:
-    """The folder to save in.
+    """Check the arguments of `save_pretrained`; return the folder. ValueError if an argument is unknown, or a value is
+    not allowed.
 
     Args:
         save_directory: a path.
-        given: the other arguments of `save_pretrained`.
+        given: the other arguments.
         allowed: their names, besides those of an upload.
-
-    Raises:
-        ValueError: an unknown argument, or a value that is not allowed.
     """
     require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
     folder = require_path("save_directory", save_directory)
-    if not given.get("safe_serialization", True):
-        raise ValueError("safe_serialization is False; allowed: True, only safetensors are written")
+    safe = given.get("safe_serialization", True)
+    require(bool(safe), "safe_serialization", safe, "True, because only safetensors are written")
     _require_variant(given.get("variant"))
     size = given.get("max_shard_size")
     valid = size is None or isinstance(size, str) or (type(size) is int and size >= 1)
@@ -48,14 +44,14 @@ def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str
 
 
 def _require_variant(variant: object) -> None:
-    """None, or what may be a part of file names."""
+    """Require None, or a name that may be part of file names."""
     valid = variant is None or (isinstance(variant, str) and re.fullmatch(r"\w[\w.-]{0,63}", variant))
     require(bool(valid), "variant", variant, "none, or up to 64 letters, digits and ._-, such as fp16")
 
 
 def takes_fields_of(settings: type) -> Callable[[Any], Any]:
-    """Give an `__init__(self, **settings)` the signature that names a dataclass's fields: diffusers reads a component's
-    settings, and their defaults, from there."""
+    """Give an `__init__(self, **settings)` a signature with a dataclass's fields: diffusers reads the settings of a
+    component, and their defaults, from its signature."""
 
     def decorate(init: Any) -> Any:
         own = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
@@ -70,15 +66,13 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object of these settings.
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings. ValueError if
+        an argument is not a setting and would not be returned, or a value is not allowed.
 
         Args:
             config: the settings by name.
             return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
             kwargs: settings that override those in config.
-
-        Raises:
-            ValueError: an argument that is not a setting and would not be returned, or a value that is not allowed.
         """
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:

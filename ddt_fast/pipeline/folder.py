@@ -1,6 +1,4 @@
-"""Pipeline folders are other people's: their content is checked before any of it is loaded."""
-
-from __future__ import annotations
+"""Checks of a pipeline's folder before any of it is loaded: it may come from other people."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ OWNED_NAMES = r"model_index\.json|transformer|vae|scheduler|README\.md|training\
 _OWNED_WITHIN = r"(scheduler_)?config\.json|diffusion_pytorch_model.*\.(safetensors|index.*\.json)"
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
-# As in model_index.json: [module, class], or two nulls for a part that is left out.
+# As in model_index.json: [module, class], or two nulls for a missing part.
 _NONE: list[Any] = [None, None]
 _COMPONENTS = {
     "transformer": [[PACKAGE, "DDTTransformer2DModel"]],
@@ -25,8 +23,8 @@ _COMPONENTS = {
 
 
 def check_pipeline(folder: Path) -> None:
-    """ValueError unless the folder is a DDTPipeline's: its components of the classes that one has, which are all that
-    is imported, and weights as safetensors."""
+    """ValueError unless the folder holds a DDTPipeline: components of its own classes, which are the only ones to be
+    imported, and weights as safetensors."""
     index = read_json(folder / INDEX_NAME)
     if index.get("_class_name") != PIPELINE_CLASS:
         raise ValueError(f"{folder} holds a {index.get('_class_name')}; expected a {PIPELINE_CLASS}")
@@ -38,7 +36,7 @@ def check_pipeline(folder: Path) -> None:
             continue
         if not (folder / name).is_dir():
             raise ValueError(f"{folder} lacks its folder {name}")
-        # diffusers takes a component's class from such a file, where there is one.
+        # diffusers would take a component's class from such a file.
         if code := sorted((folder / name).glob("*.py")):
             raise ValueError(f"{code[0]} is code, and was not executed; allowed: weights and configuration")
         if name != "scheduler":
@@ -46,15 +44,15 @@ def check_pipeline(folder: Path) -> None:
 
 
 def check_pipeline_replaceable(folder: Path) -> None:
-    """ValueError where a pipeline written here would take the place of anything but a pipeline."""
+    """ValueError if a pipeline written here would replace anything but a pipeline."""
     check_replaceable(folder, OWNED_NAMES)
     for name in _COMPONENTS:
         check_replaceable(folder / name, _OWNED_WITHIN)
 
 
 def check_weights(folder: Path) -> None:
-    """ValueError where a model's folder has weights as pickles only, or an index that names other files than
-    safetensors in it: pickles may hold code, and are not opened."""
+    """ValueError if a model's folder holds its weights only as pickles, or an index names anything but safetensors in
+    it: pickles may hold code, and are not opened."""
     names = sorted(entry.name for entry in folder.iterdir())
     for index in folder.glob("*.index*.json"):
         shard_names(index)

@@ -1,7 +1,5 @@
 """How a pipeline is loaded and saved."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,14 +11,14 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines import pipeline_utils
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import is_accelerate_available
-from huggingface_hub import create_repo, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import create_repo
 
 from ddt_fast.autoencoder import default_dtype_kept, load_vae
-from ddt_fast.checks import require_arguments, require_name, require_path
+from ddt_fast.checks import require, require_arguments, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
-from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, write_model_card
+from ddt_fast.hub import fetch, is_hub_id
+from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, require_license, write_model_card
 from ddt_fast.model.lightning import WeightSet
 from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
 from ddt_fast.pipeline.component import SAVING_OPTIONS, UPLOAD_OPTIONS, check_loading, check_saving
@@ -28,6 +26,7 @@ from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, ch
 from ddt_fast.pipeline.scheduler import DDTScheduler
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
+from ddt_fast.wording import one_line
 
 _WEIGHTS = "diffusion_pytorch_model*"
 _FETCHED = [
@@ -36,7 +35,7 @@ _FETCHED = [
     *(f"{folder}{_WEIGHTS}.{kind}" for folder in ("", "transformer/", "vae/") for kind in ("safetensors", "json")),
 ]
 _DTYPE = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
-"""What this diffusers calls it; older versions ignore the new name."""
+"""The name of the argument in this version of diffusers; older versions ignore the new name."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _OF_MODELS = ("torch_dtype", "dtype", "vae", "id2label", "preset", "weights")
 _OF_PIPELINES = (
@@ -57,26 +56,25 @@ class SavedPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Load a pipeline that `save_pretrained` wrote, or make one of a model folder, such as a training run's model/.
-
-        Only safetensors and JSON are read (and fetched): nothing in a folder or repository is executed.
+        """Load a pipeline that `save_pretrained` wrote, or make one from a model folder, such as a training run's
+        model/. Only safetensors and JSON are fetched and read: nothing in a folder or repository is executed.
 
         Args:
-            pretrained_model_name_or_path: a local folder or a hub id; what is cached needs no network.
+            pretrained_model_name_or_path: a local folder or a hub id; cached files need no network.
             kwargs: torch_dtype (default: float32), parts of your own (transformer, vae, scheduler, id2label),
                 cache_dir, force_download, local_files_only, token, revision, variant, and the others of
                 `DiffusionPipeline.from_pretrained`; for a model folder torch_dtype, vae and id2label.
 
         Raises:
-            ValueError: an unknown argument, nothing there, parts of other classes, settings that are not
-                allowed, weights that are not safetensors or do not fit.
-            OSError: files that are missing or cannot be read.
+            ValueError: an argument is unknown, there is no pipeline, parts have other classes, settings are not
+                allowed, or weights are not safetensors or do not fit.
+            OSError: files are missing or cannot be read.
         """
         folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_arguments("from_pretrained", kwargs, list(dict.fromkeys((*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS))))
         check_loading(kwargs)
-        if (code := kwargs.pop("custom_pipeline", None)) is not None:
-            raise ValueError(f"custom_pipeline is {code!r}; allowed: None, no code is fetched or run")
+        code = kwargs.pop("custom_pipeline", None)
+        require(code is None, "custom_pipeline", code, "None, because no code is fetched or run")
         for option in ("torch_dtype", "dtype"):
             given = kwargs.get(option)
             for dtype in given.values() if isinstance(given, Mapping) else [given]:
@@ -84,9 +82,11 @@ class SavedPipeline(DiffusionPipeline):
                     require_float(option, dtype)
         hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
         if folder.is_file():
-            raise ValueError(f"{folder} is a file; from_single_file reads those")
+            raise ValueError(f"{folder} is a file; use from_single_file")
         if not folder.is_dir():
-            folder = _fetch(str(pretrained_model_name_or_path), hub)
+            if not is_hub_id(name := str(pretrained_model_name_or_path)):
+                raise ValueError(f"{name} is not a local folder, nor a hub id such as user/model")
+            folder = fetch(name, _FETCHED, **hub)
         if not (folder / INDEX_NAME).is_file():
             require_arguments("from_pretrained of a model folder", kwargs, _OF_MODELS)
             return cls.from_single_file(folder, **kwargs)
@@ -102,8 +102,7 @@ class SavedPipeline(DiffusionPipeline):
         except (ValueError, OSError, MemoryError):
             raise
         except Exception as error:  # diffusers may raise anything on a damaged config.json
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{folder} could not be loaded: {type(error).__name__}: {reason}") from error
+            raise ValueError(f"{folder} could not be loaded: {type(error).__name__}: {one_line(error)}") from error
         pipe.provenance = read_provenance(folder)
         return pipe
 
@@ -119,20 +118,20 @@ class SavedPipeline(DiffusionPipeline):
         dtype: torch.dtype | None = None,
         id2label: dict[int, str] | None = None,
     ) -> Self:
-        """A pipeline of a released Lightning .ckpt, of which nothing is executed, of a .safetensors or a model folder.
+        """Make a pipeline from a released Lightning .ckpt, a .safetensors or a model folder; nothing in it is executed.
 
         Args:
             pretrained_model_link_or_path: the local file or folder.
             preset: settings for a file without config.json: the name of one of `ddt_fast.presets.PRESETS`, or an
                 Experiment; None takes the first preset with the weights' shapes (256 px, for XL/2).
-            weights: of a .ckpt, "ema", the averaged ones, or "raw".
+            weights: the weights of a .ckpt to take: "ema", the averaged ones, or "raw".
             vae: the autoencoder, or where it is; None loads the one that the settings name, if any.
-            torch_dtype, dtype: of all weights, by either of diffusers' names; None is float32.
-            id2label: as `DDTPipeline`.
+            torch_dtype, dtype: the dtype of all weights, by either of diffusers' names; None is float32.
+            id2label: as for `DDTPipeline`.
 
         Raises:
-            ValueError: missing or corrupt file, one with more than tensors in it, settings that do not fit it, or an
-                autoencoder that cannot be loaded.
+            ValueError: the file is missing or corrupt, or holds more than tensors, settings do not fit it, or the
+                autoencoder cannot be loaded.
         """
         source = resolve_checkpoint(pretrained_model_link_or_path)
         experiment = preset if isinstance(preset, Experiment) else None
@@ -167,25 +166,25 @@ class SavedPipeline(DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Write a folder that `from_pretrained` reads, whole or not at all, with a model card; `ddt_fast.load_model`
-        reads its transformer/. An older pipeline of that name is replaced.
+        reads its transformer/. An older pipeline in the folder is replaced.
 
         Args:
             save_directory: the folder.
             safe_serialization: True; pickles are not written.
-            variant: of the weights' file names, such as "fp16".
-            max_shard_size: weights above it are split, such as "5GB"; None is diffusers' 10 GB.
-            push_to_hub: upload it, too.
-            license: for the card, its identifier on the Hub, such as "mit"; None leaves it out.
+            variant: part of the weights' file names, such as "fp16".
+            max_shard_size: larger weights are split, such as "5GB"; None is diffusers' 10 GB.
+            push_to_hub: also upload the folder.
+            license: the license's identifier on the Hub for the card, such as "mit"; None leaves it out.
             kwargs: repo_id, private, token, commit_message and create_pr of an upload.
 
         Raises:
-            ValueError: an unknown argument, or the folder holds anything but a pipeline.
-            OSError: it cannot be written.
+            ValueError: an argument is unknown, or the folder holds anything but a pipeline.
+            OSError: the folder cannot be written.
         """
         options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size}
         given = {"safe_serialization": safe_serialization, **options, **kwargs}
         folder = check_saving(save_directory, given, *SAVING_OPTIONS, "license")
-        require_name("license", license, "none, or its identifier on the Hub, such as mit")
+        require_license(license)
         if not self.transformer.is_plain:
             raise ValueError("the transformer is adapted or quantised; merge or unload its adapters first")
         self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config), data=asdict(self.data))
@@ -198,12 +197,12 @@ class SavedPipeline(DiffusionPipeline):
             self._upload(folder, kwargs.pop("repo_id", folder.name), **kwargs)
 
     def push_to_hub(self, repo_id: str, commit_message: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Upload to the Hub what `save_pretrained` writes, its model card included.
+        """Upload to the Hub what `save_pretrained` writes, with the model card.
 
         Args:
-            repo_id: the repository; created where it is missing.
-            commit_message: of the upload.
-            kwargs: private, token and create_pr of the upload, and those of `save_pretrained`.
+            repo_id: the repository; created if missing.
+            commit_message: the message of the upload.
+            kwargs: private, token and create_pr of the upload, and arguments of `save_pretrained`.
         """
         upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
         with tempfile.TemporaryDirectory() as temporary:
@@ -219,23 +218,12 @@ class SavedPipeline(DiffusionPipeline):
             return self._upload_folder(folder, repo_id, token=token, **options)
         except (ValueError, OSError):
             raise
-        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+        except Exception as error:  # the HTTP library's, which depends on the version of huggingface_hub
             raise OSError(f"{repo_id} could not be uploaded: {error}") from error
 
 
-def _fetch(name: str, options: dict[str, Any]) -> Path:
-    """The local copy of the files of a Hub repository that are read; from the cache where there is no network."""
-    missing = f"{name} is not a local folder"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{missing}, nor a hub id such as user/model")
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FETCHED, **options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, TypeError) as error:
-        raise ValueError(f"{missing}, and the Hub does not provide it: {str(error).splitlines()[0]}") from error
-
-
 def _preset_like(config: DDTConfig) -> Experiment:
-    """The first preset of this shape, whatever its number of classes: `load_model` takes the same one."""
+    """The first preset of this shape, with any number of classes, as in `load_model`."""
     preset = next(
         preset for preset in PRESETS.values() if replace(preset.model, num_classes=config.num_classes) == config
     )

@@ -1,9 +1,9 @@
-"""`DDTPipeline`: from class labels to images, by diffusers' conventions, on our engine."""
+"""`DDTPipeline`: from class labels to images, with diffusers' conventions, on ddt_fast's engine."""
 
-# Annotations are not deferred here, and __init__'s are of the older kind: diffusers 0.36 reads them as they are.
+# Annotations are not deferred here, and __init__ uses Optional: diffusers 0.36 reads the annotations as they are.
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import signature
 from typing import Any, Literal, Optional, Self
 
@@ -30,7 +30,7 @@ from ddt_fast.wording import plural
 
 logger = logging.get_logger(__name__)
 
-# The fields of `SamplingConfig` that a call takes as they are: num_steps goes by diffusers' name.
+# The fields of `SamplingConfig` that a call accepts; num_steps has diffusers' name there.
 _SETTINGS = [setting.name for setting in fields(SamplingConfig) if setting.name != "num_steps"]
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -38,20 +38,20 @@ StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping
 
 
 class DDTPipeline(SavedPipeline):
-    """Images of classes, drawn by a DDT.
+    """Draws images of classes with a DDT.
 
-    The transformer's weights are merged for sampling, into a copy that is made anew when they have changed; what is
-    written to a weight's `.data` goes unnoticed until `pipe.to(...)`. One thread at a time may call a pipeline.
+    For sampling, the transformer's weights are merged into a copy, which is made again when they change; changes of a
+    weight's `.data` go unnoticed until `pipe.to(...)`. One thread at a time may call a pipeline.
 
     Args:
         transformer: the model.
-        vae: from its latents to pixels; None for a model of pixels.
-        scheduler: the sampling settings that hold where a call does not say otherwise.
-        id2label: label → names of the class, separated by commas; None for ImageNet's where the model has 1000 classes
-            of latents, "0" to "9" for the digits, else none.
+        vae: turns its latents into pixels; None for a pixel-space model.
+        scheduler: the default sampling settings of a call.
+        id2label: label → names of the class, separated by commas; None for ImageNet's if the model has 1000 classes of
+            latents, "0" to "9" for the digits, else none.
 
     Raises:
-        ValueError: parts that do not fit together.
+        ValueError: the parts do not fit together.
     """
 
     _optional_components = ["vae"]  # noqa: RUF012, attributes of diffusers' class
@@ -65,7 +65,7 @@ class DDTPipeline(SavedPipeline):
         id2label: Optional[dict] = None,  # noqa: UP045
     ) -> None:
         super().__init__()
-        # torch.compile hides a module in one of its own.
+        # torch.compile wraps a module in one of its own.
         require_kind("transformer", getattr(transformer, "_orig_mod", transformer), DDTTransformer2DModel)
         require_kind("scheduler", scheduler, DDTScheduler)
         if vae is not None:
@@ -106,20 +106,17 @@ class DDTPipeline(SavedPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether the latest call was told to end early: a callback may set `pipe._interrupt`."""
+        """Whether the latest call was told to end early; a callback may set `pipe._interrupt`."""
         return self._interrupt
 
     def get_label_ids(self, label: ClassLabel | Sequence[ClassLabel]) -> list[int]:
-        """The labels of classes given by name or number; ValueError names what comes near an unknown or ambiguous
+        """The labels of classes given by name or number; a ValueError names the nearest to an unknown or ambiguous
         one."""
         return self.class_names.labels(label)
 
     def enable_cuda_graphs(self) -> None:
-        """Replay the sampling loop as CUDA graphs, captured at the first call of a shape and setting.
-
-        Raises:
-            ValueError: the transformer is not on a CUDA device.
-        """
+        """Replay the sampling loop as CUDA graphs, captured at the first call with a shape and settings; ValueError if
+        the transformer is not on a CUDA device."""
         device = self.transformer.device
         if device.type != "cuda":
             there = "" if torch.cuda.is_available() else ", and torch sees none here"
@@ -133,7 +130,7 @@ class DDTPipeline(SavedPipeline):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `DiffusionPipeline.to`: a device, a dtype, or both, and silence_dtype_warnings; ValueError for others."""
         require_arguments("to", kwargs, ("device", "dtype", "silence_dtype_warnings"))
-        self._engine = self._sampler = None  # before others take their memory
+        self._engine = self._sampler = None  # free their memory first
         return super().to(*args, **kwargs)
 
     @torch.no_grad()
@@ -158,30 +155,26 @@ class DDTPipeline(SavedPipeline):
         """Draw images.
 
         Args:
-            class_labels: a class, or several: labels, 0 to num_classes - 1, or names, as in `pipe.id2label`.
-            num_inference_steps, guidance_scale: `SamplingConfig.num_steps` and guidance_scale; see settings.
-            sampling: how to draw; None for the scheduler's settings.
-            num_images_per_label: so many images of each entry of class_labels, one after the other.
-            height, width: of the images in pixels; None for the size the model was trained at.
-            generator: one per image, or one that is drawn from for one image after the other; None for torch's own of
-                the CPU. One of the CPU that was seeded gives the image that its seed has everywhere in ddt_fast; one of
-                the pipeline's own device draws there, and gives images of its own.
-            latents: (N, in_channels, h, w) standard normal, to start from in place of the generators' noise.
+            class_labels: one or more classes: labels, 0 to num_classes - 1, or names, as in `pipe.id2label`.
+            num_inference_steps, guidance_scale: num_steps and guidance_scale of `SamplingConfig`; see settings.
+            sampling: the sampling settings; None for the scheduler's.
+            num_images_per_label: images per entry of class_labels, one after another.
+            height, width: size of the images in pixels; None for the size the model was trained at.
+            generator: one per image, or one for all images in turn; None for torch's own on the CPU. A seeded one on
+                the CPU gives the image of its seed everywhere in ddt_fast; one on the pipeline's device gives others.
+            latents: (N, in_channels, h, w) standard normal, to start from instead of the generators' noise.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
-                H, W) likewise; "latent", (N, in_channels, h, w) float32, what the model draws
-                (`ddt_fast.autoencoder.undo_normalisation` makes them what its data were).
-            return_dict: ImagePipelineOutput with `images`; else a tuple of them alone.
-            callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), x (N, in_channels,
-                h, w) float32, a copy. The next step continues from a returned {"latents": y}. When it sets
-                `pipe._interrupt`, that was the last step.
-            callback_on_step_end_tensor_inputs: which tensors it is given: "latents", or none.
-            settings: any other field of `SamplingConfig`, such as refresh_every=2, in place of that in `sampling`; None
-                leaves it, and last_step 0 means 1 / steps.
+                H, W) likewise; "latent", the model's output, (N, in_channels, h, w) float32, which
+                `ddt_fast.autoencoder.undo_normalisation` turns into latents like its data's.
+            return_dict: return an ImagePipelineOutput with `images`; else a tuple of the images.
+            callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), with a copy of x
+                (N, in_channels, h, w) float32. The next step continues from a returned {"latents": y}. If it sets
+                `pipe._interrupt`, this was the last step.
+            callback_on_step_end_tensor_inputs: the tensors to give it: "latents", or none.
+            settings: other fields of `SamplingConfig`, such as refresh_every=2; see `SamplingConfig.override`.
 
         Raises:
-            ValueError: an unknown or ambiguous class, an unknown setting or one that is not allowed, sizes that do not
-                fit the model, another number of generators than of images, or generators on a device that is neither
-                the CPU nor the pipeline's.
+            ValueError: a class is unknown or ambiguous, or a setting, a size or the generators are not allowed.
         """
         self._check_output(output_type)
         require_int("num_images_per_label", num_images_per_label, 1)
@@ -189,7 +182,7 @@ class DDTPipeline(SavedPipeline):
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
-        sampler = self._sampler_for(config, count, *shape[1:])  # refuses what memory cannot hold
+        sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
         if latents is None:
@@ -216,26 +209,16 @@ class DDTPipeline(SavedPipeline):
     def _config(
         self, sampling: SamplingConfig | None, num_steps: int | None, settings: dict[str, Any]
     ) -> SamplingConfig:
-        """The settings of a call: `sampling`, or the scheduler's, where a setting is None."""
+        """The settings of a call: `sampling` or the scheduler's, with those given."""
         require_arguments("DDTPipeline", settings, [*signature(self.__call__).parameters, *_SETTINGS])
         own = self.scheduler.sampling_config if sampling is None else sampling
         require_kind("sampling", own, SamplingConfig)
-        given = {name: value for name, value in {"num_steps": num_steps, **settings}.items() if value is not None}
-        if self._cuda_graphs:
-            given.setdefault("cuda_graphs", True)
-        if given.get("last_step") == 0:
-            given["last_step"] = None
-        if "refresh_steps" in given:
-            given = {"refresh_every": 1, "num_refreshes": None, **given}
-        elif "refresh_every" in given:
-            given |= {"refresh_steps": None, "num_refreshes": None}
-        elif own.refresh_steps not in (None, "dp") and given.get("num_steps", own.num_steps) != own.num_steps:
-            steps = f"{own.num_steps} steps, not for {given['num_steps']}"
-            raise ValueError(f"refresh_steps are for {steps}; give refresh_every or refresh_steps")
-        return replace(own, **given)
+        if self._cuda_graphs and settings.get("cuda_graphs") is None:
+            settings["cuda_graphs"] = True
+        return own.override(num_steps=num_steps, **settings)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
-        """(channels, height, width) of what the model sees, for pixels; ValueError for sizes it cannot see."""
+        """(channels, height, width) of the model's input for images of this size; ValueError if it does not fit."""
         config = self.transformer.ddt_config
         factor = self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
         multiple = factor * config.patch_size
@@ -246,9 +229,9 @@ class DDTPipeline(SavedPipeline):
         return config.in_channels, (height or size) // factor, (width or size) // factor
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
-        """The latest sampler again, with its buffers and graphs, where nothing has changed since; else a new one."""
+        """The latest sampler, with its buffers and graphs, if nothing has changed since; else a new one."""
         if hasattr(self.transformer, "_hf_hook") or hasattr(self.transformer, "_diffusers_hook"):
-            raise ValueError("the transformer is offloaded, which the sampler bypasses; call pipe.to(device) instead")
+            raise ValueError("the transformer is offloaded, which the sampler would bypass; use pipe.to(device)")
         model, reusable = self._engine_model()
         key = (config, count, height, width)
         if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
@@ -260,8 +243,8 @@ class DDTPipeline(SavedPipeline):
         return sampler
 
     def _engine_model(self) -> tuple[DDT | FusedDDT, bool]:
-        """What samples: the fused model, made anew when the transformer's weights have changed, or, where layers have
-        adapters or are quantised, the transformer itself. And whether a sampler of it may serve another call."""
+        """The model to sample with, and whether its sampler may serve another call. It is the fused model, made again
+        when the transformer's weights change, or the transformer itself if layers are adapted or quantised."""
         key = _fingerprint(self.transformer)
         if self._engine is None or self._engine[0] != key:
             self._engine = self._sampler = None
@@ -269,7 +252,7 @@ class DDTPipeline(SavedPipeline):
             reference = self.transformer.reference
             if not plain:
                 logger.warning("The transformer is adapted, quantised or has wide heads: it runs as it is, not fused.")
-            # A copy, since sampling merges weights that have names of their own.
+            # A copy, because the fused model merges weights.
             model = FusedDDT.from_reference(reference).requires_grad_(False) if plain else reference
             self._engine = key, model, plain
         return self._engine[1:]
@@ -277,8 +260,8 @@ class DDTPipeline(SavedPipeline):
     def _after_step(
         self, call: StepCallback | None, names: list[str], plan: SamplingPlan, advance: Callable[[], object]
     ) -> Progress:
-        """diffusers' callback_on_step_end as the engine's `progress`: advance the bar, then hand out the latents and
-        take them back."""
+        """diffusers' callback_on_step_end as the engine's `progress`: advance the bar, then pass the latents to the
+        callback and take back what it returns."""
         times = torch.tensor([step.t for step in plan.steps])
 
         def progress(done: int, x: Tensor) -> None:
@@ -311,7 +294,7 @@ class DDTPipeline(SavedPipeline):
 
 
 def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
-    """The tensors that a callback_on_step_end is given; ValueError for others than there are, or for no function."""
+    """The tensors to give a callback_on_step_end; ValueError for unknown names, or if it is not a function."""
     if call is not None and not callable(call):
         raise ValueError(f"callback_on_step_end is a {type(call).__name__}; expected a function")
     names = getattr(call, "tensor_inputs", names)
@@ -324,7 +307,7 @@ def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
 
 
 def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose: str = "") -> None:
-    """ValueError unless these are numbers of this shape."""
+    """Require floats of this shape."""
     if not isinstance(latents, Tensor):
         raise ValueError(f"{what} a {type(latents).__name__}; expected a tensor {shape}{purpose}")
     if latents.shape != shape:
@@ -334,7 +317,7 @@ def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:
-    """Differs when a weight has been replaced, moved, cast or written to."""
+    """A value that changes when a weight is replaced, moved, cast or written to."""
     return [
         (
             id(weight),

@@ -1,7 +1,5 @@
 """The times and solver of flow matching as a diffusers scheduler; scheduler_config.json holds `SamplingConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -24,24 +22,23 @@ _SETTINGS = [setting.name for setting in fields(SamplingConfig)]
 
 @dataclass
 class DDTSchedulerOutput(BaseOutput):
-    """Attributes: prev_sample, x at the next time, shaped as it was, float32."""
+    """Attributes: prev_sample, x at the next time, of the same shape, float32."""
 
     prev_sample: Tensor
 
 
 class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
-    """How samples are drawn, unless a call of the pipeline says otherwise; and, for loops of your own, one step after
-    another:
+    """The default sampling settings of a pipeline; and, for your own loops, one step at a time:
 
         scheduler.set_timesteps(50)
         for t in scheduler.timesteps:
             x = scheduler.step(velocity(x, t), t, x).prev_sample
 
-    Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The pipeline reads the settings of guidance and
-        of the encoder's refreshes; `step` takes a velocity.
+    Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The pipeline uses the settings of guidance and of
+        the encoder's refreshes; `step` takes a velocity.
 
     Raises:
-        ValueError: a value that is not allowed.
+        ValueError: a value is not allowed.
     """
 
     order = 1
@@ -62,14 +59,14 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
 
         Args:
             save_directory: the folder.
-            push_to_hub: upload it, too.
+            push_to_hub: also upload the folder.
             kwargs: repo_id, private, token, commit_message, create_pr and subfolder of an upload.
 
         Raises:
-            ValueError: an unknown argument, or a file of that name.
-            OSError: it cannot be written.
+            ValueError: an argument is unknown, or there is a file of that name.
+            OSError: the folder cannot be written.
         """
-        # diffusers' own push_to_hub passes safe_serialization, which concerns weights.
+        # diffusers' push_to_hub passes safe_serialization, which is for weights.
         allowed = ("save_directory", "push_to_hub", "subfolder", "safe_serialization")
         folder = check_saving(save_directory, kwargs, *allowed)
         if folder.is_file():
@@ -82,13 +79,13 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         return SamplingConfig(**{name: self.config[name] for name in _SETTINGS})
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
-        """Start a run: `timesteps` become its times, (num_inference_steps,) float32, on the device.
+        """Start a run: set `timesteps` to its times, (num_inference_steps,) float32, on the device.
 
         Args:
-            num_inference_steps: None for the scheduler's own number.
+            num_inference_steps: the number of steps; None for the scheduler's own.
             device: None for the CPU.
         """
-        # Refreshes may be for another number of steps, and `step` reads neither them nor guidance.
+        # Refreshes may be for another number of steps; `step` uses neither them nor guidance.
         names = ("timeshift", "last_step", "solver", "order", "diffusion", "diffusion_scale")
         steps = self.config["num_steps"] if num_inference_steps is None else num_inference_steps
         config = SamplingConfig(num_steps=steps, **{name: self.config[name] for name in names})
@@ -97,7 +94,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         self._index, self._velocities = 0, []
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is: flow matching scales nothing."""
+        """The sample, unchanged: flow matching does not scale it."""
         return sample
 
     def step(
@@ -108,17 +105,15 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDTSchedulerOutput | tuple[Tensor]:
-        """From x at this time to x at the next.
+        """From x at this time to x at the next. ValueError if a timestep is out of turn, or generators are on another
+        device.
 
         Args:
-            model_output: (B, ...) velocity at (sample, timestep), guided where you guide.
-            timestep: the next one of `timesteps`; steps are taken in their order.
+            model_output: (B, ...) velocity at (sample, timestep), with guidance if you use it.
+            timestep: the next of `timesteps`, in order.
             sample: (B, ...) x.
-            generator: of the "sde" solver, one or one a sample, on the CPU or on the sample's device; None for torch's
-                own of the CPU.
-
-        Raises:
-            ValueError: a timestep out of turn, or generators elsewhere.
+            generator: for the "sde" solver, one or one per sample, on the CPU or on the sample's device; None for
+                torch's own on the CPU.
         """
         steps = self._plan.steps
         if self._index >= len(steps) or abs(float(timestep) - steps[self._index].t) > 1e-6:
@@ -147,16 +142,14 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
 def per_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
 ) -> list[torch.Generator]:
-    """One generator a sample. A single one is drawn from for one sample after the other, so that the first sample is
-    the same whatever their number; None is torch's default generator of the CPU.
+    """One generator per sample. A single generator serves the samples in turn, so that the first sample does not depend
+    on their number; None is torch's default generator on the CPU. ValueError if the number of generators is wrong, or
+    they are on other devices or not all on one.
 
     Args:
         generator: on the CPU, or on the device.
-        count: of samples.
+        count: number of samples.
         device: where samples are drawn.
-
-    Raises:
-        ValueError: another number of generators, generators on other devices, or not all on one.
     """
     if generator is None:
         generator = torch.default_generator

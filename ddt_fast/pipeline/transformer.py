@@ -1,12 +1,10 @@
 """A DDT as a diffusers model: its config.json and safetensors are those of our model folders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -26,16 +24,13 @@ from ddt_fast.pipeline.folder import check_weights
 
 
 class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: ignore[misc]
-    """`reference.DDT` with diffusers' loading, saving, sharding, adapters and quantisation; state_dict has the released
-    names.
+    """`reference.DDT` with diffusers' loading, saving, sharding, adapters and quantisation. Its state_dict has the
+    released names. ValueError if a value is not allowed.
 
     Args:
         in_channels, patch_size, hidden_size, num_heads, num_blocks, num_encoder_blocks, num_classes: as `DDTConfig`.
         data: the fields of a `DataConfig`: how samples become images.
         sampling: the fields of a `SamplingConfig`: how samples are best drawn.
-
-    Raises:
-        ValueError: a value that is not allowed.
     """
 
     _no_split_modules = ["Block"]  # type: ignore[assignment]  # noqa: RUF012, diffusers' own attribute
@@ -58,8 +53,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
             self.add_module(name, part)
 
     @classmethod
-    def from_reference(cls, model: DDT, data: DataConfig, sampling: SamplingConfig) -> DDTTransformer2DModel:
-        """A model on the reference's very parts: parameters are shared, not copied."""
+    def from_reference(cls, model: DDT, data: DataConfig, sampling: SamplingConfig) -> Self:
+        """A model on the parts of a reference: parameters are shared, not copied."""
         with torch.device("meta"):
             transformer = cls(**asdict(model.config), data=asdict(data), sampling=asdict(sampling))
         for name, part in model.named_children():
@@ -68,16 +63,16 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[Any] | None, **kwargs: Any) -> Any:
-        """As diffusers' `ModelMixin.from_pretrained`, from safetensors alone: pickles are not opened.
+        """As diffusers' `ModelMixin.from_pretrained`, only from safetensors: pickles are not opened.
 
         Args:
             pretrained_model_name_or_path: a model folder, such as a training run's model/ or a pipeline's transformer/,
                 or a hub id.
 
         Raises:
-            ValueError: an unknown argument, no safetensors there, weights that do not fit config.json, or a
-                corrupt one.
-            OSError: nothing there.
+            ValueError: an argument is unknown, there are no safetensors, weights do not fit config.json, or it is
+                corrupt.
+            OSError: there is no model.
         """
         name = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         check_loading(kwargs)
@@ -94,7 +89,7 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         except TypeError as error:  # config.json lacks an argument of __init__
             raise ValueError(f"{folder}: config.json is not a valid configuration: {error}") from error
         except RuntimeError as error:
-            # How torch refuses weights of other shapes; diffusers itself compares shapes only where it has accelerate.
+            # torch's refusal of weights of other shapes; diffusers itself compares shapes only if it has accelerate.
             if "size mismatch" not in str(error):
                 raise
             first = str(error).splitlines()[1].strip()
@@ -120,14 +115,14 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         Args:
             save_directory: the folder.
             safe_serialization: True; pickles are not written.
-            variant: of the weights' file names, such as "fp16".
-            max_shard_size: weights above it are split.
-            kwargs: is_main_process and save_function as in diffusers; push_to_hub, to upload it too, with repo_id,
-                private, token, commit_message and create_pr.
+            variant: part of the weights' file names, such as "fp16".
+            max_shard_size: larger weights are split.
+            kwargs: is_main_process and save_function as in diffusers; push_to_hub, to upload the folder too, with
+                repo_id, private, token, commit_message and create_pr.
 
         Raises:
-            ValueError: an unknown argument, or a file of that name.
-            OSError: it cannot be written.
+            ValueError: an argument is unknown, or there is a file of that name.
+            OSError: the folder cannot be written.
         """
         options: dict[str, Any] = {
             "safe_serialization": safe_serialization,
@@ -173,7 +168,7 @@ def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
     """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made.
 
     Args:
-        folder: of config.json and safetensors.
+        folder: the folder of config.json and safetensors.
         given: arguments of `from_pretrained`: settings that override those in the folder, and the variant.
     """
     entries = {**read_json(folder / CONFIG_NAME), **given}

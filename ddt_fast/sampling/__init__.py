@@ -1,5 +1,5 @@
-"""Sampling: settings become a plan (`plan`), the engine executes it (`engine`); `refresh` finds the best steps at which
-to refresh the encoder."""
+"""Sampling: `plan` turns settings into steps, `engine` runs them, `refresh` finds the best steps to refresh the encoder
+at."""
 
 from ddt_fast.sampling.engine import Sampler, sample
 from ddt_fast.sampling.plan import SamplingPlan

@@ -1,6 +1,4 @@
-"""What the steps of a run share: buffers that stay where they are, and how much memory they take."""
-
-from __future__ import annotations
+"""What the steps of a run share: buffers at fixed addresses, and how much memory they take."""
 
 import os
 from bisect import bisect_right
@@ -13,23 +11,23 @@ from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.sampling.tables import StepTables
 
 CONDITION_BYTES = 512 * 2**20
-"""For precomputed encoder modulations, unless a memory budget says less. Rows for a few steps of a batch already make a
-GEMM that keeps a GPU busy; more only saves launches."""
+"""The most for precomputed encoder modulations. Rows for a few steps of a batch already make a GEMM that keeps a GPU
+busy; more rows only save launches."""
 
 
 class Buffers:
-    """Buffers of a run of `batch_size` samples.
+    """The buffers for a run of `batch_size` samples.
 
     Attributes:
         x: (B, in_channels, height, width) float32.
         step: (1,) int64, the step counter.
         modulations: (slots, branches · B, N, W_d), the decoder modulations kept between steps; conditional ones first.
         velocities, differences: histories of `ddt_kernels.guided_step`, or None.
-        noise: shaped as x where the solver is stochastic, else None.
+        noise: shaped like x if the solver is stochastic, else None.
         rotary: the model's tables.
 
-    The encoder's modulations depend on t and the label alone. They are computed ahead, for as many refreshes at a time
-    as `conditions` holds, and for every distinct label once: one GEMM, and one pass over its weights, instead of one a
+    The encoder's modulations depend only on t and the label. They are computed ahead, for as many refreshes at a time
+    as `conditions` holds and once for every distinct label: one GEMM, and one pass over its weights, instead of one per
     refresh.
     """
 
@@ -84,15 +82,15 @@ class Buffers:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the modulations, decoder's and encoder's, that are kept between steps."""
+        """Bytes of the decoder and encoder modulations kept between steps."""
         return self.modulations.nbytes + self.conditions.nbytes
 
     def rewind(self) -> None:
-        """Back to step 0."""
+        """Go back to step 0."""
         self.step.zero_()
 
     def start(self, noise: Tensor, labels: Tensor) -> None:
-        """Begin a run: x becomes the noise; the labels' rows are laid out. The last point at which the host waits."""
+        """Begin a run: set x to the noise and lay out the labels' rows. The host does not wait after this."""
         self.rewind()
         self.x.copy_(noise)
         self.t_embeddings.copy_(self.model.t_embedder(self._times))
@@ -112,7 +110,7 @@ class Buffers:
         self.condition_start.copy_(starts)
 
     def prepare_conditions(self, step: int) -> None:
-        """Before step number `step`: compute the encoder modulations that begin there, if any do."""
+        """Compute the encoder modulations that begin at this step, if any; call it before the step."""
         if step not in self._chunks:
             return
         first, last = self._chunks[step]
@@ -122,19 +120,19 @@ class Buffers:
         self.model.condition(rows, labels.repeat(count), out=self.conditions[: len(rows)])
 
     def encoder_inputs(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """t_embedding (1, 1, C) and condition (B, 1, W_e) of this step, for these rows of the labels."""
+        """t_embedding (1, 1, C) and condition (B, 1, W_e) of the current step, for these rows of the labels."""
         t_embedding = self.t_embeddings.index_select(0, self.step)[:, None]
         start = self.condition_start.index_select(0, self.step)
         return t_embedding, self.conditions.index_select(0, start + self.label_rows[rows])
 
 
 def max_labels(plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int) -> int:
-    """Distinct labels a batch can have, the null class included where the plan reads it."""
+    """How many distinct labels a batch can have, with the null class if the plan needs it."""
     return min(batch_size, model.config.num_classes) + any(step.uncond is not None for step in plan.steps)
 
 
 def needed_bytes(plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int, height: int, width: int) -> int:
-    """The least that a batch keeps between steps: decoder modulations, and encoder modulations of one refresh."""
+    """The least bytes that a batch keeps between steps: decoder modulations, and encoder modulations of one refresh."""
     dtype = next(model.parameters()).dtype
     rows = max_labels(plan, model, batch_size) * model.condition_size * dtype.itemsize
     return batch_size * plan.cache_bytes(model.config, height, width, dtype) + rows
@@ -149,12 +147,8 @@ def fitting_batch_size(
     memory_budget: int,
     owner: str = "the memory budget is",
 ) -> int:
-    """The largest batch, up to batch_size, that keeps no more than memory_budget bytes between steps; `owner` says in
-    the error whose bytes they are.
-
-    Raises:
-        ValueError: not even one sample fits.
-    """
+    """The largest batch, up to batch_size, that keeps at most memory_budget bytes between steps; ValueError if not even
+    one sample fits. In the error, `owner` says whose bytes they are."""
     fitting = bisect_right(
         range(1, batch_size + 1), memory_budget, key=lambda count: needed_bytes(plan, model, count, height, width)
     )
@@ -171,7 +165,7 @@ def fitting_batch_size(
 def check_memory(
     plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int, height: int, width: int, memory_budget: int | None
 ) -> None:
-    """ValueError where a batch keeps more than the budget (None: the device's memory) between steps."""
+    """ValueError if a batch keeps more than the budget (None: the device's memory) between steps."""
     needed = needed_bytes(plan, model, batch_size, height, width)
     limit = _device_memory(next(model.parameters()).device) if memory_budget is None else memory_budget
     if needed > limit:

@@ -1,11 +1,9 @@
-"""Executes sampling plans, eagerly or as CUDA graphs: the same steps on the same buffers, hence the same numbers.
+"""Runs sampling plans, eagerly or as CUDA graphs: the same steps on the same buffers, with the same results.
 
-A `Sampler` is a plan bound to a model, a batch size and an image size. All that steps share lives in buffers made
-once; what differs between two steps of a kind is read from tables by a step counter on the device (`tables`), so that
-a graph of each kind, captured once, replays the whole run: the host only says which kind comes next.
+A `Sampler` is a plan for a model, a batch size and an image size. Steps share buffers that are made once. What differs
+between two steps of a kind is read from tables, by a step counter on the device (`tables`): one graph for each kind,
+captured once, replays the whole run, and the host only says which kind comes next.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +28,7 @@ Progress = Callable[[int, Tensor], object]
 
 
 class StopSampling(Exception):
-    """Raised by `progress` to end a run after the step it was called for; the samples are x as it is then."""
+    """Raised by `progress` to end a run after the current step; the samples are the current x."""
 
 
 def sample(
@@ -44,26 +42,25 @@ def sample(
 ) -> Tensor:
     """Draw samples: integrate the model's velocity from noise (t = 0) to data (t = 1).
 
-    Many batches of one shape are better drawn by one `Sampler`, which captures its CUDA graphs once.
+    For many batches of one shape, use one `Sampler`, which captures its CUDA graphs once.
 
     Args:
-        model: on the device and in the dtype to compute in.
+        model: the model, on the device and in the dtype to compute with.
         noise: (B, in_channels, height, width), standard normal.
         labels: (B,) int64, 0 to num_classes - 1.
         config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
-            `refresh.resolve_refresh_steps` keeps what it found.
-        generators: one a sample, all on the CPU or all on the model's device, from which the "sde" solver draws; unused
-            by the other solvers.
-        progress: called after every step with the number of steps done and the current x (B, ..) float32, which the
-            next step reads and overwrites: copy what you keep; the run continues from what you write to it. It may
-            raise `StopSampling`.
+            `refresh.resolve_refresh_steps` keeps its result.
+        generators: one per sample, all on the CPU or all on the model's device, for the "sde" solver; other solvers
+            ignore them.
+        progress: called after every step with the number of steps done and the current x (B, ..) float32. The next step
+            reads and overwrites x: copy what you keep; what you write to x is used. It may raise `StopSampling`.
 
     Returns:
-        Samples shaped as noise, float32, on the model's device; latents for a latent model, [-1, 1] pixels otherwise.
+        Samples shaped like noise, float32, on the model's device: latents for a latent model, else [-1, 1] pixels.
 
     Raises:
-        ValueError: noise or labels of the wrong shape, labels out of range, not one generator a sample, or more to keep
-            between steps than fits in memory.
+        ValueError: noise or labels have the wrong shape, a label is out of range, there is not one generator per
+            sample, or memory cannot hold what is kept between steps.
     """
     _check_noise(model, noise)
     sampler = Sampler(model, config, *noise.shape[:1], *noise.shape[2:])
@@ -74,21 +71,22 @@ class Sampler:
     """Draws batches of one size and shape.
 
     Args:
-        model: on the device and in the dtype to compute in; its weights are read at every call.
-        config: the sampling settings. cuda_graphs where the model is not on CUDA warns and runs eagerly.
-        batch_size: samples a call draws at most.
-        height, width: of what the model sees.
+        model: the model, on the device and in the dtype to compute with; its weights are read at every call.
+        config: the sampling settings. With cuda_graphs and a model that is not on CUDA, warn and run eagerly.
+        batch_size: the most samples per call.
+        height, width: size of the model's input.
         memory_budget: bytes for what is kept between steps, decoder modulations and precomputed encoder modulations;
-            None for what the device has.
-        compile_model: `FusedDDT.compile_parts`, in place: the first calls compile, the others are faster.
+            None allows the device's memory.
+        compile_model: compile the model in place (`FusedDDT.compile_parts`): the first calls are slow, later ones
+            faster.
 
     Attributes:
-        plan: what is executed.
-        engine: how it runs, in a few words.
-        capture_seconds: time that capturing the graphs took; 0 without graphs.
+        plan: the steps to run.
+        engine: how they run, in a few words.
+        capture_seconds: time to capture the graphs; 0 without graphs.
 
     Raises:
-        ValueError: sizes that do not fit the model, or a plan that keeps more than the budget or the device holds.
+        ValueError: the size does not fit the model, or the plan keeps more than the budget or the device holds.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class Sampler:
             raise ValueError("compile_model needs a FusedDDT; pass FusedDDT.from_reference(model)")
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
         if compile_model and isinstance(model, FusedDDT):
-            model.compile_parts()  # after refresh steps, which may be measured at another batch size
+            model.compile_parts()  # after the refresh steps, whose probe may have another batch size
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget
@@ -123,10 +121,10 @@ class Sampler:
         graphs = config.cuda_graphs and self.device.type == "cuda"
         if config.cuda_graphs and not graphs:
             warnings.warn(
-                f"cuda_graphs asked for, but the model is on {self.device.type}, not on CUDA; sampling eagerly",
+                f"cuda_graphs is set, but the model is on {self.device.type}, not on CUDA; sampling eagerly",
                 stacklevel=3,
             )
-        # A compiled model or a captured graph is of one shape: smaller batches are filled up.
+        # A compiled model and a captured graph have one shape: smaller batches are filled up.
         self.fixed_shape = graphs or compile_model
         self.buffers = self._make_buffers(batch_size)
         self._execute: Callable[[StepKind], object] = self._advance
@@ -145,7 +143,7 @@ class Sampler:
         generators: Sequence[torch.Generator] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """As `sample`, for up to batch_size samples of this sampler's height and width; ValueError for others."""
+        """As `sample`, for up to batch_size samples of this sampler's size; ValueError for others."""
         self._check_inputs(noise, labels, generators)
         count = noise.shape[0]
         with torch.autocast(self.device.type, enabled=False):  # the model's dtype decides
@@ -153,7 +151,7 @@ class Sampler:
                 del self.buffers  # before the new ones take memory
                 self.buffers = self._make_buffers(count)
             if missing := self.buffers.batch_size - count:
-                # The first sample again, not zeros: nothing in the batch is out of the ordinary.
+                # Repeat the first sample: zeros would not be ordinary input.
                 noise = torch.cat([noise, noise[:1].expand(missing, -1, -1, -1)])
                 labels = torch.cat([labels, labels[:1].expand(missing)])
             self.buffers.start(noise, labels)
@@ -171,17 +169,17 @@ class Sampler:
     def _draw_noise(noise: Tensor, generators: Sequence[torch.Generator]) -> None:
         drawn = normal(noise.shape[1:], generators)
         if noise.is_cuda and not drawn.is_cuda:
-            # From page-locked memory the copy waits in the device's queue, and the host does not.
+            # From page-locked memory, the device's queue makes the copy, and the host does not wait.
             drawn = drawn.pin_memory()
         noise.copy_(drawn, non_blocking=True)
 
     def _make_buffers(self, batch_size: int) -> Buffers:
-        # A tensor made in inference mode could not be written outside of it, at a later call.
+        # A tensor made in inference mode could not be written outside it, by a later call.
         with torch.inference_mode(False):
             return Buffers(self.model, self.plan, self.tables, batch_size, *self.image_size, self.memory_budget)
 
     def _advance(self, kind: StepKind) -> None:
-        """One step: nothing here waits for the device or depends on more than the step's kind."""
+        """Run one step; nothing here waits for the device or depends on anything but the step's kind."""
         b, B = self.buffers, self.buffers.batch_size
         tokens = patchify(b.x.to(self.dtype), self.model.config)
         branches = {1: tokens}
@@ -215,7 +213,7 @@ class Sampler:
         b.step.add_(1)
 
     def _state(self, tokens: Tensor, rows: slice) -> Tensor:
-        """The encoder's state at this step, for these rows of the labels (conditional first, then unconditional)."""
+        """The encoder's state at this step, for these rows of the labels (first conditional, then unconditional)."""
         return self.model.encode_tokens(tokens, *self.buffers.encoder_inputs(rows), self.buffers.rotary)
 
     @torch.no_grad()

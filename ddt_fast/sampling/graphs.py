@@ -1,6 +1,4 @@
-"""Kinds of steps as CUDA graphs: captured once, replayed at every step of their kind."""
-
-from __future__ import annotations
+"""Steps as CUDA graphs: one graph for each kind, captured once and replayed at every step of that kind."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -11,19 +9,19 @@ from ddt_fast.sampling.tables import StepKind
 
 
 class CapturedSteps:
-    """One graph for every kind of step; calling with a kind replays its graph on the current stream.
+    """One graph for every kind of step; a call with a kind replays its graph on the current stream.
 
-    All graphs share one memory pool: no tensor made inside a step is read after it, so each may overwrite what another
-    left there, in any order of replays.
+    All graphs share one memory pool: no tensor made in a step is read after it, so graphs may overwrite each other's
+    tensors, in any order of replays.
 
     Args:
-        advance: runs a step of the given kind, on buffers that stay where they are.
+        advance: runs a step of a kind, on buffers at fixed addresses.
         kinds: the kinds to capture; repeated ones are captured once.
-        rewind: puts the step counter back to 0.
+        rewind: sets the step counter to 0.
         device: the CUDA device.
 
     Attributes:
-        seconds: time that warming up and capturing took.
+        seconds: time to warm up and capture.
     """
 
     def __init__(
@@ -40,7 +38,7 @@ class CapturedSteps:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                # At their first call kernels are compiled and timed, libraries make workspaces: not in a graph.
+                # The first call compiles and times kernels, and makes workspaces, which a graph must not capture.
                 for kind in kinds:
                     rewind()
                     advance(kind)
@@ -49,7 +47,7 @@ class CapturedSteps:
             pool = torch.cuda.graph_pool_handle()
             for kind in kinds:
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may use the device meanwhile, to decode or to write images.
+                # Other threads may use the device at the same time, to decode or to write images.
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     advance(kind)
                 self.graphs[kind] = graph

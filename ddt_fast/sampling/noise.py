@@ -1,6 +1,4 @@
-"""One seed, one image: the noise of a sample is the same in any batch and on any machine."""
-
-from __future__ import annotations
+"""One seed, one image: a sample's noise is the same in every batch and on every machine."""
 
 from collections.abc import Sequence
 
@@ -9,20 +7,13 @@ from torch import Tensor
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """The starting noise of each seed, and its generator, from which a stochastic solver draws later.
-
-    Args:
-        seeds: one per sample.
-        shape: (channels, height, width).
-
-    Returns:
-        (len(seeds), *shape) float32 on the CPU, and as many CPU generators.
-    """
+    """The initial noise of each seed, (len(seeds), *shape) float32 on the CPU, and its CPU generator, from which a
+    stochastic solver draws later. A shape is (channels, height, width)."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return normal(shape, generators), generators
 
 
 def normal(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise, (len(generators), *shape) float32, each sample from its own generator; they are on one
-    device, and so is the noise."""
+    """Standard normal noise, (len(generators), *shape) float32, on the generators' device: each sample comes from its
+    own generator."""
     return torch.stack([torch.randn(tuple(shape), generator=one, device=one.device) for one in generators])

@@ -1,23 +1,22 @@
 """A sampling run written out step by step, before any tensor exists.
 
-`SamplingPlan.from_config` decides for every step which branches are evaluated, whether the encoder runs, and by which
+`SamplingPlan.from_config` decides for every step which branches are evaluated, whether the encoder runs, and with which
 weights cached states and guidance differences are combined; the engine only executes. Every saving is therefore
 visible, countable and testable here:
 
-- the unconditional branch is evaluated only where guidance reads it: inside the interval, for a scale other than 1;
-- the encoder runs only at refreshes, and for the unconditional branch only in segments with a guided step (such a
-  segment may begin unguided: then that branch's encoder runs at the refresh, its decoder does not) and, where a
-  forecast begins there, in the one or two before;
-- between refreshes the decoder's modulations, affine in the state, are kept: no step recomputes them.
+- the unconditional branch is evaluated only where guidance needs it: inside the interval, if the scale is not 1;
+- the encoder runs only at refreshes. For the unconditional branch it runs only in segments with a guided step (if the
+  segment begins unguided, the branch's encoder runs at the refresh, but not its decoder) and, where a forecast begins
+  there, in the one or two segments before;
+- between refreshes, the decoder's modulations, which are affine in the state, are kept: no step recomputes them.
 
-Where both branches are refreshed together (guidance_every 1) they read their states by the same weights; an
-unconditional branch evaluated more rarely has a fresh state each time and keeps none.
+If both branches are refreshed together (guidance_every 1), they combine their states with the same weights; an
+unconditional branch that is evaluated more rarely has a fresh state each time and keeps none.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import torch
@@ -39,12 +38,12 @@ STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
 
 @dataclass(frozen=True)
 class BranchStep:
-    """What a branch, conditional or unconditional, does in a step.
+    """What the conditional or unconditional branch does in a step.
 
     Attributes:
         encode: run the encoder at this step's (x, t); its state becomes the newest cached one.
-        decode: run the decoder and yield a velocity.
-        state_weights: the decoder sees sum_k state_weights[k] * (k-th newest cached state); they sum to 1.
+        decode: run the decoder, for a velocity.
+        state_weights: the decoder's state is sum_k state_weights[k] * (k-th newest cached state); they sum to 1.
     """
 
     encode: bool
@@ -58,11 +57,11 @@ class PlanStep:
 
     Attributes:
         t: time of the evaluation, in [0, 1).
-        coefficients: the solver's.
-        cond, uncond: the two branches; uncond is None where the branch is idle.
-        guidance_scale: w; 1 where the step is not guided.
+        coefficients: the solver's coefficients.
+        cond, uncond: the two branches; uncond is None if the branch is idle.
+        guidance_scale: w; 1 if the step is not guided.
         difference_weights: v = v_cond + (w - 1) sum_k difference_weights[k] * (k-th newest guidance difference);
-            empty where the step is not guided. Where uncond.decode is set, the newest difference is this step's own.
+            empty if the step is not guided. If uncond.decode is set, the newest difference is this step's own.
     """
 
     t: float
@@ -88,11 +87,11 @@ class SamplingPlan:
 
     Attributes:
         steps: in order of execution.
-        state_history: cached states (or what is affine in them) a branch needs at most, newest first.
-        velocity_history: past velocities the solver needs, this step's included.
-        difference_history: guidance differences needed at most.
-        cached_branches: branches whose modulations are kept from step to step: 2 where the unconditional one is
-            refreshed together with the conditional one, else 1.
+        state_history: the most cached states (or what is affine in them) that a branch needs.
+        velocity_history: the most velocities that the solver needs, with this step's.
+        difference_history: the most guidance differences that are needed.
+        cached_branches: branches whose modulations are kept from step to step: 2 if the unconditional one is refreshed
+            together with the conditional one, else 1.
     """
 
     steps: tuple[PlanStep, ...]
@@ -102,7 +101,7 @@ class SamplingPlan:
     cached_branches: int
 
     @classmethod
-    def from_config(cls, config: SamplingConfig) -> SamplingPlan:
+    def from_config(cls, config: SamplingConfig) -> Self:
         """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
         resolve first (`refresh.resolve_refresh_steps`)."""
         if config.refresh_steps == "dp":
@@ -118,8 +117,8 @@ class SamplingPlan:
             uncond = _branch(times, guided, refreshes, config.state_forecast, warm_up=True)
             differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
         else:
-            # A held or extrapolated difference tolerates no unconditional state older than its velocity: where this
-            # branch is evaluated rarely, its encoder runs with it.
+            # A held or extrapolated difference tolerates no unconditional state that is older than its velocity: if
+            # this branch is evaluated rarely, its encoder runs each time.
             evaluated = _every(guided, config.guidance_every)
             uncond = _branch(times, evaluated, [i for i, e in enumerate(evaluated) if e], "hold")
             history = 2 if config.guidance_forecast == "linear" else 1
@@ -156,12 +155,12 @@ class SamplingPlan:
         return sum(branch.encode for step in self.steps for branch in step.branches)
 
     def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes per image of the decoder modulations that are kept between steps, and the most there ever are."""
+        """Bytes per image of the decoder modulations kept between steps, which is also their peak."""
         per_state = model.num_tokens(height, width) * (6 * model.num_decoder_blocks + 2) * model.hidden_size
         return self.state_history * self.cached_branches * per_state * dtype.itemsize
 
     def flops(self, model: DDTConfig, height: int, width: int) -> int:
-        """Matrix-multiplication FLOPs per image (1 multiply-add = 2); height and width of what the model sees."""
+        """Matrix-multiplication FLOPs per image (1 multiply-add = 2), for a model input of height and width."""
         cost = model_flops(model, height, width)
         return self.encoder_evaluations * (cost.encoder + cost.modulations) + self.network_evaluations * cost.decoder
 
@@ -181,7 +180,7 @@ def _solver_steps(config: SamplingConfig, times: tuple[float, ...]) -> list[Step
 
 
 def _every(active: list[bool], period: int) -> list[bool]:
-    """The first, then every period-th, of the active steps."""
+    """The first active step, then every period-th."""
     count = 0
     chosen = []
     for is_active in active:
@@ -193,9 +192,9 @@ def _every(active: list[bool], period: int) -> list[bool]:
 def _forecast(
     times: tuple[float, ...], needed: list[bool], measured: list[bool], history: int
 ) -> list[tuple[float, ...]]:
-    """For every needed step, the weights of the last `history` measured values, newest first; () elsewhere.
+    """For every needed step, the weights of the last `history` measured values, newest first; () for other steps.
 
-    A step that measures takes its own value; until there are enough values, the order is lower.
+    A step that measures uses its own value; while there are fewer values, the order is lower.
     """
     weights: list[tuple[float, ...]] = []
     nodes: list[float] = []
@@ -213,8 +212,8 @@ def _branch(
     forecast: str,
     warm_up: bool = False,
 ) -> list[BranchStep | None]:
-    """One branch, step by step: encode at the refreshes of those segments in which a later or the same step decodes;
-    with warm_up also in as many before the first of them as its forecast reads states of."""
+    """One branch, step by step: encode at the refresh of every segment in which a step decodes; with warm_up, also in
+    the segments before the first of them whose states its forecast needs."""
     history = STATES_IN_FORECAST[forecast]
     needed = [any(decoded[start:end]) for start, end in pairwise([*refreshes, len(decoded)])]
     extrapolates = history > 1 and any(decoded[i] for i in range(len(decoded)) if i not in refreshes)

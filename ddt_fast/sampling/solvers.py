@@ -1,13 +1,11 @@
 """Solvers as pure functions from the times of a run to the coefficients of its steps.
 
-Every solver here is linear in what a step knows, so one rule executes them all:
+Every solver here is linear in x, the velocities and the noise, so one rule executes them all:
 
     x_{i+1} = x_coefficient * x_i + sum_k velocity_coefficients[k] * v_{i-k} + noise_coefficient * n,   n ~ N(0, I)
 
-with v_{i-k} the velocity found k steps ago (k = 0: now).
+where v_{i-k} is the velocity of k steps ago (k = 0: now).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -30,10 +28,10 @@ def euler(times: Sequence[float]) -> list[StepCoefficients]:
 
 
 def linear_multistep(times: Sequence[float], order: int) -> list[StepCoefficients]:
-    """The explicit linear multistep method on these, not necessarily even, times.
+    """The explicit linear multistep method, on times that may be uneven.
 
-    Step i integrates, over [times[i], times[i + 1]], the polynomial through the last `order` velocities (as many as
-    there are in the first steps). The weights sum to the step's length.
+    Step i integrates, over [times[i], times[i + 1]], the polynomial through the last `order` velocities (fewer in the
+    first steps). The weights sum to the step's length.
     """
     steps = []
     for i in range(len(times) - 1):
@@ -43,7 +41,7 @@ def linear_multistep(times: Sequence[float], order: int) -> list[StepCoefficient
 
 
 def euler_maruyama(times: Sequence[float], diffusion: Callable[[float], float]) -> list[StepCoefficients]:
-    """Euler-Maruyama for dx = (v + w(t) s / 2) dt + sqrt(w(t)) dW, whose marginals are those of dx = v dt.
+    """Euler-Maruyama for dx = (v + w(t) s / 2) dt + sqrt(w(t)) dW, which has the marginals of dx = v dt.
 
     The score is s = -noise / (1 - t), and noise = x - t v on the path x_t = t data + (1 - t) noise (SiT,
     arXiv 2401.08740, equations 4 and 9, with time running from noise to data). The last step adds no noise.
@@ -72,7 +70,7 @@ DIFFUSIONS: dict[str, Callable[[float], float]] = {
 def lagrange_integrals(nodes: Sequence[float], start: float, end: float) -> tuple[float, ...]:
     """For each node, the integral over [start, end] of the polynomial that is 1 there and 0 at the other nodes.
 
-    Gauss-Legendre quadrature with two points is exact up to degree 3, hence for up to four nodes.
+    Gauss-Legendre quadrature with two points is exact up to degree 3, and so for up to four nodes.
     """
     if len(nodes) > 4:
         raise ValueError(f"{len(nodes)} nodes; allowed: 1 to 4")

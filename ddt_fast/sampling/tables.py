@@ -1,11 +1,9 @@
 """A plan as the engine runs it: what a step does, and what it reads.
 
-What a step *does* is a `StepKind`, of which a plan has few: each may be captured as one CUDA graph. What a step
-*reads*, its time, its coefficients, its weights, is a row of a table, found by a step counter that lives with the
-tables on the device: no kernel launch depends on the step.
+What a step *does* is a `StepKind`. A plan has few kinds, and each may be captured as one CUDA graph. What a step
+*reads* (its time, coefficients and weights) is a row of a table, found by a step counter on the same device: no kernel
+launch depends on the step.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,13 +19,13 @@ from ddt_kernels import guided_step_coefficients
 class StepKind:
     """What a step does.
 
-    Modulations of `SamplingPlan.cached_branches` branches are kept in as many slots as the forecast reads states; each
-    refresh takes the slot of the oldest.
+    The modulations of `SamplingPlan.cached_branches` branches are kept in one slot for each state that the forecast
+    reads; a refresh overwrites the oldest.
 
     Attributes:
-        encode: branches that are refreshed: 0, 1 (conditional) or 2 (both), into `slot`.
-        slot: where the newest modulations are; 0 where nothing depends on it.
-        decode: branches that are decoded from kept modulations: 1 or 2.
+        encode: branches to refresh, into `slot`: 0, 1 (conditional) or 2 (both).
+        slot: the slot of the newest modulations; 0 if nothing depends on it.
+        decode: branches to decode from kept modulations: 1 or 2.
         forecast: decode from a weighted sum of all slots, not from `slot` alone.
         fresh_uncond: evaluate the unconditional branch, encoder and decoder, and keep nothing of it.
         guided: the step reads a guidance difference.
@@ -43,7 +41,7 @@ class StepKind:
 
 @dataclass
 class StepTables:
-    """What steps read, one row a step, on the device.
+    """What steps read, one row per step, on the device.
 
     Attributes:
         times: (steps,) float32.
@@ -62,7 +60,7 @@ def step_kinds(plan: SamplingPlan) -> list[StepKind]:
     for step, newest in zip(plan.steps, _newest_slots(plan), strict=True):
         cond, uncond = step.cond, step.uncond
         together = plan.cached_branches == 2 and uncond is not None
-        if together and uncond is not None:  # a plan that refreshes both branches together says the same of both
+        if together and uncond is not None:  # branches that are refreshed together agree
             assert uncond.encode == cond.encode
             assert not uncond.decode or uncond.state_weights == cond.state_weights
         forecast = len(cond.state_weights) > 1

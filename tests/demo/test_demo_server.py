@@ -79,10 +79,10 @@ def test_every_model_answers_every_tab(client, demo, tmp_path):
 CAPTIONS = (["class 0 · seed 3", "class 1 · seed 4"], ["0 · seed 3", "1 · seed 4"])
 NAN, INFINITY = float("nan"), float("inf")
 REFUSED = [
-    ({"model": "/etc/passwd"}, "Model '/etc/passwd' is not on offer; allowed: digits, "),
-    ({"model": None}, "Model None is not on offer"),
-    ({"model": ["digits"]}, "Model ['digits'] is not on offer"),
-    ({"model": "x" * 10_000}, "Model 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not on offer"),
+    ({"model": "/etc/passwd"}, "Model '/etc/passwd' is not available; allowed: digits, "),
+    ({"model": None}, "Model None is not available"),
+    ({"model": ["digits"]}, "Model ['digits'] is not available"),
+    ({"model": "x" * 10_000}, "Model 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not available"),
     ({"classes": ["unicorn"]}, "Class 'unicorn' is unknown"),
     ({"classes": ["<script>"]}, "Class '&lt;script&gt;' is unknown"),
     ({"classes": ["10"]}, "Class 10 does not exist; allowed: 0 to 9"),

@@ -149,7 +149,7 @@ def test_triton_is_the_kernel_of_ddt_kernels(gpu):
         (lambda q, k, v: (q, k, v.double()), "auto", "v is torch.float64 on cpu; allowed: one floating dtype"),
         (lambda q, k, v: (q, k.to("meta"), v), "auto", "k is torch.float32 on meta"),
         (lambda q, k, v: (q.long(), k.long(), v.long()), "auto", "q is torch.int64"),
-        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "auto", r"q has strides .* allowed: a last one of 1"),
+        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "auto", r"q has strides .* allowed: 1 for the last dimension"),
         (lambda *qkv: qkv, "flash", r"attention backend is 'flash'; allowed: auto, triton, .*, sdpa_math"),
         *(
             (

@@ -55,7 +55,7 @@ def test_the_released_keys_make_an_xl_of_either_weights(tmp_path):
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "xl.ckpt")
     assert (tmp_path / "xl.ckpt").stat().st_size < 1e6
     for weights, value in (("raw", 1), ("ema", 2)):
-        with pytest.warns(UserWarning, match=r"xl\.ckpt does not say patch size 2, 22 encoder blocks"):
+        with pytest.warns(UserWarning, match=r"xl\.ckpt does not record patch size 2, 22 encoder blocks"):
             model = load_model(tmp_path / "xl.ckpt", dtype=torch.bfloat16, weights=weights)
         assert sum(parameter.numel() for parameter in model.parameters()) == 674_646_352
         assert all(parameter.flatten()[0] == value for parameter in model.parameters())

@@ -75,7 +75,7 @@ def test_released_checkpoint_gives_its_ema_weights_or_the_raw_ones(tmp_path):
 def test_shapes_of_a_preset_need_no_config(tmp_path):
     config = replace(PRESETS["digits"].model, num_classes=7)
     save_file(DDT(config).state_dict(), tmp_path / "weights.safetensors")
-    with pytest.warns(UserWarning, match="does not say patch size 2, 3 encoder blocks"):
+    with pytest.warns(UserWarning, match="does not record patch size 2, 3 encoder blocks"):
         assert load_model(tmp_path / "weights.safetensors").config == config
     with pytest.raises(ValueError, match=r"dtype is torch\.int8"):
         load_model(tmp_path / "weights.safetensors", dtype=torch.int8)
@@ -183,5 +183,5 @@ def test_config_argument_must_agree_with_the_folder(folder):
 
 def test_hub_ids_that_cannot_be_fetched_are_one_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="is not a local path, nor fetched from the Hub"):
+    with pytest.raises(ValueError, match="does not exist here, and the Hub does not provide it"):
         load_model("nobody/no-such-model")

@@ -185,7 +185,7 @@ def test_from_the_hubs_cache_without_a_network(saved, tmp_path, digit):
     (repository / "refs" / "main").write_text(commit)
     pipe = DDTPipeline.from_pretrained("user/ddt", cache_dir=tmp_path / "hub", local_files_only=True)
     assert image(pipe) == digit
-    with pytest.raises(ValueError, match="user/other is not a local folder, and the Hub does not provide it"):
+    with pytest.raises(ValueError, match="user/other does not exist here, and the Hub does not provide it"):
         DDTPipeline.from_pretrained("user/other", cache_dir=tmp_path / "hub", local_files_only=True)
 
 

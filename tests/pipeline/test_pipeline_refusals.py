@@ -184,7 +184,7 @@ def test_saving_over_anything_but_a_pipeline(pipe, pixels, part):
         (EMBEDDED_CHECKPOINT, {"variant": "x"}, "of a model folder has no argument 'variant'; allowed: torch"),
         ("nowhere", {}, "is not a local folder"),
         ("no/where/at/all", {}, "is not a local folder"),
-        ("pixels/model_index.json", {}, "from_single_file reads those"),
+        ("pixels/model_index.json", {}, "use from_single_file"),
     ],
 )
 def test_loading(saved, name, arguments, message):

@@ -111,7 +111,7 @@ def test_progress_sees_every_step_and_cuda_graphs_without_cuda_warn():
     result = sample(model, io["xT"], io["y"], config, progress=lambda i, x: seen.append((i, x)))
     assert [i for i, _ in seen] == [1, 2, 3]
     assert torch.equal(seen[-1][1], result)
-    with pytest.warns(UserWarning, match="cuda_graphs asked for, but .* sampling eagerly"):
+    with pytest.warns(UserWarning, match="cuda_graphs is set, but .* sampling eagerly"):
         assert torch.equal(sample(model, io["xT"], io["y"], replace(config, cuda_graphs=True)), result)
 
 

@@ -153,7 +153,7 @@ def test_classes_without_data_are_warned_of(latent_cache, tmp_path, recwarn):
     train(experiment, tmp_path / "two", CPU)
     assert not [warning for warning in recwarn if "num_classes" in str(warning.message)]
     more = replace(experiment, model=replace(experiment.model, num_classes=3))
-    with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the others are never trained"):
+    with pytest.warns(UserWarning, match="holds 2 classes, num_classes is 3: the other classes are never trained"):
         train(more, tmp_path / "three", CPU)
 
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_removed(ten, laten
         (digits(2), r"holds my_code\.py, which ddt-fast did not write"),
         (
             without_autoencoder(),
-            r"could not be loaded: .*; expected .*; or train without .* --training.sample_every 0",
+            r"could not be loaded: .*; expected .*; or train without .* training.sample_every 0",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -89,7 +89,7 @@ def test_a_cache_that_cannot_be_written_to_is_compared_every_time(read, verify, 
 def test_a_damaged_record_is_refused(cache, read, verify):
     for content in ('{"latents', "[]"):
         (cache / "verified.json").write_text(content)
-        with pytest.raises(ValueError, match=r"verified\.json .*; remove it, and all checksums are compared again"):
+        with pytest.raises(ValueError, match=r"verified\.json .*; remove it to compare all checksums again"):
             verify()
     (cache / "verified.json").write_text('{"latents-00000-of-00003.safetensors": 3, "other": null}')
     verify()

@@ -2,10 +2,8 @@
 
     attention(q, k, v, backend="auto")
 
-`python -m benchmarks.attention` checks and times the backends that this machine has.
+`python -m benchmarks.attention` checks and times the backends of this machine.
 """
-
-from __future__ import annotations
 
 import operator
 import warnings
@@ -14,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ddt_fast.checks import require
 from ddt_fast.device import cpu_has_bf16
 from ddt_fast.model.attention.backends import BACKENDS, preferences, sdpa, unavailable
 
@@ -24,37 +23,37 @@ CONCRETE_BACKENDS = tuple(BACKENDS)
 ATTENTION_BACKENDS = ("auto", *CONCRETE_BACKENDS)
 
 FEW_TOKENS_COMPILED = 256
-"""Up to this many tokens, bf16 attention compiled for a CPU with bf16 units is two GEMMs and a softmax between: for 16
-heads of 72 and 256 tokens that takes 0.6 of sdpa_flash's time. All scores are written, twice."""
+"""Up to this many tokens, bf16 attention compiled for a CPU with bf16 units is two GEMMs with a softmax in between: for
+16 heads of 72 and 256 tokens, this takes 0.6 of sdpa_flash's time. All scores are written, twice."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto") -> Tensor:
     """softmax(q·kᵀ / √D)·v for every sample and head: no mask, not causal, differentiable.
 
     Args:
-        q, k, v: (B, N, H, D), of one shape, floating dtype and device; the last dimension's stride is 1, the others are
-            free: usually views of one packed (B, N, 3, H, D).
-        backend: one of `ATTENTION_BACKENDS`; `resolve_backend` says what "auto" comes to. On a GPU only triton's
+        q, k, v: (B, N, H, D), with the same shape, floating dtype and device; the stride of the last dimension is 1.
+            They are usually views of one packed (B, N, 3, H, D).
+        backend: one of `ATTENTION_BACKENDS`; `resolve_backend` says what "auto" means. On a GPU, only triton's
             gradients are known to repeat bit for bit.
 
-    Returns: (B, N, H, D), q's dtype. `.flatten(2)` gives (B, N, C) for all; it copies where the backend returns a view
-        (sdpa_math: heads outermost; where a backend pads D: the unpadded columns).
+    Returns: (B, N, H, D), in q's dtype. `.flatten(2)` gives (B, N, C); it copies if the backend returns a view
+        (sdpa_math: heads outermost; backends that pad D: the unpadded columns).
 
-    Raises: ValueError for other tensors, or a backend that cannot be used, with the reason and those that can.
-    Works under torch.compile(fullgraph=True), as far as the backend does. Source: arXiv 1706.03762.
+    Raises: ValueError for other tensors, or for a backend that cannot be used, with the reason and usable ones.
+    Works under torch.compile(fullgraph=True) if the backend does. Source: arXiv 1706.03762.
     """
     _check(q, k, v)
     if torch.compiler.is_compiling() and backend == "auto" and q.device.type == "cpu":
         if q.dtype == torch.bfloat16 and q.shape[1] <= FEW_TOKENS_COMPILED and _has_bf16():
             return _two_gemms(q, k, v)
-        return sdpa(q, k, v)  # lets Inductor choose; left to PyTorch it is flash attention
+        return sdpa(q, k, v)  # lets Inductor choose; PyTorch itself takes flash attention
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     return BACKENDS[backend_for(q, backend, gradient)].call(q, k, v)
 
 
 def backend_for(x: Tensor, backend: AttentionBackend, gradient: bool) -> str:
-    """`resolve_backend` for tensors like x (B, N, ..., D), in a compiled function too."""
-    # While compiling, N may be symbolic and stays so; operator.index makes D the number that it always is.
+    """`resolve_backend` for tensors like x (B, N, ..., D), even in a compiled function."""
+    # While compiling, N may be symbolic, and stays so; operator.index makes D a number.
     head_dim, tokens = operator.index(x.shape[-1]), None if torch.compiler.is_compiling() else x.shape[1]
     return resolve_backend(backend, x.device, x.dtype, head_dim, tokens, gradient)
 
@@ -72,10 +71,10 @@ def resolve_backend(
 
     Args:
         tokens: N, if known; it matters to "auto" and sdpa_cudnn.
-        gradient: whether one will be asked for; it matters to "auto".
+        gradient: whether gradients are needed; it matters to "auto".
 
-    "auto" warns, once per case, where on a GPU nothing is left but sdpa_math, which is slow and writes all N² scores.
-    Raises ValueError if `backend` cannot be used: why, how to get it, and what can be.
+    On a GPU, "auto" warns once per case if only sdpa_math is left, which is slow and writes all N² scores. Raises
+    ValueError if `backend` cannot be used: why, how to get it, and which backends are usable.
     """
     return _resolve(backend, torch.device(device), dtype, head_dim, tokens, gradient)
 
@@ -87,8 +86,7 @@ def _resolve(
     def reason(name: str) -> str | None:
         return unavailable(name, device, dtype, head_dim, tokens)
 
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention backend is {backend!r}; allowed: {', '.join(ATTENTION_BACKENDS)}")
+    require(backend in ATTENTION_BACKENDS, "attention backend", backend, ", ".join(ATTENTION_BACKENDS))
     if backend != "auto":
         if (why := reason(backend)) is not None:
             usable = ", ".join(name for name in CONCRETE_BACKENDS if reason(name) is None)
@@ -106,7 +104,8 @@ def _resolve(
 
 
 def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
-    """Every backend but "auto": None if it can be used for such tensors, else one line: why not, and how to get it."""
+    """For every backend except "auto": None if it can be used for such tensors, else why not and how to get it, in one
+    line."""
     return {name: unavailable(name, torch.device(device), dtype, head_dim) for name in CONCRETE_BACKENDS}
 
 
@@ -117,11 +116,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.dtype != q.dtype or not x.is_floating_point() or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}; allowed: one floating dtype and device for q, k, v")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"{name} has strides {tuple(x.stride())}; allowed: a last one of 1")
+            raise ValueError(f"{name} has strides {tuple(x.stride())}; allowed: 1 for the last dimension")
 
 
 def _two_gemms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # GEMMs of strided matrices lose more than this copy costs, which the passes before it make anyway.
+    # This copy, which fuses with earlier passes, costs less than GEMMs of strided matrices.
     q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)

@@ -1,10 +1,8 @@
 """Every implementation of attention, in one dict: `BACKENDS`.
 
-To add one, write a function of q, k and v and give it an entry there: `--attention NAME` then takes it. "auto" takes
-only what `preferences` names: installing an optional package must not change anybody's samples.
+To add one, write a function of q, k and v and give it an entry there: `--attention NAME` then accepts it. "auto" takes
+only what `preferences` names: installing an optional package must not change anyone's samples.
 """
-
-from __future__ import annotations
 
 import importlib
 import importlib.util
@@ -23,22 +21,22 @@ import ddt_kernels
 
 HALF = (torch.bfloat16, torch.float16)
 CPU_DTYPES = (*HALF, torch.float32, torch.float64)
-MIN_CUDNN = 91501  # older ones are wrong where 128 does not divide N: PyTorch issue 169849
+MIN_CUDNN = 91501  # older versions are wrong if 128 does not divide N: PyTorch issue 169849
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes attention, and what it needs of a GPU, the tensors and the installation.
+    """An implementation of attention, and its requirements for the GPU, the tensors and the installation.
 
     Attributes:
         call: q, k, v (B, N, H, D) → (B, N, H, D).
         module: a package to look for.
-        function: what `call` takes from that package: imported when first needed, see `_imported`.
+        function: what `call` uses from that package; imported on first use, see `_imported`.
         install: how to get it.
-        capability: the oldest compute capability it runs on.
-        before: the first that is too new.
-        dtypes: those it takes.
-        multiple: what divides the head dimension; 4 for float32 everywhere.
+        capability: the oldest compute capability that it runs on.
+        before: the first compute capability that is too new.
+        dtypes: the dtypes it accepts.
+        multiple: a divisor of the head dimension; always 4 for float32.
         max_head_dim: the largest head dimension.
     """
 
@@ -65,7 +63,7 @@ def _sdpa_only(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sdpa_flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type != "cpu":
         return _sdpa_only(SDPBackend.FLASH_ATTENTION, q, k, v)
-    # Without sdpa_kernel, whose 10 µs are a tenth of a small call.
+    # Without sdpa_kernel, which would add 10 µs, a tenth of a small call.
     heads = (x.transpose(1, 2) for x in (q, k, v))
     out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
     return out.transpose(1, 2)
@@ -81,7 +79,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # Limits from: flash-attention's README, hopper/ and flash_attn/cute/interface.py (flash-attn-4 4.0.0b36), xformers
-# 0.0.35 ops/fmha, PyTorch's sdp_utils.cpp. FlashAttention 4 takes wider heads on 9.x alone.
+# 0.0.35 ops/fmha, PyTorch's sdp_utils.cpp. FlashAttention 4 takes wider heads only on 9.x.
 BACKENDS = {
     "triton": Backend(
         ddt_kernels.attention,
@@ -134,19 +132,19 @@ BACKENDS = {
 }
 
 FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 128}
-"""Up to this many tokens, training on a CPU takes sdpa_math: its backward pass gains more than its forward loses."""
+"""Up to this many tokens, training on a CPU uses sdpa_math: its backward pass gains more than its forward loses."""
 
 
 def preferences(device: torch.device, dtype: torch.dtype, tokens: int | None, gradient: bool) -> tuple[str, ...]:
-    """What "auto" tries, in this order; sdpa_math comes after them all.
+    """What "auto" tries, in this order, before sdpa_math.
 
     CPU: measured with torch 2.13 on 2 cores of an AMD EPYC with AVX-512 bf16 (XL/2: B 2, N 256, H 16, D 72). sdpa_flash
-    takes 0.65 of sdpa_math's time in fp32 and 0.62 in bf16; with the backward pass and few tokens, math wins.
+    takes 0.65 of sdpa_math's time in fp32 and 0.62 in bf16; with the backward pass and few tokens, sdpa_math wins.
 
-    CUDA: reasoned, not measured. In bf16 and fp16 triton reads q, k, v in place from the packed projection, pads a D of
-    72 to 80 (FlashAttention 2 and 3: 96), and its gradients repeat bit for bit. Then PyTorch's own order: cuDNN before
-    flash on 9.x and 10.x. In fp32 efficient attention forms products from three TF32 ones on tensor cores, which is two
-    to three times the rate of the FMA units that triton is left to.
+    CUDA: reasoned, not measured. In bf16 and fp16, triton reads q, k, v in place from the packed projection, pads a D
+    of 72 to 80 (FlashAttention 2 and 3: 96), and its gradients repeat bit for bit. Then comes PyTorch's own order:
+    cuDNN before flash on 9.x and 10.x. In fp32, efficient attention forms a product from three TF32 ones on tensor
+    cores, two to three times as fast as the FMA units that triton uses.
     """
     if device.type == "cpu":
         few = gradient and tokens is not None and tokens <= FEW_TOKENS.get(dtype, 0)
@@ -163,10 +161,10 @@ def preferences(device: torch.device, dtype: torch.dtype, tokens: int | None, gr
 def unavailable(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None = None
 ) -> str | None:
-    """Why a backend cannot be used for such tensors and how to get it, in one line; None if it can.
+    """Why a backend cannot be used for such tensors and how to get it, in one line; None if it can be used.
 
-    An optional package is looked for, and imported only if nothing else speaks against it; one that is installed but
-    cannot be imported is reported with its error.
+    An optional package is imported only if there is no other reason; one that is installed but cannot be imported is
+    reported with its error.
     """
     if name == "sdpa_math":
         return None
@@ -189,7 +187,7 @@ def unavailable(
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None for other devices, or where PyTorch sees no GPU."""
+    """A GPU's compute capability; None for other devices, or if PyTorch sees no GPU."""
     usable = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if usable else None
 
@@ -225,22 +223,22 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _is_installed(module: str) -> bool:
-    """Whether it can be found; nothing is imported, not even a parent package."""
+    """Whether a module can be found; nothing is imported, not even a parent package."""
     top, _, sub = module.partition(".")
     spec = importlib.util.find_spec(top)
     if spec is None:
         return False
     if sub:
         return any((Path(folder) / sub).is_dir() for folder in spec.submodule_search_locations or ())
-    return spec.origin is not None  # flash-attn-4 alone leaves a flash_attn without an __init__
+    return spec.origin is not None  # with only flash-attn-4, flash_attn has no __init__
 
 
 _imported: dict[str, Callable[..., Any]] = {}
-"""The functions of optional packages, by backend, imported when first needed."""
+"""Functions of optional packages, by backend, imported on first use."""
 
 
 def _import_reason(name: str, backend: Backend) -> str | None:
-    """Import what the backend calls; on failure, why."""
+    """Import what the backend calls; if that fails, return the reason."""
     if backend.module is None or backend.function is None or name in _imported:
         return None
     try:

@@ -1,6 +1,4 @@
-"""What an attention layer does between its two GEMMs, by the fewest passes over memory."""
-
-from __future__ import annotations
+"""What an attention layer does between its two GEMMs, with the fewest passes over memory."""
 
 import torch
 from torch import Tensor
@@ -19,22 +17,22 @@ def qkv_attention(
     *,
     overwrite: bool,
 ) -> Tensor:
-    """softmax(q·kᵀ / √D)·v per sample and head, q and k RMS-normed and rotated first.
+    """softmax(q·kᵀ / √D)·v per sample and head, with q and k RMS-normed and rotated first.
 
     Args:
         qkv: (B, N, 3, H, D), a projection's output.
-        q_weight, k_weight, cos, sin: as `ddt_kernels.qk_norm_rope` takes them.
-        backend: as `attention` takes it. With gradients, and where ddt_kernels' own attention is what it comes to, all
-            is one operator, which keeps qkv for the backward pass and not q, k and v beside it.
-        overwrite: nobody else reads qkv: where no gradient will be asked for, normed q and k take the place of its own.
+        q_weight, k_weight, cos, sin: as for `ddt_kernels.qk_norm_rope`.
+        backend: as for `attention`. With gradients and ddt_kernels' own attention, everything is one operator, which
+            keeps only qkv for the backward pass, and not q, k and v too.
+        overwrite: nothing else reads qkv: without gradients, the normed q and k overwrite those in qkv.
 
-    Returns: (B, N, H, D), qkv's dtype; see `attention`.
-    Raises: ValueError, as `ddt_kernels.qk_norm_rope` and `attention` do.
+    Returns: (B, N, H, D), in qkv's dtype; see `attention`.
+    Raises: ValueError, as `ddt_kernels.qk_norm_rope` and `attention`.
     """
     others = q_weight, k_weight, cos, sin
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_weight, k_weight))
     if qkv.device.type == "cpu" and torch.compiler.is_compiling():
-        normed = ddt_kernels.qk_norm_rope(qkv, *others)  # plain PyTorch then, and Inductor decides what is kept
+        normed = ddt_kernels.qk_norm_rope(qkv, *others)  # plain PyTorch: Inductor decides what to keep
     elif overwrite and not gradient:
         normed = ddt_kernels.qk_norm_rope_(qkv, *others)
     elif gradient and _is_ours(qkv, backend):
@@ -46,5 +44,5 @@ def qkv_attention(
 
 
 def _is_ours(qkv: Tensor, backend: AttentionBackend) -> bool:
-    """Whether `backend`, with gradients, comes to what `ddt_kernels.attention` runs."""
+    """Whether `backend`, with gradients, runs what `ddt_kernels.attention` runs."""
     return backend_for(qkv, backend, gradient=True) == ("sdpa_flash" if qkv.device.type == "cpu" else "triton")

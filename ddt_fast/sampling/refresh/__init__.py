@@ -1,5 +1,5 @@
-"""Which steps refresh the encoder's state: `probe` compares the states of all steps, `search` finds the best steps,
-`schedules` keeps them beside the checkpoint."""
+"""Which steps refresh the encoder: `probe` compares the states of all steps, `search` finds the best steps, `schedules`
+keeps them beside the checkpoint."""
 
 from ddt_fast.sampling.refresh.probe import Probe, probe_calls, probe_states
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path

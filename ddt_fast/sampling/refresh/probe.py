@@ -1,6 +1,4 @@
-"""The probe run of encoder sharing: a few samples, every step refreshed, and how similar their states are."""
-
-from __future__ import annotations
+"""The probe run: draw a few samples with a refresh at every step, and measure how similar the states are."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ _GRAM_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe run found.
+    """The result of a probe run.
 
     Attributes:
         times: (T,) the time of every step.
@@ -43,24 +41,21 @@ def probe_states(
     num_samples: int = 8,
     progress: Callable[[], object] | None = None,
 ) -> Probe:
-    """Draw samples as `config` says, but with every step evaluated in full, and compare the states of all steps.
+    """Draw samples with the settings of `config`, but evaluate every step in full, and compare the states of all steps.
 
-    Sample i starts from the noise of seed i; labels go evenly through the classes. The similarity is the cosine of two
-    states of the same token, averaged over the tokens of all samples and, where guidance shares the unconditional
-    states as well (scale other than 1, guidance_every 1), of both branches, at all steps: so does the released DDT.
+    Sample i starts from the noise of seed i; labels are spread evenly over the classes. The similarity is the cosine of
+    two states of the same token, averaged over the tokens of all samples. If guidance shares the unconditional states
+    too (scale not 1, guidance_every 1), it is averaged over both branches at all steps, as in the released DDT.
 
     The states of all steps are kept on the model's device, in its dtype, for as many samples at a time as fit in 2 GiB,
-    at least one.
+    at least one. ValueError if num_samples is below 1, the size does not fit the model, or states are not finite.
 
     Args:
-        model: on the device and in the dtype to compute in.
-        config: the sampling settings; those of sharing and forecasts are not read.
-        height, width: of what the model sees.
+        model: the model, on the device and in the dtype to compute with.
+        config: the sampling settings; refreshes and forecasts are ignored.
+        height, width: size of the model's input.
         num_samples: 1 or more.
         progress: called after every step of every batch, `probe_calls` times in all.
-
-    Raises:
-        ValueError: num_samples below 1, a size that does not fit the model, states that are not finite.
     """
     plan = _full_plan(config)
     shape = (model.config.in_channels, height, width)
@@ -87,7 +82,7 @@ def _full_plan(config: SamplingConfig) -> SamplingPlan:
 
 
 def _shares_both(config: SamplingConfig) -> bool:
-    """Whether the unconditional branch reuses states too: evaluated at every M-th step only, its state is fresh."""
+    """Whether the unconditional branch reuses states too; one evaluated only at every M-th step has fresh states."""
     return config.guidance_scale != 1 and config.guidance_every == 1
 
 
@@ -143,10 +138,8 @@ def _spread_labels(count: int, num_classes: int) -> Tensor:
 
 
 def _summed_cosines(states: Tensor) -> NDArray[np.float64]:
-    """(T, T): the cosines of the states (T, P, C) of any two steps, summed over the P tokens.
-
-    In float64: a forecast's error is a small difference of such sums.
-    """
+    """(T, T): the cosines of the states (T, P, C) of every two steps, summed over the P tokens. In float64, because a
+    forecast's error is a small difference of such sums."""
     num_steps, _, width = states.shape
     total = torch.zeros(num_steps, num_steps, dtype=torch.float64, device=states.device)
     for part in states.split(max(1, _GRAM_BYTES // (num_steps * width * 8)), dim=1):

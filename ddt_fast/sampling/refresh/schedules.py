@@ -1,6 +1,4 @@
-"""Refresh schedules: found by a probe of the model and a search, kept beside the checkpoint they belong to."""
-
-from __future__ import annotations
+"""Refresh schedules: found by a probe of the model and a search, and kept beside the checkpoint."""
 
 import hashlib
 import json
@@ -15,14 +13,14 @@ import torch
 from torch import Tensor
 
 from ddt_fast.config import SamplingConfig
-from ddt_fast.files import atomic_file
+from ddt_fast.files import read_json, write_json
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling.refresh.probe import probe_states
 from ddt_fast.sampling.refresh.search import optimal_refresh_schedule, step_errors, uniform_refresh_steps
 
 CACHE_NAME = "refresh_schedules.json"
 
-# To be raised whenever a probe or a search finds something else than before.
+# Raise this when a probe or a search would give another result than before.
 _VERSION = 1
 _WEIGHTS_READ_PER_TENSOR = 256
 
@@ -38,20 +36,18 @@ def resolve_refresh_steps(
     report: Report = print,
     progress: Callable[[], object] | None = None,
 ) -> SamplingConfig:
-    """A configuration whose refresh_steps "dp" are step numbers; any other is returned as it is.
+    """Replace refresh_steps "dp" with step numbers; any other configuration is returned unchanged.
 
-    The schedule is taken from the cache, or found by a probe of the model and added to it.
+    The schedule comes from the cache, or from a probe of the model, and is then added to the cache. ValueError if the
+    size does not fit the model, or the probe is not finite.
 
     Args:
-        model: on the device and in the dtype to compute in.
+        model: the model, on the device and in the dtype to compute with.
         config: the sampling settings; num_refreshes is the budget.
-        height, width: of what the model sees.
+        height, width: size of the model's input.
         cache: file of schedules, `schedule_cache_path` of the checkpoint; None keeps nothing.
-        report: called with one line a message: what was chosen, where it comes from, a cache that is of no use.
-        progress: called after every step of the probe, if there is one, as `probe_states` does.
-
-    Raises:
-        ValueError: a size that does not fit the model, or a probe that is not finite.
+        report: called with messages of one line: the choice and its source, or why a cache cannot be used.
+        progress: called after every step of the probe, if there is one, as by `probe_states`.
     """
     if config.refresh_steps != "dp":
         return config
@@ -84,8 +80,8 @@ def resolve_refresh_steps(
 
 
 def _resolved(config: SamplingConfig, entry: dict[str, Any], source: str, report: Report) -> SamplingConfig:
-    """The configuration with the steps of a cache's entry, reported in a line; any of several errors for other entries
-    than `resolve_refresh_steps` makes."""
+    """The configuration with the steps of a cache's entry, which is reported; raises several kinds of errors for an
+    entry that `resolve_refresh_steps` did not make."""
     steps = tuple(entry["refresh_steps"])
     error, uniform = float(entry["mean_error"]), float(entry["mean_error_uniform"])
     if len(steps) != config.num_refreshes:
@@ -101,12 +97,12 @@ def _resolved(config: SamplingConfig, entry: dict[str, Any], source: str, report
 def schedule_cache_path(checkpoint: Path, report: Report = print) -> Path:
     """Where the schedules of a checkpoint are kept.
 
-    refresh_schedules.json in a checkpoint folder, NAME.refresh_schedules.json beside a file; where that place cannot be
-    written, or belongs to the installed package, the user's cache (XDG_CACHE_HOME, or ~/.cache), which is reported.
+    This is refresh_schedules.json in a checkpoint folder, or NAME.refresh_schedules.json beside a file. If that place
+    cannot be written or belongs to the installed package, it is in the user's cache (XDG_CACHE_HOME, or ~/.cache).
 
     Args:
         checkpoint: the local folder or file of a checkpoint.
-        report: called with a line that says so, where the place is not beside the checkpoint.
+        report: called with one line if the place is in the user's cache.
     """
     beside = checkpoint / CACHE_NAME if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{CACHE_NAME}")
     package = Path(__file__).resolve().parents[2]
@@ -114,7 +110,7 @@ def schedule_cache_path(checkpoint: Path, report: Report = print) -> Path:
     if not in_package and os.access(beside.parent, os.W_OK):
         return beside
     home = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: relative paths are ignored.
+    # The XDG specification says to ignore relative paths.
     root = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
     elsewhere = root / "ddt_fast" / CACHE_NAME
     reason = "belongs to the package" if in_package else "cannot be written"
@@ -123,10 +119,10 @@ def schedule_cache_path(checkpoint: Path, report: Report = print) -> Path:
 
 
 def schedule_key(model: DDT | FusedDDT, config: SamplingConfig, height: int, width: int) -> str:
-    """What a schedule depends on, as a SHA-256: the model's shape and weights, the settings that a probe and a search
+    """SHA-256 of what a schedule depends on: the model's shape and weights, the settings that the probe and the search
     read, and the image size.
 
-    Of every weight about 256 values are read, evenly spread, in float32: enough to tell checkpoints of one run apart.
+    It reads about 256 evenly spread values of every tensor, in float32: enough to tell checkpoints of one run apart.
     """
     settings = asdict(config)
     for unread in ("refresh_every", "refresh_steps", "guidance_forecast", "cuda_graphs"):
@@ -152,15 +148,14 @@ def schedule_key(model: DDT | FusedDDT, config: SamplingConfig, height: int, wid
 def _read(cache: Path, report: Report) -> dict[str, Any]:
     """The cache's entries by key; a file that cannot be read or is not a cache is reported."""
     try:
-        content = json.loads(cache.read_text(encoding="utf-8"))
+        schedules = read_json(cache).get("schedules")
     except FileNotFoundError:
         return {}
     except OSError as error:
         report(f"{cache} cannot be read ({error.strerror or error}); probing again")
         return {}
-    except (ValueError, RecursionError):
-        content = None
-    schedules = content.get("schedules") if isinstance(content, dict) else None
+    except ValueError:
+        schedules = None
     if not isinstance(schedules, dict):
         report(f"{cache} is not a cache of refresh schedules; it will be replaced")
         return {}
@@ -168,15 +163,14 @@ def _read(cache: Path, report: Report) -> dict[str, Any]:
 
 
 def _store(cache: Path, key: str, entry: dict[str, Any], report: Report) -> None:
-    """Add an entry to the cache, whole or not at all. A cache that cannot be written is reported, not an error.
+    """Add an entry to the cache, whole or not at all; a cache that cannot be written is reported, and is not an error.
 
-    Of two processes that store at the same moment the later one's file stands: it may lack the other's entry, which
-    then costs another probe.
+    If two processes store at the same moment, the later file may lack the other's entry, which then costs another
+    probe.
     """
     try:
-        # Read again at the last moment: a probe takes long enough for another process to have added entries.
+        # Read again: during the probe, another process may have added entries.
         schedules = {**_read(cache, lambda _: None), key: entry}
-        with atomic_file(cache) as temporary:
-            temporary.write_text(json.dumps({"version": _VERSION, "schedules": schedules}, indent=1) + "\n")
+        write_json(cache, {"version": _VERSION, "schedules": schedules})
     except OSError as error:
         report(f"the schedule could not be kept in {cache}: {error.strerror or error}")

@@ -1,12 +1,10 @@
 """The refresh steps with the smallest predicted error, by dynamic programming over a probe's similarities.
 
-Exact, as in the DDT paper (arXiv 2504.05741, section 3.4) for held states, and with the same idea where states are
-extrapolated between refreshes.
+For held states, this is the exact method of the DDT paper (arXiv 2504.05741, section 3.4); states that are extrapolated
+between refreshes use the same idea.
 
 Sizes: T steps, M refreshes.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,25 +21,20 @@ from ddt_fast.sampling.refresh.probe import Probe
 Array = NDArray[np.float64]
 Steps = NDArray[np.int64]
 
-# M T L^3 of the search over triples; beyond it the length L of a segment is bounded. About three seconds.
+# Limit of M T L^3 in the search over triples, about three seconds; it bounds the length L of a segment.
 _SEARCH_BUDGET = 5 * 10**8
 _FIRST = np.zeros((1, 1), dtype=np.int64)
 
 
 def optimal_refresh_steps(similarity: ArrayLike | Tensor, num_refreshes: int) -> tuple[int, ...]:
-    """The refresh steps that minimise the sum over segments [j, i) of sum_{k=j..i-1} (1 - similarity[k][j]).
+    """The refresh steps that minimise the sum over segments [j, i) of sum_{k=j..i-1} (1 - similarity[k][j]), ascending.
 
-    Exact: O(M T^2). Of equal schedules the one whose last refresh is the earliest wins, then the one before it.
+    Exact, in O(M T^2). Among equal schedules, the one with the earliest last refresh wins, then the one before it.
+    ValueError if similarity is not square and finite, or num_refreshes is out of range.
 
     Args:
         similarity: (T, T), the mean cosine similarity of the states of steps i and j.
         num_refreshes: M, 1 to T.
-
-    Returns:
-        M ascending steps, the first 0.
-
-    Raises:
-        ValueError: similarity that is not square and finite, num_refreshes out of range.
     """
     matrix = _square(similarity)
     num_steps = len(matrix)
@@ -65,23 +58,17 @@ def optimal_refresh_steps(similarity: ArrayLike | Tensor, num_refreshes: int) ->
 
 
 def optimal_refresh_schedule(probe: Probe, num_refreshes: int, forecast: StateForecast = "hold") -> tuple[int, ...]:
-    """The refresh steps with the smallest predicted error, where `forecast` fills the steps between them.
+    """The refresh steps with the smallest predicted error if `forecast` fills the steps between them, ascending.
 
-    The sum of `step_errors` is minimal. "hold" is `optimal_refresh_steps`. With a forecast the error of a segment
-    depends on the one or two refreshes before it as well: "linear" is an exact search over pairs, O(M T^3);
-    "quadratic" one over triples, exact among the schedules without a segment longer than L steps, where L is T if
-    that takes a few seconds, and never less than one and a half mean segments.
+    The sum of `step_errors` is minimal. "hold" is `optimal_refresh_steps`. With a forecast, the error of a segment also
+    depends on the one or two refreshes before it: "linear" is an exact search over pairs, in O(M T^3); "quadratic"
+    searches over triples, and is exact among schedules whose segments have at most L steps. L is T if that takes a few
+    seconds, and at least one and a half mean segments. ValueError if num_refreshes is out of range.
 
     Args:
-        probe: of `probe_states`.
+        probe: the result of `probe_states`.
         num_refreshes: M, 1 to T.
-        forecast: the setting state_forecast of the run.
-
-    Returns:
-        M ascending steps, the first 0.
-
-    Raises:
-        ValueError: num_refreshes out of range.
+        forecast: state_forecast of the run.
     """
     require(forecast in STATES_IN_FORECAST, "forecast", forecast, ", ".join(STATES_IN_FORECAST))
     if forecast == "hold":
@@ -97,41 +84,38 @@ def optimal_refresh_schedule(probe: Probe, num_refreshes: int, forecast: StateFo
 
 
 def uniform_refresh_steps(num_steps: int, num_refreshes: int) -> tuple[int, ...]:
-    """num_refreshes steps spread evenly: step floor(i T / M) for i = 0 .. M - 1; ValueError for M out of range."""
+    """num_refreshes evenly spread steps: floor(i T / M) for i = 0 .. M - 1; ValueError for M out of range."""
     _check_budget(num_refreshes, num_steps)
     return tuple(i * num_steps // num_refreshes for i in range(num_refreshes))
 
 
 def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast = "hold") -> Array:
-    """The predicted error of the state at every step, 0 at the refreshes.
+    """The predicted error of the state at every step, (T,) float64, 0 at the refreshes.
 
-    |sum_i w_i u_i - u_k|^2 / 2 + drift (sum_i w_i^2 - 1), averaged over tokens, where w are the weights of the forecast
-    and u unit states: a token's state divided by its norm. Held, this is 1 - similarity[k][j], as in the paper. The
-    second term is there because a run that leaves out refreshes does not meet the probe's states exactly, and
-    extrapolating far beyond close refreshes multiplies the difference; its drift is the mean of the first term over a
-    uniform schedule of as many refreshes.
+    It is |sum_i w_i u_i - u_k|^2 / 2 + drift (sum_i w_i^2 - 1), averaged over tokens, where w are the weights of the
+    forecast and u are unit states: a token's state divided by its norm. For held states, this is 1 - similarity[k][j],
+    as in the paper. The second term is there because a run without all refreshes does not meet the probe's states
+    exactly, and extrapolating far beyond close refreshes multiplies the difference; the drift is the mean of the first
+    term over a uniform schedule with as many refreshes.
 
-    On the digits model, 250 steps, linear, this gave smaller errors of the final sample than the relative squared error
-    of the states themselves, and than leaving the second term out.
+    On the digits model, with 250 steps and "linear", this gave smaller errors of the final sample than the relative
+    squared error of the states, and than leaving out the second term.
 
     Args:
-        probe: of `probe_states`.
+        probe: the result of `probe_states`.
         refreshes: ascending steps, the first 0.
         forecast: what fills the steps between refreshes, as SamplingConfig.state_forecast.
-
-    Returns:
-        (T,) float64.
     """
     return _Costs(probe, forecast, len(refreshes)).of(refreshes)
 
 
 class _Costs:
-    """What the forecast through some refreshes costs at some steps, as `step_errors` defines it.
+    """The cost of a forecast through refreshes at other steps, as `step_errors` defines it.
 
     Args:
-        probe: of `probe_states`.
-        forecast: of the state between refreshes.
-        num_refreshes: M, for the drift; None leaves it 0.
+        probe: the result of `probe_states`.
+        forecast: state_forecast of the run.
+        num_refreshes: M, for the drift; None leaves the drift at 0.
     """
 
     def __init__(self, probe: Probe, forecast: StateForecast, num_refreshes: int | None = None) -> None:
@@ -150,7 +134,7 @@ class _Costs:
         return np.concatenate(parts)
 
     def __call__(self, nodes: Sequence[Steps], steps: Steps) -> Array:
-        """(A, K): nodes are arrays (A, 1) or (1, 1) of refreshes, steps (K,) those whose state is forecast."""
+        """(A, K): nodes are arrays (A, 1) or (1, 1) of refreshes; steps (K,) are those whose states are forecast."""
         weights = [self._weight(i, nodes, steps) for i in range(len(nodes))]
         s = self.similarity
         square: Array = s[steps, steps]
@@ -160,7 +144,7 @@ class _Costs:
             amplification = amplification + weight * weight
             for other, other_weight in zip(nodes[:i], weights[:i], strict=True):
                 square = square + 2 * weight * other_weight * s[node, other]
-        # Rounding may leave the distance of two equal states slightly negative.
+        # Rounding may make the distance of two equal states slightly negative.
         return np.maximum(square, 0) / 2 + self.drift * amplification
 
     def segments(self, nodes: Sequence[Steps], steps: Steps) -> Array:
@@ -178,15 +162,15 @@ class _Costs:
 
 
 def _possible(c: int, least: int, num_refreshes: int, num_steps: int) -> slice:
-    """How many refreshes, `least` or more, there can be up to step c, itself one: no more than steps so far, and no
-    fewer than the steps that remain leave room for."""
+    """The possible numbers of refreshes, `least` or more, up to step c, which is one: at most the steps so far, and
+    enough that the remaining steps have room for the others."""
     return slice(max(least, num_refreshes - (num_steps - 1 - c)), min(num_refreshes, c + 1) + 1)
 
 
 def _search_pairs(costs: _Costs, num_refreshes: int) -> tuple[int, ...]:
     """The best schedule where a segment's cost depends on its own and the previous refresh."""
     count = costs.num_steps
-    # best[m, b, d]: of the steps before d with m refreshes, the last of them at b; before[m, b, d] is the one before b.
+    # best[m, b, d]: cost of the steps before d with m refreshes, the last at b; before[m, b, d]: the refresh before b.
     best = np.full((num_refreshes + 1, count, count + 1), np.inf)
     before = np.zeros(best.shape, dtype=np.int32)
     steps = np.arange(count)
@@ -207,8 +191,8 @@ def _search_triples(costs: _Costs, num_refreshes: int, longest: int) -> tuple[in
     """The best schedule of three or more refreshes where a segment's cost depends on its own and the two refreshes
     before it, among those whose segments have at most `longest` steps."""
     count = costs.num_steps
-    # best[m, c, u, v]: of the steps before c + v with m refreshes, the last two at c - u and c; before[m, c, u, v] is
-    # the length of the segment that ends at c - u.
+    # best[m, c, u, v]: cost of the steps before c + v with m refreshes, the last two at c - u and c;
+    # before[m, c, u, v]: length of the segment that ends at c - u.
     best = np.full((num_refreshes + 1, count, longest + 1, longest + 1), np.inf)
     before = np.zeros(best.shape, dtype=np.int32)
     steps = np.arange(count)
@@ -242,7 +226,7 @@ def _square(similarity: ArrayLike | Tensor) -> Array:
     values = similarity.detach().cpu().double().numpy() if isinstance(similarity, Tensor) else similarity
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
-        raise ValueError(f"similarity has shape {matrix.shape}; expected (T, T), one row and one column a step")
+        raise ValueError(f"similarity has shape {matrix.shape}; expected (T, T), a row and a column per step")
     if not np.isfinite(matrix).all():
         raise ValueError("similarity holds values that are not finite")
     return matrix
