@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ddt_fast.autoencoder import Decoder
+from ddt_fast.autoencoder import Decoder, open_decoder
 from ddt_fast.config import DataConfig, Experiment, SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8, dtype_name
 from ddt_fast.generation.settings import Engine
@@ -111,7 +111,7 @@ def load_engine(
     count: int,
     ranks: Ranks,
 ) -> LoadedEngine:
-    """Load a local checkpoint as `engine` asks, for `count` images.
+    """Load a local checkpoint as `engine` asks, for `count` images, decoded by `decode` or the model's own.
 
     Raises:
         ValueError: the weights do not fit the settings, the engine does not run here, or a sample does not fit in the
@@ -133,6 +133,7 @@ def load_engine(
         batch_size = fitting_batch_size(plan, model, asked, size, size, budget)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
+    decode = decode or open_decoder(experiment, device)
     return LoadedEngine(
         model,
         sampling,
