@@ -158,7 +158,7 @@ def test_a_notebooks_day(tmp_path, capsys):
     ("kind", "arguments", "message"),
     [
         (Draws, {"num_images": 2.5}, r"num_images is 2\.5; allowed: a whole number, 1 or more"),
-        (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of whole numbers, at least one"),
+        (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of labels or names, at least one"),
         (Draws, {"classes": 3}, "classes is 3"),
         (Draws, {"classes": []}, r"classes is \[\]"),
         (Draws, {"classes": "38"}, "classes is '38'"),
