@@ -28,13 +28,14 @@ def test_labels_follow_the_sorted_class_names(tmp_path):
     )
     assert folder.labels == (0, 1, 1, 2, 2, 2)
     assert folder.class_counts == [1, 2, 3]
-    assert folder.ignored == ("n10/notes.txt", "readme")
+    assert folder.passed_over == "passed over 2 files not named like images: 1 .txt, 1 without an ending"
+    assert folder.images.names == folder.files
 
 
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         list_images(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no class folders"):
+    with pytest.raises(ValueError, match="holds no images; expected images .*; it is empty"):
         list_images(tmp_path)
     root = make_images(tmp_path / "images", {"a": 1, "b": 1})
     (root / "b" / "000.png").unlink()

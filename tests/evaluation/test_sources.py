@@ -100,11 +100,12 @@ def test_damaged_files_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[: -5 * 16 * 16 * 3])
     (tmp_path / "cut.npz").write_bytes(whole[:middle])
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "arr_0.npy").read_bytes()[:-5])
     (tmp_path / "flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
     for name, message in (
         ("missing.npz", "does not exist; expected an npz or a folder of images"),
-        ("arr_0.npy", r"is not an npz \(or a truncated one\)"),
-        ("cut.npz", r"is not an npz \(or a truncated one\)"),
+        ("cut.npz", "is not an npz, or is truncated"),
+        ("cut.npy", "cut.npy cannot be read: mmap length is greater than file size"),
         ("flipped.npz", "cannot be read"),
         ("short.npz", "arr_0 ends at image 15"),
         ("empty", "holds no images"),
