@@ -65,10 +65,10 @@ class ImageFiles:
 
     @property
     def passed_over(self) -> str | None:
-        """What is not among the images, for a warning: "4 files not named like images: 3 .txt, 1 .json"."""
+        """What is not among the images, for a warning: "4 files not named like images: 1 .json, 3 .txt"."""
         parts = []
         if self.others:
-            endings = ", ".join(f"{count:,} {end}" for end, count in self.others.most_common())
+            endings = ", ".join(f"{count:,} {end}" for end, count in sorted(self.others.items()))
             parts.append(f"{plural(self.others.total(), 'file')} not named like images: {endings}")
         if self.links:
             parts.append(f"{plural(len(self.links), 'link')} to folders that are read anyway, such as {self.links[0]}")
@@ -168,29 +168,35 @@ def _stack_members(root: Path, path: str) -> dict[str, Member]:
 def _tar_members(root: Path, path: str, others: Counter[str]) -> dict[str, Member]:
     """The images of a tar by name, with the class in the .cls or .json beside each, as WebDataset keeps it: members
     belong together if their paths agree up to the first dot of the file name. Other members are counted in `others`.
-    Of a damaged tar, the images before the damage are kept, and the tar itself is listed as unreadable."""
+    Of a damaged tar, the samples before the damage are kept, without the last, which may not be whole, and the tar itself
+    is listed as unreadable."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     found: dict[str, Member] = {}
     with (root / path).open("rb") as stream:
+        end_mark = 0
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for entry in archive:
+                    end_mark = entry.offset_data + -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     folder, name = posixpath.split(posixpath.normpath("/" + entry.name).lstrip("/"))
                     if entry.isfile() and name.startswith("."):
                         others["hidden"] += 1
                     elif entry.isfile():
                         stem, _, end = name.partition(".")
                         samples.setdefault(posixpath.join(folder, stem), {})[end] = entry.offset_data, entry.size
+            stream.seek(end_mark)
+            if any(stream.read(tarfile.BLOCKSIZE)):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no header at byte {end_mark:,}")
         except (tarfile.TarError, OSError, EOFError) as error:
             found[path] = Member(path, damage=f"damaged tar: {error}")
+            samples = dict([*samples.items()][:-1])
         for key, parts in samples.items():
             images = {end: place for end, place in parts.items() if _ending(f"x.{end}") in extensions()}
             others.update(_ending(f"x.{end}") for end in parts if end not in images and end not in ("cls", "json"))
             label = _label(stream, f"{path}/{key}", parts) if images else None
             # Beside an image there may be pictures that belong to it: 0001.jpg, 0001.seg.png.
-            for end, (start, length) in (
-                {end: place for end, place in images.items() if "." not in end} or images
-            ).items():
+            whole = {end: place for end, place in images.items() if "." not in end} or images
+            for end, (start, length) in whole.items():
                 found[f"{path}/{key}.{end}"] = Member(path, start, length, label)
     return found
 

@@ -206,7 +206,9 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     sizes, unreadable = _check(files, names)
     for name, reason in unreadable.items():
         if not skip_unreadable:
-            raise ValueError(f"{files.root / name} cannot be read: {reason}; `skip_unreadable` leaves such images out")
+            raise ValueError(
+                f"{files.root / name} cannot be read: {reason}; ddt_fast.evaluate --skip-unreadable leaves it out"
+            )
         warnings.warn(f"{files.root / name} is left out: {reason}", stacklevel=4)
     if not sizes:
         raise ValueError(f"none of {plural(len(names), 'image')} in {path} can be read")

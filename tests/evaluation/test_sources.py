@@ -105,7 +105,7 @@ def test_damaged_files_are_refused(tmp_path):
     for name, message in (
         ("missing.npz", "does not exist; expected an npz or a folder of images"),
         ("cut.npz", "is not an npz, or is truncated"),
-        ("cut.npy", "cut.npy cannot be read: mmap length is greater than file size"),
+        ("cut.npy", "cut.npy cannot be read: ValueError: mmap length is greater than file size"),
         ("flipped.npz", "cannot be read"),
         ("short.npz", "arr_0 ends at image 15"),
         ("empty", "holds no images"),
