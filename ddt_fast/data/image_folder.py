@@ -89,7 +89,11 @@ def find_images(root: Path) -> ImageFiles:
         for file in files:
             path, end = place + file, _ending(file)
             if end == ".tar":
-                members |= (inside := _tar_members(root, path, others))
+                try:
+                    inside = _tar_members(root, path, others)
+                except OSError as error:
+                    inside = {path: Member(path, damage=error.strerror)}
+                members |= inside
                 names += inside
             elif end == ".npy":
                 members |= (inside := _stack_members(root, path))
@@ -168,7 +172,7 @@ def _stack_members(root: Path, path: str) -> dict[str, Member]:
 def _tar_members(root: Path, path: str, others: Counter[str]) -> dict[str, Member]:
     """The images of a tar by name, with the class in the .cls or .json beside each, as WebDataset keeps it: members
     belong together if their paths agree up to the first dot of the file name. Other members are counted in `others`.
-    Of a damaged tar, the samples before the damage are kept, without the last, which may not be whole, and the tar itself
+    Of a damaged tar, the samples before the damage are kept, without the last, which may not be whole; the tar itself
     is listed as unreadable."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     found: dict[str, Member] = {}
