@@ -101,7 +101,7 @@ def encode_image_folder(
     if manifest is not None and manifest["count"] == 0:
         first = manifest["unreadable"][0]
         unread = plural(len(folder.files), "image")
-        raise ValueError(f"none of {unread} in {images} can be read, such as {first['file']}: {first['reason']}")
+        raise ValueError(f"{images} holds {unread} but none can be read; the first, {first['file']}: {first['reason']}")
     return manifest
 
 

@@ -254,7 +254,7 @@ class ImageFolder:
 def list_images(root: Path) -> ImageFolder:
     """List the images below a folder (see `find_images`) with their classes, which are, in this order:
     the numbers in a tar's .cls or .json members; the sub-folders of root, or of a tar in root, sorted by name; one
-    class, with the folder's name, if there are no sub-folders.
+    class, with root's name, if there are no sub-folders.
 
     Raises:
         ValueError: root does not exist, holds no images, or a sub-folder does not; some samples of tars have a number
@@ -272,7 +272,8 @@ def list_images(root: Path) -> ImageFolder:
     class_names = sorted({*filter(None, places.values())} | _sub_folders(root, images.links))
     if not class_names:
         labels = (0,) * len(images.names)
-        return ImageFolder(images, (root.resolve().stem,), images.names, labels, images.passed_over)
+        alone = root.resolve().name if root.is_dir() else root.stem
+        return ImageFolder(images, (alone,), images.names, labels, images.passed_over)
     label_of = {name: label for label, name in enumerate(class_names)}
     if empty := sorted({*class_names} - {*places.values()}):
         raise ValueError(f"class folder {root / empty[0]} holds no images; expected {WANTED} (or remove it)")

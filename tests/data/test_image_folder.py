@@ -106,11 +106,11 @@ def test_names_that_pillow_knows_are_images_and_others_are_counted(tmp_path):
 
 
 def test_a_folder_without_class_folders_is_one_class(tmp_path):
-    make_images(tmp_path, {"flowers": 3})
-    folder = list_images(tmp_path / "flowers")
-    assert (folder.class_names, folder.labels) == (("flowers",), (0, 0, 0))
-    make_images(tmp_path / "flowers", {"rose": 1})
-    folder = list_images(tmp_path / "flowers")
+    make_images(tmp_path, {"flowers.v2": 3})
+    folder = list_images(tmp_path / "flowers.v2")
+    assert (folder.class_names, folder.labels) == (("flowers.v2",), (0, 0, 0))
+    make_images(tmp_path / "flowers.v2", {"rose": 1})
+    folder = list_images(tmp_path / "flowers.v2")
     assert (folder.class_names, folder.files) == (("rose",), ("rose/000.png",))
     assert folder.passed_over == "passed over 3 images beside the class folders"
 
