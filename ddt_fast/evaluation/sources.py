@@ -25,13 +25,16 @@ from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 from ddt_fast.wording import plural
 
 _CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
-# What `ddt_fast.sample` writes into its folder, and pictures of many samples, with what lies beside them.
 SAMPLES, RECORD = "samples.npz", "generation.json"
+"""What `ddt_fast.sample` writes into its folder."""
+# Pictures that the commands draw, by what lies beside them.
 _GRIDS = {
-    "grid.png": RECORD,
-    "metrics.png": "metrics.json",
-    "samples.png": "recipe.yaml",
-    "curves.png": "log.jsonl",
+    r"grid\.png": RECORD,
+    r"metrics\.png": "metrics.json",
+    r"similarity\.png": "similarity.json",
+    r"samples\.png": "recipe.yaml",
+    r"curves\.png": "log.jsonl",
+    r"\w+_step_\d+\.png": "../recipe.yaml",
 }
 
 
@@ -199,7 +202,8 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
         warnings.warn(f"{path}: {files.passed_over}", stacklevel=4)
     grids = {name for name in files.names if _is_grid(files.root / name)}
     if grids:
-        warnings.warn(f"{path}: {', '.join(sorted(grids))} shows many samples and is not one", stacklevel=4)
+        text = f"passed over {plural(len(grids), 'picture')} drawn by ddt-fast, such as {min(grids)}"
+        warnings.warn(f"{path}: {text}", stacklevel=4)
     names = [name for name in files.names if name not in grids]
     if not names:
         raise ValueError(f"folder {path} holds no images; expected {WANTED}")
@@ -219,8 +223,7 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
 
 
 def _is_grid(file: Path) -> bool:
-    record = _GRIDS.get(file.name)
-    return record is not None and (file.parent / record).is_file()
+    return any(re.fullmatch(name, file.name) and (file.parent / record).is_file() for name, record in _GRIDS.items())
 
 
 def _check(files: ImageFiles, names: list[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:

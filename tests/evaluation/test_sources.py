@@ -163,12 +163,13 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
         open_source(tmp_path / "set", skip_unreadable=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*not named like images")
 def test_the_folder_of_a_sampling_job_is_its_samples(tmp_path):
     images = smooth_images(5, 0, size=6)
     write_folder(tmp_path / "job" / "images", images[:2])
     Image.fromarray(images[0]).save(tmp_path / "job" / "grid.png")
     (tmp_path / "job" / "generation.json").write_text("{}")
-    with pytest.warns(UserWarning, match="grid.png shows many samples and is not one"):
+    with pytest.warns(UserWarning, match="job: passed over 1 picture drawn by ddt-fast, such as grid.png"):
         assert open_source(tmp_path / "job").images.count == 2  # its samples.npz was deleted
     np.savez(tmp_path / "job" / "samples.npz", arr_0=images, labels=np.arange(5))
     for source in (open_source(tmp_path / "job"), *open_sources([tmp_path / "job"], 6)):
@@ -179,6 +180,27 @@ def test_the_folder_of_a_sampling_job_is_its_samples(tmp_path):
     # A class's picture may have such a name.
     write_folder(tmp_path / "other", images[:1], "grid.png")
     assert open_source(tmp_path / "other").images.count == 1
+
+
+@pytest.mark.parametrize(
+    ("picture", "beside"),
+    [
+        ("metrics.png", "metrics.json"),
+        ("similarity.png", "similarity.json"),
+        ("samples.png", "recipe.yaml"),
+        ("curves.png", "log.jsonl"),
+        ("samples/samples_step_0000100.png", "recipe.yaml"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*not named like images")
+def test_pictures_drawn_by_the_commands_are_not_samples(tmp_path, picture, beside):
+    for name in ("0.png", picture):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 6)).save(tmp_path / name)
+    assert open_source(tmp_path).images.count == 2
+    (tmp_path / beside).touch()
+    with pytest.warns(UserWarning, match=f"passed over 1 picture drawn by ddt-fast, such as {picture}"):
+        assert open_source(tmp_path).images.count == 1
 
 
 def test_tars_and_arrays_are_folders_of_images(tmp_path):
