@@ -24,6 +24,7 @@ from ddt_fast.data.image_folder import WANTED, ImageFiles, check_source, find_im
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
 from ddt_fast.wording import plural
 
+_CHECKED_AT_ONCE = 256
 _CLASS_IN_NAME = re.compile(r"_class_(\d+)_")
 SAMPLES, RECORD = "samples.npz", "generation.json"
 """What `ddt_fast.sample` writes into its folder."""
@@ -207,7 +208,7 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     names = [name for name in files.names if name not in grids]
     if not names:
         raise ValueError(f"folder {path} holds no images; expected {WANTED}")
-    sizes, unreadable = _check(files, names)
+    sizes, unreadable = _check(files, names, skip_unreadable)
     for name, reason in unreadable.items():
         if not skip_unreadable:
             raise ValueError(
@@ -226,8 +227,9 @@ def _is_grid(file: Path) -> bool:
     return any(re.fullmatch(name, file.name) and (file.parent / record).is_file() for name, record in _GRIDS.items())
 
 
-def _check(files: ImageFiles, names: list[str]) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """The sizes of the images that can be read, and why the others cannot, both by name."""
+def _check(files: ImageFiles, names: list[str], to_the_end: bool) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """The sizes of the images that can be read, and why the others cannot, both by name; to the end, or until some of
+    them cannot."""
 
     def check(name: str) -> tuple[int, int] | str:
         try:
@@ -235,14 +237,19 @@ def _check(files: ImageFiles, names: list[str]) -> tuple[dict[str, tuple[int, in
         except UnreadableImageError as error:
             return str(error)
 
+    sizes: dict[str, tuple[int, int]] = {}
+    unreadable: dict[str, str] = {}
     with _threads() as pool, tqdm(total=len(names), desc="checking", unit="img", delay=2, dynamic_ncols=True) as bar:
-        sizes, unreadable = {}, {}
-        for name, found in zip(names, pool.map(check, names), strict=True):
-            bar.update()
-            if isinstance(found, str):
-                unreadable[name] = found
-            else:
-                sizes[name] = found
+        for start in range(0, len(names), _CHECKED_AT_ONCE):
+            part = names[start : start + _CHECKED_AT_ONCE]
+            for name, found in zip(part, pool.map(check, part), strict=True):
+                if isinstance(found, str):
+                    unreadable[name] = found
+                else:
+                    sizes[name] = found
+            bar.update(len(part))
+            if unreadable and not to_the_end:
+                break
     return sizes, unreadable
 
 
