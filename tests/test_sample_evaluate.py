@@ -100,7 +100,7 @@ def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, referen
     with np.load(reference) as archive:
         for i, image in enumerate(archive["arr_0"]):
             Image.fromarray(np.pad(image, ((0, 0), (i % 2, i % 2), (0, 0)))).save(photos / f"{i:03d}.png")
-    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; .*: --center-crop cuts a folder's"):
+    with pytest.raises(ValueError, match=r"001\.png has 10x8 pixels, 000\.png 8x8; .*; --center-crop crops a folder's"):
         sample(tmp_path / "out", *scoring(str(photos)))
     assert not (tmp_path / "out" / "samples.npz").exists()
     sample(tmp_path / "out", *scoring(str(photos)), "--center-crop", "8")

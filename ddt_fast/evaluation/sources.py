@@ -163,8 +163,15 @@ def open_source(path: str | Path, crop: int | None = None, skip_unreadable: bool
 
 def open_sources(paths: Sequence[str | Path | None], crop: int | None, skip_unreadable: bool = False) -> list[Source]:
     """Open the paths that are not None; ValueError as `open_source`, or for a crop that changes nothing."""
-    sources = [open_source(path, crop, skip_unreadable) for path in paths if path is not None]
-    if crop is not None and not any(source.images and source.images.size == (crop, crop) for source in sources):
+    given = [path for path in paths if path is not None]
+    sources = [open_source(path, crop, skip_unreadable) for path in given]
+    # The folder of ddt_fast.sample stands for an npz, which is not cropped, but may have that size.
+    folders = [
+        source.images
+        for path, source in zip(given, sources, strict=True)
+        if Path(path).is_dir() or (source.images is not None and source.images.files is not None)
+    ]
+    if crop is not None and not any(images and images.size == (crop, crop) for images in folders):
         raise ValueError(f"center_crop is for folders of images; {sources[-1].path} is not one")
     return sources
 
