@@ -66,7 +66,8 @@ def encode_image_folder(
     was stopped is continued. Under torchrun the processes share the work.
 
     Args:
-        images: folder with one sub-folder of images per class.
+        images: folder with one sub-folder of images per class, or with images of one class; .npy arrays and WebDataset
+            tars are read too, there or in its place.
         output: folder of the cache.
         image_size: side of the centre crop in pixels.
         autoencoder: diffusers AutoencoderKL, hub id or local folder.
@@ -85,7 +86,8 @@ def encode_image_folder(
         The cache's manifest; None while other processes are still working.
 
     Raises:
-        ValueError: there are no images, an encoder cannot be loaded, or the cache was begun with other settings.
+        ValueError: there are no images, or none that can be read, an encoder cannot be loaded, or the cache was begun
+            with other settings.
         OSError: a file cannot be read or written; finished shards are kept.
     """
     folder, cache = _open_folders(images, output)
@@ -93,7 +95,12 @@ def encode_image_folder(
     with _deterministic(place):
         encoder, features = _load_encoders(autoencoder, repa_encoder, place, compute_dtype)
         settings = cache_settings(folder, encoder, features, image_size, dtype, flips, shard_size, batch_size)
-        return encode_images(folder, cache, encoder, settings, features, num_workers=num_workers, verify=verify)
+        manifest = encode_images(folder, cache, encoder, settings, features, num_workers=num_workers, verify=verify)
+    if manifest is not None and manifest["count"] == 0:
+        first = manifest["unreadable"][0]
+        unread = plural(len(folder.files), "image")
+        raise ValueError(f"{images} holds {unread} but none can be read; the first, {first['file']}: {first['reason']}")
+    return manifest
 
 
 def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, Path]:
@@ -105,8 +112,8 @@ def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, 
     check_owned(cache)
     begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
     folder = list_images(source, begun)
-    if folder.ignored and process_ranks().rank == 0:
-        warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
+    if folder.passed_over and process_ranks().rank == 0:
+        warn(folder.passed_over)
     return folder, cache
 
 

@@ -1,6 +1,8 @@
 """What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2."""
 
+import codecs
 import difflib
+import io
 import re
 import sys
 import warnings
@@ -111,14 +113,28 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    r"""Show what a stream cannot encode: bytes of file names that are not UTF-8 as \xe9, characters as \u2192."""
+    assert isinstance(error, UnicodeEncodeError)
+    text = error.object[error.start : error.end]
+    # Python keeps such a byte as a lone surrogate.
+    shown = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text)
+    return shown.encode("ascii", "backslashreplace").decode(), error.end
+
+
 def run_command(command: Callable[[], Any]) -> None:
     """Run a command's main function. A user's mistake (ValueError), or a file that cannot be read or written, ends it
-    with one `error:` line and exit code 2, an interrupt with exit code 130. A warning is one line."""
+    with one `error:` line and exit code 2, an interrupt with exit code 130. A warning is one line.
+    What stdout or stderr cannot encode is escaped."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         warn(str(message))
 
     warnings.showwarning = show
+    codecs.register_error("escape", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="escape")
     try:
         command()
     except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ from ddt_fast.checks import require_int, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.digits import digits
 from ddt_fast.device import choose_device
-from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.evaluation.features import FeatureAccumulator, Features, FeatureSet, PixelExtractor, extractor_maker
 from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table
 from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics, evaluate, gather
@@ -54,6 +54,7 @@ def score_samples(
     features: Features = "inception",
     inception_weights: str | None = None,
     center_crop: int | None = None,
+    skip_unreadable: bool = False,
     batch_size: int = 64,
     device: str = "auto",
     output: str | Path = "metrics.json",
@@ -63,13 +64,15 @@ def score_samples(
     recall, KID. Print a table, and write the scores as JSON with a picture of the samples beside it.
 
     Args:
-        samples: an npz (arr_0, or mu and sigma) or a folder of images; default: digits drawn from the checkpoint in
-            the package, scored against real ones.
+        samples: an npz (arr_0, or mu and sigma), a folder of images (also in .npy files and tars) or of
+            ddt_fast.sample; default: digits drawn from the checkpoint in the package, scored against real ones.
         reference: an npz or a folder, for example one of ADM's reference batches.
         metrics: fid, sfid, inception_score, precision, recall, kid; default: all that can be computed.
         features: inception, or pixels for images of up to 64x64.
         inception_weights: file of the network's weights; default: from torch's cache, else downloaded.
         center_crop: side in pixels of ADM's centre crop, for the images of a folder; default: no crop.
+        skip_unreadable: leave out the images of a folder that cannot be read, and list them; default: stop at the
+            first, before any work is done.
         batch_size: images at a time.
         device: auto, cpu, cuda or cuda:N.
         output: .json file for the scores; a picture of the samples goes beside it.
@@ -92,9 +95,12 @@ def score_samples(
         for name, value in (("reference", reference), ("save_statistics", statistics), ("center_crop", center_crop)):
             if value is not None:
                 raise ValueError(f"`{name}` is for `samples`, which is not given")
-        return _write(file, *_score_digits(place, batch_size, metrics))
+        digits_report, shown, digits_score = _score_digits(place, batch_size, metrics)
+        _write(file, digits_report, shown)
+        print(digits_score)
+        return digits_report
     # Open both first: a mistake in the reference should not wait for the samples.
-    source, *others = open_sources([samples, reference], center_crop)
+    source, *others = open_sources([samples, reference], center_crop, skip_unreadable)
     make_extractor = extractor_maker(features, inception_weights, place)
     needed = [*(metrics if others or statistics is None else ()), *(("fid", "sfid") if statistics is not None else ())]
     found = gather(source, "samples", needed, make_extractor, batch_size, progress)
@@ -104,17 +110,20 @@ def score_samples(
             return None
     other = others[0] if others else None
     report = evaluate(found, other, metrics, make_extractor, batch_size, progress)
-    return _write(file, report, progress.shown)
+    for role, opened in zip(("samples", "reference"), (source, *others), strict=False):
+        if opened.images is not None and opened.images.unreadable:
+            report[role]["unreadable"] = [{"file": name, "reason": why} for name, why in opened.images.unreadable]
+    _write(file, report, progress.shown)
+    return report
 
 
-def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> dict[str, Any]:
-    """Print the report's table; write the report, and a picture of the shown samples, which are given by place."""
-    print(report_table(report))
+def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> None:
+    """Write the report, and a picture of the shown samples, which are given by place; then print the report's table."""
     write_json(file, report)
     if shown:
         with atomic_file(file.with_suffix(".png")) as picture:
             labelled_grid(np.stack(list(shown.values())), [str(place) for place in shown]).save(picture)
-    return report
+    print(report_table(report))
 
 
 def _output_file(name: str, given: str | Path, suffix: str) -> Path:
@@ -135,7 +144,7 @@ def _save_statistics(path: Path, samples: FeatureSet) -> None:
 
 def _score_digits(
     device: torch.device, batch_size: int, metrics: Sequence[str]
-) -> tuple[dict[str, Any], dict[int, Images]]:
+) -> tuple[dict[str, Any], dict[int, Images], DigitsScore]:
     """Score digits of the embedded checkpoint against all real ones, in pixels."""
     experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
     model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
@@ -159,10 +168,9 @@ def _score_digits(
         sets.append(accumulator.finish(name))
     report = evaluate(sets[0], sets[1], metrics)
     digits_score = score_digits(samples, labels)
-    print(digits_score)
     report["digits"] = asdict(digits_score)
     places = np.linspace(0, _NUM_DIGITS - 1, PICTURE_IMAGES).round().astype(int).tolist()
-    return report, dict(zip(places, to_uint8(samples[places]), strict=True))
+    return report, dict(zip(places, to_uint8(samples[places]), strict=True)), digits_score
 
 
 if __name__ == "__main__":

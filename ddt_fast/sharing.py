@@ -145,8 +145,8 @@ def study_refreshes(
     check_no_folder(folder / _PICTURE, folder / _DATA)
     reference = load_model(source, place, weight_dtype, experiment.model)
     study = _study(FusedDDT.from_reference(reference), own, experiment.data.sample_size, num_samples, str(source))
-    print(_text_view(study), _table(study), sep="\n\n")
     _write(study, source, num_samples, folder)
+    print(_text_view(study), _table(study), sep="\n\n")
     print(f"wrote {_PICTURE} and {_DATA} to {folder}")
     return study
 

@@ -1,19 +1,24 @@
 """The command as a user runs it, with a small AutoencoderKL."""
 
+import io
+import os
 import re
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits, load_sample_images
 
 from ddt_fast import cache_latents
 from ddt_fast.autoencoder import Decoder, Encoder
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.encode import cache_settings
-from ddt_fast.data.image_folder import list_images
+from ddt_fast.data.image_folder import center_crop, list_images
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.loader import LatentLoader
 from ddt_fast.data.verification import wrong_shards
@@ -139,3 +144,55 @@ def test_a_full_disk_is_one_line_and_loses_nothing(images, autoencoder, tmp_path
         line = error_line(capsys, cache_latents.main, arguments(images, autoencoder, tmp_path / "cache"))
     assert "latents-00000-of-00004.safetensors could not be written: File too large; finished shards are kept" in line
     assert [file.name for file in (tmp_path / "cache").iterdir()] == ["settings.json"]
+
+
+def test_nothing_readable_is_a_mistake(autoencoder, tmp_path, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for name in ("1.png", "2.jpg"):
+        (tmp_path / "images" / "a" / name).touch()
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: cache_latents.main(arguments(tmp_path / "images", autoencoder, tmp_path / "cache")))
+    said = capsys.readouterr().err
+    assert "warning: a/2.jpg is left out: not an image" in said
+    assert re.search(
+        r"error: .*images holds 2 images but none can be read; the first, a/1\.png: not an image that", said
+    )
+
+
+def test_arrays_tars_and_flat_folders_are_cached_as_the_same_files(autoencoder, tmp_path, capsys):
+    """Three pictures of one class each way: the same latents, and training reads the images again."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (3, 40, 32, 3), dtype=np.uint8)
+    for place in ("flat", "arrays", "tars"):
+        (tmp_path / place).mkdir()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / "flat" / f"{i}.png")
+    np.save(tmp_path / "arrays" / "stack.npy", pictures)
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as archive:
+        archive.add(tmp_path / "flat", "")
+    seen = []
+    for place in ("flat", "arrays", "tars", "tars/0.tar"):
+        output = tmp_path / "caches" / place
+        given = arguments(tmp_path / place, autoencoder, output)
+        cache_latents.main([*given, "--num-workers", "2"])
+        assert "3 latents of 1 class in 1 shard" in capsys.readouterr().out
+        dataset = LatentDataset(output)
+        seen.append(load_file(output / "latents-00000-of-00001.safetensors")["mean"])
+        read = CachedImages(tmp_path / place, dataset).read(np.arange(3), np.zeros(3, dtype=bool))
+        expected = [center_crop(Image.fromarray(picture), 32) for picture in pictures]
+        np.testing.assert_array_equal(read.permute(0, 2, 3, 1), np.stack([np.asarray(crop) for crop in expected]))
+    assert all(torch.equal(mean, seen[0]) for mean in seen)
+
+
+def test_names_that_are_not_utf8_are_escaped(autoencoder, tmp_path, monkeypatch):
+    folder = os.fsencode(tmp_path) + b"/i/caf\xe9"
+    os.makedirs(folder)
+    Image.new("RGB", (32, 32)).save(os.fsdecode(folder + b"/1.png"))
+    Path(os.fsdecode(folder + b"/br\xf6ken.png")).touch()
+    Path(os.fsdecode(folder + b"/x.\xe9")).touch()
+    terminal = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_command(lambda: cache_latents.main(arguments(tmp_path / "i", autoencoder, tmp_path / "cache")))
+    terminal.flush()
+    assert rb"caf\xe9/br\xf6ken.png: not an image" in terminal.buffer.getvalue()
+    assert [os.fsencode(name) for name in LatentDataset(tmp_path / "cache").settings.class_names] == [b"caf\xe9"]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +107,7 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize("role", ["--samples", "--reference", "--save-statistics"])
-def test_mixed_sizes_are_refused_before_any_image_is_decoded(tmp_path, files, photos, monkeypatch, role):
+def test_mixed_sizes_are_refused_before_any_features_are_computed(tmp_path, files, photos, monkeypatch, role):
     def read(*_):
         raise AssertionError("images are read")
 
@@ -188,3 +190,40 @@ def test_offline_without_weights(tmp_path, files, monkeypatch, capsys):
     line = error_line(capsys, command.main, [*files, "--output", str(tmp_path / "metrics.json")])
     assert line.startswith("error: the Inception weights pt_inception-2015-12-05-6726825d.pth are not in ")
     assert line.endswith("put the file there, or name it with --inception-weights")
+
+
+def test_unreadable_images_are_listed_when_skipped(tmp_path, files, photos, capsys):
+    Path(photos, "005.png").write_bytes(b"not an image")
+    given = [*files[:2], "--reference", photos, "--center-crop", "8", "--features", "pixels", "--metrics", "fid"]
+    given += ["--output", str(tmp_path / "metrics.json")]
+    line = error_line(capsys, command.main, given)
+    assert "005.png cannot be read: not an image that Pillow can read; ddt_fast.evaluate --skip-unreadable" in line
+    assert not (tmp_path / "metrics.json").exists()
+    with pytest.warns(UserWarning, match=r"005\.png is left out"):
+        report = run(tmp_path, *given[:-2], "--skip-unreadable")
+    assert report["reference"]["num_images"] == 29
+    assert report["reference"]["unreadable"] == [{"file": "005.png", "reason": "not an image that Pillow can read"}]
+    assert "unreadable" not in report["samples"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, encoding):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    for i, image in enumerate(smooth_images(12, 0, size=8)):
+        Image.fromarray(image).save(os.fsdecode(folder + b"/\xf6%d.png" % i))
+    report = tmp_path / "metrics.json"
+    options = ["--reference", files[3], "--features", "pixels", "--output", str(report)]
+    words = [sys.executable, "-m", "ddt_fast.evaluate", "--samples", folder, *options]
+    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 0, done.stderr
+    assert rb"/caf\xe9: 12 images of 8x8" in done.stdout
+    assert ("±" if encoding == "utf-8" else r"\xb1").encode() in done.stdout
+    assert os.fsencode(json.loads(report.read_text())["samples"]["source"]) == folder
+    (tmp_path / "metrics.png").unlink()
+    os.rename(os.path.join(folder, b"\xf60.png"), os.path.join(folder, b"\xf60.txt"))
+    Path(os.fsdecode(folder + b"/\xf61.png")).write_bytes(b"")
+    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
+    assert done.returncode == 2
+    assert rb"/caf\xe9/\xf61.png cannot be read" in done.stderr

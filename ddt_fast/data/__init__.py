@@ -1,4 +1,4 @@
-"""From images to training batches: image_folder → encode → latent_cache → latent_dataset → loader.
+"""From images to training batches: image_file → image_folder → encode → latent_cache → latent_dataset → loader.
 
 source.py opens what training can read: add a data source there.
 """

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.data.image_folder import UnreadableImageError, list_images, read_image
+from ddt_fast.data.image_folder import UnreadableImageError, list_images
 from ddt_fast.data.latent_cache import names_sha256
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.wording import plural
@@ -33,7 +33,7 @@ class CachedImages:
             )
         if names_sha256(folder.files) != settings.images_sha256:
             raise ValueError(f"{root} holds other file names than the image folder that the cache was made from")
-        self._root, self._files = root, folder.files
+        self._folder = folder
         self._places = dataset.image_places()
         self.image_size = settings.image_size
 
@@ -42,10 +42,10 @@ class CachedImages:
         image can no longer be read; the message names the file."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
-            path = self._root / self._files[place]
             try:
-                pixels = read_image(path, self.image_size).numpy()
+                pixels = self._folder.read(place, self.image_size).numpy()
             except UnreadableImageError as error:
+                path = self._folder.images.root / self._folder.files[place]
                 raise ValueError(f"{path} was readable when its latent was cached, but now is not: {error}") from error
             image[:] = pixels[..., ::-1] if flip else pixels
         return torch.from_numpy(images)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ddt_fast.autoencoder import Encoder
 from ddt_fast.checks import require, require_int
-from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError, read_image
+from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
 from ddt_fast.device import dtype_name
 from ddt_fast.dinov2 import DinoV2
@@ -40,7 +40,7 @@ class _DecodedImages(Dataset[tuple[int, Tensor | str]]):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, read_image(self.folder.root / self.folder.files[index], self.size)
+            return index, self.folder.read(index, self.size)
         except UnreadableImageError as error:
             return index, str(error)
 

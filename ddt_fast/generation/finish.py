@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 from ddt_fast.data.image_folder import Images
+from ddt_fast.evaluation.sources import RECORD, SAMPLES
 from ddt_fast.files import atomic_file, atomic_folder, read_json, writing
 from ddt_fast.generation.images import grid_columns, labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
 from ddt_fast.generation.seeds import GRID_IMAGES, Assignment
 from ddt_fast.generation.shards import DamagedShardError, ShardFolder, fingerprint
 
-SAMPLES, RECORD = "samples.npz", "generation.json"
 IMAGE_NAMES = r"\d+_class_\d+_seed_\d+\.png"
 _TEMPORARY = r"\.samples\.\d+\.npz|\.grid\.\d+\.png|\.generation\.\d+\.json|\.images\.[a-z0-9_]{8}(\.old)?"
 

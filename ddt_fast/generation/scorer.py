@@ -139,8 +139,8 @@ class Scorer:
             progress = Progress()
             samples = self._all_features(progress)
             found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, progress)
-            print(report_table(found))
             write_json(report, {**found, "generation": job})
+            print(report_table(found))
             print(f"wrote {report}")
         finally:
             for entry in list(self._output_dir.iterdir()):

@@ -1,6 +1,7 @@
 """What can be scored: npz files, statistics and folders, read in batches; what is wrong with others; and statistics,
 exact whatever the batches, mergeable, kept in ADM's format."""
 
+import tarfile
 import zipfile
 
 import numpy as np
@@ -40,7 +41,8 @@ def test_folder_is_read_in_order_of_names(tmp_path):
     Image.fromarray(images[0][..., 0]).save(tmp_path / "set" / "c.png")  # grey becomes RGB
     (tmp_path / "set" / "notes.txt").write_text("no image")
     (tmp_path / "set" / ".hidden.png").write_text("no image")
-    source = open_source(tmp_path / "set").images
+    with pytest.warns(UserWarning, match="set: passed over 2 files not named like images: 1 .txt, 1 hidden"):
+        source = open_source(tmp_path / "set").images
     assert source.count == 8
     read = np.concatenate(list(source.batches(3)))
     np.testing.assert_array_equal(read[:7], images)
@@ -101,11 +103,12 @@ def test_damaged_files_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", (tmp_path / "arr_0.npy").read_bytes()[: -5 * 16 * 16 * 3])
     (tmp_path / "cut.npz").write_bytes(whole[:middle])
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "arr_0.npy").read_bytes()[:-5])
     (tmp_path / "flipped.npz").write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
     for name, message in (
         ("missing.npz", "does not exist; expected an npz or a folder of images"),
-        ("arr_0.npy", r"is not an npz, or is truncated"),
-        ("cut.npz", r"is not an npz, or is truncated"),
+        ("cut.npz", "is not an npz, or is truncated"),
+        ("cut.npy", "cut.npy cannot be read: ValueError: mmap length is greater than file size"),
         ("flipped.npz", "cannot be read"),
         ("short.npz", "arr_0 ends at image 15"),
         ("empty", "holds no images"),
@@ -225,3 +228,78 @@ def test_wrong_statistics_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "wrong.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         load_statistics(tmp_path / "wrong.npz")
+
+
+def test_unreadable_images_stop_or_are_left_out(tmp_path):
+    images = smooth_images(5, 0, size=6)
+    write_folder(tmp_path / "set", images)
+    (tmp_path / "set" / "0001.png").write_bytes((tmp_path / "set" / "0001.png").read_bytes()[:-40])
+    Image.fromarray(np.zeros((6, 6), np.float32)).save(tmp_path / "set" / "0003.tif")
+    for crop in (None, 6):  # the sizes of cropped images need not be known, but they must be readable
+        with pytest.raises(ValueError, match=r"0001\.png cannot be read: .*truncated.*--skip-unreadable leaves it out"):
+            open_source(tmp_path / "set", crop)
+        with pytest.warns(UserWarning, match=r"000[13]\.\w+ is left out: ") as said:
+            source = open_source(tmp_path / "set", crop, skip_unreadable=True).images
+        assert len(said) == 2
+        assert [name for name, _ in source.unreadable] == ["0001.png", "0003.tif"]
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), images[[0, 2, 3, 4]])
+    for file in (tmp_path / "set").iterdir():
+        file.write_bytes(b"no")
+    nothing = pytest.raises(ValueError, match="set holds 6 images but none can be read")
+    with pytest.warns(UserWarning, match="is left out: not an image"), nothing:
+        open_source(tmp_path / "set", skip_unreadable=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*not named like images")
+def test_the_folder_of_a_sampling_job_is_its_samples(tmp_path):
+    images = smooth_images(5, 0, size=6)
+    write_folder(tmp_path / "job" / "images", images[:2])
+    Image.fromarray(images[0]).save(tmp_path / "job" / "grid.png")
+    (tmp_path / "job" / "generation.json").write_text("{}")
+    with pytest.warns(UserWarning, match="job: passed over 1 picture drawn by ddt-fast, such as grid.png"):
+        assert open_source(tmp_path / "job").images.count == 2  # its samples.npz was deleted
+    np.savez(tmp_path / "job" / "samples.npz", arr_0=images, labels=np.arange(5))
+    for source in (open_source(tmp_path / "job"), *open_sources([tmp_path / "job"], 6)):
+        assert source.path == tmp_path / "job" / "samples.npz"
+        assert source.images.count == 5
+    with pytest.raises(ValueError, match="center_crop is for folders of images"):
+        open_sources([tmp_path / "job"], 4)
+    # A class's picture may have such a name.
+    write_folder(tmp_path / "other", images[:1], "grid.png")
+    assert open_source(tmp_path / "other").images.count == 1
+
+
+@pytest.mark.parametrize(
+    ("picture", "beside"),
+    [
+        ("metrics.png", "metrics.json"),
+        ("similarity.png", "similarity.json"),
+        ("samples.png", "recipe.yaml"),
+        ("curves.png", "log.jsonl"),
+        ("samples/samples_step_0000100.png", "recipe.yaml"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*not named like images")
+def test_pictures_drawn_by_the_commands_are_not_samples(tmp_path, picture, beside):
+    for name in ("0.png", picture):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 6)).save(tmp_path / name)
+    assert open_source(tmp_path).images.count == 2
+    (tmp_path / beside).touch()
+    with pytest.warns(UserWarning, match=f"passed over 1 picture drawn by ddt-fast, such as {picture}"):
+        assert open_source(tmp_path).images.count == 1
+
+
+def test_tars_and_arrays_are_folders_of_images(tmp_path):
+    images = smooth_images(6, 0, size=6)
+    (tmp_path / "set").mkdir()
+    np.save(tmp_path / "set" / "a.npy", images[:3])
+    np.save(tmp_path / "set" / "b.npy", images[3])
+    write_folder(tmp_path / "loose", images[4:], "0{}.png")
+    with tarfile.open(tmp_path / "set" / "c.tar", "w") as archive:
+        archive.add(tmp_path / "loose", "")
+    source = open_source(tmp_path / "set").images
+    np.testing.assert_array_equal(np.concatenate(list(source.batches(4))), images)
+    for name, expected in (("a.npy", images[:3]), ("c.tar", images[4:])):
+        source = open_source(tmp_path / "set" / name).images
+        np.testing.assert_array_equal(np.concatenate(list(source.batches(4))), expected)

@@ -1,0 +1,167 @@
+"""One image: its values as 8-bit RGB, its crop, and why it cannot be read."""
+
+import io
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddt_fast.data.image_file import UnreadableImageError, center_crop, check_image, read_pixels, to_rgb
+from ddt_fast.data.image_folder import read_image
+
+
+@pytest.mark.parametrize("size", [(16, 16), (64, 33), (31, 70), (130, 64), (5, 40), (257, 128)])
+def test_crop_is_the_middle_at_the_given_size(size):
+    ramp = np.tile(np.linspace(0, 255, size[0], dtype=np.float32), (size[1], 1))
+    cropped = np.asarray(center_crop(Image.fromarray(ramp), 16))
+    assert cropped.shape == (16, 16)
+    width = 255 * min(size) / size[0]  # what the middle square spans of the ramp
+    middle = cropped[8]
+    # An odd margin puts the crop half a pixel off the middle.
+    assert abs(middle.mean() - 127.5) <= width / 16
+    assert abs((middle[-1] - middle[0]) - width * 15 / 16) <= width / 8
+
+
+def test_large_images_are_halved_by_boxes_before_the_bicubic_step():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8).astype(np.float32)
+    boxes = pixels.reshape(16, 4, 16, 4).mean((1, 3))
+    np.testing.assert_allclose(np.asarray(center_crop(Image.fromarray(pixels), 16)), boxes, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LAB"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "LAB") else "x.png")
+    Image.new("RGB", (20, 30), (255, 255, 255)).convert(mode).save(file)
+    image = read_image(file, 16)
+    assert image.shape == (3, 16, 16)
+    assert image.dtype == torch.uint8
+    assert image.min() >= 254
+
+
+@pytest.mark.parametrize(
+    ("end", "dtype", "shift"),
+    [("png", np.uint16, 8), ("tif", np.uint16, 8), ("tif", ">u2", 8), ("jp2", np.uint16, 8), ("pgm", np.uint16, 8)],
+)
+def test_sixteen_bits_are_read_by_their_high_byte(tmp_path, end, dtype, shift):
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16) + np.uint16(0)
+    values[3, 3] = 0x12FF
+    Image.fromarray(values.astype(dtype)).save(tmp_path / f"x.{end}")
+    read = read_pixels(tmp_path / f"x.{end}")
+    np.testing.assert_array_equal(read, (values >> shift).astype(np.uint8)[..., None].repeat(3, 2))
+
+
+def test_what_tiffs_say_of_their_greys_is_heeded(tmp_path):
+    """12 bits, and 16 where 0 is white: Pillow hands both on as they are stored."""
+    file = tmp_path / "x.tif"
+    Image.fromarray(np.array([[0x1234, 0xFFFF]], np.uint16)).save(file, tiffinfo={262: 0})
+    assert read_pixels(file)[..., 0].tolist() == [[0xED, 0]]
+    content = io.BytesIO()
+    Image.fromarray(np.array([[0x0180]], np.uint16)).save(content, "TIFF")
+    file.write_bytes(content.getvalue())
+    with Image.open(file) as image:
+        image.load()
+        image.tag_v2[258] = (12,)
+        assert to_rgb(image).getpixel((0, 0)) == (0x18,) * 3
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit integers"), (np.float32, "floats")])
+def test_values_of_unknown_range_are_unreadable(tmp_path, dtype, kind):
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "x.tif")
+    for read in (read_pixels, check_image):
+        with pytest.raises(UnreadableImageError, match=rf"mode [IF] \({kind}\) does not say .*; 8 or 16 bits wanted"):
+            read(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), {}, (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 255)), {}, (255, 0, 0)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 128)), {}, (127, 127, 127)),
+        (Image.new("LA", (4, 4), (0, 0)), {}, (255, 255, 255)),
+        (Image.new("LA", (4, 4), (9, 255)), {}, (9, 9, 9)),
+        (Image.new("P", (4, 4), 0), {"transparency": 0}, (255, 255, 255)),
+        (Image.new("P", (4, 4), 0), {"transparency": 1}, (0, 0, 0)),
+        (Image.new("L", (4, 4), 9), {"transparency": 9}, (255, 255, 255)),
+        (Image.new("RGB", (4, 4), (9, 8, 7)), {"transparency": (9, 8, 7)}, (255, 255, 255)),
+        (Image.new("1", (4, 4), 0), {"transparency": 0}, (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 0x8001, np.uint16)), {"transparency": 0x8001}, (255, 255, 255)),
+        (Image.fromarray(np.full((4, 4), 0x8001, np.uint16)), {"transparency": 0x8002}, (128, 128, 128)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else "-".join(map(str, value)),
+)
+def test_transparency_is_composited_on_white(tmp_path, image, options, expected):
+    if image.mode == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "x.png", **options)
+    assert tuple(read_pixels(tmp_path / "x.png")[0, 0]) == expected
+    if image.mode == "P":
+        image.save(tmp_path / "x.gif", **options)
+        assert tuple(read_pixels(tmp_path / "x.gif")[0, 0]) == expected
+    pa = Image.new("PA", (1, 1))
+    assert to_rgb(pa).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_orientation_in_exif_is_ignored(tmp_path):
+    image, exif = Image.new("RGB", (20, 10), "red"), Image.Exif()
+    image.paste("blue", (10, 0, 20, 10))
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    image.save(tmp_path / "x.png", exif=exif)
+    read = read_pixels(tmp_path / "x.png")
+    assert read.shape == (10, 20, 3)
+    assert (tuple(read[5, 0]), tuple(read[5, 19])) == ((255, 0, 0), (0, 0, 255))
+
+
+@pytest.mark.parametrize("size", [(83333, 1), (1, 83333), (40000, 2), (17, 30000)])
+def test_thin_images_take_little_memory(tmp_path, size):
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)[:, None].repeat(min(size), 1)
+    Image.fromarray(ramp if size[1] > size[0] else np.ascontiguousarray(ramp.T)).save(tmp_path / "x.png")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, limits[1]))
+    try:
+        read = read_pixels(tmp_path / "x.png", 256)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert read.shape == (256, 256, 3)
+    assert abs(read.astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(20, 400), (500, 30), (7, 1000), (3, 3000)])
+def test_thin_images_are_cropped_as_by_adm(size):
+    """Cropping before the last step does not change the result by more than rounding."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image, scale = Image.fromarray(pixels), 32 / min(size)
+    whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
+    expected = np.asarray(whole.crop((left, top, left + 32, top + 32))).astype(int)
+    assert abs(np.asarray(center_crop(image, 32)) - expected).max() <= 2
+
+
+def test_bombs_are_unreadable(tmp_path):
+    header = b"GIF89a" + (65535).to_bytes(2, "little") * 2 + b"\x80\x00\x00" + bytes(6)
+    (tmp_path / "x.gif").write_bytes(header + b"\x2c" + bytes(4) + (65535).to_bytes(2, "little") * 2 + b"\x00\x02")
+    for read in (read_pixels, check_image):
+        with pytest.raises(UnreadableImageError, match="exceeds limit"):
+            read(tmp_path / "x.gif")
+
+
+def test_unreadable_images_say_why(tmp_path):
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    content = whole.read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.png").write_text("no image")
+    for name, reason in (
+        ("cut.jpg", "truncated"),
+        ("empty.jpg", "not an image"),
+        ("text.png", "not an image"),
+        ("missing.png", "No such file"),
+    ):
+        with pytest.raises(UnreadableImageError, match=reason) as error:
+            read_image(tmp_path / name, 16)
+        assert str(tmp_path) not in str(error.value)
