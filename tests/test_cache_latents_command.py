@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from ddt_fast import cache_latents
 from ddt_fast.autoencoder import Decoder, Encoder
+from ddt_fast.command import run_command
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.encode import cache_settings
 from ddt_fast.data.image_folder import center_crop, list_images

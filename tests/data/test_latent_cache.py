@@ -168,7 +168,7 @@ def test_a_cache_of_other_settings_or_images_is_refused(images, unbroken, tmp_pa
             'float16", now "bfloat16"; flips true, now false; use',
         ),
         (fewer, repa, "num_images 26, now 25; images_sha256"),
-        (images, {}, r"repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null"),
+        (images, {}, r'repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null'),
     ):
         with pytest.raises(ValueError, match=message):
             encode(folder, unbroken, **options)
