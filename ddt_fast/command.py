@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
 
+from ddt_fast.interrupts import work_to_clean_up
 from ddt_fast.wording import one_line, warn
 
 Settings = TypeVar("Settings")
@@ -58,7 +59,7 @@ class CommandParser(jsonargparse.ArgumentParser):
         """
         documented = docstring_parser.parse(function.__doc__ or "").params
         helps = {entry.arg_name: entry.description or "" for entry in documented} | (words or {})
-        hints = get_type_hints(function)
+        hints = _parameter_types(function)
         for name, parameter in signature(function).parameters.items():
             if name in (names or hints) and name not in without:
                 kind, default = _argument(hints[name]), more.get("default", parameter.default)
@@ -82,6 +83,14 @@ class CommandParser(jsonargparse.ArgumentParser):
             yield
         except ValueError as error:
             raise ValueError(self.name_options(str(error))) from error
+
+
+def _parameter_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the parameters by name. The type of the result may be one that only type checkers import."""
+    if isinstance(function, type):
+        return get_type_hints(function)
+    annotations = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+    return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
 
 
 def _option(name: str) -> str:
@@ -122,7 +131,8 @@ def run_command(command: Callable[[], Any]) -> None:
 
     warnings.showwarning = show
     try:
-        command()
+        with work_to_clean_up():
+            command()
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ddt_fast.command import CommandParser, read_options, run_command
 from ddt_fast.config import Experiment, SamplingConfig
-from ddt_fast.evaluation.features import Features
-from ddt_fast.generation.background import OnImages
-from ddt_fast.generation.job import generate
+from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
 from ddt_fast.sampling_options import (
@@ -23,6 +21,9 @@ from ddt_fast.sampling_options import (
     chosen_checkpoint,
     given_settings,
 )
+
+if TYPE_CHECKING:
+    from ddt_fast.generation.background import OnImages
 
 
 def build_parser() -> CommandParser:
@@ -55,16 +56,21 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
+        draws, engine = read_options(options, Draws), read_options(options, Engine)
+        outputs, scoring = read_options(options, Outputs), _scoring(options)
         checkpoint, experiment = chosen_checkpoint(options)
+        sampling = _sampling(options, experiment)
+        from ddt_fast.generation.job import generate
+
         generate(
             checkpoint,
             options.output_dir,
             preset=options.preset,
-            sampling=_sampling(options, experiment),
-            draws=read_options(options, Draws),
-            engine=read_options(options, Engine),
-            outputs=read_options(options, Outputs),
-            scoring=_scoring(options),
+            sampling=sampling,
+            draws=draws,
+            engine=engine,
+            outputs=outputs,
+            scoring=scoring,
             on_images=on_images,
         )
 

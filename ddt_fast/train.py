@@ -6,20 +6,20 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-
-import jsonargparse
+from typing import TYPE_CHECKING
 
 from ddt_fast.checks import require_kind, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
-from ddt_fast.device import choose_device
 from ddt_fast.files import output_folder, read_yaml
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks
-from ddt_fast.training.loop import TrainingResult, train
+
+if TYPE_CHECKING:
+    from ddt_fast.training.loop import TrainingResult
 
 
-def build_parser(preset: str) -> jsonargparse.ArgumentParser:
+def build_parser(preset: str) -> CommandParser:
     """Options for every setting of an Experiment, with a preset's defaults; ValueError if there is no such preset."""
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} does not exist; allowed: {', '.join(PRESETS)}")
@@ -61,7 +61,6 @@ def train_model(
             the data or the settings.
         OSError: outputs cannot be written.
     """
-    chosen = choose_device(device)
     require_kind("experiment", experiment, Experiment)
     folder = output_folder(output_dir)
     if resume is not None:
@@ -70,7 +69,10 @@ def train_model(
         raise ValueError("overwrite and resume exclude each other; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
         raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
-    return train(experiment, folder, chosen, resume)
+    from ddt_fast.device import choose_device
+    from ddt_fast.training.loop import train
+
+    return train(experiment, folder, choose_device(device), resume)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ import torch
 
 import ddt_fast
 from ddt_fast import Draws, Engine, Outputs, SamplingConfig, Scoring
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 
 

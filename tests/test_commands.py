@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ddt_fast.command import run_command
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings

@@ -19,7 +19,8 @@ from ddt_fast.command import run_command
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.lightning import read_lightning, write_lightning
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, read_weight_sets, save_model
+from ddt_fast.model.settings import CONFIG_NAME, WEIGHTS_NAME, read_experiment
+from ddt_fast.model.weights import read_weight_sets, save_model
 from ddt_fast.presets import PRESETS
 
 NAME = "tiny_h48_d24"

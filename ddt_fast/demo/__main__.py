@@ -8,17 +8,13 @@ import socket
 import tempfile
 from collections.abc import Sequence
 
-import jsonargparse
-
 from ddt_fast.checks import require
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.demo.requests import load_models
-from ddt_fast.device import choose_device
 from ddt_fast.generation.settings import Engine
 from ddt_fast.presets import PRESETS
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The options of the command."""
     parser = CommandParser(prog="python -m ddt_fast.demo", description=__doc__)
     add = parser.add_argument
@@ -39,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
         require(1 <= options[name] <= highest, f"--{name.replace('_', '-')}", options[name], f"1 to {highest}")
+    _check_address(options.host, options.port)
     with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
         # gradio reads both when it is imported. The folder holds what the page shows.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
@@ -46,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from ddt_fast.demo.page import Demo, serve
         except ImportError as error:
             raise ValueError(f'the demo needs gradio ({error}); pip install ".[demo]" in the checkout') from error
-        _check_address(options.host, options.port)
+        from ddt_fast.demo.requests import load_models
+        from ddt_fast.device import choose_device
+
         models = load_models(options.checkpoint, options.preset, choose_device(options.device), options.dtype)
         demo = Demo(models, options.max_images, options.max_steps)
         try:

@@ -15,7 +15,8 @@ from ddt_fast.generation.settings import Engine
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import resolve_backend
 from ddt_fast.model.quantization import quantization_error, quantize_int8
-from ddt_fast.model.weights import has_config, load_model
+from ddt_fast.model.settings import has_config
+from ddt_fast.model.weights import load_model
 from ddt_fast.provenance import device_name, weights_sha256
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan

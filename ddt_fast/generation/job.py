@@ -25,7 +25,7 @@ from ddt_fast.generation.folder import JobFolder, check_output
 from ddt_fast.generation.scorer import Scorer
 from ddt_fast.generation.seeds import Assignment, assign
 from ddt_fast.generation.settings import SHARD_IMAGES, Draws, Engine, Outputs, Scoring
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.provenance import environment
 from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler

@@ -18,8 +18,9 @@ import torch
 
 from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
+from ddt_fast.evaluation.names import METRICS
 from ddt_fast.evaluation.report import Progress, report_table
-from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
+from ddt_fast.evaluation.scoring import computable, evaluate
 from ddt_fast.evaluation.sources import open_sources
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.files import check_no_folder, read_json, write_json, writing

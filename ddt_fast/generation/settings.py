@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt_fast.checks import require, require_int, whole_numbers
-from ddt_fast.evaluation.features import Features, check_features
-from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics
-from ddt_fast.model.attention import AttentionBackend
+from ddt_fast.evaluation.names import METRICS, Features, Metric, check_features, check_metrics
 
 ALL_PNG, SOME_PNG = 1000, 100
 """By default, jobs of up to ALL_PNG images also write all of them as PNGs, larger jobs SOME_PNG."""
@@ -78,7 +76,7 @@ class Engine:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = 100
     memory_budget: str | None = None
-    attention: AttentionBackend = "auto"
+    attention: str = "auto"
     compile: bool = False
     quantize: Literal["int8"] | None = None
     reference: bool = False

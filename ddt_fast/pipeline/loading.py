@@ -22,7 +22,8 @@ from ddt_fast.files import atomic_folder
 from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, require_license, write_model_card
 from ddt_fast.model.lightning import WeightSet
-from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
+from ddt_fast.model.settings import experiment_of, has_config, resolve_checkpoint
+from ddt_fast.model.weights import load_model, require_float
 from ddt_fast.pipeline.component import SAVING_OPTIONS, UPLOAD_OPTIONS, check_loading, check_saving
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler

@@ -6,7 +6,7 @@ import shutil
 from huggingface_hub import ModelCard
 
 from ddt_fast.model.card import write_model_card
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 
 
 def test_scores_against_a_named_reference_are_in_the_front_matter(tmp_path):

@@ -7,7 +7,7 @@ from safetensors.torch import load, save
 
 import golden_data as golden
 from ddt_fast import DDT, FusedDDT, SamplingConfig, load_model
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 

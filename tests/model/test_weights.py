@@ -12,7 +12,8 @@ import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, save_model
+from ddt_fast.model.settings import CONFIG_NAME, WEIGHTS_NAME, read_experiment
+from ddt_fast.model.weights import save_model
 from ddt_fast.presets import PRESETS
 
 NAME = "tiny_h48_d24"

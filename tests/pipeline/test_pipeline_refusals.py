@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 import golden_data as golden
 from ddt_fast.class_names import ClassNames, imagenet_id2label
 from ddt_fast.config import DataConfig, SamplingConfig
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt_fast.pipeline.scheduler import per_sample
 from pipeline_cases import LATENT_MODEL, LATENT_SAMPLING, quiet, seeded
