@@ -1,4 +1,9 @@
-"""What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2."""
+"""What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2.
+
+Commands start fast: a command's module, and what it imports at the top, imports neither torch nor NumPy nor anything
+else slow, so that `--help` and errors in options come at once. Its work lies in another module (`ddt_fast.work` where
+no other folder fits), which the command's function imports after it has checked its arguments.
+"""
 
 from __future__ import annotations
 

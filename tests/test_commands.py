@@ -157,7 +157,9 @@ def test_compiled_samples_are_the_eager_ones(tmp_path, capsys, options):
     arguments = ["--num-images", "4", "--num-steps", "6", *options]
     eager = sample(tmp_path / "eager", *arguments)["arr_0"].astype(int)
     compiled = sample(tmp_path / "compiled", *arguments, "--compile")["arr_0"].astype(int)
-    assert "compiled" in capsys.readouterr().out
+    told = capsys.readouterr().err
+    assert told.count("compiling the model (torch.compile)") == 1
+    assert len(re.findall(r"compiled: the first step took \d+\.\d s", told)) == 1
     allowed = 8 if options == ["--quantize", "int8"] else 1  # a rounding of activations may fall the other way
     assert abs(eager - compiled).max() <= allowed
 

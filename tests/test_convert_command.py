@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import ddt_fast.convert as convert
+import ddt_fast.work.convert as work
 import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.command import run_command
@@ -149,13 +150,13 @@ def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
     shapes = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
     shapes["y_embedder.embedding_table.weight"] = [101, 1152]
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    guessed = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings(None, None))
+    guessed = work._settings(tmp_path / "xl.ckpt", weights, work.Settings(None, None))
     said = capsys.readouterr().out
     assert "guessed from the shapes, preset xl2_256" in said
     assert "if this is xl2_512, which has the same shapes, add --preset xl2_512" in said
     assert "settings: 100 classes, from the shapes" in said
     assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
-    named = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings("xl2_512", None))
+    named = work._settings(tmp_path / "xl.ckpt", weights, work.Settings("xl2_512", None))
     assert named.data.image_size == 512
 
 

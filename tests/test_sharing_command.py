@@ -18,7 +18,7 @@ from ddt_fast.sampling.refresh import optimal_refresh_steps, uniform_refresh_ste
 @pytest.fixture(autouse=True)
 def _small_picture(request, monkeypatch):
     if "picture" not in request.node.name:
-        monkeypatch.setattr(sharing, "_plot", lambda _: Figure(figsize=(1, 1)))
+        monkeypatch.setattr("ddt_fast.work.sharing._plot", lambda _: Figure(figsize=(1, 1)))
 
 
 def run(tmp_path, *arguments: str) -> dict:

@@ -31,7 +31,7 @@ from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.wording import differences, plural
+from ddt_fast.wording import CompilationNotice, differences, plural
 
 _WAITING_BATCHES = 2
 """Batches that may wait for the background thread: enough to even out fluctuations on either side."""
@@ -168,9 +168,10 @@ class Job:
             self.scorer.begin(self.folder)
             hooks.append(self.scorer.take)
         if self.folder.todo:
+            compilation = CompilationNotice(self.engine.compile and self.folder.ranks.rank == 0)
             sampler = self.engine.sampler()
             self._announce_sampler(sampler)
-            self._draw(sampler, hooks)
+            self._draw(sampler, hooks, compilation)
             self._report()
         if self.scorer is not None:
             self.scorer.save()
@@ -192,7 +193,7 @@ class Job:
         if self.scorer is not None:
             self.scorer.finish(self.folder)
 
-    def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
+    def _draw(self, sampler: Sampler, hooks: list[OnImages], compilation: CompilationNotice) -> None:
         """Draw the batches, while a background thread decodes, converts and writes the images."""
         folder, ranks, decode = self.folder, self.folder.ranks, self.engine.decode
         folder.shards.begin()
@@ -219,7 +220,7 @@ class Job:
                     seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
                     noise, generators = seeded_noise(seeds.tolist(), shape)
                     # Each step advances the bar by its share of the batch's images.
-                    step = partial(_advance, bar, len(seeds) / num_steps)
+                    step = partial(_advance, bar, len(seeds) / num_steps, compilation)
                     samples = sampler(noise, labels, generators=generators, progress=step)
                     background.submit(writer.take, shard, part, samples, seeds, converter.mark())
         self.timings.sampling += time.perf_counter() - began
@@ -257,5 +258,6 @@ class Job:
         )
 
 
-def _advance(bar: tqdm[Any], images: float, *_: object) -> None:
+def _advance(bar: tqdm[Any], images: float, compilation: CompilationNotice, *_: object) -> None:
     bar.update(images)
+    compilation.step_done()
