@@ -1,7 +1,5 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL with its scaling."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,16 +62,13 @@ def deterministic_convolutions() -> Iterator[None]:
 
 
 class Decoder:
-    """Latents → pixels in [-1, 1].
+    """Latents → pixels in [-1, 1]. ValueError if the autoencoder is neither a local folder nor on the Hub.
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
         device, dtype: the device and dtype to decode with.
         batch_size: latents decoded at a time; a larger batch keeps a GPU busier and takes more memory. None: as for
             `decode_latents`.
-
-    Raises:
-        ValueError: the autoencoder is neither a local folder nor on the Hub.
     """
 
     def __init__(
@@ -111,7 +106,8 @@ def pixels_per_latent(vae: Any) -> int:
 
 
 class Encoder:
-    """Pixels → the posterior of their latents, before scaling.
+    """Pixels → the posterior of their latents, before scaling. ValueError if the autoencoder is neither a local folder
+    nor on the Hub, or shifts its latents, which `Decoder` would not undo.
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
@@ -122,10 +118,6 @@ class Encoder:
         scaling_factor: factor from a drawn latent to a model's input.
         latent_channels: C of a latent.
         pixels_per_latent: side of the square of pixels for one latent position.
-
-    Raises:
-        ValueError: the autoencoder is neither a local folder nor on the Hub, or shifts its latents, which `Decoder`
-            would not undo.
     """
 
     def __init__(self, name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> None:

@@ -8,8 +8,6 @@ With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns wi
 --flips.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal

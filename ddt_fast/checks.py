@@ -1,7 +1,5 @@
 """Checks of settings: a refusal names the setting, its value and what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import os
@@ -47,7 +45,7 @@ def require_path(name: str, value: object) -> Path:
     if not isinstance(value, (str, os.PathLike)):
         raise ValueError(f"{name} is a {type(value).__name__}; expected a path")
     if not str(value):
-        raise ValueError(f"{name} has an empty name; name one")
+        raise ValueError(f"{name} is empty; expected a path")
     return Path(value)
 
 

@@ -1,7 +1,5 @@
 """Classes by name: find the label of a name, or the nearest names if it is unknown or ambiguous."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -22,7 +20,7 @@ ClassLabel = int | str
 
 
 class ClassNames:
-    """The names of a model's classes.
+    """The names of a model's classes. ValueError if a label is out of range, or names are not a string.
 
     Args:
         num_classes: labels run from 0 to num_classes - 1.
@@ -31,9 +29,6 @@ class ClassNames:
 
     Attributes:
         id2label: label → its names.
-
-    Raises:
-        ValueError: a label is out of range, or names are not a string.
     """
 
     def __init__(self, num_classes: int, id2label: Mapping[int, str] | Mapping[str, str]) -> None:
@@ -55,11 +50,8 @@ class ClassNames:
 
     def label(self, given: ClassLabel) -> int:
         """The label of a class given by name or label. Case and underscores do not matter, unless two classes differ
-        only by case.
-
-        Raises:
-            ValueError: the class is out of range, unknown or ambiguous; the message names the nearest ones.
-        """
+        only by case. ValueError if the class is out of range, unknown or ambiguous; the message names the nearest
+        ones."""
         if isinstance(given, Integral) and not isinstance(given, bool):
             if not 0 <= given < self.num_classes:
                 raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")

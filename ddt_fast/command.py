@@ -5,8 +5,6 @@ else slow, so that `--help` and errors in options come at once. Its work lies in
 no other folder fits), which the command's function imports after it has checked its arguments.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import sys

@@ -4,10 +4,8 @@ A wrong value raises ValueError at construction, with the name of the setting, t
 configuration that exists is valid.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ddt_fast.checks import (
     require,
@@ -162,7 +160,7 @@ class SamplingConfig:
             require(valid, "refresh_steps", steps, f'"dp", or ascending step numbers, the first 0, below {count}')
             object.__setattr__(self, "refresh_steps", tuple(steps))
 
-    def override(self, **given: Any) -> SamplingConfig:
+    def override(self, **given: Any) -> Self:
         """A copy with other settings, by name. None keeps a setting, and last_step 0 means 1 / num_steps; refresh_every
         and refresh_steps replace each other.
 
@@ -224,7 +222,7 @@ class DataConfig:
         if self.autoencoder is not None:
             require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
 
-    def without_places(self) -> DataConfig:
+    def without_places(self) -> Self:
         """The settings to save with a model: the paths of its training data mean nothing to others."""
         return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
 

@@ -4,8 +4,6 @@ An OUT that ends in .ckpt is written for the original code; any other OUT is a m
 executed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +23,9 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, convert, report."""
-    convert_checkpoint(**vars(build_parser().parse_args(arguments)))
+    parser = build_parser()
+    with parser.naming_options():
+        convert_checkpoint(**vars(parser.parse_args(arguments)))
 
 
 def convert_checkpoint(

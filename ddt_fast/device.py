@@ -1,7 +1,5 @@
 """The device and dtype to compute with, and which dtypes a CPU has units for."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 It needs transformers, an optional extra: pip install ".[repa]" in the checkout.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -25,6 +23,7 @@ class DinoV2:
 
     Preprocessing is REPA's and DDT's: [0, 1], ImageNet mean and std, resized bicubically without antialiasing to
     224/256 of the size. Position embeddings are resized bicubically with antialiasing, which transformers omits for
+    DINOv2. ValueError if transformers is missing, or the model is neither a local folder nor on the Hub, or is not a
     DINOv2.
 
     Args:
@@ -35,9 +34,6 @@ class DinoV2:
         name: as given.
         feature_size: size F of a token; 768 for ViT-B/14.
         patch_size: side of a patch in pixels, 14.
-
-    Raises:
-        ValueError: transformers is missing, or the model is neither a local folder nor on the Hub, or is not a DINOv2.
     """
 
     def __init__(
@@ -76,11 +72,8 @@ class DinoV2:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 images → (B, N', F) patch tokens after the final norm, row by row, on the model's device
-        and in its dtype, without class token and registers. N' is 256 for S = 256, 1024 for S = 512.
-
-        Raises:
-            ValueError: the images have another shape or dtype, or a size that does not divide into patches.
-        """
+        and in its dtype, without class token and registers. N' is 256 for S = 256, 1024 for S = 512. ValueError if the
+        images have another shape or dtype, or a size that does not divide into patches."""
         side = images.shape[-1]
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}; expected torch.uint8 (B, 3, S, S)")

@@ -1,8 +1,6 @@
 """Score samples against a reference: FID, sFID, Inception Score, precision and recall, KID. Without arguments, score
 digits drawn from the checkpoint in the package against real ones."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

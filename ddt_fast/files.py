@@ -1,7 +1,5 @@
 """Files: outputs appear whole or not at all, and nothing of the user's is ever replaced."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -105,14 +103,12 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed.
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed. ValueError if
+    `path` holds something else.
 
     Args:
         path: the folder; an older one is replaced only if `check_replaceable` allows it.
         owned: regular expression for the names that such a folder may hold.
-
-    Raises:
-        ValueError: `path` holds something else.
     """
     path = path.resolve()
     check_replaceable(path, owned)

@@ -1,7 +1,5 @@
 """The Hugging Face Hub, and its cache on this machine."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Sequence
@@ -23,18 +21,13 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch(name: str, patterns: Sequence[str], **options: Any) -> Path:
-    """Download the files of a Hub repository that match the patterns; without a network, take them from the cache.
+    """Download the files of a Hub repository that match the patterns, or take them from the cache without a network;
+    return the local folder. ValueError if the Hub does not provide the repository.
 
     Args:
         name: the repository's hub id.
         patterns: file names with wildcards.
         options: of `huggingface_hub.snapshot_download`.
-
-    Returns:
-        The local folder.
-
-    Raises:
-        ValueError: the Hub does not provide the repository.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
@@ -46,12 +39,10 @@ def cache_only(name: str) -> bool:
     """Whether a model must come from the cache because the Hub does not answer.
 
     One attempt decides, where diffusers and transformers retry for half a minute. A local folder needs neither.
+    ValueError if the Hub does not answer and the cache does not hold the model, or the name cannot be a hub id.
 
     Args:
         name: a local folder, or the hub id of a model with a config.json.
-
-    Raises:
-        ValueError: the Hub does not answer and the cache does not hold the model, or the name cannot be a hub id.
     """
     if Path(name).is_dir():
         return False

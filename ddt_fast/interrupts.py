@@ -1,7 +1,5 @@
 """Ctrl-C in a command, from its first import to its end: one line, exit code 130."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

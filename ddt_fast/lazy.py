@@ -1,7 +1,5 @@
 """Packages that import what they offer when it is first asked for (PEP 562): importing the package costs nothing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module

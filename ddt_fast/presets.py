@@ -4,8 +4,6 @@ The paper trains every size for 80 epochs, XL/2 for 256 and 400 as well, all wit
 (`--training.init`), here for 20 epochs.
 """
 
-from __future__ import annotations
-
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig, TrainingConfig
 
 _EPOCH = 1_281_167 / 256

@@ -1,7 +1,5 @@
 """What is recorded with outputs: the weights they depend on, and the machine and versions that made them."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import os

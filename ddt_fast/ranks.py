@@ -1,7 +1,5 @@
 """This process's rank among those that share a job, from the environment that torchrun sets."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 

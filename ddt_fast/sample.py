@@ -3,8 +3,6 @@
 Under torchrun the processes share the work. A job that was stopped or killed continues when it is started again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -46,7 +44,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = None) -> None:
     """Parse, sample, write, report.
 
     Args:

@@ -1,7 +1,5 @@
 """Options that the commands `sample` and `sharing` share: the checkpoint, and how to integrate it."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

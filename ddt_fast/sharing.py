@@ -1,8 +1,6 @@
 """Choose the encoder's refresh steps by the statistical dynamic programme, and show why: how similar the states of all
 steps are, which refresh steps are best, and how their predicted error compares with uniform refreshes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,20 +28,22 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse and study."""
-    options = build_parser().parse_args(arguments)
-    checkpoint, experiment = chosen_checkpoint(options)
-    own, asked = experiment.sampling, options.num_refreshes
-    given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
-    study_refreshes(
-        checkpoint,
-        options.output_dir,
-        preset=options.preset,
-        sampling=own.override(**given),
-        num_refreshes=own.num_refreshes if asked is None else asked,
-        num_samples=options.num_samples,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        checkpoint, experiment = chosen_checkpoint(options)
+        own, asked = experiment.sampling, options.num_refreshes
+        given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
+        study_refreshes(
+            checkpoint,
+            options.output_dir,
+            preset=options.preset,
+            sampling=own.override(**given),
+            num_refreshes=own.num_refreshes if asked is None else asked,
+            num_samples=options.num_samples,
+            device=options.device,
+            dtype=options.dtype,
+        )
 
 
 def study_refreshes(
@@ -56,7 +56,7 @@ def study_refreshes(
     num_samples: int = 8,
     device: str = "auto",
     dtype: str = "auto",
-) -> Study:
+) -> "Study":
     """Find the best refresh steps of the encoder, as `python -m ddt_fast.sharing`: probe the model, search, print a
     table, and write similarity.png and similarity.json.
 

@@ -1,7 +1,5 @@
 """SplitMix64 (Steele, Lea, Flood 2014): hashes that no library version and no machine changes."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

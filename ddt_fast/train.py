@@ -1,14 +1,12 @@
 """Train a DDT: `python -m ddt_fast.train` alone trains the digits preset."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddt_fast.checks import require_kind, require_path
+from ddt_fast.checks import require, require_kind, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder, read_yaml
@@ -43,7 +41,7 @@ def train_model(
     device: str = "auto",
     resume: str | None = None,
     overwrite: bool = False,
-) -> TrainingResult:
+) -> "TrainingResult":
     """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, which replaces an earlier run only on request.
 
     Args:
@@ -66,7 +64,7 @@ def train_model(
     if resume is not None:
         require_path("resume", resume)
     if overwrite and resume is not None:
-        raise ValueError("overwrite and resume exclude each other; give one")
+        raise ValueError("`overwrite` and `resume` are both given; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
         raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
     from ddt_fast.device import choose_device
@@ -83,11 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parser.instantiate(parser.parse_args(arguments))
     except (TypeError, RecursionError) as error:
         raise ValueError(f"the settings cannot be read: {error}") from error
-    if not isinstance(options.overwrite, bool):
-        raise ValueError(f"overwrite is {options.overwrite!r}; allowed: true or false")
+    require(isinstance(options.overwrite, bool), "overwrite", options.overwrite, "true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     name = f"runs/{preset}" if options.output_dir is None else options.output_dir
-    result = train_model(experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite)
+    with parser.naming_options():
+        result = train_model(
+            experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite
+        )
     output_dir = Path(name)
     if result.model is None:
         if result.step < experiment.training.max_steps and process_ranks().rank == 0:

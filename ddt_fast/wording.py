@@ -1,7 +1,5 @@
 """What messages share: their words, and lines on stderr that leave a progress bar whole."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

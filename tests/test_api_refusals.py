@@ -128,7 +128,7 @@ def test_what_is_no_path(tmp_path, monkeypatch, function, argument, name, wrong)
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").touch()
     monkeypatch.chdir(tmp_path)
-    said = "has an empty name; name one" if wrong == "" else f"is a {type(wrong).__name__}; expected a path"
+    said = "is empty; expected a path" if wrong == "" else f"is a {type(wrong).__name__}; expected a path"
     with pytest.raises(ValueError, match=f"{name} {said}"):
         getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
     assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}

@@ -195,7 +195,7 @@ def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     capsys.readouterr()
     wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
     assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
-    assert "exclude each other" in error_line(
+    assert "--overwrite and --resume are both given" in error_line(
         capsys, train_command.main, [*arguments, "--overwrite", "--resume", "auto"]
     )
     assert (tmp_path / "model").is_dir()
@@ -236,7 +236,7 @@ def places(tmp_path_factory) -> Path:
         (["--preset", "digits", "--config", "{folder}/preset.yaml"], "presets digits and l2_256 are both named"),
         (["--pres", "xl2_256"], "unrecognized arguments: --pres xl2_256; nearest: --preset"),
         (["--config", "{folder}/overwrite.yaml"], "overwrite is 'maybe'; allowed: true or false"),
-        (["--output-dir", ""], "the output folder has an empty name"),
+        (["--output-dir", ""], "the output folder is empty"),
         (["--sampling.timeshift", "1e-9"], "timeshift 1e-09"),
         (["--config", "{folder}/broken.yaml"], "broken.yaml is not valid YAML"),
         (["--config", "{folder}/list.yaml"], "list.yaml holds a list"),
@@ -280,9 +280,9 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
         (["--seeds", "1", "--first-seed", "3"], "--seeds and --first-seed are both given"),
         (["--num-images", "1000000000000000"], "out of memory"),
         (["--classes", "99999999999999999999"], "class 99999999999999999999 does not exist"),
-        (["--checkpoint", ""], "checkpoint has an empty name; name one"),
+        (["--checkpoint", ""], "checkpoint is empty; expected a path"),
         (["--timeshift", "1e300"], "timeshift 1e+300"),
-        (["--output-dir", ""], "the output folder has an empty name"),
+        (["--output-dir", ""], "the output folder is empty"),
         (["--output-dir", "{folder}/mine"], "holds mine.txt, which ddt-fast did not write"),
         (["--guidance-scale", "-1"], "--guidance-scale is -1.0"),
         (["--solver", "heun"], "heun"),
@@ -300,7 +300,7 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
         (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
         (["--checkpoint", "{folder}"], "holds no diffusion_pytorch_model.safetensors"),
         (["--checkpoint", "{folder}/corrupt.safetensors", "--preset", "digits"], "corrupt"),
-        (["--checkpoint", "{folder}/digits.safetensors"], "has no config.json and no "),
+        (["--checkpoint", "{folder}/digits.safetensors"], "has no config.json, and --preset is not given"),
         (["--checkpoint", "{folder}/digits.safetensors", "--preset", "b2_256"], "disagree"),
         (["--preset", "digits"], "preset is for checkpoints without config.json"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),

@@ -114,7 +114,7 @@ def test_mixed_sizes_are_refused_before_any_image_is_decoded(tmp_path, files, ph
     given = dict(zip(files[::2], files[1::2], strict=True)) | {role: photos}
     if role == "--save-statistics":
         given = {"--samples": photos, role: str(tmp_path / "statistics.npz")}
-    with pytest.raises(ValueError, match=r"001\.png has 9x9 pixels, 000\.png 8x9; .*--center-crop cuts a folder's"):
+    with pytest.raises(ValueError, match=r"001\.png has 9x9 pixels, 000\.png 8x9; .*--center-crop crops a folder's"):
         run(tmp_path, *(word for pair in given.items() for word in pair), "--features", "pixels")
 
 

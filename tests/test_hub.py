@@ -45,7 +45,7 @@ def test_without_a_network(tmp_path):
     assert unanswered in autoencoder
     assert "DINOv2 no/dino" in dino
     assert unanswered in dino
-    assert "checkpoint no/model" in checkpoint
+    assert "no/model does not exist here" in checkpoint
 
 
 def test_where_the_hub_answers_nothing_is_kept_from_it(monkeypatch, tmp_path):

@@ -120,7 +120,7 @@ def test_a_finished_job_is_drawn_again_only_with_overwrite(tmp_path, monkeypatch
     record = json.loads((tmp_path / "generation.json").read_text())
     (tmp_path / "generation.json").write_text(json.dumps({**record, "process_seconds": 7200}))
     line = sample_error(capsys, tmp_path, *JOB, "--num-steps", "2")
-    assert "finished samples of other settings (sampling.num_steps 1, now 2) that took 120 minutes" in line
+    assert "finished samples with other settings (sampling.num_steps 1, now 2) that took 120 minutes" in line
     assert (tmp_path / "samples.npz").read_bytes() == first
     assert sample(tmp_path, *JOB, "--num-steps", "2", "--overwrite") != first
     sample(tmp_path, "--num-images", "2", "--num-steps", "1")  # took no time: replaced
@@ -139,7 +139,7 @@ def test_a_damaged_shard_is_found_and_made_again(tmp_path, monkeypatch, capsys, 
     assert sample(tmp_path, *JOB) == expected()
     assert sum(sizes) == 123 - 40
     error = capsys.readouterr().err
-    assert re.search(r"warning: .*shard-00001-of-00007.safetensors is damaged: .*; it is made again", error)
+    assert re.search(r"warning: .*shard-00001-of-00007.safetensors is damaged: .*; making it again", error)
 
 
 def test_a_shard_of_another_process_damaged_at_the_merge_is_named_and_removed(tmp_path, monkeypatch, capsys):

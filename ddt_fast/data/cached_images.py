@@ -1,7 +1,5 @@
 """The images behind a latent cache, read again to compute features during training instead of caching them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +14,12 @@ from ddt_fast.wording import plural
 
 
 class CachedImages:
-    """The centre crops that the latents of a cache were encoded from.
+    """The centre crops that the latents of a cache were encoded from. ValueError if root is not an image folder or its
+    file names differ from the cache's, or the dataset is LightningDiT's, which does not record its images.
 
     Args:
         root: the image folder that the cache was made from, wherever it is now.
         dataset: the cache.
-
-    Raises:
-        ValueError: root is not an image folder or its file names differ from the cache's, or the dataset is
-            LightningDiT's, which does not record its images.
     """
 
     def __init__(self, root: Path, dataset: LatentDataset) -> None:
@@ -43,11 +38,8 @@ class CachedImages:
         self.image_size = settings.image_size
 
     def read(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
-        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB.
-
-        Raises:
-            ValueError: an image can no longer be read; the message names the file.
-        """
+        """The images of the latents `indices`, mirrored where flips is true: (n, 3, S, S) uint8 RGB. ValueError if an
+        image can no longer be read; the message names the file."""
         images = np.empty((len(indices), 3, self.image_size, self.image_size), dtype=np.uint8)
         for image, place, flip in zip(images, self._places[indices].tolist(), flips.tolist(), strict=True):
             path = self._root / self._files[place]

@@ -1,7 +1,5 @@
 """The embedded data set: scikit-learn's 1,797 hand-written digits, 8x8 grey, 17 levels, 10 classes."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

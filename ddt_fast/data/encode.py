@@ -1,7 +1,5 @@
 """From an image folder to a latent cache: images are decoded in worker processes and encoded shard by shard."""
 
-from __future__ import annotations
-
 import math
 import os
 from pathlib import Path
@@ -104,9 +102,9 @@ def encode_images(
     num_workers: int | None = None,
     verify: bool = False,
 ) -> dict[str, Any] | None:
-    """Write the missing shards K with K % world_size == rank; the last process to finish writes the manifest.
-
-    Images that cannot be read are left out. They, and the progress, are reported on stderr.
+    """Write the missing shards K with K % world_size == rank; the last process to finish writes the manifest and
+    returns it, the others return None. Images that cannot be read are left out; they, and the progress, are reported on
+    stderr.
 
     Args:
         folder: the images.
@@ -117,9 +115,6 @@ def encode_images(
         ranks: this process's rank among those that share the work, which do not communicate; default: torchrun's.
         num_workers: processes that decode images; 0 decodes in this one. Default: this process's share of the CPUs.
         verify: compare the checksums of finished shards, not only their sizes.
-
-    Returns:
-        The manifest, or None while other processes are still working.
 
     Raises:
         ValueError: the cache was begun with other settings, the folder holds something else, or latents or features
@@ -135,7 +130,7 @@ def encode_images(
     finished = cache.finished_shards(own, verify=verify)
     todo = [shard for shard in own if shard not in finished]
     if finished:
-        tell(f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} were finished before")
+        tell(f"{ranks.who}{len(finished)} of {plural(len(own), 'shard')} are already finished")
     if todo:
         _encode_shards(folder, cache, encoder, repa_encoder, todo, num_workers, ranks.who)
     if len(cache.finished_shards(range(settings.num_shards))) < settings.num_shards:

@@ -1,9 +1,6 @@
 """Images in class folders, as in ImageNet, and the crop that ADM and its successors train on."""
 
-from __future__ import annotations
-
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +35,6 @@ class ImageFolder:
     labels: tuple[int, ...]
     ignored: tuple[str, ...]
 
-    @property
-    def class_counts(self) -> list[int]:
-        """Images per class."""
-        counts = Counter(self.labels)
-        return [counts[label] for label in range(len(self.class_names))]
-
 
 def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """For a folder and each one below it: its path, its images and its other files, told apart by name. Hidden folders
@@ -55,11 +46,8 @@ def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def list_images(root: Path) -> ImageFolder:
-    """List every image below the sub-folders of root (see `find_images`); nothing is opened.
-
-    Raises:
-        ValueError: root is not a folder, has no sub-folders, or a sub-folder holds no images.
-    """
+    """List every image below the sub-folders of root (see `find_images`); nothing is opened. ValueError if root is not
+    a folder, has no sub-folders, or a sub-folder holds no images."""
     if not root.is_dir():
         raise ValueError(f"image folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     with os.scandir(root) as scan:
@@ -101,11 +89,8 @@ class UnreadableImageError(Exception):
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """Read the centre crop of an image file, (3, size, size) uint8 RGB.
-
-    Raises:
-        UnreadableImageError: the file is missing, unreadable, truncated, or not an image.
-    """
+    """Read the centre crop of an image file, (3, size, size) uint8 RGB. UnreadableImageError if the file is missing,
+    unreadable, truncated, or not an image."""
     try:
         with Image.open(path) as image:
             cropped = center_crop(image.convert("RGB"), size)

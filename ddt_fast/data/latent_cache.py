@@ -14,8 +14,6 @@ images and the settings, not on the number of processes or how often they were s
 file has its final name; its .json is written just before.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -23,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import save
@@ -85,7 +83,7 @@ class CacheSettings:
     version: int = field(default=VERSION, init=False)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> CacheSettings:
+    def from_json(cls, content: dict[str, Any]) -> Self:
         """The settings in a manifest; KeyError, TypeError or ValueError if any are missing or wrong."""
         known = {entry.name for entry in fields(cls) if entry.init}
         values: dict[str, Any] = {
@@ -164,25 +162,23 @@ class CacheFolder:
             record = read_json(self.path / f"{name}.json") if (self.path / f"{name}.json").exists() else {}
             damage = None
             if file.stat().st_size != record.get("bytes"):
-                damage = f"has {file.stat().st_size} bytes, recorded are {record.get('bytes', 'none')}"
+                damage = f"has {file.stat().st_size} bytes; expected {record.get('bytes', 'a record of its size')}"
             elif verify and file_sha256(file) != record["sha256"]:
                 damage = "does not have the recorded checksum"
             if damage:
-                warn(f"{file} {damage}; it is made again")
+                warn(f"{file} {damage}; making it again")
             else:
                 finished.add(shard)
         return finished
 
     def write_shard(self, shard: int, tensors: dict[str, Tensor], unreadable: list[Unreadable]) -> None:
-        """Write a shard; it is finished when this returns.
+        """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
+        otherwise; finished shards are unchanged.
 
         Args:
             shard: its number.
             tensors: its content, by name.
             unreadable: the images of the shard that could not be read.
-
-        Raises:
-            OSError: no space is left, or the file system fails otherwise; finished shards are unchanged.
         """
         self.remove_temporaries(shard)
         name = self.settings.shard_name(shard)

@@ -1,7 +1,5 @@
 """Reading latents: memory-mapped shards of ddt-fast's cache, or of LightningDiT's."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import json
@@ -279,15 +277,13 @@ class LatentDataset:
         return features
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
-        """Draw latents from their posteriors, scaled for the model: (mean + exp(logvar / 2) * noise) * scaling_factor.
+        """Draw latents (n, C, h, w) float32 from their posteriors, scaled for the model:
+        (mean + exp(logvar / 2) * noise) * scaling_factor.
 
         Args:
             indices: (n,) which latents.
             flips: (n,) whether to take the mirrored image; needs has_flips.
             seeds: (n,) seeds of the noise, which depends on nothing else; torch uses their lower 32 bits.
-
-        Returns:
-            (n, C, h, w) float32.
         """
         places = self._places(indices, flips)
         for shard, row, view in places:  # all at once: a disk serves many requests as fast as one

@@ -1,7 +1,5 @@
 """How fast a latent cache can be read, in images per second: `python -m ddt_fast.data.latent_loader FOLDER`."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Sequence

@@ -1,18 +1,16 @@
 """Endless batches of latents, in an order that depends only on seed and epoch."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.checks import require_int
+from ddt_fast.checks import require, require_int
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.source import DataSource
 from ddt_fast.splitmix import GOLDEN, mix
@@ -35,7 +33,7 @@ class LatentBatch(NamedTuple):
     features: Tensor | None
     images: Tensor | None
 
-    def pin_memory(self) -> LatentBatch:
+    def pin_memory(self) -> "LatentBatch":
         """The same in page-locked memory."""
         return LatentBatch(*(None if tensor is None else tensor.pin_memory() for tensor in self))  # type: ignore[arg-type]
 
@@ -45,7 +43,8 @@ class LatentLoader:
 
     Every epoch visits each latent once, in its own random order; batches run on across epochs, so none is short. The
     latent at position p of epoch e, its flip and its noise depend only on (seed, e, p): rank r of R takes the r-th of R
-    equal parts of a global batch, and the parts together are the same batch for every R.
+    equal parts of a global batch, and the parts together are the same batch for every R. ValueError if a value is not
+    allowed, or the dataset has no flips; while iterating, an image can no longer be read.
 
     Args:
         dataset: the data to read.
@@ -58,10 +57,6 @@ class LatentLoader:
         num_threads: batches made at the same time, in the background.
         prefetch: batches made ahead.
         pin_memory: return page-locked memory, from which a GPU copies asynchronously.
-
-    Raises:
-        ValueError: a value is not allowed, or the dataset has no flips; while iterating, an image can no longer be
-            read.
     """
 
     def __init__(
@@ -78,22 +73,14 @@ class LatentLoader:
         prefetch: int = 4,
         pin_memory: bool = False,
     ) -> None:
-        for name, value in {"seed": seed, "rank": rank}.items():
+        for name, value in (("seed", seed), ("rank", rank)):
             require_int(name, value, 0)
-        positive = {
-            "batch_size": batch_size,
-            "world_size": world_size,
-            "num_threads": num_threads,
-            "prefetch": prefetch,
-        }
-        for name, value in positive.items():
+        positive = {"batch_size": batch_size, "world_size": world_size, "num_threads": num_threads}
+        for name, value in (positive | {"prefetch": prefetch}).items():
             require_int(name, value, 1)
-        if seed >= 2**63:
-            raise ValueError(f"seed is {seed}; allowed: below 2^63")
-        if rank >= world_size:
-            raise ValueError(f"rank is {rank}; allowed: below world_size ({world_size})")
-        if batch_size % world_size:
-            raise ValueError(f"batch_size is {batch_size}; allowed: multiples of world_size ({world_size})")
+        require(seed < 2**63, "seed", seed, "below 2^63")
+        require(rank < world_size, "rank", rank, f"below world_size ({world_size})")
+        require(batch_size % world_size == 0, "batch_size", batch_size, f"multiples of world_size ({world_size})")
         if flips and not dataset.has_flips:
             raise ValueError("flips is true, but the cache has no mirrored images; encode it with flips")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -133,11 +120,7 @@ class LatentLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the position that `state_dict` returned. Batch size and ranks may differ: they cut the same
-        sequence at other places.
-
-        Raises:
-            ValueError: the state has another seed or other data, or is not a state.
-        """
+        sequence at other places. ValueError if the state has another seed or other data, or is not a state."""
         names = ("epoch", "position", "seed", "num_samples")
         if any(not isinstance(state.get(name), int) for name in names):
             raise ValueError(f"the data position is {state!r}; expected whole numbers {', '.join(names)}")
@@ -159,7 +142,7 @@ class LatentLoader:
         self._drop_pending()
         self._pool.shutdown(cancel_futures=True)
 
-    def __enter__(self) -> LatentLoader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

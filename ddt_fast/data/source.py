@@ -1,8 +1,6 @@
 """What training can read. A new data source is a class with the members of `DataSource`, a case in `open_source`, and a
 name in `DataConfig.dataset`."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Protocol

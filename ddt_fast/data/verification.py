@@ -1,7 +1,5 @@
 """Checksums of a cache's shards: compared once, and recorded beside the shards in verified.json."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable
@@ -24,10 +22,8 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
     call it together and share the work; those that see another copy of the cache, on another machine, verify that copy.
 
     A shard has changed if its size or modification time differs from the record. Shards without checksums
-    (LightningDiT's) are skipped. Progress goes to stderr.
-
-    Raises:
-        ValueError: a shard has another checksum or cannot be read; raised in all processes alike.
+    (LightningDiT's) are skipped. Progress goes to stderr. ValueError if a shard has another checksum or cannot be read;
+    raised in all processes alike.
     """
     if not dataset.checksums:
         return
@@ -95,7 +91,7 @@ def _remember(path: Path, compared: dict[str, dict[str, Any]]) -> None:
     try:
         write_json(path, _record(path) | compared)
     except OSError as error:
-        hint = "so the next run compares these checksums again; --data.verify false skips that"
+        hint = "so the next run compares these checksums again; data.verify false skips that"
         warn(f"{path} could not be written ({error.strerror or error}), {hint}")
 
 

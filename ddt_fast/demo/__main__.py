@@ -1,7 +1,5 @@
 """Draw images on a page in the browser: `python -m ddt_fast.demo` alone serves the package's digits on loopback."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -32,11 +30,12 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load the models, serve until interrupted."""
-    options = build_parser().parse_args(arguments)
-    for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
-        require(1 <= options[name] <= highest, f"--{name.replace('_', '-')}", options[name], f"1 to {highest}")
-    _check_address(options.host, options.port)
-    with tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options(), tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
+        for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
+            require(1 <= options[name] <= highest, name, options[name], f"1 to {highest}")
+        _check_address(options.host, options.port)
         # gradio reads both when it is imported. The folder holds what the page shows.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         try:
@@ -61,7 +60,7 @@ def _check_address(host: str, port: int) -> None:
         family = socket.getaddrinfo(host, port)[0][0]
         socket.create_server((host, port), family=family).close()
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot listen on --host {host} --port {port}: {error}") from error
+        raise ValueError(f"cannot listen on `host` {host} `port` {port}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """What the page's tabs do with a request: draw it, write its images to a folder, and return what to show."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -105,7 +103,7 @@ def compare(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
     ]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     head = f"Refresh {every} is {speedup} times as fast as refresh 1; samples differ by {error} (relative L2)"
-    return f"{head}\n{plural(count, 'image')} of the same seeds; times of sampling alone", table, *galleries
+    return f"{head}\n{plural(count, 'image')} with the same seeds; times are for sampling only", table, *galleries
 
 
 def trajectory(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:

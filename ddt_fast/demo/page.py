@@ -1,7 +1,5 @@
 """The page: settings on the left, three tabs that draw with them on the right."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The models to choose from, and what a client asks of them: a `Request`, or a ValueError that says what is allowed."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -125,7 +123,7 @@ def load_models(checkpoints: Sequence[str], preset: str | None, device: torch.de
     models: Models = {}
     for name in (*checkpoints, EMBEDDED_NAME):
         if name in models:
-            raise ValueError(f"--checkpoint names {name} twice; the {EMBEDDED_NAME} are always loaded")
+            raise ValueError(f"`checkpoint` names {name} twice; the {EMBEDDED_NAME} are always loaded")
         models[name] = _load(Path(EMBEDDED_CHECKPOINT if name == EMBEDDED_NAME else name), preset, device, dtype)
     return models
 

@@ -1,8 +1,6 @@
 """Scores of generated digits, in pixel space: do they show the right class, are they distributed like real digits, and
 are they new?"""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 
@@ -56,9 +54,7 @@ def score_digits(samples: Tensor, labels: Tensor, seed: int = 0) -> DigitsScore:
 
     Fréchet distances depend on the sample counts, so they are the same for samples and real digits: min(N, 898) samples
     against 899 real digits, and min(N, 898) real digits against the same 899; both are means over random halves.
-
-    Raises:
-        ValueError: there are fewer than 65 samples (their 64x64 covariance would be singular), or shapes do not agree.
+    ValueError if there are fewer than 65 samples (their 64x64 covariance would be singular), or shapes do not agree.
     """
     if samples.shape[1:] != (1, 8, 8) or labels.shape != samples.shape[:1]:
         raise ValueError(f"samples {tuple(samples.shape)}, labels {tuple(labels.shape)}; expected (N, 1, 8, 8), (N,)")

@@ -1,14 +1,12 @@
 """From images to the features that metrics need: extractors, and an accumulator that takes images batch by batch."""
 
-from __future__ import annotations
-
 import functools
 import pickle
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -174,14 +172,12 @@ class FeatureAccumulator:
         return np.array(self._indices, dtype=np.int64)
 
     def add(self, images: Images | Tensor, indices: Sequence[int] | None = None) -> None:
-        """Add images (B, H, W, 3) uint8, all of one size.
+        """Add images (B, H, W, 3) uint8, all of one size. ValueError if the shape, dtype or size is wrong, or features
+        are not finite.
 
         Args:
             images: any number of them.
             indices: their places among all images; None continues after the previous ones.
-
-        Raises:
-            ValueError: the shape, dtype or size is wrong, or features are not finite.
         """
         batch = images if isinstance(images, Tensor) else torch.tensor(images)
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] != 3 or 0 in batch.shape[1:]:
@@ -199,7 +195,7 @@ class FeatureAccumulator:
             self._keep(pool, places[part])
         self._indices += places
 
-    def merge(self, other: FeatureAccumulator) -> None:
+    def merge(self, other: Self) -> None:
         """Add the content of another accumulator; ValueError if its features or image size are of another kind."""
         if other._kind != self._kind:
             raise ValueError(f"features of {other._kind} cannot be merged with those of {self._kind}")
@@ -212,11 +208,8 @@ class FeatureAccumulator:
         self._indices += other._indices
 
     def finish(self, source: str) -> FeatureSet:
-        """The result, with features in the order of the indices.
-
-        Raises:
-            ValueError: an index came twice, or a merged accumulator did not keep its features.
-        """
+        """The result, with features in the order of the indices. ValueError if an index came twice, or a merged
+        accumulator did not keep its features."""
         places = np.sort(self.indices)
         if (repeated := places[1:][np.diff(places) == 0]).size:
             raise ValueError(f"image {repeated[0]} was added twice")
@@ -248,7 +241,7 @@ class FeatureAccumulator:
 
     def load(self, path: Path) -> None:
         """Add what `save` wrote; ValueError if the file is damaged, or its features are of another network."""
-        part = FeatureAccumulator(self.extractor, self.batch_size, self.keep_features)
+        part = type(self)(self.extractor, self.batch_size, self.keep_features)
         try:
             state = torch.load(path, map_location=self.extractor.device, weights_only=True)
             kind = state["kind"]

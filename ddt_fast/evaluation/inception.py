@@ -5,11 +5,9 @@ maximum; images are resized as in TensorFlow 1. Parameter names are those of the
 `inception_weights`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +185,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(POOL_DIM, NUM_CLASSES)
         self.eval().requires_grad_(False)
 
-    def fold(self) -> Inception:
+    def fold(self) -> Self:
         """Move every normalisation into its convolution, in place: the same function, faster, without BatchNorm's
         parameters."""
         for module in self.modules():

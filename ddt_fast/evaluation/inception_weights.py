@@ -1,7 +1,5 @@
 """The published weights of the Inception network: from torch's cache, downloaded, or from a file of the user's."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
@@ -46,15 +44,13 @@ class InceptionWeights:
 def load_inception(
     path: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Inception, InceptionWeights]:
-    """The network with the weights of `path`, folded for speed, on `device`.
+    """The network with the weights of `path`, folded for speed, on `device`. ValueError if the file is missing, cannot
+    be downloaded, or holds something else.
 
     Args:
         path: a state dict with the names of `pt_inception-2015-12-05-6726825d.pth`; None: that file, from torch's cache
             of downloads, else downloaded into it.
         device: where the network goes.
-
-    Raises:
-        ValueError: the file is missing, cannot be downloaded, or holds something else.
     """
     file = _find_weights() if path is None else require_path("inception_weights", path)
     if not file.is_file():

@@ -6,8 +6,6 @@ digits could matter, the distance is computed again from differences in float64:
 of brute force in float64.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray

@@ -1,13 +1,11 @@
 """Metrics of generative models, on features. Improved precision and recall are in `manifold`."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.checks import require_int
+from ddt_fast.checks import require, require_int
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.wording import plural
 
@@ -120,8 +118,7 @@ def kernel_inception_distance(
     if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
         raise ValueError(f"features have shapes {tuple(first.shape)}, {tuple(second.shape)}; expected (N, D), (M, D)")
     fewest = min(len(first), len(second))
-    if not 2 <= subset_size <= fewest:
-        raise ValueError(f"subset_size is {subset_size}; allowed: 2 to {fewest}, the smaller set's size")
+    require(2 <= subset_size <= fewest, "subset_size", subset_size, f"2 to {fewest}, the smaller set's size")
     require_int("num_subsets", num_subsets, 1)
     if not (first.isfinite().all() and second.isfinite().all()):
         raise ValueError("features hold numbers that are not finite")

@@ -1,7 +1,5 @@
 """The metrics and features by name, and their checks; nothing here needs torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args

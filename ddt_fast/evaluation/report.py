@@ -1,7 +1,5 @@
 """What the commands that score show: progress and the table."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

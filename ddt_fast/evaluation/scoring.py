@@ -1,7 +1,5 @@
 """Scores of samples against a reference: which metrics can be computed, and their values."""
 
-from __future__ import annotations
-
 import functools
 import time
 import warnings
@@ -104,15 +102,13 @@ def gather(
 
     If a file holds statistics, FID and sFID use them instead of its images, as ADM's evaluator does: in ADM's reference
     batches, the statistics are of the whole data set and the images are 10,000 of it. For precision, recall and KID, a
-    larger reference is reduced to 10,000 images by a fixed permutation.
+    larger reference is reduced to 10,000 images by a fixed permutation. ValueError if the file is missing, damaged or
+    has the wrong content.
 
     Args:
         place: a file or folder, by name or opened (see `open_source`).
         role: "samples" or "reference".
         metrics, make_extractor, batch_size, on_batch: as for `evaluate`.
-
-    Raises:
-        ValueError: the file is missing, damaged or has the wrong content.
     """
     source = place if isinstance(place, Source) else open_source(place)
     path, images = source.path, source.images
@@ -151,10 +147,7 @@ def score(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The metrics that can be computed, by name (with `inception_score_std`, `kid_std`), and why the others cannot.
-
-    Raises:
-        ValueError: features have different D, or no metric can be computed.
-    """
+    ValueError if features have different D, or no metric can be computed."""
     wanted, missing = computable(samples, reference, metrics)
     values: dict[str, float] = {}
     if "inception_score" in wanted and samples.probabilities is not None:
@@ -181,11 +174,8 @@ def score(
 def computable(
     samples: FeatureSet, reference: FeatureSet | None, metrics: Sequence[str] = METRICS
 ) -> tuple[list[str], dict[str, str]]:
-    """The metrics that can be computed, and why the others cannot; values are not looked at.
-
-    Raises:
-        ValueError: features have different D or are of different kinds, or no metric can be computed.
-    """
+    """The metrics that can be computed, and why the others cannot; values are not looked at. ValueError if features
+    have different D or are of different kinds, or no metric can be computed."""
     check_metrics(metrics)
     reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
     reasons["inception_score"] = _without_classes(samples)

@@ -1,7 +1,5 @@
 """What can be scored: an npz of images or statistics, or a folder of images, read a batch at a time."""
 
-from __future__ import annotations
-
 import os
 import re
 import zipfile
@@ -103,7 +101,8 @@ class Source:
 
 def open_source(path: str | Path, crop: int | None = None) -> Source:
     """Open a file or folder. Of a folder's images only the sizes are read, so that different sizes are found before any
-    work is done.
+    work is done. ValueError if the path is none of these, is damaged, or holds images of different sizes without a
+    crop.
 
     Args:
         path: an npz with arr_0, (N, H, W, 3) uint8 (and optionally their classes: labels, or arr_1 as in ADM), with mu
@@ -111,9 +110,6 @@ def open_source(path: str | Path, crop: int | None = None) -> Source:
             its sub-folders.
         crop: side of the centre crop, as in `ddt_fast.cache_latents` and ADM, for the images of a folder; an npz is not
             cropped.
-
-    Raises:
-        ValueError: the path is none of these, is damaged, or holds images of different sizes without a crop.
     """
     path = require_path("a source of images", path)
     if crop is not None:

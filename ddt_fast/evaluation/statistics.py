@@ -1,11 +1,9 @@
 """Mean and covariance of features: accumulated in float64, mergeable, and saved under ADM's names."""
 
-from __future__ import annotations
-
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -57,7 +55,7 @@ class RunningStatistics:
         updates = torch.cat([rows - mean, shift[None]])
         self.scatter.addmm_(updates.T, updates)
 
-    def merge(self, other: RunningStatistics) -> None:
+    def merge(self, other: Self) -> None:
         """Add all rows of `other`; ValueError for another D."""
         if other.count:
             shift = self._shift_mean(other.count, other.mean)
@@ -96,11 +94,8 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
 
 
 def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
-    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them.
-
-    Raises:
-        ValueError: a Gaussian is incomplete, or arrays are not a Gaussian.
-    """
+    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them. ValueError if a
+    Gaussian is incomplete, or arrays are not a Gaussian."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             names = set(archive.files)

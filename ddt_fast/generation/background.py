@@ -1,14 +1,12 @@
 """One background thread decodes, converts and writes samples while the next ones are drawn."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -35,7 +33,7 @@ class Background:
         self._pending: deque[Future[None]] = deque()
         self._broken = False
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> Self:
         return self
 
     def submit(self, task: Callable[..., object], *arguments: Any) -> None:
@@ -142,8 +140,8 @@ class ShardWriter:
     made_with: dict[str, Any]
     hooks: Sequence[OnImages]
     timings: Timings
-    _images: list[Images] = field(default_factory=list)
-    _shard_began: float = field(default_factory=time.perf_counter)
+    _images: list[Images] = field(default_factory=list, init=False)
+    _shard_began: float = field(default_factory=time.perf_counter, init=False)
 
     def take(
         self, shard: int, positions: slice, samples: Tensor, seeds: IntArray, ready: torch.cuda.Event | None

@@ -1,7 +1,5 @@
 """The engine of a job: the model, its plan, and batches that fit in memory."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from ddt_fast.generation.settings import Engine
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import resolve_backend
 from ddt_fast.model.quantization import quantization_error, quantize_int8
-from ddt_fast.model.settings import has_config
 from ddt_fast.model.weights import load_model
 from ddt_fast.provenance import device_name, weights_sha256
 from ddt_fast.ranks import Ranks
@@ -113,7 +110,7 @@ def load_engine(
     data, budget = experiment.data, engine.budget_bytes
     # Between int8 GEMMs, float32 is faster.
     dtype = choose_dtype(engine.dtype, device, data.autoencoder is not None and engine.quantize is None)
-    reference = load_model(checkpoint, device, dtype, None if has_config(checkpoint) else experiment.model)
+    reference = load_model(checkpoint, device, dtype, experiment.model)
     model, description = _prepare(reference, engine, ranks)
     size = data.sample_size
     if sampling.refresh_steps == "dp":

@@ -4,8 +4,6 @@ The last process to finish its shards does this; if it is killed, the next start
 written before any gets its name, generation.json gets its name last, and then the shards are removed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import re

@@ -1,7 +1,5 @@
 """The output folder of a job: what it holds already, and what is left for this process to do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,8 @@ _PRECIOUS_MINUTES = 10
 
 
 class JobFolder:
-    """The output folder of a job, new or continued.
+    """The output folder of a job, new or continued. ValueError if the folder holds shards with other settings, finished
+    samples with other settings that took long to draw, or something of the user's where outputs go.
 
     Args:
         path: the folder, which exists and can be written.
@@ -45,10 +44,6 @@ class JobFolder:
         todo: the shards this process has yet to make.
         was_finished: whether the job was finished before it was opened here.
         wrote: whether this process wrote samples.npz.
-
-    Raises:
-        ValueError: the folder holds shards with other settings, finished samples with other settings that took long to
-            draw, or something of the user's where outputs go.
     """
 
     def __init__(
@@ -106,7 +101,7 @@ class JobFolder:
             if minutes >= _PRECIOUS_MINUTES and (self.path / SAMPLES).exists():
                 changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
                 raise ValueError(
-                    f"{self.path} holds finished samples of other settings ({changed}) that took {minutes:.0f} "
+                    f"{self.path} holds finished samples with other settings ({changed}) that took {minutes:.0f} "
                     "minutes; choose another output folder, or set `overwrite` to replace them"
                 )
 
@@ -116,7 +111,7 @@ class JobFolder:
         try:
             self.shards.read(shard)
         except DamagedShardError as error:
-            warn(f"{error}; it is made again")
+            warn(f"{error}; making it again")
             self.shards.discard(shard)
             return False
         return True
@@ -161,14 +156,12 @@ class JobFolder:
         return open_images(self.path / SAMPLES)[positions.start : positions.stop]
 
     def finish(self, assignment: Assignment, about: dict[str, Any]) -> dict[str, Any] | None:
-        """Write samples.npz, grid.png, images/ and generation.json once the shards of all processes are there.
+        """Write samples.npz, grid.png, images/ and generation.json once the shards of all processes are there, and
+        return the record; None while other processes are still working.
 
         Args:
             assignment: labels and seeds of the samples.
             about: plain JSON values for the record.
-
-        Returns:
-            The record, or None while other processes are still working.
 
         Raises:
             DamagedShardError: a shard of another process does not hold what was written; it is removed.

@@ -1,7 +1,5 @@
 """From samples to pictures: conversion to uint8, and labelled grids."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

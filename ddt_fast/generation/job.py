@@ -4,13 +4,11 @@ The images are the same for any number of processes, however often they are kill
 and label, a shard only on its number, and finished samples are never drawn again.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -118,7 +116,7 @@ class Job:
         engine: Engine,
         outputs: Outputs,
         scoring: Scoring | None,
-    ) -> Job:
+    ) -> Self:
         """Check everything, cheap things first; load the model; look at what the folder holds. Arguments and errors are
         those of `generate`."""
         ranks = process_ranks()
@@ -258,6 +256,6 @@ class Job:
         )
 
 
-def _advance(bar: tqdm[Any], images: float, compilation: CompilationNotice, *_: object) -> None:
+def _advance(bar: tqdm, images: float, compilation: CompilationNotice, *_: object) -> None:
     bar.update(images)
     compilation.step_done()

@@ -4,8 +4,6 @@ Members are stored, not compressed (such images barely shrink), and have a fixed
 bytes.
 """
 
-from __future__ import annotations
-
 import struct
 import zipfile
 from collections.abc import Iterable
@@ -46,11 +44,8 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def open_images(path: Path) -> Images:
-    """Open arr_0 of an npz as an array that is read from disk when it is used.
-
-    Raises:
-        ValueError: the file is not an npz, is truncated, or has no uncompressed arr_0.
-    """
+    """Open arr_0 of an npz as an array that is read from disk when it is used. ValueError if the file is not an npz, is
+    truncated, or has no uncompressed arr_0."""
     try:
         with zipfile.ZipFile(path) as archive:
             member = archive.getinfo("arr_0.npy")

@@ -5,8 +5,6 @@ The process that writes samples.npz merges these files, computes missing feature
 and removes the files. Rank 0 scores a job that was finished before from samples.npz.
 """
 
-from __future__ import annotations
-
 import re
 import time
 import warnings
@@ -40,6 +38,7 @@ _BATCH = 64
 
 class Scorer:
     """Scores a job's samples against a reference; made before the job begins, so that a mistake costs nothing.
+    ValueError if the reference cannot be read, the weights are missing, or no metric can be computed.
 
     Args:
         scoring: the reference and the metrics.
@@ -47,9 +46,6 @@ class Scorer:
         count, size: number of samples, and their side in pixels.
         device: where features are computed.
         ranks: this process's rank among those that share the job.
-
-    Raises:
-        ValueError: the reference cannot be read, the weights are missing, or no metric can be computed.
     """
 
     def __init__(

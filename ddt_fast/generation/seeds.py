@@ -4,11 +4,9 @@ Draws cycle through the classes. That order suits a grid, but scores that split 
 Inception Score) need the classes mixed: a fixed permutation gives every draw its position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -62,7 +60,7 @@ class Assignment:
     @classmethod
     def of_draws(
         cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, words: dict[str, Any] | None = None
-    ) -> Assignment:
+    ) -> Self:
         """Draws with these labels (N,) and N seeds, in this order or in `shuffled_order`."""
         order = shuffled_order(len(labels)) if shuffle else np.arange(len(labels), dtype=np.int64)
         return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, words or {})
@@ -78,11 +76,8 @@ class Assignment:
 
 
 def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
-    """The assignment that `draws` asks for, of `default_count` images if it gives no number.
-
-    Raises:
-        ValueError: a class or a seed is out of range, or there is not one seed per image.
-    """
+    """The assignment that `draws` asks for, of `default_count` images if it gives no number. ValueError if a class or a
+    seed is out of range, or there is not one seed per image."""
     num_chosen = len(draws.classes or range(num_classes))
     seeds = draws.seeds or [seed for seed in draws.class_seeds or () for _ in range(num_chosen)]
     per_class = draws.seeds_per_class

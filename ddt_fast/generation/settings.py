@@ -4,8 +4,6 @@ These are frozen dataclasses that refuse wrong values. The command's options are
 docstrings; in these and in messages, `name` is a parameter, which the command shows as its option.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ A shard is written under another name and renamed when it is finished. Its numbe
 (K % world_size), so that processes need not communicate.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -40,7 +38,7 @@ def fingerprint(settings: dict[str, Any]) -> str:
 
 
 class ShardFolder:
-    """The shards of one job.
+    """The shards of one job. ValueError if shards of another size exist.
 
     Args:
         output_dir: the job's folder.
@@ -52,9 +50,6 @@ class ShardFolder:
     Attributes:
         path: the folder of the shards.
         shard_size: images per shard.
-
-    Raises:
-        ValueError: shards of another size exist.
     """
 
     def __init__(
@@ -93,15 +88,13 @@ class ShardFolder:
         return [shard for shard in range(self.num_shards) if not self.file(shard).exists()]
 
     def write(self, shard: int, images: Images, made_with: dict[str, Any]) -> None:
-        """Write a shard; it is finished when this returns.
+        """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
+        otherwise; finished shards are unchanged.
 
         Args:
             shard: its number.
             images: (n, H, W, 3) uint8.
             made_with: plain JSON values that `read` returns.
-
-        Raises:
-            OSError: no space is left, or the file system fails otherwise; finished shards are unchanged.
         """
         target = self.file(shard)
         for stale in self.path.glob(f".{target.stem}.*"):

@@ -4,8 +4,6 @@ Shapes: B batch, N tokens, C hidden size, p patch size; W_e and W_d, widths of t
 decoder's modulations. Source: arXiv 2504.05741.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from typing import Any
 
@@ -39,7 +37,8 @@ class DDTBase(nn.Module):
     gradient_checkpointing: bool = False
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state.
+        """The velocity at (x, t) for the labels y, and the encoder's state. ValueError if x or state has the wrong
+        shape.
 
         Args:
             x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
@@ -49,9 +48,6 @@ class DDTBase(nn.Module):
 
         Returns:
             velocity, shaped like x, and state (B, N, C).
-
-        Raises:
-            ValueError: x or state has the wrong shape.
         """
         if state is None:
             state = self.encode(x, t, y)
@@ -104,15 +100,12 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the encoder derives from t and y alone.
+        """What the encoder derives from t and y alone, (B, 1, W_e).
 
         Args:
             t_embedding: (B, 1, C), from `t_embedder`.
             y: (B,) labels.
             out: (B, 1, W_e), written and returned; for inference.
-
-        Returns:
-            (B, 1, W_e)
         """
 
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
@@ -128,15 +121,12 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        """All that the decoder derives from the state, and affine in it: six chunks per block, then two for the final
-        layer.
+        """All that the decoder derives from the state, and affine in it: (B, N, W_d), six chunks per block and then two
+        for the final layer, which may be kept and used many times.
 
         Args:
             state: (B, N, C).
             out: (B, N, W_d), contiguous, written and returned; for inference.
-
-        Returns:
-            (B, N, W_d), which may be kept and used many times.
         """
 
     @abstractmethod

@@ -1,7 +1,5 @@
 """Model cards: the README.md of a model or pipeline folder, which says only what is known."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -62,7 +60,7 @@ The model alone is `ddt_fast.load_model("FOLDER OR HUB ID")`.
 
 ## Sampling
 
-How it samples unless told otherwise:
+The default settings:
 
 {{ table(sampling) }}
 {% if training %}
@@ -116,10 +114,7 @@ def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_provenance(folder: Path) -> Provenance:
     """Read what a model or pipeline folder says about its training and scores; for a run's model/, what the run says.
-
-    Raises:
-        ValueError: files are damaged.
-    """
+    ValueError if files are damaged."""
     places = [folder]
     if folder.name == "model" and (folder.parent / "recipe.yaml").is_file():
         places.insert(0, folder.parent)
@@ -158,7 +153,7 @@ def _read_recipe(file: Path) -> dict[str, Any]:
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
-    """Write README.md, the model card, into a model or pipeline folder; an older card is replaced.
+    """Write README.md, the model card, into a model or pipeline folder, and return its path; an older card is replaced.
 
     The card says what config.json, training.json and metrics.json in the folder say. For the model/ of a training run,
     these come from the run's folder and are copied beside the card, so that they go where the model goes.
@@ -166,9 +161,6 @@ def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:
     Args:
         folder: a folder written by `save_model` or `DDTPipeline.save_pretrained`.
         license: the license's identifier on the Hub, such as "mit"; None leaves it out.
-
-    Returns:
-        The file.
 
     Raises:
         ValueError: the folder holds no model, or files are damaged.

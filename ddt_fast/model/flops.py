@@ -1,7 +1,5 @@
 """Matrix-multiplication FLOPs of a DDT (1 multiply-add = 2 FLOPs), for plans, MFU and rooflines."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ddt_fast.config import DDTConfig

@@ -10,16 +10,15 @@ The state_dict is that of `reference.DDT`: modulations are merged on loading and
 On a CPU, every operation is ddt_kernels' plain PyTorch version.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any, TypeGuard, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddt_fast.checks import require
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.attention import AttentionBackend
 from ddt_fast.model.attention.qkv import qkv_attention
@@ -115,8 +114,7 @@ class FusedDDT(DDTBase):
 
     def __init__(self, config: DDTConfig, attention_backend: AttentionBackend = "auto") -> None:
         super().__init__()
-        if config.head_dim > 128:
-            raise ValueError(f"head dimension is {config.head_dim}; allowed for FusedDDT: up to 128")
+        require(config.head_dim <= 128, "head dimension", config.head_dim, "up to 128 for FusedDDT")
         self.config = config
         c = config.hidden_size
         self.x_embedder = PatchEmbed(config)
@@ -132,7 +130,7 @@ class FusedDDT(DDTBase):
         self.load_state_dict(DDT(config).state_dict())
 
     @classmethod
-    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> FusedDDT:
+    def from_reference(cls, model: DDT, attention_backend: AttentionBackend = "auto") -> Self:
         """A FusedDDT with a copy of the reference's weights, in their dtype and on their device."""
         parameter = next(model.parameters())
         with torch.device("meta"):

@@ -5,8 +5,6 @@ names, and `diffusion_trainer.proj.0.*` (REPA's projector). Source: the DDT auth
 loads without strictness and samples with the average; Lightning 2.5 needs the other entries that are written here.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -108,16 +106,13 @@ def write_lightning(
 ) -> None:
     """Write a .ckpt that the original code loads for sampling and training, whole or not at all.
 
-    Training resumes from it at step 0 with a new optimiser.
+    Training resumes from it at step 0 with a new optimiser. OSError if the file cannot be written.
 
     Args:
         path: the file; an older one is replaced.
         ema: averaged weights by the model's own names, in any dtype.
         raw: trained weights; without them, the averaged ones take their place.
         projector: REPA's projector; without it, the original code starts a new one.
-
-    Raises:
-        OSError: the file cannot be written.
     """
     ema = own_storages(ema)
     sets = {"raw": own_storages(raw) if raw else ema, "ema": ema, "projector": own_storages(projector or {})}

@@ -10,8 +10,6 @@ and attention are not. Attention and SwiGLU use bfloat16 if the CPU has units fo
 dtype.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any, NoReturn, cast
@@ -197,14 +195,12 @@ def _spread(x: Tensor) -> Tensor:
 
 
 def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """8-bit numbers and their scales.
+    """8-bit numbers (M, K) and their scales (M, 1) float32: (numbers - zero point) * scale differs from x by at most
+    half a scale.
 
     Args:
         x: (M, K).
         signed: int8 from -127 to 127; else uint8 from 1 to 255, with ZERO_POINT for 0.
-
-    Returns:
-        numbers (M, K) and scales (M, 1) float32: (numbers - zero point) * scale differs from x by at most half a scale.
     """
     wide = x.float()
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(_ZERO_ROW)
@@ -233,16 +229,13 @@ _ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32.
+    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32: (M, N).
 
     Args:
         x: (M, K) uint8, contiguous.
         weight: (N, K), from `pack_int8_weight`.
         scale: (N,) float32.
         dtype: the result's dtype, float32 or bfloat16.
-
-    Returns:
-        (M, N)
     """
     result: Tensor = torch.ops.ddt_fast.packed_int8_gemm(x, weight, scale, dtype)
     return result

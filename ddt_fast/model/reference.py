@@ -5,8 +5,6 @@ Shapes: B batch, N tokens, C hidden size, H heads, D head dimension, F SwiGLU wi
 its released implementation.
 """
 
-from __future__ import annotations
-
 import math
 from typing import cast
 

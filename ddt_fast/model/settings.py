@@ -1,7 +1,5 @@
 """Where a checkpoint is, and the settings that lie beside its weights. Nothing here reads weights or imports torch."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -30,11 +28,7 @@ _FETCHED = [
 
 def resolve_checkpoint(path: str | Path) -> Path:
     """The local folder or file of a checkpoint; for a pipeline's folder, its transformer. A name like "user/model" that
-    does not exist here is fetched from the Hub.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
+    does not exist here is fetched from the Hub. ValueError if there is no such checkpoint."""
     local = require_path("checkpoint", path)
     if local.is_dir():
         return _model_folder(local)
@@ -70,21 +64,18 @@ def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
     if has_config(checkpoint):
         saved = read_experiment(checkpoint)
         if preset is not None:
-            raise ValueError(f"--preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
+            raise ValueError(f"preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
         return saved
     if not isinstance(preset, str) or preset not in PRESETS:
-        given = f"preset {preset!r} does not exist" if preset else f"{checkpoint} has no {CONFIG_NAME} and no --preset"
-        raise ValueError(f"{given}; allowed: {', '.join(PRESETS)}")
+        missing = f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
+        problem = f"preset {preset!r} does not exist" if preset else missing
+        raise ValueError(f"{problem}; allowed: {', '.join(PRESETS)}")
     return PRESETS[preset]
 
 
 def read_experiment(path: str | Path) -> Experiment:
     """Read model, data and sampling settings from the config.json in (or beside) a checkpoint. A pipeline's folder has
-    its own autoencoder.
-
-    Raises:
-        ValueError: config.json is missing or corrupt.
-    """
+    its own autoencoder. ValueError if config.json is missing or corrupt."""
     file = config_file(resolve_checkpoint(path))
     experiment, pipeline = read_settings(file), file.absolute().parent.parent
     if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
@@ -95,10 +86,7 @@ def read_experiment(path: str | Path) -> Experiment:
 
 def read_settings(file: Path) -> Experiment:
     """Read model, data and sampling settings from a config.json, or from a training run's recipe.yaml or trainer.json.
-
-    Raises:
-        ValueError: the file is missing or corrupt.
-    """
+    ValueError if the file is missing or corrupt."""
     try:
         text = file.read_text()
         entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)

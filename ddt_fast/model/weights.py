@@ -1,8 +1,6 @@
 """Models on disk: a folder of config.json and safetensors, a bare .safetensors file, or a released Lightning .ckpt
 (`lightning`)."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Mapping
@@ -118,11 +116,8 @@ def require_float(name: str, dtype: object) -> None:
 def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
     """Read everything that training can continue from: averaged weights, raw weights and REPA's projector, as far as
     they exist, from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a hub id. They are on
-    the CPU, memory-mapped, in their own dtype.
-
-    Raises:
-        ValueError: the file is missing or corrupt, or weights or projector do not fit `config`, if given.
-    """
+    the CPU, memory-mapped, in their own dtype. ValueError if the file is missing or corrupt, or weights or projector do
+    not fit `config`, if given."""
     source = resolve_checkpoint(path)
     sets = _read_sets(source)
     if config is not None:
@@ -158,11 +153,8 @@ def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) 
 
 def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a folder, memory-mapped. diffusers splits large weights into several files, and adds the name
-    of a variant to the file names.
-
-    Raises:
-        ValueError: weights are missing or damaged, or an index names anything but safetensors in the folder.
-    """
+    of a variant to the file names. ValueError if weights are missing or damaged, or an index names anything but
+    safetensors in the folder."""
     whole, index = WEIGHTS_NAME, INDEX_NAME
     if variant is not None:
         whole = whole.replace(".safetensors", f".{variant}.safetensors")
@@ -198,16 +190,13 @@ def settle_config(
     weights: Mapping[str, Tensor], source: Path, presets: Mapping[str, Experiment] = PRESETS
 ) -> tuple[str, DDTConfig]:
     """The name of the first preset that agrees with the shapes of the weights, and its config with their number of
-    classes.
-
-    Raises:
-        ValueError: no preset agrees, or the weights are not a DDT's; the message names `source` as their origin.
-    """
+    classes. ValueError if no preset agrees, or the weights are not a DDT's; the message names `source` as their
+    origin."""
     seen = _settled_by_shapes(weights, source)
     for name, preset in presets.items():
         if _settled(preset.model) | {"num_classes": seen["num_classes"]} == seen:
             return name, replace(preset.model, num_classes=seen["num_classes"])
-    whose = f"preset {next(iter(presets))} has not" if len(presets) == 1 else "no preset has"
+    whose = f"preset {next(iter(presets))} does not have" if len(presets) == 1 else "no preset has"
     shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "

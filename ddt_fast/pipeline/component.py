@@ -1,7 +1,5 @@
 """What a pipeline's parts share: they refuse keyword arguments that diffusers would ignore."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from inspect import Parameter, Signature, signature
@@ -20,26 +18,24 @@ SAVING_OPTIONS = ("save_directory", "safe_serialization", "variant", "max_shard_
 
 def check_loading(options: dict[str, Any]) -> None:
     """Check the options of `from_pretrained`, and remove use_safetensors, which must be true; ValueError otherwise."""
-    if options.pop("use_safetensors", True) is False:
-        raise ValueError("use_safetensors is False; allowed: True, because pickled weights may hold code")
+    safe = options.pop("use_safetensors", True)
+    require(safe is not False, "use_safetensors", safe, "True, because pickled weights may hold code")
     _require_variant(options.get("variant"))
 
 
 def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str) -> Path:
-    """Check the arguments of `save_pretrained`; return the folder.
+    """Check the arguments of `save_pretrained`; return the folder. ValueError if an argument is unknown, or a value is
+    not allowed.
 
     Args:
         save_directory: a path.
         given: the other arguments.
         allowed: their names, besides those of an upload.
-
-    Raises:
-        ValueError: an argument is unknown, or a value is not allowed.
     """
     require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
     folder = require_path("save_directory", save_directory)
-    if not given.get("safe_serialization", True):
-        raise ValueError("safe_serialization is False; allowed: True, because only safetensors are written")
+    safe = given.get("safe_serialization", True)
+    require(bool(safe), "safe_serialization", safe, "True, because only safetensors are written")
     _require_variant(given.get("variant"))
     size = given.get("max_shard_size")
     valid = size is None or isinstance(size, str) or (type(size) is int and size >= 1)
@@ -70,15 +66,13 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings.
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings. ValueError if
+        an argument is not a setting and would not be returned, or a value is not allowed.
 
         Args:
             config: the settings by name.
             return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
             kwargs: settings that override those in config.
-
-        Raises:
-            ValueError: an argument is not a setting and would not be returned, or a value is not allowed.
         """
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:

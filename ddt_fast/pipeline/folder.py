@@ -1,7 +1,5 @@
 """Checks of a pipeline's folder before any of it is loaded: it may come from other people."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How a pipeline is loaded and saved."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -16,7 +14,7 @@ from diffusers.utils import is_accelerate_available
 from huggingface_hub import create_repo
 
 from ddt_fast.autoencoder import default_dtype_kept, load_vae
-from ddt_fast.checks import require_arguments, require_path
+from ddt_fast.checks import require, require_arguments, require_path
 from ddt_fast.config import DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
 from ddt_fast.hub import fetch, is_hub_id
@@ -75,8 +73,8 @@ class SavedPipeline(DiffusionPipeline):
         folder = require_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         require_arguments("from_pretrained", kwargs, list(dict.fromkeys((*_OF_PIPELINES, *_OF_MODELS, *_HUB_OPTIONS))))
         check_loading(kwargs)
-        if (code := kwargs.pop("custom_pipeline", None)) is not None:
-            raise ValueError(f"custom_pipeline is {code!r}; allowed: None, because no code is fetched or run")
+        code = kwargs.pop("custom_pipeline", None)
+        require(code is None, "custom_pipeline", code, "None, because no code is fetched or run")
         for option in ("torch_dtype", "dtype"):
             given = kwargs.get(option)
             for dtype in given.values() if isinstance(given, Mapping) else [given]:

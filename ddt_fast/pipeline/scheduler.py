@@ -1,7 +1,5 @@
 """The times and solver of flow matching as a diffusers scheduler; scheduler_config.json holds `SamplingConfig`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -107,7 +105,8 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> DDTSchedulerOutput | tuple[Tensor]:
-        """From x at this time to x at the next.
+        """From x at this time to x at the next. ValueError if a timestep is out of turn, or generators are on another
+        device.
 
         Args:
             model_output: (B, ...) velocity at (sample, timestep), with guidance if you use it.
@@ -115,9 +114,6 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             sample: (B, ...) x.
             generator: for the "sde" solver, one or one per sample, on the CPU or on the sample's device; None for
                 torch's own on the CPU.
-
-        Raises:
-            ValueError: a timestep is out of turn, or generators are on another device.
         """
         steps = self._plan.steps
         if self._index >= len(steps) or abs(float(timestep) - steps[self._index].t) > 1e-6:
@@ -147,15 +143,13 @@ def per_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
 ) -> list[torch.Generator]:
     """One generator per sample. A single generator serves the samples in turn, so that the first sample does not depend
-    on their number; None is torch's default generator on the CPU.
+    on their number; None is torch's default generator on the CPU. ValueError if the number of generators is wrong, or
+    they are on other devices or not all on one.
 
     Args:
         generator: on the CPU, or on the device.
         count: number of samples.
         device: where samples are drawn.
-
-    Raises:
-        ValueError: the number of generators is wrong, or they are on other devices or not all on one.
     """
     if generator is None:
         generator = torch.default_generator

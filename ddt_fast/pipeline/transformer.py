@@ -1,12 +1,10 @@
 """A DDT as a diffusers model: its config.json and safetensors are those of our model folders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -28,15 +26,12 @@ from ddt_fast.pipeline.folder import check_weights
 
 class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: ignore[misc]
     """`reference.DDT` with diffusers' loading, saving, sharding, adapters and quantisation. Its state_dict has the
-    released names.
+    released names. ValueError if a value is not allowed.
 
     Args:
         in_channels, patch_size, hidden_size, num_heads, num_blocks, num_encoder_blocks, num_classes: as `DDTConfig`.
         data: the fields of a `DataConfig`: how samples become images.
         sampling: the fields of a `SamplingConfig`: how samples are best drawn.
-
-    Raises:
-        ValueError: a value is not allowed.
     """
 
     _no_split_modules = ["Block"]  # type: ignore[assignment]  # noqa: RUF012, diffusers' own attribute
@@ -59,7 +54,7 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
             self.add_module(name, part)
 
     @classmethod
-    def from_reference(cls, model: DDT, data: DataConfig, sampling: SamplingConfig) -> DDTTransformer2DModel:
+    def from_reference(cls, model: DDT, data: DataConfig, sampling: SamplingConfig) -> Self:
         """A model on the parts of a reference: parameters are shared, not copied."""
         with torch.device("meta"):
             transformer = cls(**asdict(model.config), data=asdict(data), sampling=asdict(sampling))

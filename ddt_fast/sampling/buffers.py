@@ -1,7 +1,5 @@
 """What the steps of a run share: buffers at fixed addresses, and how much memory they take."""
 
-from __future__ import annotations
-
 import os
 from bisect import bisect_right
 

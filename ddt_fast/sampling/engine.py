@@ -5,8 +5,6 @@ between two steps of a kind is read from tables, by a step counter on the device
 captured once, replays the whole run, and the host only says which kind comes next.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The recommended shortcut: how rarely the encoder and guidance may run, for a number of steps."""
 
-from __future__ import annotations
-
 from ddt_fast.config import SamplingConfig
 
 FAST_SUMMARY = (

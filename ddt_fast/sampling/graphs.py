@@ -1,7 +1,5 @@
 """Steps as CUDA graphs: one graph for each kind, captured once and replayed at every step of that kind."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable
 

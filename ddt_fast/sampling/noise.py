@@ -1,7 +1,5 @@
 """One seed, one image: a sample's noise is the same in every batch and on every machine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -9,15 +7,8 @@ from torch import Tensor
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-    """The initial noise of each seed, and its generator, from which a stochastic solver draws later.
-
-    Args:
-        seeds: one per sample.
-        shape: (channels, height, width).
-
-    Returns:
-        (len(seeds), *shape) float32 on the CPU, and len(seeds) CPU generators.
-    """
+    """The initial noise of each seed, (len(seeds), *shape) float32 on the CPU, and its CPU generator, from which a
+    stochastic solver draws later. A shape is (channels, height, width)."""
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return normal(shape, generators), generators
 

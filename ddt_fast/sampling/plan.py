@@ -14,10 +14,9 @@ If both branches are refreshed together (guidance_every 1), they combine their s
 unconditional branch that is evaluated more rarely has a fresh state each time and keeps none.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Self
 
 import numpy as np
 import torch
@@ -102,7 +101,7 @@ class SamplingPlan:
     cached_branches: int
 
     @classmethod
-    def from_config(cls, config: SamplingConfig) -> SamplingPlan:
+    def from_config(cls, config: SamplingConfig) -> Self:
         """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
         resolve first (`refresh.resolve_refresh_steps`)."""
         if config.refresh_steps == "dp":

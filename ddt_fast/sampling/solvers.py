@@ -7,8 +7,6 @@ Every solver here is linear in x, the velocities and the noise, so one rule exec
 where v_{i-k} is the velocity of k steps ago (k = 0: now).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ What a step *does* is a `StepKind`. A plan has few kinds, and each may be captur
 launch depends on the step.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import accumulate
 

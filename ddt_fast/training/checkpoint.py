@@ -5,8 +5,6 @@ checkpoints/step_0010000/trainer.json    step, position in the data, settings
 checkpoints/step_0010000/model/          the averaged weights as a model folder, for sampling
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -104,7 +102,8 @@ class Checkpoints:
                 for folder in (self._folder, self._folder.parent):
                     sync(folder)
                 self._latest = (self._folder / name).resolve()
-                self._prune()
+                for stale in list_checkpoints(self._folder)[: -self._keep] if self._keep else ():
+                    _remove(stale)
             except BaseException:
                 if self._first:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -133,11 +132,6 @@ class Checkpoints:
                 raise OSError(message) from error
             warn(f"{message}; training continues, earlier checkpoints are kept")
 
-    def _prune(self) -> None:
-        if self._keep:
-            for folder in list_checkpoints(self._folder)[: -self._keep]:
-                _remove(folder)
-
 
 def reason(error: BaseException) -> str:
     """Why saving or loading failed in any of the processes, in one line."""
@@ -165,10 +159,7 @@ def read_numbers(checkpoint: Path) -> dict[str, Any]:
 
 def load_state(checkpoint: Path, state: TrainingState) -> None:
     """Fill the state's tensors from a checkpoint that any number of processes wrote. All processes call it together.
-
-    Raises:
-        ValueError: files are missing, damaged or of another model.
-    """
+    ValueError if files are missing, damaged or of another model."""
     reader = StateReader(checkpoint / "state")
     try:
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
@@ -191,10 +182,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 def read_checkpoint(checkpoint: Path) -> LightningWeights:
     """Read the averaged and the trained weights of a checkpoint, and REPA's projector, by released names, on the CPU.
-
-    Raises:
-        ValueError: the folder is not a checkpoint, or is damaged.
-    """
+    ValueError if the folder is not a checkpoint, or is damaged."""
     numbers, config = read_numbers(checkpoint), read_settings(checkpoint / TRAINER).model
     state: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}}
     try:

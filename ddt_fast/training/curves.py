@@ -1,11 +1,10 @@
 """Plot the curves of one or more training runs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddt_fast.command import CommandParser, run_command
+from ddt_fast.files import check_no_folder
 from ddt_fast.training.plots import plot_runs
 
 
@@ -26,8 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     output = Path(options.output or (folders[0] if len(folders) == 1 else Path()) / "curves.png")
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name a file")
+    check_no_folder(output)
     plot_runs({name: folder / "log.jsonl" for name, folder in zip(names, folders, strict=True)}, output)
     print(f"wrote {output}")
 

@@ -1,7 +1,5 @@
 """The log of a training run: JSON lines, and TensorBoard and Weights & Biases on request."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
@@ -32,7 +30,9 @@ class TrainingLog:
     A resumed run continues from the step of its checkpoint. A killed run may have logged more than it saved, so later
     steps are dropped from log.jsonl and TensorBoard, and an incomplete last line too. W&B resumes the run whose id is
     in wandb_run.txt and ignores steps that it has seen. W&B obeys its environment variables (WANDB_MODE,
-    WANDB_API_KEY). If TensorBoard or W&B fails during the run, it is left out from then on, with a warning.
+    WANDB_API_KEY). If TensorBoard or W&B fails during the run, it is left out from then on, with a warning. ValueError
+    if a package is missing, W&B is not logged in or refuses, a new run cannot reach W&B (a resumed one continues
+    offline, with a warning), or the log.jsonl to continue is damaged.
 
     Args:
         folder: the run's folder; created if missing.
@@ -40,10 +40,6 @@ class TrainingLog:
         wandb: project at Weights & Biases; None logs nothing there.
         settings: nested dict of the run's settings, for W&B's config.
         first_step: step of the checkpoint that the run continues from; 0 starts new logs, and a new run at W&B.
-
-    Raises:
-        ValueError: a package is missing, W&B is not logged in or refuses, a new run cannot reach W&B (a resumed one
-            continues offline, with a warning), or the log.jsonl to continue is damaged.
     """
 
     def __init__(
@@ -97,7 +93,7 @@ class TrainingLog:
         self._tell_watchers(lambda watcher: watcher.close(failed))
         self._watchers = []
 
-    def _tell_watchers(self, action: Callable[[_TensorBoard | _WandB], None]) -> None:
+    def _tell_watchers(self, action: Callable[["_TensorBoard | _WandB"], None]) -> None:
         for watcher in tuple(self._watchers):
             # A run of days must not fail because a log does.
             try:

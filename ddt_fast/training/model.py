@@ -1,7 +1,5 @@
 """The model to train: a DDT and, for REPA, the projector of its features."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """Flow matching: the loss of a DDT (DDT paper, section 3)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -71,7 +69,8 @@ def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
 
 
 class Objective:
-    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's.
+    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's. ValueError if REPA's encoder
+    cannot be loaded.
 
     Args:
         experiment: the settings.
@@ -80,9 +79,6 @@ class Objective:
 
     Attributes:
         feature_size: size F of the features that REPA compares with; None without REPA.
-
-    Raises:
-        ValueError: REPA's encoder cannot be loaded.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device, feature_shape: tuple[int, int] | None) -> None:

@@ -1,7 +1,5 @@
 """Training in several processes with torch.distributed, and in mixed precision."""
 
-from __future__ import annotations
-
 import copy
 import os
 import signal
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -155,13 +153,6 @@ def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> No
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-# DDP checks for the types themselves, which `from __future__ import annotations` turns into strings.
-MixedPrecisionReplica._average_hook.__annotations__ |= {
-    "bucket": dist.GradBucket,
-    "return": torch.futures.Future[Tensor],
-}
-
-
 class StopSignal:
     """Whether any process was told to stop (SIGTERM), known to all after the same step.
 
@@ -174,7 +165,7 @@ class StopSignal:
         self._work: dist.Work | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
+    def listening(self) -> Iterator[Self]:
         """Stop on SIGTERM instead of dying; works only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield self

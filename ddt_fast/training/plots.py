@@ -1,7 +1,5 @@
 """Plots of training logs: loss, REPA loss, gradient norm, learning rate, img/s."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,9 +36,7 @@ def plot_runs(logs: Mapping[str, Path], output: Path) -> None:
     """Plot the log.jsonl of every run, by name, into one PNG, with a panel for each metric that any run has.
 
     Noisy metrics are drawn twice: faint as logged, and smoothed by a Gaussian as wide as a fortieth of the lines.
-
-    Raises:
-        ValueError: a log is missing or damaged, or holds nothing to plot.
+    ValueError if a log is missing or damaged, or holds nothing to plot.
     """
     runs = {name: _columns(log) for name, log in logs.items()}
     panels = [metric for metric in _PANELS if any(metric in columns for columns in runs.values())]

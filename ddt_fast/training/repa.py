@@ -1,7 +1,5 @@
 """REPA, representation alignment (arXiv 2410.06940): projected tokens of an early block are aligned with DINOv2's."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn
@@ -29,16 +27,14 @@ class Projector(nn.Sequential):
 
 
 def repa_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean over tokens of 1 - cosine similarity, computed in float32: a scalar between 0 and 2.
+    """Mean over tokens of 1 - cosine similarity, computed in float32: a scalar between 0 and 2. ValueError if shapes do
+    not match.
 
     Args:
         projected: (B, N, F) from `Projector`.
         features: (B, N', F) from `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
             from the grid of the tokens.
         grid: (rows, columns) of the N tokens.
-
-    Raises:
-        ValueError: shapes do not match.
     """
     rows, columns = grid
     side = math.isqrt(features.shape[1])

@@ -1,7 +1,5 @@
 """A run: the data, model and outputs that the training loop needs, made from an experiment."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -39,8 +37,7 @@ from ddt_fast.training.parallel import MixedPrecisionReplica, StopSignal, patien
 from ddt_fast.training.plots import plot_runs
 from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
-from ddt_fast.training.start import read_start
-from ddt_fast.training.state import TrainingState
+from ddt_fast.training.state import TrainingState, read_start
 from ddt_fast.training.throughput import Throughput, training_flops
 from ddt_fast.wording import CompilationNotice
 
@@ -213,12 +210,9 @@ def open_run(experiment: Experiment, folder: Path, device: torch.device, resume:
 
 
 def open_loader(experiment: Experiment, device: torch.device, group: dist.ProcessGroup) -> LatentLoader:
-    """This process's share of the experiment's batches. All processes of the group call it together.
-
-    Raises:
-        ValueError: the data are missing, unusable or do not fit the model, a shard has another checksum, or the
-            processes cannot share a batch.
-    """
+    """This process's share of the experiment's batches. All processes of the group call it together. ValueError if the
+    data are missing, unusable or do not fit the model, a shard has another checksum, or the processes cannot share a
+    batch."""
     data, training = experiment.data, experiment.training
     shares = dist.get_world_size() * training.accumulation_steps
     allowed = f"multiples of {shares}, processes times accumulation_steps"

@@ -1,7 +1,5 @@
 """The files of a run: its settings, the checks before it is continued, and its provenance."""
 
-from __future__ import annotations
-
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -79,16 +77,13 @@ def check_continuable(
     if changed:
         raise ValueError(
             f"{checkpoint} was trained with other settings: {'; '.join(changed)}; use the same, or start a new run "
-            f"from its weights with --training.init {checkpoint / 'model'}"
+            f"from its weights with training.init {checkpoint / 'model'}"
         )
 
 
 def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep: bool) -> None:
     """Write recipe.yaml; without `keep`, first remove an earlier run's files. All processes call it together.
-
-    Raises:
-        ValueError: files of the same names are not a run's.
-    """
+    ValueError if files of the same names are not a run's."""
     check_replaceable(folder / "model", MODEL_NAMES)
     check_replaceable(folder / "checkpoints", checkpoint.OWNED_NAMES)
     check_replaceable(folder / "samples", r"\w+_step_\d+\.png")
@@ -108,12 +103,9 @@ def prepare(folder: Path, experiment: Experiment, group: dist.ProcessGroup, keep
 
 
 def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
-    """The checkpoint to continue from: none, for "auto" the latest in the folder if any, or the one named.
-
-    Raises:
-        ValueError: the folder holds checkpoints that are later than the one named, or of another run: two histories in
-            one folder could not be told apart.
-    """
+    """The checkpoint to continue from: none, for "auto" the latest in the folder if any, or the one named. ValueError
+    if the folder holds checkpoints that are later than the one named, or of another run: two histories in one folder
+    could not be told apart."""
     if resume is None:
         return None
     found = list_checkpoints(folder / "checkpoints")
@@ -122,7 +114,7 @@ def find_checkpoint(folder: Path, resume: str | None) -> Path | None:
     named = Path(resume)
     if found and found[-1].resolve() != named.resolve():
         raise ValueError(
-            f"{folder} holds a run that has reached {found[-1].name}; --resume auto continues it there; to continue "
+            f"{folder} holds a run that has reached {found[-1].name}; `resume` auto continues it there; to continue "
             f"from {named}, name another folder, or remove the checkpoints after it"
         )
     return named
@@ -134,10 +126,8 @@ def open_checkpoint(
     """The checkpoint to continue from and its trainer.json; None and {} for a new run.
 
     All processes of the group call it together. The first one looks for all of them, because a shared file system may
-    show the others an older state; only it needs `frozen` (see `check_continuable`).
-
-    Raises:
-        ValueError: this experiment cannot continue the checkpoint.
+    show the others an older state; only it needs `frozen` (see `check_continuable`). ValueError if this experiment
+    cannot continue the checkpoint.
     """
     answer: list[Any] = [None]
     if dist.get_rank() == 0:

@@ -1,7 +1,5 @@
 """Previews of a model during training: labelled grids of samples, and scores of digits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch
@@ -21,14 +19,12 @@ from ddt_fast.sampling.noise import seeded_noise
 
 
 class Preview:
-    """Draws from an experiment's models with its sampling settings.
+    """Draws from an experiment's models with its sampling settings. ValueError if the autoencoder that turns samples
+    into images cannot be loaded.
 
     Args:
         experiment: the settings.
         device: where to draw.
-
-    Raises:
-        ValueError: the autoencoder that turns samples into images cannot be loaded.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
@@ -39,7 +35,7 @@ class Preview:
             try:
                 self._decode = Decoder(experiment.data.autoencoder, device)
             except ValueError as error:
-                raise ValueError(f"{error}; or train without grids of samples: --training.sample_every 0") from error
+                raise ValueError(f"{error}; or train without grids of samples, with training.sample_every 0") from error
 
     def autoencoder_sha256(self) -> str | None:
         """Checksum of the autoencoder's weights; None if no autoencoder is needed."""

@@ -1,8 +1,6 @@
 """Reading a checkpoint's state/ without running code in it: the metadata of torch.distributed.checkpoint is a pickle,
 and a checkpoint may come from anyone."""
 
-from __future__ import annotations
-
 import pathlib
 import pickle
 from pathlib import Path
@@ -23,14 +21,11 @@ _MADE = {
 
 
 class StateReader(dcp.FileSystemReader):
-    """Reads a state/ folder of tensors.
+    """Reads a state/ folder of tensors. pickle.UnpicklingError if the metadata names anything but the places of
+    tensors, or has an entry that is not a tensor, which torch would unpickle.
 
     Attributes:
         failure: what `read_metadata` raised last, which torch 2.11 does not pass on.
-
-    Raises:
-        pickle.UnpicklingError: the metadata names anything but the places of tensors, or has an entry that is not a
-            tensor, which torch would unpickle.
     """
 
     def __init__(self, folder: Path) -> None:

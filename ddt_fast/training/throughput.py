@@ -1,7 +1,5 @@
 """The speed of training: img/s, TFLOP/s, MFU and memory."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

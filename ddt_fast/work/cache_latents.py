@@ -1,7 +1,5 @@
 """The work of `ddt_fast.cache_latents`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The work of `ddt_fast.convert`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +33,7 @@ def convert(given: Path, out: Path, weights: WeightChoice | None, settings: Sett
     if out.resolve() == source.resolve():
         raise ValueError(f"{out} is both source and out; name another out")
     if source.suffix != ".ckpt" and skip:
-        raise ValueError("`skip` is for a source that is a .ckpt")
+        raise ValueError("skip is for a source that is a .ckpt")
     if run is not None and settings != Settings(None, None):
         raise ValueError(f"`preset` and `config` are for a source without settings; {run} has its own")
     if source.suffix != ".ckpt" and out.suffix == ".ckpt":

@@ -1,7 +1,5 @@
 """The work of `ddt_fast.evaluate`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The work of `ddt_fast.sharing`."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +18,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype
 from ddt_fast.files import atomic_file, check_no_folder, output_folder
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.settings import experiment_of, has_config, resolve_checkpoint
+from ddt_fast.model.settings import experiment_of, resolve_checkpoint
 from ddt_fast.model.weights import load_model
 from ddt_fast.sampling.refresh import (
     Probe,
@@ -90,7 +88,7 @@ def study(
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
     folder = output_folder(output_dir)
     check_no_folder(folder / _PICTURE, folder / _DATA)
-    reference = load_model(source, place, weight_dtype, None if has_config(source) else experiment.model)
+    reference = load_model(source, place, weight_dtype, experiment.model)
     found = _study(FusedDDT.from_reference(reference), own, experiment.data.sample_size, num_samples, str(source))
     print(_text_view(found), _table(found), sep="\n\n")
     _write(found, source, num_samples, folder)

@@ -182,7 +182,7 @@ def test_parts_are_compiled_in_place_and_depth_costs_nothing(monkeypatch, num_bl
 
 
 def test_too_wide_heads_are_refused():
-    with pytest.raises(ValueError, match="head dimension is 132; allowed for FusedDDT: up to 128"):
+    with pytest.raises(ValueError, match="head dimension is 132; allowed: up to 128 for FusedDDT"):
         FusedDDT(DDTConfig(4, 2, 132, 1, 2, 1, 10))
 
 

@@ -157,7 +157,7 @@ def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures,
     legends = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
     assert legends == [["run", "c"], ["a/run", "b/run"]]
     for arguments, message in (
-        (["c", "--output", "out"], "out is a folder; name a file"),
+        (["c", "--output", "out"], "out is a folder; a file of that name will be written"),
         (["absent"], "absent/log.jsonl is missing; a training run writes it"),
     ):
         with pytest.raises(ValueError, match=message):

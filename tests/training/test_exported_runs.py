@@ -71,7 +71,7 @@ def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cac
 def test_runs_that_cannot_be_exported_are_refused(ten, tmp_path):
     out = str(tmp_path / "out.ckpt")
     checkpoint = ten / "checkpoints" / "step_0000010"
-    with pytest.raises(ValueError, match="preset and config are for a source without settings"):
+    with pytest.raises(ValueError, match="`preset` and `config` are for a source without settings"):
         convert.main([str(ten), out, "--preset", "digits"])
     for file in (next((checkpoint / "state").glob("*.distcp")), checkpoint / "state" / ".metadata"):
         file.write_bytes(b"x")

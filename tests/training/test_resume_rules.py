@@ -26,7 +26,7 @@ def names(run):
 
 def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(ten):
     early = ten / "checkpoints" / "step_0000005"
-    with pytest.raises(ValueError, match=r"has reached step_0000010; --resume auto continues it"):
+    with pytest.raises(ValueError, match=r"has reached step_0000010; `resume` auto continues it"):
         train(digits(20, **CLIPPED), ten, CPU, resume=str(early))
     assert names(ten) == ["step_0000005", "step_0000010"]
     shutil.rmtree(ten / "checkpoints" / "step_0000010")

@@ -167,7 +167,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_removed(ten, laten
         (digits(2), r"holds my_code\.py, which ddt-fast did not write"),
         (
             without_autoencoder(),
-            r"could not be loaded: .*; expected .*; or train without .* --training.sample_every 0",
+            r"could not be loaded: .*; expected .*; or train without .* training.sample_every 0",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,8 +5,6 @@
 `python -m benchmarks.attention` checks and times the backends of this machine.
 """
 
-from __future__ import annotations
-
 import operator
 import warnings
 from functools import cache
@@ -14,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ddt_fast.checks import require
 from ddt_fast.device import cpu_has_bf16
 from ddt_fast.model.attention.backends import BACKENDS, preferences, sdpa, unavailable
 
@@ -87,8 +86,7 @@ def _resolve(
     def reason(name: str) -> str | None:
         return unavailable(name, device, dtype, head_dim, tokens)
 
-    if backend not in ATTENTION_BACKENDS:
-        raise ValueError(f"attention backend is {backend!r}; allowed: {', '.join(ATTENTION_BACKENDS)}")
+    require(backend in ATTENTION_BACKENDS, "attention backend", backend, ", ".join(ATTENTION_BACKENDS))
     if backend != "auto":
         if (why := reason(backend)) is not None:
             usable = ", ".join(name for name in CONCRETE_BACKENDS if reason(name) is None)

@@ -4,8 +4,6 @@ To add one, write a function of q, k and v and give it an entry there: `--attent
 only what `preferences` names: installing an optional package must not change anyone's samples.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence

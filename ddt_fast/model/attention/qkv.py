@@ -1,7 +1,5 @@
 """What an attention layer does between its two GEMMs, with the fewest passes over memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The probe run: draw a few samples with a refresh at every step, and measure how similar the states are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,7 +48,7 @@ def probe_states(
     too (scale not 1, guidance_every 1), it is averaged over both branches at all steps, as in the released DDT.
 
     The states of all steps are kept on the model's device, in its dtype, for as many samples at a time as fit in 2 GiB,
-    at least one.
+    at least one. ValueError if num_samples is below 1, the size does not fit the model, or states are not finite.
 
     Args:
         model: the model, on the device and in the dtype to compute with.
@@ -58,9 +56,6 @@ def probe_states(
         height, width: size of the model's input.
         num_samples: 1 or more.
         progress: called after every step of every batch, `probe_calls` times in all.
-
-    Raises:
-        ValueError: num_samples is below 1, the size does not fit the model, or states are not finite.
     """
     plan = _full_plan(config)
     shape = (model.config.in_channels, height, width)

@@ -1,7 +1,5 @@
 """Refresh schedules: found by a probe of the model and a search, and kept beside the checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -40,7 +38,8 @@ def resolve_refresh_steps(
 ) -> SamplingConfig:
     """Replace refresh_steps "dp" with step numbers; any other configuration is returned unchanged.
 
-    The schedule comes from the cache, or from a probe of the model, and is then added to the cache.
+    The schedule comes from the cache, or from a probe of the model, and is then added to the cache. ValueError if the
+    size does not fit the model, or the probe is not finite.
 
     Args:
         model: the model, on the device and in the dtype to compute with.
@@ -49,9 +48,6 @@ def resolve_refresh_steps(
         cache: file of schedules, `schedule_cache_path` of the checkpoint; None keeps nothing.
         report: called with messages of one line: the choice and its source, or why a cache cannot be used.
         progress: called after every step of the probe, if there is one, as by `probe_states`.
-
-    Raises:
-        ValueError: the size does not fit the model, or the probe is not finite.
     """
     if config.refresh_steps != "dp":
         return config

@@ -6,8 +6,6 @@ between refreshes use the same idea.
 Sizes: T steps, M refreshes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -29,19 +27,14 @@ _FIRST = np.zeros((1, 1), dtype=np.int64)
 
 
 def optimal_refresh_steps(similarity: ArrayLike | Tensor, num_refreshes: int) -> tuple[int, ...]:
-    """The refresh steps that minimise the sum over segments [j, i) of sum_{k=j..i-1} (1 - similarity[k][j]).
+    """The refresh steps that minimise the sum over segments [j, i) of sum_{k=j..i-1} (1 - similarity[k][j]), ascending.
 
     Exact, in O(M T^2). Among equal schedules, the one with the earliest last refresh wins, then the one before it.
+    ValueError if similarity is not square and finite, or num_refreshes is out of range.
 
     Args:
         similarity: (T, T), the mean cosine similarity of the states of steps i and j.
         num_refreshes: M, 1 to T.
-
-    Returns:
-        M ascending steps, the first 0.
-
-    Raises:
-        ValueError: similarity is not square and finite, or num_refreshes is out of range.
     """
     matrix = _square(similarity)
     num_steps = len(matrix)
@@ -65,23 +58,17 @@ def optimal_refresh_steps(similarity: ArrayLike | Tensor, num_refreshes: int) ->
 
 
 def optimal_refresh_schedule(probe: Probe, num_refreshes: int, forecast: StateForecast = "hold") -> tuple[int, ...]:
-    """The refresh steps with the smallest predicted error if `forecast` fills the steps between them.
+    """The refresh steps with the smallest predicted error if `forecast` fills the steps between them, ascending.
 
     The sum of `step_errors` is minimal. "hold" is `optimal_refresh_steps`. With a forecast, the error of a segment also
     depends on the one or two refreshes before it: "linear" is an exact search over pairs, in O(M T^3); "quadratic"
     searches over triples, and is exact among schedules whose segments have at most L steps. L is T if that takes a few
-    seconds, and at least one and a half mean segments.
+    seconds, and at least one and a half mean segments. ValueError if num_refreshes is out of range.
 
     Args:
         probe: the result of `probe_states`.
         num_refreshes: M, 1 to T.
         forecast: state_forecast of the run.
-
-    Returns:
-        M ascending steps, the first 0.
-
-    Raises:
-        ValueError: num_refreshes is out of range.
     """
     require(forecast in STATES_IN_FORECAST, "forecast", forecast, ", ".join(STATES_IN_FORECAST))
     if forecast == "hold":
@@ -103,7 +90,7 @@ def uniform_refresh_steps(num_steps: int, num_refreshes: int) -> tuple[int, ...]
 
 
 def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast = "hold") -> Array:
-    """The predicted error of the state at every step, 0 at the refreshes.
+    """The predicted error of the state at every step, (T,) float64, 0 at the refreshes.
 
     It is |sum_i w_i u_i - u_k|^2 / 2 + drift (sum_i w_i^2 - 1), averaged over tokens, where w are the weights of the
     forecast and u are unit states: a token's state divided by its norm. For held states, this is 1 - similarity[k][j],
@@ -118,9 +105,6 @@ def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast 
         probe: the result of `probe_states`.
         refreshes: ascending steps, the first 0.
         forecast: what fills the steps between refreshes, as SamplingConfig.state_forecast.
-
-    Returns:
-        (T,) float64.
     """
     return _Costs(probe, forecast, len(refreshes)).of(refreshes)
 
