@@ -6,6 +6,7 @@ no other folder fits), which the command's function imports after it has checked
 """
 
 import difflib
+import os
 import re
 import sys
 import warnings
@@ -133,6 +134,9 @@ def run_command(command: Callable[[], Any]) -> None:
         warn(str(message))
 
     warnings.showwarning = show
+    # Read when torch is imported: threads that wait for each other sleep. If they spin, and another job on the machine
+    # has the core of one of them, a small operation takes a time slice of the scheduler in place of microseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         with work_to_clean_up():
             command()

@@ -9,6 +9,7 @@ from ddt_fast.checks import require_int, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.evaluation.names import METRICS, Features, Metric, check_features, check_metrics
 from ddt_fast.files import check_no_folder, output_folder
+from ddt_fast.presets import PRESETS
 
 
 def build_parser() -> CommandParser:
@@ -23,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
-        score_samples(**vars(options))
+        _check(**{name: value for name, value in vars(options).items() if name != "device"})
+        from ddt_fast.threads import threads_for
+
+        digits = PRESETS["digits"].model if options.samples is None else None
+        with threads_for(digits, options.device):
+            score_samples(**vars(options))
 
 
 def score_samples(
@@ -63,21 +69,42 @@ def score_samples(
         ValueError: a setting is not allowed, a file is wrong or damaged, or nothing can be computed.
         OSError: a file cannot be read or written.
     """
-    check_metrics(metrics)
-    check_features(features, inception_weights)
-    require_int("batch_size", batch_size, 1)
-    file = _output_file("output", output, ".json")
-    statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")
-    if samples is None:
-        for name, value in (("reference", reference), ("save_statistics", statistics), ("center_crop", center_crop)):
-            if value is not None:
-                raise ValueError(f"`{name}` is for `samples`, which is not given")
+    file, statistics = _check(
+        samples, reference, metrics, features, inception_weights, center_crop, batch_size, output, save_statistics
+    )
     from ddt_fast.work import evaluate as work
 
     if samples is None:
         return work.score_package_digits(file, device, batch_size, metrics)
     network = features, inception_weights
     return work.score_files(samples, reference, center_crop, file, statistics, device, batch_size, metrics, *network)
+
+
+def _check(
+    samples: str | Path | None,
+    reference: str | Path | None,
+    metrics: Sequence[Metric],
+    features: Features,
+    inception_weights: str | None,
+    center_crop: int | None,
+    batch_size: int,
+    output: str | Path,
+    save_statistics: str | Path | None,
+) -> tuple[Path, Path | None]:
+    """The files to write; ValueError for settings that are not allowed."""
+    check_metrics(metrics)
+    check_features(features, inception_weights)
+    require_int("batch_size", batch_size, 1)
+    if samples is None:
+        for name, value in (
+            ("reference", reference),
+            ("save_statistics", save_statistics),
+            ("center_crop", center_crop),
+        ):
+            if value is not None:
+                raise ValueError(f"`{name}` is for `samples`, which is not given")
+    statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")
+    return _output_file("output", output, ".json"), statistics
 
 
 def _output_file(name: str, given: str | Path, suffix: str) -> Path:

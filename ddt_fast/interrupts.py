@@ -13,7 +13,7 @@ _working = False
 def handle_interrupts() -> None:
     """Make SIGINT end this process; where it is ignored, as under nohup, it stays ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextmanager
@@ -27,7 +27,8 @@ def work_to_clean_up() -> Iterator[None]:
         _working = before
 
 
-def _interrupt(_: int, frame: FrameType | None) -> None:
+def interrupt(_: int, frame: FrameType | None) -> None:
+    """The signal handler: KeyboardInterrupt for work that cleans up, else the end."""
     # Extension modules in C++ may swallow an exception that is raised while they are imported.
     if _working and not _importing(frame):
         raise KeyboardInterrupt

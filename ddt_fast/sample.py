@@ -59,18 +59,20 @@ def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = 
         checkpoint, experiment = chosen_checkpoint(options)
         sampling = _sampling(options, experiment)
         from ddt_fast.generation.job import generate
+        from ddt_fast.threads import threads_for
 
-        generate(
-            checkpoint,
-            options.output_dir,
-            preset=options.preset,
-            sampling=sampling,
-            draws=draws,
-            engine=engine,
-            outputs=outputs,
-            scoring=scoring,
-            on_images=on_images,
-        )
+        with threads_for(experiment.model, engine.device):
+            generate(
+                checkpoint,
+                options.output_dir,
+                preset=options.preset,
+                sampling=sampling,
+                draws=draws,
+                engine=engine,
+                outputs=outputs,
+                scoring=scoring,
+                on_images=on_images,
+            )
 
 
 def _scoring(options: Any) -> Scoring | None:

@@ -34,16 +34,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint, experiment = chosen_checkpoint(options)
         own, asked = experiment.sampling, options.num_refreshes
         given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
-        study_refreshes(
-            checkpoint,
-            options.output_dir,
-            preset=options.preset,
-            sampling=own.override(**given),
-            num_refreshes=own.num_refreshes if asked is None else asked,
-            num_samples=options.num_samples,
-            device=options.device,
-            dtype=options.dtype,
-        )
+        require_int("num_samples", options.num_samples, 1)
+        from ddt_fast.threads import threads_for
+
+        with threads_for(experiment.model, options.device):
+            study_refreshes(
+                checkpoint,
+                options.output_dir,
+                preset=options.preset,
+                sampling=own.override(**given),
+                num_refreshes=own.num_refreshes if asked is None else asked,
+                num_samples=options.num_samples,
+                device=options.device,
+                dtype=options.dtype,
+            )
 
 
 def study_refreshes(

@@ -84,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(isinstance(options.overwrite, bool), "overwrite", options.overwrite, "true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     name = f"runs/{preset}" if options.output_dir is None else options.output_dir
-    with parser.naming_options():
+    from ddt_fast.threads import threads_for
+
+    with parser.naming_options(), threads_for(experiment.model, options.device):
         result = train_model(
             experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite
         )
