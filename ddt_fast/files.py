@@ -1,6 +1,7 @@
 """Files: outputs appear whole or not at all, and nothing of the user's is ever replaced."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

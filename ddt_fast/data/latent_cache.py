@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ddt_fast.checks import require_choice
 from ddt_fast.device import DTYPES
-from ddt_fast.files import atomic_file, plain, read_json, write_json, writing
+from ddt_fast.files import atomic_file, file_sha256, plain, read_json, write_json, writing
 from ddt_fast.wording import differences, warn
 
 VERSION = 1
@@ -234,12 +234,6 @@ def check_owned(path: Path) -> None:
         foreign = [name for name in names if not name.startswith(".")]
     if foreign:
         raise ValueError(f"output folder {path} holds {foreign[0]}, which is not part of a cache; name another folder")
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def storage_dtype(name: str) -> torch.dtype:

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ddt_fast.data.latent_cache import MANIFEST, VERIFIED, file_sha256
+from ddt_fast.data.latent_cache import MANIFEST, VERIFIED
 from ddt_fast.data.latent_dataset import LatentDataset
-from ddt_fast.files import read_json, write_json
+from ddt_fast.files import file_sha256, read_json, write_json
 from ddt_fast.ranks import process_ranks
 from ddt_fast.wording import tell, warn
 
@@ -22,8 +22,8 @@ def verify_together(dataset: LatentDataset, group: dist.ProcessGroup) -> None:
     call it together and share the work; those that see another copy of the cache, on another machine, verify that copy.
 
     A shard has changed if its size or modification time differs from the record. Shards without checksums
-    (LightningDiT's) are skipped. Progress goes to stderr. ValueError if a shard has another checksum or cannot be read;
-    raised in all processes alike.
+    (LightningDiT's) are skipped. Progress goes to stderr. ValueError, in all processes alike, if a shard has another
+    checksum or cannot be read.
     """
     if not dataset.checksums:
         return

@@ -1,6 +1,5 @@
 """The published weights of the Inception network: from torch's cache, downloaded, or from a file of the user's."""
 
-import hashlib
 import os
 import pickle
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from ddt_fast.checks import require_path
 from ddt_fast.evaluation.inception import Inception
+from ddt_fast.files import file_sha256
 from ddt_fast.wording import one_line
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -55,13 +55,11 @@ def load_inception(
     file = _find_weights() if path is None else require_path("inception_weights", path)
     if not file.is_file():
         raise ValueError(f"Inception weights {file} {'are not a file' if file.exists() else 'do not exist'}")
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     with torch.device("meta"):  # random weights would take time
         network = Inception()
     _load(network, _read(file), file)
     network = network.fold().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network, InceptionWeights(file, sha256)
+    return network, InceptionWeights(file, file_sha256(file))
 
 
 def _find_weights() -> Path:
