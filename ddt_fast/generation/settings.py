@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ddt_fast.checks import require, require_int, whole_numbers
+from ddt_fast.checks import require, require_int, require_name, whole_numbers
 from ddt_fast.evaluation.names import METRICS, Features, Metric, check_features, check_metrics
 
 ALL_PNG, SOME_PNG = 1000, 100
@@ -68,6 +68,8 @@ class Engine:
         compile: compile the model with torch.compile: slow to start, then faster.
         quantize: 8-bit weights and activations, on a CPU; the error is measured and printed.
         reference: run the plain PyTorch model instead of the fused one.
+        autoencoder: AutoencoderKL that decodes latents, hub id or local folder; default: the model's own. Without any,
+            latents are written as they are.
     """
 
     device: str = "auto"
@@ -78,10 +80,12 @@ class Engine:
     compile: bool = False
     quantize: Literal["int8"] | None = None
     reference: bool = False
+    autoencoder: str | None = None
 
     def __post_init__(self) -> None:
         _require_at_least(self, batch_size=1)
         require(self.quantize in (None, "int8"), "quantize", self.quantize, "int8")
+        require_name("autoencoder", self.autoencoder, "a hub id or a folder")
         if self.memory_budget is not None:
             _parse_bytes(self.memory_budget)
         if self.reference and (self.quantize or self.compile or self.attention != "auto"):
