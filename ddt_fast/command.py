@@ -75,8 +75,9 @@ class CommandParser(jsonargparse.ArgumentParser):
                 self.add_argument(name if name in positional else _option(name), help=text, **kind)
 
     def name_options(self, text: str) -> str:
-        """Replace parameters in a text with their options: `num_png` in backticks, or "num_png" in "num_png is -1"."""
-        options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
+        """Replace parameters in a text with their options, and those given by place with their names in capitals:
+        `num_png` in backticks, or "num_png" in "num_png is -1"."""
+        options = {action.dest: (*action.option_strings, action.dest.upper())[0] for action in self._actions}
         text = re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[1]), text)
         return re.sub(r"^\w+(?= is )", lambda match: options.get(match[0], match[0]), text)
 

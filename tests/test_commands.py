@@ -17,11 +17,15 @@ from safetensors.torch import save_file
 
 from ddt_fast.command import run_command
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.generation.images import to_uint8
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
+from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling import sample as library_sample
 from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.noise import seeded_noise
 from sample_jobs import error_line, sample_command
 
 train_command = importlib.import_module("ddt_fast.train")
@@ -46,7 +50,7 @@ def test_sample_without_arguments_draws_digits_from_the_package(tmp_path):
 
 
 def sample(tmp_path, *arguments: str) -> np.lib.npyio.NpzFile:
-    sample_command.main([*arguments, "--output-dir", str(tmp_path)])
+    sample_command.main([*arguments, "--output-dir", str(tmp_path), "--overwrite"])
     return np.load(tmp_path / "samples.npz")
 
 
@@ -93,6 +97,18 @@ def test_every_sampling_option_changes_the_images(tmp_path):
     ]
     results = [sample(tmp_path, *plain, *variant)["arr_0"].tobytes() for variant in variants]
     assert len(set(results)) == len(variants)
+
+
+def test_height_and_width_are_the_images_in_pixels(tmp_path, capsys):
+    saved = sample(tmp_path, "--num-images", "3", "--num-steps", "3", "--height", "12", "--width", "6", "--reference")
+    assert saved["arr_0"].shape == (3, 12, 6, 3)
+    noise, _ = seeded_noise(range(3), (1, 12, 6))
+    model, sampling = load_model(EMBEDDED_CHECKPOINT), replace(PRESETS["digits"].sampling, num_steps=3)
+    drawn = library_sample(model, noise, torch.arange(3), sampling)
+    np.testing.assert_array_equal(saved["arr_0"], to_uint8(drawn))
+    arguments = ["--num-images", "3", "--num-steps", "3", "--reference", "--output-dir", str(tmp_path)]
+    line = error_line(capsys, sample_command.main, arguments)
+    assert "holds finished samples with other settings (input_size [12, 6], now null)" in line
 
 
 def test_cuda_graphs_without_cuda_say_so_in_one_line(tmp_path, capsys):
@@ -285,6 +301,13 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
         (["--output-dir", ""], "the output folder is empty"),
         (["--output-dir", "{folder}/mine"], "holds mine.txt, which ddt-fast did not write"),
         (["--guidance-scale", "-1"], "--guidance-scale is -1.0"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan; allowed: a finite number from 0"),
+        (["--timeshift", "inf"], "--timeshift is inf; allowed: a finite number above 0"),
+        (["--guidance-interval", "nan", "1"], "--guidance-interval is (nan, 1.0); allowed: two numbers, 0 <= low"),
+        (["--last-step", "nan"], "--last-step is nan; allowed: a finite number above 0 up to 1"),
+        (["--height", "9"], "--height is 9; allowed: a positive multiple of 2 pixels"),
+        (["--height", "0"], "--height is 0; allowed: a whole number, 1 or more"),
+        (["--width", "nan"], "width"),
         (["--solver", "heun"], "heun"),
         (["--attention", "triton"], "triton"),
         (["--num-refreshes", "4"], "--num-refreshes is 4; allowed: none"),

@@ -140,15 +140,17 @@ class Job:
                 raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
             outputs = replace(outputs, num_png=0)
         data = experiment.data
+        data.input_size(draws.height, draws.width, experiment.model.patch_size)  # before anything is loaded
         scorer = None
         if scoring is not None:
             require_kind("scoring", scoring, Scoring)
-            scorer = Scorer(scoring, path, len(assignment), data.image_size, device, ranks)
-        loaded = load_engine(source, experiment, sampling, engine, device, decode, len(assignment), ranks)
+            size = draws.height or data.image_size, draws.width or data.image_size
+            scorer = Scorer(scoring, path, len(assignment), size, device, ranks)
+        loaded = load_engine(source, experiment, sampling, engine, device, decode, draws, len(assignment), ranks)
         shard_size = loaded.batch_size * max(1, SHARD_IMAGES // loaded.batch_size)
         folder = JobFolder(path, {**assignment.words, **loaded.settings}, len(assignment), shard_size, outputs, ranks)
-        plan, size = loaded.plan, loaded.size
-        tera = plan.flops(experiment.model, size, size) / 1e12
+        plan = loaded.plan
+        tera = plan.flops(experiment.model, *loaded.size) / 1e12
         about = {
             "checkpoint": str(source),
             "autoencoder": data.autoencoder,

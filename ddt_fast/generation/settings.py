@@ -31,6 +31,8 @@ class Draws:
         class_seeds: draw every class with each of these seeds.
         seeds: one seed per image, in this order; default: `first_seed` and up.
         first_seed: seed of the first image; each next image has the next seed; default: 0.
+        height: height of the images in pixels, a multiple of a patch; default: what the model was trained on.
+        width: width of the images, likewise.
     """
 
     num_images: int | None = None
@@ -39,6 +41,8 @@ class Draws:
     class_seeds: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
     first_seed: int | None = None
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("classes", "class_seeds", "seeds"):
@@ -50,7 +54,7 @@ class Draws:
             raise ValueError(f"`{given[0]}` and `{given[1]}` are both given; give one")
         if (self.seeds or self.class_seeds) and self.first_seed is not None:
             raise ValueError(f"`{given[0]}` and `first_seed` are both given; give one")
-        _require_at_least(self, num_images=1, seeds_per_class=1)
+        _require_at_least(self, num_images=1, seeds_per_class=1, height=1, width=1)
         first = self.first_seed
         require(first is None or type(first) is int, "first_seed", first, "a whole number")
 

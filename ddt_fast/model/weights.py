@@ -200,7 +200,7 @@ def settle_config(
     shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "
-        "size and number of encoder blocks are unknown; pass config"
+        "size and number of encoder blocks are unknown; pass `config`"
     )
 
 

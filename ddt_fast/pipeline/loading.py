@@ -134,13 +134,16 @@ class SavedPipeline(DiffusionPipeline):
             ValueError: the file is missing or corrupt, or holds more than tensors, settings do not fit it, or the
                 autoencoder cannot be loaded.
         """
-        source = resolve_checkpoint(pretrained_model_link_or_path)
+        source = resolve_checkpoint(require_path("pretrained_model_link_or_path", pretrained_model_link_or_path))
         experiment = preset if isinstance(preset, Experiment) else None
         if experiment is None and (has_config(source) or preset is not None):
             experiment = experiment_of(source, preset)  # type: ignore[arg-type]
         config = None if experiment is None or has_config(source) else experiment.model
         dtype = dtype or torch_dtype or torch.float32
-        model = load_model(source, "cpu", dtype, config, weights)
+        try:
+            model = load_model(source, "cpu", dtype, config, weights)
+        except ValueError as error:
+            raise ValueError(str(error).replace("pass `config`", "pass an Experiment as `preset`")) from error
         experiment = experiment or _preset_like(model.config)
         data, sampling = experiment.data, experiment.sampling
         if vae is None and data.autoencoder is not None:

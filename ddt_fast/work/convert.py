@@ -43,7 +43,7 @@ def convert(given: Path, out: Path, weights: WeightChoice | None, settings: Sett
     run = newest_checkpoint(given)
     source = run or resolve_checkpoint(given)
     if out.resolve() == source.resolve():
-        raise ValueError(f"{out} is both source and out; name another out")
+        raise ValueError(f"{out} is both `source` and `out`; name another `out`")
     if source.suffix != ".ckpt" and skip:
         raise ValueError("skip is for a source that is a .ckpt")
     if run is not None and settings != Settings(None, None):
@@ -53,7 +53,8 @@ def convert(given: Path, out: Path, weights: WeightChoice | None, settings: Sett
     elif source.suffix == ".ckpt" or run is not None:
         _import(source, out, weights or "ema", settings, skip)
     else:
-        raise ValueError(f"neither {source} nor {out} is a .ckpt; source or out must be one, or source a training run")
+        problem = f"neither {source} nor {out} is a .ckpt"
+        raise ValueError(f"{problem}; `source` or `out` must be one, or `source` a training run")
 
 
 def _import(source: Path, out: Path, which: WeightChoice, settings: Settings, skip: Sequence[str]) -> None:

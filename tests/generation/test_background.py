@@ -40,7 +40,7 @@ class Colours:
 
 def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
     outputs = Outputs(num_png=0, shard_size=8)
-    engine = LoadedEngine(model, sampling, DataConfig(), batch_size, "model", decode, None, False, {})
+    engine = LoadedEngine(model, sampling, DataConfig(), (8, 8), batch_size, "model", decode, None, False, {})
     return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 

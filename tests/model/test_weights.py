@@ -153,7 +153,7 @@ BROKEN_FILES = [
         lambda f: torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, f),
         r"no ema_denoiser\.\* and no denoiser\.\* tensors",
     ),
-    ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass config"),
+    ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass `config`"),
     ("other.safetensors", lambda f: save_file({"conv1.weight": torch.zeros(1)}, f), "not a DDT"),
     (
         "odd.safetensors",
