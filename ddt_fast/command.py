@@ -37,6 +37,12 @@ class CommandParser(jsonargparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             nearest = difflib.get_close_matches(unknown[1], options, n=3)
             message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists the options"
+        # jsonargparse takes neither "ten" nor "nan" for a float, and says the same of both.
+        problem = r"Parser key \"([\w.]+)\".*?Expected a <class '(int|float)'>.*?value: (\S+)"
+        wrong = re.match(problem, " ".join(message.split()))
+        if wrong:
+            allowed = {"int": "a whole number", "float": "a finite number"}[wrong[2]]
+            message = self.name_options(f"`{wrong[1]}` is {wrong[3]}; allowed: {allowed}")
         fail(message)
 
     def add_options(
@@ -78,7 +84,7 @@ class CommandParser(jsonargparse.ArgumentParser):
         """Replace parameters in a text with their options, and those given by place with their names in capitals:
         `num_png` in backticks, or "num_png" in "num_png is -1"."""
         options = {action.dest: (*action.option_strings, action.dest.upper())[0] for action in self._actions}
-        text = re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[1]), text)
+        text = re.sub(r"`([\w.]+)`", lambda match: options.get(match[1], match[1]), text)
         return re.sub(r"^\w+(?= is )", lambda match: options.get(match[0], match[0]), text)
 
     @contextmanager
