@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.class_names import class_order
 from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
@@ -70,6 +71,14 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
         warnings.warn(
             f"{classes}, num_classes is {model.num_classes}: the other classes are never trained, but are sampled "
             "unless you choose classes",
+            stacklevel=2,
+        )
+    names = dataset.settings.class_names if dataset.settings else ()
+    if names != (ordered := class_order(names)) and process_ranks().rank == 0:
+        label = next(label for label, name in enumerate(names) if name != ordered[label])
+        warnings.warn(
+            f"the classes of {data.folder} are numbers in the order of text: label {label} is folder {names[label]!r}, "
+            f"not {ordered[label]!r}; the model keeps these names, and a new cache has the order of the numbers",
             stacklevel=2,
         )
     return dataset

@@ -128,7 +128,8 @@ def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_
     with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter's lock
         list(pool.map(save, assignment.first_draws(num_png).tolist()))
     shown = assignment.first_draws(GRID_IMAGES).tolist()
-    labelled_grid(images[shown], [str(labels[p]) for p in shown], grid_columns(len({*labels}))).save(grid)
+    captions = [assignment.names.get(labels[p], str(labels[p])) for p in shown]
+    labelled_grid(images[shown], captions, grid_columns(len({*labels}))).save(grid)
 
 
 def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ddt_fast.autoencoder import deterministic_convolutions, open_decoder, undo_normalisation
 from ddt_fast.checks import require_kind
+from ddt_fast.class_names import class_names_of
 from ddt_fast.config import SamplingConfig
 from ddt_fast.files import output_folder
 from ddt_fast.generation.background import Background, OnImages, PixelConverter, ShardWriter, Timings
@@ -129,7 +130,7 @@ class Job:
         sampling = experiment.sampling if sampling is None else sampling
         require_kind("sampling", sampling, SamplingConfig)
         latents = experiment.data.in_latents(experiment.model.in_channels)
-        assignment = assign(draws, experiment.model.num_classes, 16 if latents else 100)
+        assignment = assign(draws, class_names_of(experiment), 16 if latents else 100)
         path = output_folder(output_dir)
         check_output(path)
         decode = open_decoder(experiment, device, engine.autoencoder)

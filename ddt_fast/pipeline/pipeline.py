@@ -85,7 +85,7 @@ class DDTPipeline(SavedPipeline):
             if self.data.in_latents(config.in_channels):
                 self.data = decoded_by(vae, self.data.autoencoder or "vae", self.data)
         if id2label is None:
-            id2label = default_id2label(self.data.dataset, config.num_classes)
+            id2label = default_id2label(self.data.dataset, config.num_classes, self.data.class_names)
         self.class_names = ClassNames(config.num_classes, id2label)
         self.register_to_config(id2label={str(label): name for label, name in self.id2label.items()})
         self._cuda_graphs = False

@@ -7,6 +7,7 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.autoencoder import Decoder, open_decoder, undo_normalisation
+from ddt_fast.class_names import class_names_of
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
@@ -30,6 +31,7 @@ class Preview:
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
         self._experiment = experiment
         self._device = device
+        self._names = class_names_of(experiment)
         self._decode: Decoder | None = None
         if experiment.training.sample_every:
             try:
@@ -46,7 +48,7 @@ class Preview:
         labels = assign_labels(self._experiment.training.sample_images, self._experiment.model.num_classes)
         samples = self._draw(model, labels, self._experiment.sampling)
         images = undo_normalisation(samples, self._experiment.data) if self._decode is None else self._decode(samples)
-        return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
+        return labelled_grid(to_uint8(images), [self._names.short(label) for label in labels.tolist()])
 
     def score(self, model: DDT, num_samples: int) -> dict[str, DigitsScore]:
         """Scores of class-balanced digits, drawn without guidance and with the sampling settings."""

@@ -10,10 +10,10 @@ import torch
 from ddt_fast.autoencoder import Encoder, deterministic_convolutions
 from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import list_images
-from ddt_fast.data.latent_cache import check_owned
+from ddt_fast.data.latent_cache import SETTINGS, check_owned
 from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.dinov2 import DinoV2
-from ddt_fast.files import output_folder
+from ddt_fast.files import output_folder, read_json
 from ddt_fast.ranks import process_ranks
 from ddt_fast.wording import plural, warn
 
@@ -35,8 +35,10 @@ def encode(
     verify: bool,
 ) -> dict[str, Any] | None:
     """Encode images; arguments and errors are those of `ddt_fast.cache_latents.encode_image_folder`."""
-    folder, cache = list_images(images), output_folder(output)
+    cache = output_folder(output)
     check_owned(cache)
+    begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
+    folder = list_images(images, begun)
     if folder.ignored and process_ranks().rank == 0:
         warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
     place = choose_device(device)
