@@ -67,11 +67,6 @@ def require_number(name: str, value: object, low: float, high: float = math.inf,
     require(valid, name, value, f"a {finite}number {'above' if open_low else 'from'} {low:g}{upper}")
 
 
-def require_positive(name: str, value: object) -> None:
-    """Require a finite number above 0."""
-    require_number(name, value, 0, open_low=True)
-
-
 def require_pair(name: str, value: object, valid: Callable[[float, float], bool], allowed: str) -> tuple[float, float]:
     """Require a tuple or list of two numbers for which `valid` holds; return it as a tuple."""
     pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(n, (int, float)) for n in value)

@@ -9,15 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
-from ddt_fast.checks import (
-    require,
-    require_choices_and_flags,
-    require_int,
-    require_name,
-    require_number,
-    require_pair,
-    require_positive,
-)
+from ddt_fast.checks import require, require_choices_and_flags, require_int, require_name, require_number, require_pair
 
 Solver = Literal["euler", "lms", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
@@ -140,7 +132,7 @@ class SamplingConfig:
         valid, rule = (lambda low, high: 0 <= low < high <= 1), "two numbers, 0 <= low < high <= 1"
         interval = require_pair("guidance_interval", self.guidance_interval, valid, rule)
         object.__setattr__(self, "guidance_interval", interval)
-        require_positive("timeshift", self.timeshift)
+        require_number("timeshift", self.timeshift, 0, open_low=True)
         if self.last_step is not None:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
             fits = self.num_steps == 1 or self.last_step < 1
@@ -229,7 +221,7 @@ class DataConfig:
         if self.pixels_per_latent is not None:
             require_int("pixels_per_latent", self.pixels_per_latent, 1)
         if self.scaling_factor is not None:
-            require_positive("scaling_factor", self.scaling_factor)
+            require_number("scaling_factor", self.scaling_factor, 0, open_low=True)
         if self.channel_stats is not None and not (isinstance(self.channel_stats, str) and self.channel_stats):
             object.__setattr__(self, "channel_stats", _channel_stats(self.channel_stats))
         if self.class_names is not None:
@@ -365,9 +357,9 @@ class TrainingConfig:
             require_number(name, getattr(self, name), 0)
         for name in ("ema_decay", "label_dropout"):
             require_number(name, getattr(self, name), 0, 1)
-        require_positive("learning_rate", self.learning_rate)
+        require_number("learning_rate", self.learning_rate, 0, open_low=True)
         if self.max_grad_norm is not None:
-            require_positive("max_grad_norm", self.max_grad_norm)
+            require_number("max_grad_norm", self.max_grad_norm, 0, open_low=True)
         require_name("init", self.init, "a checkpoint, or null")
         require_name("wandb", self.wandb, "the name of a project, or null")
         require(self.repa_encoder != "", "repa_encoder", self.repa_encoder, "a hub id or a folder")

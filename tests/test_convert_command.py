@@ -247,7 +247,7 @@ def nothing(place):
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
         (nothing, (*TO_FOLDER, "--preset", "digits"), "--preset and --config are both given"),
         (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),
-        (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 has not"),
+        (nothing, (*TO_FOLDER[:2], "--preset", "b2_256"), "which preset b2_256 does not have"),
         (nothing, (*TO_FOLDER[:2], "--config", "{0}/nowhere.yaml"), "nowhere.yaml does not exist"),
         (nothing, (*TO_FOLDER[:2], "--config", "{0}/released.ckpt"), "is not a valid configuration"),
         (nothing, (*TO_FOLDER, "--weights", "best"), "--weights"),

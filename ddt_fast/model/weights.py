@@ -29,6 +29,8 @@ from ddt_fast.model.settings import (
 from ddt_fast.presets import PRESETS
 from ddt_fast.wording import plural
 
+CLASS_TABLE = "y_embedder.embedding_table.weight"
+"""The embeddings of the classes, and after them the null class's."""
 RAW_NAME = "raw.safetensors"
 PROJECTOR_NAME = "repa_projector.safetensors"
 OWNED_NAMES = (
@@ -113,14 +115,17 @@ def require_float(name: str, dtype: object) -> None:
     require(valid, name, dtype, ", ".join(map(str, allowed)))
 
 
-def read_weight_sets(path: str | Path, config: DDTConfig | None = None) -> LightningWeights:
+def read_weight_sets(path: str | Path, config: DDTConfig | None = None, any_classes: bool = False) -> LightningWeights:
     """Read everything that training can continue from: averaged weights, raw weights and REPA's projector, as far as
     they exist, from a .ckpt, a folder, a .safetensors file (whose weights count as averaged) or a hub id. They are on
     the CPU, memory-mapped, in their own dtype. ValueError if the file is missing or corrupt, or weights or projector do
-    not fit `config`, if given."""
+    not fit `config`, if given; with any_classes, their number of classes may be another."""
     source = resolve_checkpoint(path)
     sets = _read_sets(source)
     if config is not None:
+        if any_classes:
+            weights = sets.ema or sets.raw
+            config = replace(config, num_classes=_settled_by_shapes(weights, source)["num_classes"])
         if has_config(source):
             _check_settings(asdict(read_experiment(source).model), asdict(config), source)
         for weights in filter(None, (sets.ema, sets.raw)):
@@ -213,7 +218,7 @@ def _settled_by_shapes(weights: Mapping[str, Tensor], source: Path) -> dict[str,
             "hidden_size / num_heads": weights["blocks.0.attn.q_norm.weight"].shape[0],
             "num_blocks": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
             "in_channels * patch_size^2": patch_features,
-            "num_classes": weights["y_embedder.embedding_table.weight"].shape[0] - 1,
+            "num_classes": weights[CLASS_TABLE].shape[0] - 1,
         }
     except KeyError as error:
         raise ValueError(f"checkpoint {source} holds no tensor {error}; it is not a DDT") from error

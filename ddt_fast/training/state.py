@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import read_weight_sets
+from ddt_fast.model.weights import CLASS_TABLE, read_weight_sets
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.model import TrainingModel
-from ddt_fast.wording import tell
+from ddt_fast.wording import plural, tell
 
 
 @dataclass
@@ -81,19 +81,25 @@ def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
     averages to start from, by the names of model.denoiser's parameters.
 
     A released .ckpt holds trained weights and their average; if there is only an average, as in most model folders, the
-    weights start there too. What was found is reported on stderr. ValueError if this is not a checkpoint, or has
+    weights start there too. Where it has another number of classes, their embeddings stay the model's own, and only
+    the null class's is taken. What was found is reported on stderr. ValueError if this is not a checkpoint, or has
     another architecture.
 
     Args:
         checkpoint: a model folder, .safetensors, .ckpt, or hub id.
         model: the model, on any device, not sharded yet.
     """
-    sets = read_weight_sets(checkpoint, model.denoiser.config)
+    sets = read_weight_sets(checkpoint, model.denoiser.config, any_classes=True)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
     found = ["trained weights" if sets.raw else "averaged weights only: training starts there too"]
     if sets.raw:
         found.append("their average" if sets.ema else "no average: it starts there too")
     denoiser = model.denoiser
+    there, here = len(averaged[CLASS_TABLE]) - 1, denoiser.config.num_classes
+    if there != here:
+        found.append(f"{plural(there, 'class')} there, {here} here: fresh class embeddings")
+        own = denoiser.state_dict()[CLASS_TABLE].detach().clone()
+        averaged, trained = (_with_classes(own, weights) for weights in (averaged, trained))
     denoiser.load_state_dict(averaged)
     average = {name: parameter.detach().clone() for name, parameter in denoiser.named_parameters()}
     denoiser.load_state_dict(trained)
@@ -103,6 +109,11 @@ def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
             model.projector.load_state_dict(sets.projector)
     tell(f"starting from {checkpoint}: {', '.join(found)}")
     return average
+
+
+def _with_classes(own: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with a model's own embeddings of its classes; the null class's stays."""
+    return {**weights, CLASS_TABLE: torch.cat([own[:-1], weights[CLASS_TABLE][-1:].to(own)])}
 
 
 def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,14 +7,19 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny_runs import CPU, DIGITS, digits, latents, log_lines
+from tiny_runs import CPU, DIGITS, TINY, digits, latents, log_lines
 
 from ddt_fast import load_model
+from ddt_fast.config import DataConfig
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import CLASS_TABLE, save_model
 from ddt_fast.training import run
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.loop import clip_gradients, learning_rate, train
 from ddt_fast.training.plots import plot_runs
+from ddt_fast.training.run import build_model
 from ddt_fast.training.samples import Preview
+from ddt_fast.training.state import read_start
 
 
 def test_ema_forgets_the_start_and_then_decays_constantly():
@@ -186,3 +191,25 @@ def test_short_run_on_cuda(tmp_path, parallel, compile):
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
     assert result.model is not None
     assert load_model(tmp_path / "model").config == experiment.model
+
+
+@pytest.mark.parametrize("engine", ["fused", "reference"])
+def test_weights_of_another_number_of_classes_start_with_fresh_class_embeddings(tmp_path, capsys, engine):
+    seven, ours = DDT(replace(TINY, num_classes=7)), replace(digits(1, engine=engine), model=TINY)
+    raw = {name: tensor + 1 for name, tensor in seven.state_dict().items()}
+    save_model(seven, tmp_path / "model", DataConfig("latents", 8), ours.sampling, raw)
+    torch.manual_seed(0)
+    model = build_model(ours, CPU, None)
+    fresh = model.denoiser.state_dict()[CLASS_TABLE].clone()
+    average = read_start(str(tmp_path / "model"), model)
+    assert "their average, 7 classes there, 10 here: fresh class embeddings" in capsys.readouterr().err
+    weights = model.denoiser.state_dict()
+    null = seven.state_dict()[CLASS_TABLE][-1]
+    for table, row in ((weights[CLASS_TABLE], null + 1), (average[CLASS_TABLE], null)):
+        assert torch.equal(table[:-1], fresh[:-1])
+        assert torch.equal(table[-1], row)
+    others = {name for name in raw if name != CLASS_TABLE}
+    assert all(torch.equal(weights[name], raw[name]) for name in others)
+    wider = replace(TINY, num_classes=7, hidden_size=48)
+    with pytest.raises(ValueError, match=r"hidden_size 32 in .*model, 48 in the config"):
+        read_start(str(tmp_path / "model"), build_model(replace(ours, model=replace(wider, num_classes=10)), CPU, None))
