@@ -101,7 +101,7 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
     [
         (("--num-refreshes", "0"), "--num-refreshes is 0; allowed: 1 to num_steps (25)"),
         (("--num-refreshes", "26"), "--num-refreshes is 26"),
-        (("--num-refreshes", "few"), "num_refreshes"),
+        (("--num-refreshes", "few"), "--num-refreshes is few; allowed: a whole number"),
         (("--num-samples", "0"), "--num-samples is 0; allowed: a whole number, 1 or more"),
         (("--num-steps", "-5"), "--num-steps is -5"),
         (("--state-forecast", "cubic"), "cubic"),
