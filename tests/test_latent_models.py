@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
+from latent_cases import write_cache
 from safetensors.torch import save_file
 
 import ddt_fast.convert as convert
+import ddt_fast.train as train_command
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig, TrainingConfig
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.demo.drawing import _pixels
@@ -23,6 +26,7 @@ from ddt_fast.model.settings import read_experiment
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.loop import train
+from ddt_fast.training.run_folder import settings_of
 from ddt_fast.training.samples import Preview
 from pipeline_cases import quiet, seeded
 from sample_jobs import sample, sample_error
@@ -190,6 +194,43 @@ def test_the_size_of_a_latent_comes_from_the_data(tmp_path, capsys):
     for wrong, message in refusals:
         with pytest.raises(ValueError, match=message):
             train(wrong, tmp_path / "wrong", CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "factor", "message"),
+    [
+        ({"image_size": 16, "autoencoder": "vae"}, 8, None),
+        ({"image_size": 16}, 8, None),
+        ({"image_size": 2}, 1, None),
+        (
+            {"image_size": 32, "autoencoder": "vae"},
+            0,
+            "image_size is 32; allowed: 16, the size that .*cache was made at",
+        ),
+        ({"image_size": 8}, 0, "image_size is 8; allowed: 16"),
+    ],
+)
+def test_a_cache_knows_the_size_of_its_images(tmp_path, settings, factor, message):
+    dataset = LatentDataset(write_cache(tmp_path / "cache", 8))
+    data = DataConfig("latents", **settings)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            dataset.described(data)
+        return
+    found = dataset.described(data)
+    assert (found.pixels_per_latent, found.sample_size, found.scaling_factor) == (factor, 2, 0.5)
+    assert found.class_names == tuple(f"class {label}" for label in range(5))
+
+
+def test_the_numbers_of_a_model_train_the_next_one(normalised, tmp_path):
+    """config.json's statistics in place of the file's path, through YAML."""
+    train(normalised, tmp_path / "run", CPU)
+    kept = read_experiment(tmp_path / "run" / "model").data
+    data = replace(kept, folder=normalised.data.folder)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings_of(replace(normalised, data=data))))
+    train_command.main(["--config", str(recipe), "--output-dir", str(tmp_path / "next"), "--device", "cpu"])
+    assert read_experiment(tmp_path / "next" / "model").data == kept
 
 
 def test_latents_without_an_autoencoder_are_sampled_as_they_are(tmp_path, capsys):

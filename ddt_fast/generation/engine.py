@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ddt_fast.autoencoder import Decoder
+from ddt_fast.autoencoder import Decoder, open_decoder
 from ddt_fast.config import DataConfig, Experiment, SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8, dtype_name
 from ddt_fast.generation.settings import Draws, Engine
@@ -108,7 +108,8 @@ def load_engine(
     count: int,
     ranks: Ranks,
 ) -> LoadedEngine:
-    """Load a local checkpoint as `engine` asks, for `count` images of the size that `draws` asks for.
+    """Load a local checkpoint as `engine` asks, for `count` images of the size in `draws`, decoded by `decode` or the
+    model's own decoder.
 
     Raises:
         ValueError: the size or the weights do not fit the settings, the engine does not run here, or a sample does not
@@ -130,6 +131,7 @@ def load_engine(
         batch_size = fitting_batch_size(plan, model, asked, *size, budget)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
+    decode = decode or open_decoder(experiment, device)
     return LoadedEngine(
         model,
         sampling,

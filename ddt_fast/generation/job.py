@@ -133,10 +133,11 @@ class Job:
         assignment = assign(draws, class_names_of(experiment), 16 if latents else 100)
         path = output_folder(output_dir)
         check_output(path)
-        decode = open_decoder(experiment, device, engine.autoencoder)
+        # The model's own autoencoder is opened after the model; one that is named may change the images' size.
+        decode = None if engine.autoencoder is None else open_decoder(experiment, device, engine.autoencoder)
         if decode is not None:
             experiment = replace(experiment, data=decode.data)
-        elif latents:
+        elif latents and experiment.data.autoencoder is None:
             if scoring is not None:
                 raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
             outputs = replace(outputs, num_png=0)
