@@ -9,7 +9,7 @@ import torch
 
 from ddt_fast.autoencoder import Encoder, deterministic_convolutions
 from ddt_fast.data.encode import cache_settings, encode_images
-from ddt_fast.data.image_folder import list_images
+from ddt_fast.data.image_folder import ImageFolder, list_images
 from ddt_fast.data.latent_cache import SETTINGS, check_owned
 from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.dinov2 import DinoV2
@@ -35,18 +35,24 @@ def encode(
     verify: bool,
 ) -> dict[str, Any] | None:
     """Encode images; arguments and errors are those of `ddt_fast.cache_latents.encode_image_folder`."""
-    cache = output_folder(output)
-    check_owned(cache)
-    begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
-    folder = list_images(images, begun)
-    if folder.ignored and process_ranks().rank == 0:
-        warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
+    folder, cache = _open_folders(images, output)
     place = choose_device(device)
     with _deterministic(place):
         encoder = Encoder(str(autoencoder), place, DTYPES[compute_dtype])
         features = None if repa_encoder is None else DinoV2(str(repa_encoder), place, DTYPES[compute_dtype])
         settings = cache_settings(folder, encoder, features, image_size, dtype, flips, shard_size, batch_size)
         return encode_images(folder, cache, encoder, settings, features, num_workers=num_workers, verify=verify)
+
+
+def _open_folders(images: Path, output: str | Path) -> tuple[ImageFolder, Path]:
+    """The images, and the folder of their cache, which is created if missing."""
+    cache = output_folder(output)
+    check_owned(cache)
+    begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
+    folder = list_images(images, begun)
+    if folder.ignored and process_ranks().rank == 0:
+        warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
+    return folder, cache
 
 
 @contextmanager
