@@ -22,10 +22,10 @@ from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 
 SIZE, BATCH = 8, 256  # side of the digits in pixels; samples drawn at a time
 PUBLISHED = PRESETS["xl2_256"].sampling

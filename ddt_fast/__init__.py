@@ -20,12 +20,16 @@ The package also has
 See `help(ddt_fast.generate)` and so on.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+
+if sys.argv[:1] == ["-m"]:  # `python -m ddt_fast.COMMAND` imports the package before the command
+    from ddt_fast.interrupts import handle_interrupts
+
+    handle_interrupts()
 
 from ddt_fast.config import DDTConfig, SamplingConfig
-from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.model.weights import load_model
+from ddt_fast.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ddt_fast.cache_latents import encode_image_folder
@@ -33,7 +37,9 @@ if TYPE_CHECKING:
     from ddt_fast.evaluate import score_samples
     from ddt_fast.generation.job import generate
     from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
+    from ddt_fast.model import DDT, FusedDDT
     from ddt_fast.model.card import write_model_card
+    from ddt_fast.model.weights import load_model
     from ddt_fast.pipeline import DDTPipeline
     from ddt_fast.sharing import study_refreshes
     from ddt_fast.train import train_model
@@ -60,25 +66,19 @@ __all__ = [
     "write_model_card",
 ]
 
-# Imported on first use: some of these modules take seconds, or need packages that others do not.
-_LAZY = {
-    "DDTPipeline": "ddt_fast.pipeline",
-    **dict.fromkeys(("Draws", "Engine", "Outputs", "Scoring"), "ddt_fast.generation.settings"),
-    "convert_checkpoint": "ddt_fast.convert",
-    "encode_image_folder": "ddt_fast.cache_latents",
-    "generate": "ddt_fast.generation.job",
-    "score_samples": "ddt_fast.evaluate",
-    "study_refreshes": "ddt_fast.sharing",
-    "train_model": "ddt_fast.train",
-    "write_model_card": "ddt_fast.model.card",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'ddt_fast' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ddt_fast.cache_latents": ["encode_image_folder"],
+        "ddt_fast.convert": ["convert_checkpoint"],
+        "ddt_fast.evaluate": ["score_samples"],
+        "ddt_fast.generation.job": ["generate"],
+        "ddt_fast.generation.settings": ["Draws", "Engine", "Outputs", "Scoring"],
+        "ddt_fast.model": ["DDT", "FusedDDT"],
+        "ddt_fast.model.card": ["write_model_card"],
+        "ddt_fast.model.weights": ["load_model"],
+        "ddt_fast.pipeline": ["DDTPipeline"],
+        "ddt_fast.sharing": ["study_refreshes"],
+        "ddt_fast.train": ["train_model"],
+    },
+)

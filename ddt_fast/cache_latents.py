@@ -8,24 +8,14 @@ With --repa-encoder facebook/dinov2-base the DINOv2 features that REPA aligns wi
 --flips.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from ddt_fast.autoencoder import Encoder, deterministic_convolutions
 from ddt_fast.checks import require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.data.encode import cache_settings, encode_images
-from ddt_fast.data.image_folder import ImageFolder, list_images
-from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, check_owned
-from ddt_fast.device import DTYPES, choose_device
-from ddt_fast.dinov2 import DinoV2
-from ddt_fast.files import output_folder, read_json
 from ddt_fast.ranks import process_ranks
-from ddt_fast.wording import plural, warn
+from ddt_fast.wording import plural
 
 
 def build_parser() -> CommandParser:
@@ -40,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     manifest = encode_image_folder(**vars(options))
     if manifest is None:
-        who, file = process_ranks().who, Path(options.output) / MANIFEST
-        print(f"{who}finished its shards; the last process to finish writes {file}")
+        file = Path(options.output) / "manifest.json"
+        print(f"{process_ranks().who}finished its shards; the last process to finish writes {file}")
     else:
         _report(manifest, Path(options.output))
 
@@ -90,55 +80,30 @@ def encode_image_folder(
             with other settings.
         OSError: a file cannot be read or written; finished shards are kept.
     """
-    folder, cache = _open_folders(images, output)
-    place = choose_device(device)
-    with _deterministic(place):
-        encoder, features = _load_encoders(autoencoder, repa_encoder, place, compute_dtype)
-        settings = cache_settings(folder, encoder, features, image_size, dtype, flips, shard_size, batch_size)
-        manifest = encode_images(folder, cache, encoder, settings, features, num_workers=num_workers, verify=verify)
-    if manifest is not None and manifest["count"] == 0:
-        first = manifest["unreadable"][0]
-        unread = plural(len(folder.files), "image")
-        raise ValueError(f"{images} holds {unread} but none can be read; the first, {first['file']}: {first['reason']}")
-    return manifest
-
-
-def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, Path]:
-    """The images, and the folder of their cache, which is created if missing."""
     source = require_path("images", images)
     if require_path("output", output).resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output folder {output} lies inside the image folder; name another")
-    cache = output_folder(output)
-    check_owned(cache)
-    begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
-    folder = list_images(source, begun)
-    if folder.passed_over and process_ranks().rank == 0:
-        warn(folder.passed_over)
-    return folder, cache
-
-
-def _load_encoders(
-    autoencoder: str | Path, repa_encoder: str | Path | None, device: torch.device, compute_dtype: str
-) -> tuple[Encoder, DinoV2 | None]:
     require_choice("compute_dtype", compute_dtype, Literal["float32", "bfloat16"])
     require_path("autoencoder", autoencoder)
     if repa_encoder is not None:
         require_path("repa_encoder", repa_encoder)
-    encoder = Encoder(str(autoencoder), device, DTYPES[compute_dtype])
-    return encoder, None if repa_encoder is None else DinoV2(str(repa_encoder), device, DTYPES[compute_dtype])
+    from ddt_fast.work.cache_latents import encode
 
-
-@contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """Encode so that a run that is stopped and continued writes the same bits as an uninterrupted one."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads, which torchrun changes
-    try:
-        with deterministic_convolutions():
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    return encode(
+        source,
+        output,
+        image_size=image_size,
+        autoencoder=autoencoder,
+        repa_encoder=repa_encoder,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        flips=flips,
+        shard_size=shard_size,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+        verify=verify,
+    )
 
 
 def _report(manifest: dict[str, Any], output: Path) -> None:

@@ -62,8 +62,9 @@ def require_number(name: str, value: object, low: float, high: float = math.inf,
     """Require a finite number from low, or with open_low above low, to high."""
     valid = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     valid = valid and low <= value <= high and not (open_low and value == low)  # type: ignore[operator]
-    bounds = f"a number {'above' if open_low else 'from'} {low:g}" + (f" up to {high:g}" if high < math.inf else "")
-    require(valid, name, value, bounds)
+    finite = "finite " if isinstance(value, float) and not math.isfinite(value) else ""
+    upper = f" up to {high:g}" if high < math.inf else ""
+    require(valid, name, value, f"a {finite}number {'above' if open_low else 'from'} {low:g}{upper}")
 
 
 def require_pair(name: str, value: object, valid: Callable[[float, float], bool], allowed: str) -> tuple[float, float]:

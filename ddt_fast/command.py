@@ -1,20 +1,27 @@
-"""What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2."""
+"""What the commands share: a parser made from functions and their docstrings, and one-line errors with exit code 2.
+
+Commands start fast: a command's module, and what it imports at the top, imports neither torch nor NumPy nor anything
+else slow, so that `--help` and errors in options come at once. Its work lies in another module (`ddt_fast.work` where
+no other folder fits), which the command's function imports after it has checked its arguments.
+"""
 
 import codecs
 import difflib
 import io
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
-from types import NoneType, UnionType
+from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
 
+from ddt_fast.interrupts import work_to_clean_up
 from ddt_fast.wording import one_line, warn
 
 Settings = TypeVar("Settings")
@@ -32,6 +39,12 @@ class CommandParser(jsonargparse.ArgumentParser):
             options = [option for action in self._actions for option in action.option_strings]
             nearest = difflib.get_close_matches(unknown[1], options, n=3)
             message += f"; nearest: {', '.join(nearest)}" if nearest else "; --help lists the options"
+        # jsonargparse takes neither "ten" nor "nan" for a float, and says the same of both.
+        problem = r"Parser key \"([\w.]+)\".*?Expected a <class '(int|float)'>.*?value: (\S+)"
+        wrong = re.match(problem, " ".join(message.split()))
+        if wrong:
+            allowed = {"int": "a whole number", "float": "a finite number"}[wrong[2]]
+            message = self.name_options(f"`{wrong[1]}` is {wrong[3]}; allowed: {allowed}")
         fail(message)
 
     def add_options(
@@ -58,7 +71,7 @@ class CommandParser(jsonargparse.ArgumentParser):
         """
         documented = docstring_parser.parse(function.__doc__ or "").params
         helps = {entry.arg_name: entry.description or "" for entry in documented} | (words or {})
-        hints = get_type_hints(function)
+        hints = _parameter_types(function)
         for name, parameter in signature(function).parameters.items():
             if name in (names or hints) and name not in without:
                 kind, default = _argument(hints[name]), more.get("default", parameter.default)
@@ -70,9 +83,10 @@ class CommandParser(jsonargparse.ArgumentParser):
                 self.add_argument(name if name in positional else _option(name), help=text, **kind)
 
     def name_options(self, text: str) -> str:
-        """Replace parameters in a text with their options: `num_png` in backticks, or "num_png" in "num_png is -1"."""
-        options = {action.dest: action.option_strings[0] for action in self._actions if action.option_strings}
-        text = re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[1]), text)
+        """Replace parameters in a text with their options, and those given by place with their names in capitals:
+        `num_png` in backticks, or "num_png" in "num_png is -1"."""
+        options = {action.dest: (*action.option_strings, action.dest.upper())[0] for action in self._actions}
+        text = re.sub(r"`([\w.]+)`", lambda match: options.get(match[1], match[1]), text)
         return re.sub(r"^\w+(?= is )", lambda match: options.get(match[0], match[0]), text)
 
     @contextmanager
@@ -82,6 +96,14 @@ class CommandParser(jsonargparse.ArgumentParser):
             yield
         except ValueError as error:
             raise ValueError(self.name_options(str(error))) from error
+
+
+def _parameter_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the parameters by name. The type of the result may be one that only type checkers import."""
+    if isinstance(function, type):
+        return get_type_hints(function)
+    annotations = {name: kind for name, kind in function.__annotations__.items() if name != "return"}
+    return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
 
 
 def _option(name: str) -> str:
@@ -135,8 +157,12 @@ def run_command(command: Callable[[], Any]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="escape")
+    # Read when torch is imported: threads that wait for each other sleep. If they spin, and another job on the machine
+    # has the core of one of them, a small operation takes a time slice of the scheduler in place of microseconds.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        command()
+        with work_to_clean_up():
+            command()
     except (ValueError, OSError) as error:
         fail(str(error))
     except (MemoryError, RuntimeError) as error:

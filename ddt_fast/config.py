@@ -254,6 +254,15 @@ class DataConfig:
     def _factor(self) -> int:
         return self.pixels_per_latent or (1 if self.autoencoder is None else 8)
 
+    def input_size(self, height: int | None, width: int | None, patch_size: int) -> tuple[int, int]:
+        """Height and width of the model's input for images of this size in pixels, None for image_size; ValueError if
+        they do not divide into patches."""
+        multiple = self._factor * patch_size
+        for name, size in (("height", height), ("width", width)):
+            rule = f"a positive multiple of {multiple} pixels"
+            require(size is None or (type(size) is int and size > 0 and size % multiple == 0), name, size, rule)
+        return (height or self.image_size) // self._factor, (width or self.image_size) // self._factor
+
     @property
     def sample_size(self) -> int:
         """Side of the model's input: a latent is pixels_per_latent times smaller than its image."""

@@ -2,33 +2,14 @@
 digits drawn from the checkpoint in the package against real ones."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from ddt_fast.checks import require_int, require_path
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.data.digits import digits
-from ddt_fast.device import choose_device
-from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
-from ddt_fast.evaluation.features import FeatureAccumulator, Features, FeatureSet, PixelExtractor, extractor_maker
-from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table
-from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics, evaluate, gather
-from ddt_fast.evaluation.sources import Images, open_sources
-from ddt_fast.evaluation.statistics import save_statistics as write_statistics
-from ddt_fast.files import atomic_file, check_no_folder, output_folder, write_json
-from ddt_fast.generation.images import labelled_grid, to_uint8
-from ddt_fast.generation.seeds import assign_labels
-from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, load_model
-from ddt_fast.sampling import sample
-from ddt_fast.sampling.noise import seeded_noise
-
-_NUM_DIGITS, _DIGITS_BATCH = 1000, 100
+from ddt_fast.evaluation.names import METRICS, Features, Metric, check_features, check_metrics
+from ddt_fast.files import check_no_folder, output_folder
+from ddt_fast.presets import PRESETS
 
 
 def build_parser() -> CommandParser:
@@ -43,7 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
-        score_samples(**vars(options))
+        _check(**{name: value for name, value in vars(options).items() if name not in ("device", "skip_unreadable")})
+        from ddt_fast.threads import threads_for
+
+        digits = PRESETS["digits"].model if options.samples is None else None
+        with threads_for(digits, options.device):
+            score_samples(**vars(options))
 
 
 def score_samples(
@@ -86,44 +72,43 @@ def score_samples(
         ValueError: a setting is not allowed, a file is wrong or damaged, or nothing can be computed.
         OSError: a file cannot be read or written.
     """
-    check_metrics(metrics)
-    require_int("batch_size", batch_size, 1)
-    file = _output_file("output", output, ".json")
-    statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")
-    place, progress = choose_device(device), Progress()
+    file, statistics = _check(
+        samples, reference, metrics, features, inception_weights, center_crop, batch_size, output, save_statistics
+    )
+    from ddt_fast.work import evaluate as work
+
     if samples is None:
-        for name, value in (("reference", reference), ("save_statistics", statistics), ("center_crop", center_crop)):
+        return work.score_package_digits(file, device, batch_size, metrics)
+    opened = samples, reference, center_crop, skip_unreadable
+    network = features, inception_weights
+    return work.score_files(*opened, file, statistics, device, batch_size, metrics, *network)
+
+
+def _check(
+    samples: str | Path | None,
+    reference: str | Path | None,
+    metrics: Sequence[Metric],
+    features: Features,
+    inception_weights: str | None,
+    center_crop: int | None,
+    batch_size: int,
+    output: str | Path,
+    save_statistics: str | Path | None,
+) -> tuple[Path, Path | None]:
+    """The files to write; ValueError for settings that are not allowed."""
+    check_metrics(metrics)
+    check_features(features, inception_weights)
+    require_int("batch_size", batch_size, 1)
+    if samples is None:
+        for name, value in (
+            ("reference", reference),
+            ("save_statistics", save_statistics),
+            ("center_crop", center_crop),
+        ):
             if value is not None:
                 raise ValueError(f"`{name}` is for `samples`, which is not given")
-        digits_report, shown, digits_score = _score_digits(place, batch_size, metrics)
-        _write(file, digits_report, shown)
-        print(digits_score)
-        return digits_report
-    # Open both first: a mistake in the reference should not wait for the samples.
-    source, *others = open_sources([samples, reference], center_crop, skip_unreadable)
-    make_extractor = extractor_maker(features, inception_weights, place)
-    needed = [*(metrics if others or statistics is None else ()), *(("fid", "sfid") if statistics is not None else ())]
-    found = gather(source, "samples", needed, make_extractor, batch_size, progress)
-    if statistics is not None:
-        _save_statistics(statistics, found)
-        if not others:
-            return None
-    other = others[0] if others else None
-    report = evaluate(found, other, metrics, make_extractor, batch_size, progress)
-    for role, opened in zip(("samples", "reference"), (source, *others), strict=False):
-        if opened.images is not None and opened.images.unreadable:
-            report[role]["unreadable"] = [{"file": name, "reason": why} for name, why in opened.images.unreadable]
-    _write(file, report, progress.shown)
-    return report
-
-
-def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> None:
-    """Write the report, and a picture of the shown samples, which are given by place; then print the report's table."""
-    write_json(file, report)
-    if shown:
-        with atomic_file(file.with_suffix(".png")) as picture:
-            labelled_grid(np.stack(list(shown.values())), [str(place) for place in shown]).save(picture)
-    print(report_table(report))
+    statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")
+    return _output_file("output", output, ".json"), statistics
 
 
 def _output_file(name: str, given: str | Path, suffix: str) -> Path:
@@ -133,44 +118,6 @@ def _output_file(name: str, given: str | Path, suffix: str) -> Path:
     check_no_folder(path.with_suffix(".png"))
     output_folder(path.parent)
     return path
-
-
-def _save_statistics(path: Path, samples: FeatureSet) -> None:
-    if samples.pool is None:
-        raise ValueError(f"{samples.source} is a single image; statistics need 2 or more")
-    write_statistics(path, samples.pool, samples.spatial, samples.statistics_count)
-    print(f"wrote {path}, statistics of {samples.source}")
-
-
-def _score_digits(
-    device: torch.device, batch_size: int, metrics: Sequence[str]
-) -> tuple[dict[str, Any], dict[int, Images], DigitsScore]:
-    """Score digits of the embedded checkpoint against all real ones, in pixels."""
-    experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
-    model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
-    real, _ = digits()
-    labels = assign_labels(_NUM_DIGITS, experiment.model.num_classes)
-    drawn = []
-    with tqdm(total=_NUM_DIGITS, desc="sampling", unit="img", dynamic_ncols=True) as bar:
-        for start in range(0, _NUM_DIGITS, _DIGITS_BATCH):
-            part = slice(start, start + _DIGITS_BATCH)
-            noise, generators = seeded_noise(range(_NUM_DIGITS)[part], real.shape[1:])
-            drawn.append(
-                sample(model, noise.to(device), labels[part].to(device), experiment.sampling, generators=generators)
-            )
-            bar.update(len(drawn[-1]))
-    samples = torch.cat(drawn).cpu()
-    extractor = PixelExtractor(device)
-    sets = []
-    for name, images in (("digits of the embedded checkpoint", samples), ("scikit-learn's digits", real)):
-        accumulator = FeatureAccumulator(extractor, batch_size)
-        accumulator.add(to_uint8(images))
-        sets.append(accumulator.finish(name))
-    report = evaluate(sets[0], sets[1], metrics)
-    digits_score = score_digits(samples, labels)
-    report["digits"] = asdict(digits_score)
-    places = np.linspace(0, _NUM_DIGITS - 1, PICTURE_IMAGES).round().astype(int).tolist()
-    return report, dict(zip(places, to_uint8(samples[places]), strict=True)), digits_score
 
 
 if __name__ == "__main__":

@@ -5,13 +5,11 @@ Under torchrun the processes share the work. A job that was stopped or killed co
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ddt_fast.command import CommandParser, read_options, run_command
 from ddt_fast.config import Experiment, SamplingConfig
-from ddt_fast.evaluation.features import Features
-from ddt_fast.generation.background import OnImages
-from ddt_fast.generation.job import generate
+from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
 from ddt_fast.sampling_options import (
@@ -21,6 +19,9 @@ from ddt_fast.sampling_options import (
     chosen_checkpoint,
     given_settings,
 )
+
+if TYPE_CHECKING:
+    from ddt_fast.generation.background import OnImages
 
 
 def build_parser() -> CommandParser:
@@ -43,7 +44,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = None) -> None:
     """Parse, sample, write, report.
 
     Args:
@@ -53,18 +54,25 @@ def main(arguments: Sequence[str] | None = None, on_images: OnImages | None = No
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
+        draws, engine = read_options(options, Draws), read_options(options, Engine)
+        outputs, scoring = read_options(options, Outputs), _scoring(options)
         checkpoint, experiment = chosen_checkpoint(options)
-        generate(
-            checkpoint,
-            options.output_dir,
-            preset=options.preset,
-            sampling=_sampling(options, experiment),
-            draws=read_options(options, Draws),
-            engine=read_options(options, Engine),
-            outputs=read_options(options, Outputs),
-            scoring=_scoring(options),
-            on_images=on_images,
-        )
+        sampling = _sampling(options, experiment)
+        from ddt_fast.generation.job import generate
+        from ddt_fast.threads import threads_for
+
+        with threads_for(experiment.model, engine.device):
+            generate(
+                checkpoint,
+                options.output_dir,
+                preset=options.preset,
+                sampling=sampling,
+                draws=draws,
+                engine=engine,
+                outputs=outputs,
+                scoring=scoring,
+                on_images=on_images,
+            )
 
 
 def _scoring(options: Any) -> Scoring | None:

@@ -7,7 +7,7 @@ from typing import Any
 from ddt_fast.command import CommandParser
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.generation.settings import Engine
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.presets import PRESETS
 
 _SOLVER = ("num_steps", "guidance_scale", "guidance_interval", "timeshift", "last_step", "solver")

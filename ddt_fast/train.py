@@ -4,15 +4,17 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddt_fast.checks import require, require_kind, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
-from ddt_fast.device import choose_device
 from ddt_fast.files import output_folder, read_yaml
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks
-from ddt_fast.training.loop import TrainingResult, train
+
+if TYPE_CHECKING:
+    from ddt_fast.training.loop import TrainingResult
 
 
 def build_parser(preset: str) -> CommandParser:
@@ -39,7 +41,7 @@ def train_model(
     device: str = "auto",
     resume: str | None = None,
     overwrite: bool = False,
-) -> TrainingResult:
+) -> "TrainingResult":
     """Train a DDT, as `python -m ddt_fast.train`: `training.loop.train`, which replaces an earlier run only on request.
 
     Args:
@@ -57,7 +59,6 @@ def train_model(
             the data or the settings.
         OSError: outputs cannot be written.
     """
-    chosen = choose_device(device)
     require_kind("experiment", experiment, Experiment)
     folder = output_folder(output_dir)
     if resume is not None:
@@ -65,8 +66,11 @@ def train_model(
     if overwrite and resume is not None:
         raise ValueError("`overwrite` and `resume` are both given; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
-        raise ValueError(f"{folder} holds an earlier run; set `resume` or `overwrite`, or name another folder")
-    return train(experiment, folder, chosen, resume)
+        raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
+    from ddt_fast.device import choose_device
+    from ddt_fast.training.loop import train
+
+    return train(experiment, folder, choose_device(device), resume)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -80,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(isinstance(options.overwrite, bool), "overwrite", options.overwrite, "true or false")
     experiment = Experiment(options.model, options.data, options.training, options.sampling)
     name = f"runs/{preset}" if options.output_dir is None else options.output_dir
-    with parser.naming_options():
+    from ddt_fast.threads import threads_for
+
+    with parser.naming_options(), threads_for(experiment.model, options.device):
         result = train_model(
             experiment, name, device=options.device, resume=options.resume, overwrite=options.overwrite
         )

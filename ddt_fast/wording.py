@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from typing import Any
 
 from tqdm import tqdm
@@ -43,3 +44,18 @@ def tell(text: str) -> None:
 def warn(text: str) -> None:
     """As `tell`, marked as a warning."""
     tell(f"warning: {text}")
+
+
+class CompilationNotice:
+    """Says, if `compiling`, that the model is being compiled, and after the first step how long that took."""
+
+    def __init__(self, compiling: bool) -> None:
+        self._started = time.perf_counter() if compiling else None
+        if compiling:
+            tell("compiling the model (torch.compile): the first step takes up to minutes")
+
+    def step_done(self) -> None:
+        """Called after every step."""
+        if self._started is not None:
+            tell(f"compiled: the first step took {time.perf_counter() - self._started:.1f} s")
+            self._started = None

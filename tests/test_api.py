@@ -18,7 +18,7 @@ import ddt_fast
 from ddt_fast import Draws, Engine, Outputs, SamplingConfig, Scoring
 from ddt_fast.__main__ import COMMANDS as NAMED
 from ddt_fast.__main__ import main as name_commands
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
 
 COMMANDS = {

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from latent_cases import encode, make_images
 
-from ddt_fast.cache_latents import _open_folders
 from ddt_fast.class_names import ClassNames, class_order, default_id2label, imagenet_id2label
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
 from ddt_fast.data.cached_images import CachedImages
@@ -19,9 +18,11 @@ from ddt_fast.demo.requests import class_choices
 from ddt_fast.generation.seeds import assign
 from ddt_fast.generation.settings import Draws
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import read_experiment, save_model
+from ddt_fast.model.settings import read_experiment
+from ddt_fast.model.weights import save_model
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.training.loop import train
+from ddt_fast.work.cache_latents import _open_folders
 from sample_jobs import sample, sample_error
 from test_latent_models import CPU, experiment, write_autoencoder
 

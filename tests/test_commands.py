@@ -17,11 +17,15 @@ from safetensors.torch import save_file
 
 from ddt_fast.command import run_command
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.generation.images import to_uint8
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
+from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
+from ddt_fast.sampling import sample as library_sample
 from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.noise import seeded_noise
 from sample_jobs import error_line, sample_command
 
 train_command = importlib.import_module("ddt_fast.train")
@@ -47,7 +51,7 @@ def test_sample_without_arguments_draws_digits_from_the_package(tmp_path):
 
 
 def sample(tmp_path, *arguments: str) -> np.lib.npyio.NpzFile:
-    sample_command.main([*arguments, "--output-dir", str(tmp_path)])
+    sample_command.main([*arguments, "--output-dir", str(tmp_path), "--overwrite"])
     return np.load(tmp_path / "samples.npz")
 
 
@@ -95,6 +99,18 @@ def test_every_sampling_option_changes_the_images(tmp_path):
     ]
     results = [sample(tmp_path, *plain, *variant)["arr_0"].tobytes() for variant in variants]
     assert len(set(results)) == len(variants)
+
+
+def test_height_and_width_are_the_images_in_pixels(tmp_path, capsys):
+    saved = sample(tmp_path, "--num-images", "3", "--num-steps", "3", "--height", "12", "--width", "6", "--reference")
+    assert saved["arr_0"].shape == (3, 12, 6, 3)
+    noise, _ = seeded_noise(range(3), (1, 12, 6))
+    model, sampling = load_model(EMBEDDED_CHECKPOINT), replace(PRESETS["digits"].sampling, num_steps=3)
+    drawn = library_sample(model, noise, torch.arange(3), sampling)
+    np.testing.assert_array_equal(saved["arr_0"], to_uint8(drawn))
+    arguments = ["--num-images", "3", "--num-steps", "3", "--reference", "--output-dir", str(tmp_path)]
+    line = error_line(capsys, sample_command.main, arguments)
+    assert "holds finished samples with other settings (input_size [12, 6], now null)" in line
 
 
 def test_cuda_graphs_without_cuda_say_so_in_one_line(tmp_path, capsys):
@@ -158,8 +174,11 @@ def test_compiled_samples_are_the_eager_ones(tmp_path, capsys):
     arguments = ["--num-images", "4", "--num-steps", "6", "--quantize", "int8", "--fast"]
     eager = sample(tmp_path / "eager", *arguments)["arr_0"].astype(int)
     compiled = sample(tmp_path / "compiled", *arguments, "--compile")["arr_0"].astype(int)
-    assert "compiled" in capsys.readouterr().out
-    assert abs(eager - compiled).max() <= 8  # a rounding of activations may fall the other way
+    told = capsys.readouterr().err
+    assert told.count("compiling the model (torch.compile)") == 1
+    assert len(re.findall(r"compiled: the first step took \d+\.\d s", told)) == 1
+    allowed = 8  # a rounding of activations may fall the other way
+    assert abs(eager - compiled).max() <= allowed
 
 
 def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path, capsys):
@@ -240,7 +259,8 @@ def places(tmp_path_factory) -> Path:
         (["--config", "{folder}/key.yaml"], "hiden_size"),
         (["--training.max_step=3"], "--training.max_step=3; nearest: --training.max_steps"),
         (["--zzz"], "unrecognized arguments: --zzz; --help lists the options"),
-        (["--training.max_steps", "many"], "training.max_steps"),
+        (["--training.max_steps", "many"], "--training.max_steps is many; allowed: a whole number"),
+        (["--sampling.guidance_scale", "nan"], "--sampling.guidance_scale is nan; allowed: a finite number"),
         (["--sampling.num_steps", "-1"], "num_steps is -1"),
         (["--model.patch_size", "3"], "height is 8; allowed: a positive multiple of patch_size (3)"),
         (["--preset", "xl2_256"], "data.folder is null; name the folder of cached latents"),
@@ -265,7 +285,7 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
     ("arguments", "message"),
     [
         (["--num-steps", "-5"], "--num-steps is -5"),
-        (["--num-steps", "ten"], "num_steps"),
+        (["--num-steps", "ten"], "--num-steps is ten; allowed: a whole number"),
         (["--num-images", "0"], "--num-images is 0; allowed: a whole number, 1 or more"),
         (["--classes", "3", "10"], "class 10 does not exist; allowed: 0 to 9"),
         (["--seeds-per-class", "2", "--num-images", "20"], "--seeds-per-class and --num-images are both given"),
@@ -279,6 +299,13 @@ def test_train_answers_mistakes_in_one_line(tmp_path, places, capsys, arguments,
         (["--output-dir", ""], "the output folder is empty"),
         (["--output-dir", "{folder}/mine"], "holds mine.txt, which ddt-fast did not write"),
         (["--guidance-scale", "-1"], "--guidance-scale is -1.0"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan; allowed: a finite number"),
+        (["--timeshift", "inf"], "--timeshift is inf; allowed: a finite number"),
+        (["--guidance-interval", "nan", "1"], "--guidance-interval is nan; allowed: a finite number"),
+        (["--last-step", "nan"], "--last-step is nan; allowed: a finite number"),
+        (["--height", "9"], "--height is 9; allowed: a positive multiple of 2 pixels"),
+        (["--height", "0"], "--height is 0; allowed: a whole number, 1 or more"),
+        (["--width", "nan"], "--width is nan; allowed: a whole number"),
         (["--solver", "heun"], "heun"),
         (["--num-refreshes", "4"], "--num-refreshes is 4; allowed: none"),
         (["--attention", "flash_attn_3"], "flash_attn_3"),

@@ -11,12 +11,14 @@ import yaml
 from safetensors.torch import load_file
 
 import ddt_fast.convert as convert
+import ddt_fast.work.convert as work
 import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.lightning import read_lightning, write_lightning
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, read_weight_sets, save_model
+from ddt_fast.model.settings import CONFIG_NAME, WEIGHTS_NAME, read_experiment
+from ddt_fast.model.weights import read_weight_sets, save_model
 from ddt_fast.presets import PRESETS
 from sample_jobs import error_line, files_up_to
 
@@ -138,13 +140,13 @@ def test_presets_of_the_same_shapes_are_both_named(tmp_path, capsys):
     shapes = json.loads((golden.GOLDEN / "ddt_xl2_22en6de_keys.json").read_text())
     shapes["y_embedder.embedding_table.weight"] = [101, 1152]
     weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    guessed = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings(None, None))
+    guessed = work._settings(tmp_path / "xl.ckpt", weights, work.Settings(None, None))
     said = capsys.readouterr().out
     assert "guessed from the shapes, preset xl2_256" in said
     assert "if this is xl2_512, which has the same shapes, add --preset xl2_512" in said
     assert "settings: 100 classes, from the shapes" in said
     assert guessed.model == replace(PRESETS["xl2_256"].model, num_classes=100)
-    named = convert._settings(tmp_path / "xl.ckpt", weights, convert._Settings("xl2_512", None))
+    named = work._settings(tmp_path / "xl.ckpt", weights, work.Settings("xl2_512", None))
     assert named.data.image_size == 512
 
 
@@ -197,11 +199,11 @@ def nothing(place):
         (odd_projector, TO_FOLDER, "the REPA projector in {0}/released.ckpt does not fit: 4.weight is (7, 9)"),
         (not_a_checkpoint, TO_FOLDER, "corrupt"),
         (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
-        (a_folder, ("{0}/model", "{0}/model"), "is both source and out"),
+        (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT; name another OUT"),
         (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "x.ckpt lies inside {0}/model; name another place"),
         (a_folder, ("{0}/model", "{0}/released.ckpt"), "released.ckpt exists; remove it or name another"),
-        (a_folder, ("{0}/model", "{0}/other"), "source or out must be one"),
-        (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "skip is for a source that is a .ckpt"),
+        (a_folder, ("{0}/model", "{0}/other"), "SOURCE or OUT must be one, or SOURCE a training run"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--skip", "omegaconf"), "--skip is for a source that is a .ckpt"),
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "raw"), "holds no raw weights; take its ema weights"),
         (a_folder, ("{0}/model", "{0}/x.ckpt", "--weights", "both"), "holds no raw weights; take its ema weights"),
         (
@@ -209,12 +211,12 @@ def nothing(place):
             ("{0}/model", "{0}/x.ckpt", "--preset", "digits"),
             "preset is for checkpoints without config.json",
         ),
-        (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "config is for checkpoints without"),
-        (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both source and out"),
+        (a_folder, ("{0}/model", "{0}/x.ckpt", "--config", "{0}/recipe.yaml"), "--config is for checkpoints without"),
+        (nothing, ("{0}/released.ckpt", "{0}/released.ckpt"), "is both SOURCE and OUT"),
         (nothing, ("{0}/released.ckpt", "{0}/other.ckpt"), "is named like a file; name a folder"),
         (nothing, ("{0}/released.ckpt", "{0}/recipe.yaml"), "exists and is not a folder"),
         (nothing, ("{0}/released.ckpt", "{0}"), "released.ckpt, which ddt-fast did not write"),
-        (nothing, ("{0}/released.ckpt", ""), "out is empty"),
+        (nothing, ("{0}/released.ckpt", ""), "OUT is empty"),
         (nothing, ("{0}/nowhere.ckpt", "{0}/model"), "nowhere.ckpt does not exist"),
         (nothing, (*TO_FOLDER, "--preset", "digits"), "--preset and --config are both given"),
         (nothing, (*TO_FOLDER[:2], "--preset", "xxl"), "preset 'xxl' does not exist; allowed: digits"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddt_fast import evaluate as command
 from ddt_fast.data.image_folder import read_image
+from ddt_fast.work import evaluate as work
 from inception_cases import smooth_images, weights_file
 from sample_jobs import error_line
 
@@ -31,8 +32,8 @@ def files(tmp_path):
 
 
 def test_without_arguments_it_scores_digits(tmp_path, monkeypatch, capsys):
-    assert command._NUM_DIGITS == 1000
-    monkeypatch.setattr(command, "_NUM_DIGITS", 300)
+    assert work._NUM_DIGITS == 1000
+    monkeypatch.setattr(work, "_NUM_DIGITS", 300)
     monkeypatch.chdir(tmp_path)
     command.main([])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "metrics.png"]

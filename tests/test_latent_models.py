@@ -22,7 +22,7 @@ from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig, T
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.demo.drawing import _pixels
 from ddt_fast.generation.images import to_uint8
-from ddt_fast.model.weights import read_experiment
+from ddt_fast.model.settings import read_experiment
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.loop import train

@@ -16,7 +16,8 @@ from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.generation import shards
 from ddt_fast.generation.npz import open_images
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, read_experiment, save_model
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, read_experiment
+from ddt_fast.model.weights import save_model
 from golden_data import relative_error
 from sample_jobs import (
     JOB,

@@ -18,7 +18,7 @@ from sample_jobs import error_line
 @pytest.fixture(autouse=True)
 def _small_picture(request, monkeypatch):
     if "picture" not in request.node.name:
-        monkeypatch.setattr(sharing, "_plot", lambda _: Figure(figsize=(1, 1)))
+        monkeypatch.setattr("ddt_fast.work.sharing._plot", lambda _: Figure(figsize=(1, 1)))
 
 
 def run(tmp_path, *arguments: str) -> dict:
@@ -101,7 +101,8 @@ def test_every_option_reaches_the_probe_or_the_search(tmp_path):
     ("arguments", "message"),
     [
         (("--num-refreshes", "0"), "--num-refreshes is 0; allowed: 1 to num_steps (25)"),
-        (("--num-refreshes", "few"), "num_refreshes"),
+        (("--num-refreshes", "26"), "--num-refreshes is 26"),
+        (("--num-refreshes", "few"), "--num-refreshes is few; allowed: a whole number"),
         (("--num-samples", "0"), "--num-samples is 0; allowed: a whole number, 1 or more"),
         (("--num-steps", "-5"), "--num-steps is -5"),
         (("--refresh-every", "2"), "unrecognized arguments: --refresh-every"),

@@ -5,12 +5,12 @@ import signal
 import socket
 import tempfile
 from collections.abc import Sequence
+from operator import attrgetter
 
 from ddt_fast.checks import require
 from ddt_fast.command import CommandParser, run_command
-from ddt_fast.demo.requests import load_models
-from ddt_fast.device import choose_device
 from ddt_fast.generation.settings import Engine
+from ddt_fast.interrupts import interrupt
 from ddt_fast.presets import PRESETS
 
 
@@ -37,20 +37,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with parser.naming_options(), tempfile.TemporaryDirectory(prefix="ddt-demo-") as folder:
         for name, highest in (("port", 65535), ("max_queue", 1000), ("max_images", 1000), ("max_steps", 10_000)):
             require(1 <= options[name] <= highest, name, options[name], f"1 to {highest}")
-        # gradio reads both when it is imported. The folder holds what the page shows.
+        _check_address(options.host, options.port)
+        # gradio reads these when it is imported. The folder holds what the page shows.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        _reach_without_proxy("localhost", "127.0.0.1", "::1", options.host)
         try:
             from ddt_fast.demo.page import Demo, serve
         except ImportError as error:
             raise ValueError(f'the demo needs gradio ({error}); pip install ".[demo]" in the checkout') from error
-        _check_address(options.host, options.port)
+        from ddt_fast.demo.requests import load_models
+        from ddt_fast.device import choose_device
+        from ddt_fast.threads import threads_for
+
         models = load_models(options.checkpoint, options.preset, choose_device(options.device), options.dtype)
+        largest = max((pipe.transformer.ddt_config for pipe in models.values()), key=attrgetter("hidden_size"))
         demo = Demo(models, options.max_images, options.max_steps)
         try:
             where = {"server_name": options.host, "server_port": options.port, "share": options.share}
-            serve(demo, options.max_queue, **where)
+            with threads_for(largest, options.device):
+                serve(demo, options.max_queue, **where)
         finally:
             demo.close()
+
+
+def _reach_without_proxy(*hosts: str) -> None:
+    """Add hosts to no_proxy: gradio asks its own page whether it is up, and a proxy cannot reach this machine."""
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, dict.fromkeys([*given.split(","), *hosts])))
 
 
 def _check_address(host: str, port: int) -> None:
@@ -65,5 +78,5 @@ def _check_address(host: str, port: int) -> None:
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):  # Windows lacks SIGHUP; under nohup it stays ignored
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+            signal.signal(getattr(signal, name), interrupt)
     run_command(main)

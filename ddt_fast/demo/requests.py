@@ -11,7 +11,7 @@ import torch
 from ddt_fast.config import SamplingConfig
 from ddt_fast.device import choose_dtype
 from ddt_fast.generation.seeds import assign_labels
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, has_config
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, has_config
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling.plan import SamplingPlan
 

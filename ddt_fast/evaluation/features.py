@@ -6,23 +6,23 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.checks import require_choice, require_int
+from ddt_fast.checks import require_int
 from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.evaluation.inception_weights import WEIGHTS_FILE, load_inception
+from ddt_fast.evaluation.names import Features, check_features
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics
 from ddt_fast.files import atomic_file
 from ddt_fast.provenance import device_name
 from ddt_fast.wording import one_line, plural
 
-Features = Literal["inception", "pixels"]
 _MAX_PIXEL_DIM = 4096
 _STATE = ("size", "_features", "_feature_indices", "_indices")
 
@@ -100,13 +100,6 @@ class PixelExtractor:
 
     def probabilities(self, pool: Tensor) -> None:
         """None: pixels have no classes."""
-
-
-def check_features(features: Features, weights: str | Path | None) -> None:
-    """ValueError for an unknown name, or for weights of a network that is not used."""
-    require_choice("features", features, Features)
-    if features == "pixels" and weights is not None:
-        raise ValueError("`inception_weights` is for inception features, not for pixels")
 
 
 def extractor_maker(features: Features, weights: str | Path | None, device: torch.device) -> Callable[[], Extractor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,11 @@ from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, kind_of_features
 from ddt_fast.evaluation.manifold import precision_recall
 from ddt_fast.evaluation.metrics import fixed_permutation, frechet_distance, inception_score, kernel_inception_distance
+from ddt_fast.evaluation.names import METRICS, check_metrics
 from ddt_fast.evaluation.sources import ImageSource, Source, open_source
 from ddt_fast.provenance import environment
 from ddt_fast.wording import plural
 
-Metric = Literal["fid", "sfid", "inception_score", "precision", "recall", "kid"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 NUM_SPLITS = 10
 NUM_NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -89,14 +88,6 @@ def evaluate(
         ),
         "environment": environment(torch.device("cpu")),
     }
-
-
-def check_metrics(metrics: Sequence[str]) -> None:
-    """ValueError for a name that is not in `METRICS`, or for no names."""
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics:
-        named = f"metric {unknown[0]!r} does not exist" if unknown else "no metrics are asked for"
-        raise ValueError(f"{named}; allowed: {', '.join(METRICS)}")
 
 
 def gather(

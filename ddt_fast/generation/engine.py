@@ -9,7 +9,7 @@ import torch
 from ddt_fast.autoencoder import Decoder, open_decoder
 from ddt_fast.config import DataConfig, Experiment, SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8, dtype_name
-from ddt_fast.generation.settings import Engine
+from ddt_fast.generation.settings import Draws, Engine
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.attention import resolve_backend
 from ddt_fast.model.quantization import quantization_error, quantize_int8
@@ -29,6 +29,7 @@ class LoadedEngine:
         model: the model to run.
         sampling: the sampling settings, with refresh steps chosen.
         data: how samples become images.
+        size: height and width of the model's input.
         batch_size: samples drawn at a time.
         description: the model in words.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model, or to write latents as they are.
@@ -40,6 +41,7 @@ class LoadedEngine:
     model: DDT | FusedDDT
     sampling: SamplingConfig
     data: DataConfig
+    size: tuple[int, int]
     batch_size: int
     description: str
     decode: Decoder | None
@@ -58,11 +60,6 @@ class LoadedEngine:
         return self.decode is None and self.data.in_latents(self.model.config.in_channels)
 
     @property
-    def size(self) -> int:
-        """Side of the model's input."""
-        return self.data.sample_size
-
-    @property
     def plan(self) -> SamplingPlan:
         """The steps of a run."""
         return SamplingPlan.from_config(self.sampling)
@@ -73,8 +70,7 @@ class LoadedEngine:
             self.model,
             self.sampling,
             self.batch_size,
-            self.size,
-            self.size,
+            *self.size,
             memory_budget=self.memory_budget,
             compile_model=self.compile,
         )
@@ -108,29 +104,31 @@ def load_engine(
     engine: Engine,
     device: torch.device,
     decode: Decoder | None,
+    draws: Draws,
     count: int,
     ranks: Ranks,
 ) -> LoadedEngine:
-    """Load a local checkpoint as `engine` asks, for `count` images, decoded by `decode` or the model's own.
+    """Load a local checkpoint as `engine` asks, for `count` images of the size in `draws`, decoded by `decode` or the
+    model's own decoder.
 
     Raises:
-        ValueError: the weights do not fit the settings, the engine does not run here, or a sample does not fit in the
-            memory budget.
+        ValueError: the size or the weights do not fit the settings, the engine does not run here, or a sample does not
+            fit in the memory budget.
         OSError: a file cannot be read.
     """
     data, budget = experiment.data, engine.budget_bytes
+    size = data.input_size(draws.height, draws.width, experiment.model.patch_size)
     # Between int8 GEMMs, float32 is faster.
     latents = data.in_latents(experiment.model.in_channels)
     dtype = choose_dtype(engine.dtype, device, latents and engine.quantize is None)
     reference = load_model(checkpoint, device, dtype, experiment.model)
     model, description = _prepare(reference, engine, ranks)
-    size = data.sample_size
     if sampling.refresh_steps == "dp":
-        sampling = resolve_refresh_steps(reference, sampling, size, size, schedule_cache_path(checkpoint))
+        sampling = resolve_refresh_steps(reference, sampling, *size, schedule_cache_path(checkpoint))
     batch_size = min(engine.batch_size, count)
     if budget is not None:
         plan, asked = SamplingPlan.from_config(sampling), batch_size
-        batch_size = fitting_batch_size(plan, model, asked, size, size, budget)
+        batch_size = fitting_batch_size(plan, model, asked, *size, budget)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
     decode = decode or open_decoder(experiment, device)
@@ -138,6 +136,7 @@ def load_engine(
         model,
         sampling,
         data,
+        size,
         batch_size,
         description,
         decode,
@@ -152,6 +151,7 @@ def load_engine(
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
             "autoencoder_sha256": None if decode is None else decode.sha256(),
             **_normalisation(data, decode),
+            **({} if size == (data.sample_size, data.sample_size) else {"input_size": size}),
         },
     )
 

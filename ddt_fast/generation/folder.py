@@ -23,13 +23,10 @@ from ddt_fast.generation.shards import (
 from ddt_fast.ranks import Ranks
 from ddt_fast.wording import differences, plural, warn
 
-_PRECIOUS_MINUTES = 10
-"""Finished samples that took longer to draw are replaced only with overwrite."""
-
 
 class JobFolder:
     """The output folder of a job, new or continued. ValueError if the folder holds shards with other settings, finished
-    samples with other settings that took long to draw, or something of the user's where outputs go.
+    samples with other settings, or something of the user's where outputs go.
 
     Args:
         path: the folder, which exists and can be written.
@@ -95,15 +92,13 @@ class JobFolder:
                 )
             remove_job(other)
         earlier = self.path / RECORD
-        if not overwrite and earlier.exists():
-            record = read_json(earlier)
-            minutes = record.get("process_seconds", 0) / 60
-            if minutes >= _PRECIOUS_MINUTES and (self.path / SAMPLES).exists():
-                changed = "; ".join(differences(record.get("settings", {}), self.settings)) or "its samples changed"
-                raise ValueError(
-                    f"{self.path} holds finished samples with other settings ({changed}) that took {minutes:.0f} "
-                    "minutes; choose another output folder, or set `overwrite` to replace them"
-                )
+        finished = earlier.exists() and (self.path / SAMPLES).exists()
+        if not overwrite and finished and finished_record(self.path, self.settings) is None:
+            changed = differences(read_json(earlier).get("settings", {}), self.settings) or ["its samples changed"]
+            raise ValueError(
+                f"{self.path} holds finished samples with other settings ({'; '.join(changed)}); choose another output "
+                "folder, or set `overwrite` to replace them"
+            )
 
     def _is_whole(self, shard: int) -> bool:
         if not self.shards.file(shard).exists():

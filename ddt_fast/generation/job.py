@@ -24,13 +24,13 @@ from ddt_fast.generation.folder import JobFolder, check_output
 from ddt_fast.generation.scorer import Scorer
 from ddt_fast.generation.seeds import Assignment, assign
 from ddt_fast.generation.settings import SHARD_IMAGES, Draws, Engine, Outputs, Scoring
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.provenance import environment
 from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.wording import differences, plural
+from ddt_fast.wording import CompilationNotice, differences, plural
 
 _WAITING_BATCHES = 2
 """Batches that may wait for the background thread: enough to even out fluctuations on either side."""
@@ -142,15 +142,17 @@ class Job:
                 raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
             outputs = replace(outputs, num_png=0)
         data = experiment.data
+        data.input_size(draws.height, draws.width, experiment.model.patch_size)  # before anything is loaded
         scorer = None
         if scoring is not None:
             require_kind("scoring", scoring, Scoring)
-            scorer = Scorer(scoring, path, len(assignment), data.image_size, device, ranks)
-        loaded = load_engine(source, experiment, sampling, engine, device, decode, len(assignment), ranks)
+            size = draws.height or data.image_size, draws.width or data.image_size
+            scorer = Scorer(scoring, path, len(assignment), size, device, ranks)
+        loaded = load_engine(source, experiment, sampling, engine, device, decode, draws, len(assignment), ranks)
         shard_size = loaded.batch_size * max(1, SHARD_IMAGES // loaded.batch_size)
         folder = JobFolder(path, {**assignment.words, **loaded.settings}, len(assignment), shard_size, outputs, ranks)
-        plan, size = loaded.plan, loaded.size
-        tera = plan.flops(experiment.model, size, size) / 1e12
+        plan = loaded.plan
+        tera = plan.flops(experiment.model, *loaded.size) / 1e12
         about = {
             "checkpoint": str(source),
             "autoencoder": data.autoencoder,
@@ -177,9 +179,10 @@ class Job:
             self.scorer.begin(self.folder)
             hooks.append(self.scorer.take)
         if self.folder.todo:
+            compilation = CompilationNotice(self.engine.compile and self.folder.ranks.rank == 0)
             sampler = self.engine.sampler()
             self._announce_sampler(sampler)
-            self._draw(sampler, hooks)
+            self._draw(sampler, hooks, compilation)
             self._report()
         if self.scorer is not None:
             self.scorer.save()
@@ -206,7 +209,7 @@ class Job:
         if self.scorer is not None:
             self.scorer.finish(self.folder)
 
-    def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
+    def _draw(self, sampler: Sampler, hooks: list[OnImages], compilation: CompilationNotice) -> None:
         """Draw the batches, while a background thread decodes, converts and writes the images."""
         folder, ranks, engine = self.folder, self.folder.ranks, self.engine
         folder.shards.begin()
@@ -238,7 +241,7 @@ class Job:
                     seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
                     noise, generators = seeded_noise(seeds.tolist(), shape)
                     # Each step advances the bar by its share of the batch's images.
-                    step = partial(_advance, bar, len(seeds) / num_steps)
+                    step = partial(_advance, bar, len(seeds) / num_steps, compilation)
                     samples = sampler(noise, labels, generators=generators, progress=step)
                     background.submit(writer.take, shard, part, samples, seeds, converter.mark())
         self.timings.sampling += time.perf_counter() - began
@@ -276,5 +279,6 @@ class Job:
         )
 
 
-def _advance(bar: tqdm, images: float, *_: object) -> None:
+def _advance(bar: tqdm, images: float, compilation: CompilationNotice, *_: object) -> None:
     bar.update(images)
+    compilation.step_done()

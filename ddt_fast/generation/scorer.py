@@ -16,8 +16,9 @@ import torch
 
 from ddt_fast.data.image_folder import Images
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
+from ddt_fast.evaluation.names import METRICS
 from ddt_fast.evaluation.report import Progress, report_table
-from ddt_fast.evaluation.scoring import METRICS, computable, evaluate
+from ddt_fast.evaluation.scoring import computable, evaluate
 from ddt_fast.evaluation.sources import open_sources
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.files import check_no_folder, read_json, write_json, writing
@@ -42,13 +43,19 @@ class Scorer:
     Args:
         scoring: the reference and the metrics.
         output_dir: the job's folder.
-        count, size: number of samples, and their side in pixels.
+        count, size: number of samples, and their height and width in pixels.
         device: where features are computed.
         ranks: this process's rank among those that share the job.
     """
 
     def __init__(
-        self, scoring: Scoring, output_dir: Path, count: int, size: int, device: torch.device, ranks: Ranks
+        self,
+        scoring: Scoring,
+        output_dir: Path,
+        count: int,
+        size: tuple[int, int],
+        device: torch.device,
+        ranks: Ranks,
     ) -> None:
         check_no_folder(output_dir / REPORT)
         reference = open_sources([scoring.reference], scoring.center_crop)[0]
@@ -59,7 +66,7 @@ class Scorer:
         if reference.images is not None:
             own = self._expected(known.source, reference.images.count, reference.images.size)
             known = replace(own, pool=reference.pool or own.pool, spatial=reference.spatial or own.spatial)
-        samples = self._expected(str(output_dir / SAMPLES), count, (size, size))
+        samples = self._expected(str(output_dir / SAMPLES), count, size)
         wanted, _ = computable(samples, known, self._metrics)
         # FID and sFID need only the features' statistics, whose size does not depend on the number of images.
         self._keep = not {*wanted} <= {"fid", "sfid"}

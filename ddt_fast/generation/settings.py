@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddt_fast.checks import require, require_int, require_name, whole_numbers
-from ddt_fast.evaluation.features import Features, check_features
-from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics
-from ddt_fast.model.attention import AttentionBackend
+from ddt_fast.evaluation.names import METRICS, Features, Metric, check_features, check_metrics
 
 ALL_PNG, SOME_PNG = 1000, 100
 """By default, jobs of up to ALL_PNG images also write all of them as PNGs, larger jobs SOME_PNG."""
@@ -34,6 +32,8 @@ class Draws:
         class_seeds: draw every class with each of these seeds.
         seeds: one seed per image, in this order; default: `first_seed` and up.
         first_seed: seed of the first image; each next image has the next seed; default: 0.
+        height: height of the images in pixels, a multiple of a patch; default: what the model was trained on.
+        width: width of the images, likewise.
     """
 
     num_images: int | None = None
@@ -42,6 +42,8 @@ class Draws:
     class_seeds: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
     first_seed: int | None = None
+    height: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", _classes(self.classes))
@@ -54,7 +56,7 @@ class Draws:
             raise ValueError(f"`{given[0]}` and `{given[1]}` are both given; give one")
         if (self.seeds or self.class_seeds) and self.first_seed is not None:
             raise ValueError(f"`{given[0]}` and `first_seed` are both given; give one")
-        _require_at_least(self, num_images=1, seeds_per_class=1)
+        _require_at_least(self, num_images=1, seeds_per_class=1, height=1, width=1)
         first = self.first_seed
         require(first is None or type(first) is int, "first_seed", first, "a whole number")
 
@@ -80,7 +82,7 @@ class Engine:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = 100
     memory_budget: str | None = None
-    attention: AttentionBackend = "auto"
+    attention: str = "auto"
     compile: bool = False
     quantize: Literal["int8"] | None = None
     reference: bool = False

@@ -14,7 +14,7 @@ from ddt_fast.config import DataConfig, DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, read_yaml, write_json
 from ddt_fast.hub import is_hub_id
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, read_settings
+from ddt_fast.model.settings import CONFIG_NAME, read_settings
 
 CARD_NAME = "README.md"
 

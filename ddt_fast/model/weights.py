@@ -4,11 +4,10 @@
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,18 +15,20 @@ from torch import Tensor
 from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, SamplingConfig
 from ddt_fast.files import atomic_folder, read_json
-from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
+from ddt_fast.model.settings import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    config_file,
+    has_config,
+    read_experiment,
+    resolve_checkpoint,
+)
 from ddt_fast.presets import PRESETS
 from ddt_fast.wording import plural
 
-EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "assets" / "digits"
-"""The model that comes with the package."""
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 CLASS_TABLE = "y_embedder.embedding_table.weight"
 """The embeddings of the classes, and after them the null class's."""
 RAW_NAME = "raw.safetensors"
@@ -36,10 +37,6 @@ OWNED_NAMES = (
     r"config\.json|diffusion_pytorch_model\.safetensors|raw\.safetensors|repa_projector\.safetensors"
     r"|recipe\.yaml|training\.json|metrics\.json|README\.md|refresh_schedules\.json"
 )
-_FETCHED = [
-    *(f"{folder}{name}" for folder in ("", "transformer/") for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME)),
-    *(f"{folder}diffusion_pytorch_model-*.safetensors" for folder in ("", "transformer/")),
-]
 
 
 def save_model(
@@ -100,7 +97,7 @@ def load_model(
     if has_config(source):
         saved = read_experiment(source).model
         if config is not None and config != saved:
-            file = _config_file(source)
+            file = config_file(source)
             raise ValueError(f"{file} says {saved}, config says {config}; leave config out or make them agree")
         config = saved
     if config is None:
@@ -159,81 +156,6 @@ def build_model(config: DDTConfig, weights: Mapping[str, Tensor], source: Path) 
     return model
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
-    """The local folder or file of a checkpoint; for a pipeline's folder, its transformer. A name like "user/model" that
-    does not exist here is fetched from the Hub. ValueError if there is no such checkpoint."""
-    local = require_path("checkpoint", path)
-    if local.is_dir():
-        return _model_folder(local)
-    if local.exists():
-        return local
-    if not is_hub_id(str(path)) or local.suffix in (".ckpt", ".safetensors"):
-        raise ValueError(f"checkpoint {path} does not exist; allowed: a folder, a .safetensors or a .ckpt file")
-    return _model_folder(fetch(str(path), _FETCHED))
-
-
-def _model_folder(folder: Path) -> Path:
-    for place in (folder, folder / "transformer"):
-        if any((place / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
-            return place
-    hint = f"; name {folder / 'model'}" if (folder / "model" / WEIGHTS_NAME).is_file() else ""
-    raise ValueError(f"checkpoint {folder}: the folder holds no {WEIGHTS_NAME}{hint}")
-
-
-def has_config(checkpoint: Path) -> bool:
-    """Whether a local checkpoint comes with settings: a config.json in the folder, or beside a .safetensors."""
-    return checkpoint.suffix != ".ckpt" and _config_file(checkpoint).is_file()
-
-
-def _config_file(checkpoint: Path) -> Path:
-    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / CONFIG_NAME
-
-
-def experiment_of(checkpoint: Path, preset: str | None) -> Experiment:
-    """The settings beside a local checkpoint's weights, else the preset's; ValueError for both or neither."""
-    if has_config(checkpoint):
-        saved = read_experiment(checkpoint)
-        if preset is not None:
-            raise ValueError(f"preset is for checkpoints without {CONFIG_NAME}; {checkpoint} has one")
-        return saved
-    if not isinstance(preset, str) or preset not in PRESETS:
-        missing = f"{checkpoint} has no {CONFIG_NAME}, and `preset` is not given"
-        problem = f"preset {preset!r} does not exist" if preset else missing
-        raise ValueError(f"{problem}; allowed: {', '.join(PRESETS)}")
-    return PRESETS[preset]
-
-
-def read_experiment(path: str | Path) -> Experiment:
-    """Read model, data and sampling settings from the config.json in (or beside) a checkpoint. A pipeline's folder has
-    its own autoencoder. ValueError if config.json is missing or corrupt."""
-    file = _config_file(resolve_checkpoint(path))
-    experiment, pipeline = read_settings(file), file.absolute().parent.parent
-    if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
-        return experiment
-    vae = pipeline / "vae"
-    return replace(experiment, data=replace(experiment.data, autoencoder=str(vae))) if vae.is_dir() else experiment
-
-
-def read_settings(file: Path) -> Experiment:
-    """Read model, data and sampling settings from a config.json, or from a training run's recipe.yaml or trainer.json.
-    ValueError if the file is missing or corrupt."""
-    try:
-        text = file.read_text()
-        entries = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        entries = entries.get("settings", entries)
-        parts = entries.get("model", entries)
-        model = DDTConfig(**{setting.name: parts[setting.name] for setting in fields(DDTConfig)})
-        data = DataConfig(**entries.get("data", {}))
-        sampling = SamplingConfig(**entries.get("sampling", {}))
-        return Experiment(model, data, sampling=sampling)
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} does not exist") from error
-    except KeyError as error:
-        raise ValueError(f"{file} lacks {error}") from error
-    except (TypeError, ValueError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} is not a valid configuration: {error}") from error
-
-
 def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a folder, memory-mapped. diffusers splits large weights into several files, and adds the name
     of a variant to the file names. ValueError if weights are missing or damaged, or an index names anything but
@@ -283,7 +205,7 @@ def settle_config(
     shape = f"{plural(seen['num_blocks'], 'block')} of width {seen['hidden_size']}"
     raise ValueError(
         f"checkpoint {source} has {shape}, head dimension {seen['hidden_size / num_heads']}, which {whose}: its patch "
-        "size and number of encoder blocks are unknown; pass config"
+        "size and number of encoder blocks are unknown; pass `config`"
     )
 
 

@@ -20,7 +20,8 @@ from ddt_fast.files import atomic_folder
 from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, require_license, write_model_card
 from ddt_fast.model.lightning import WeightSet
-from ddt_fast.model.weights import experiment_of, has_config, load_model, require_float, resolve_checkpoint
+from ddt_fast.model.settings import experiment_of, has_config, resolve_checkpoint
+from ddt_fast.model.weights import load_model, require_float
 from ddt_fast.pipeline.component import SAVING_OPTIONS, UPLOAD_OPTIONS, check_loading, check_saving
 from ddt_fast.pipeline.folder import INDEX_NAME, OWNED_NAMES, check_pipeline, check_pipeline_replaceable
 from ddt_fast.pipeline.scheduler import DDTScheduler
@@ -133,13 +134,16 @@ class SavedPipeline(DiffusionPipeline):
             ValueError: the file is missing or corrupt, or holds more than tensors, settings do not fit it, or the
                 autoencoder cannot be loaded.
         """
-        source = resolve_checkpoint(pretrained_model_link_or_path)
+        source = resolve_checkpoint(require_path("pretrained_model_link_or_path", pretrained_model_link_or_path))
         experiment = preset if isinstance(preset, Experiment) else None
         if experiment is None and (has_config(source) or preset is not None):
             experiment = experiment_of(source, preset)  # type: ignore[arg-type]
         config = None if experiment is None or has_config(source) else experiment.model
         dtype = dtype or torch_dtype or torch.float32
-        model = load_model(source, "cpu", dtype, config, weights)
+        try:
+            model = load_model(source, "cpu", dtype, config, weights)
+        except ValueError as error:
+            raise ValueError(str(error).replace("pass `config`", "pass an Experiment as `preset`")) from error
         experiment = experiment or _preset_like(model.config)
         data, sampling = experiment.data, experiment.sampling
         if vae is None and data.autoencoder is not None:

@@ -18,7 +18,8 @@ from ddt_fast.checks import require_path
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
 from ddt_fast.files import read_json
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, build_model, read_folder
+from ddt_fast.model.settings import CONFIG_NAME
+from ddt_fast.model.weights import build_model, read_folder
 from ddt_fast.pipeline.component import SAVING_OPTIONS, Component, check_loading, check_saving
 from ddt_fast.pipeline.folder import check_weights
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ddt_fast.files import read_json, sync, sync_folder
 from ddt_fast.model.lightning import LightningWeights
-from ddt_fast.model.weights import read_settings
+from ddt_fast.model.settings import read_settings
 from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
 from ddt_fast.training.state_reader import StateReader

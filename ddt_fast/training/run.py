@@ -40,7 +40,7 @@ from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.state import TrainingState, read_start
 from ddt_fast.training.throughput import Throughput, training_flops
-from ddt_fast.wording import tell
+from ddt_fast.wording import CompilationNotice, tell
 
 
 class Run:
@@ -140,11 +140,13 @@ class Run:
         flops = training_flops(self.experiment.model, size, size, self.state.masters.projector is not None)
         self.throughput = Throughput(flops, self.device, self._dtype, dist.get_world_size())
         self._started = time.perf_counter() - self._seconds_before
+        self._compilation = CompilationNotice(settings.compile and self._first)
 
     def advance(self) -> None:
         """Count a finished step."""
         self.throughput.add(self.experiment.training.batch_size)
         self._progress.update()
+        self._compilation.step_done()
 
     def report(self, metrics: dict[str, float]) -> None:
         """Log the metrics of this step."""

@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from ddt_fast.demo import __main__ as command
 from demo_cases import error_line, free_port, values, wait_until
 
 
@@ -57,13 +58,20 @@ def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "drawing"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
-def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing):
+@pytest.mark.parametrize(
+    ("number", "drawing", "proxy"),
+    [
+        (signal.SIGTERM, True, {}),
+        (signal.SIGINT, False, {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}),
+    ],
+    ids=["drawing", "proxy"],
+)
+def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing, proxy):
     gradio_client = pytest.importorskip("gradio_client", reason='pip install ".[demo]" in the checkout')
     port = free_port()
     with subprocess.Popen(
         [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)],
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        env=os.environ | {"TMPDIR": str(tmp_path)} | proxy,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,6 +97,22 @@ def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, draw
     assert run.returncode in (0, 130), output
     assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir() if "inductor" not in path.name] == [], "files were left"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, "localhost,127.0.0.1,::1,0.0.0.0"),
+        ({"NO_PROXY": "intra.net, 127.0.0.1"}, "intra.net, 127.0.0.1,localhost,127.0.0.1,::1,0.0.0.0"),
+        ({"no_proxy": "intra.net,localhost"}, "intra.net,localhost,127.0.0.1,::1,0.0.0.0"),
+    ],
+    ids=["nothing", "upper case", "lower case"],
+)
+def test_loopback_needs_no_proxy_beside_what_the_user_excepts(monkeypatch, given, kept):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, given.get(name, ""))
+    command._reach_without_proxy("localhost", "127.0.0.1", "::1", "0.0.0.0")
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == kept
 
 
 def page(port: int) -> str:

@@ -17,7 +17,8 @@ from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import Assignment, assign_labels
 from ddt_fast.generation.settings import Outputs
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, load_model, read_experiment
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, read_experiment
+from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import sample
@@ -39,7 +40,7 @@ class Colours:
 
 def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
     outputs = Outputs(num_png=0, shard_size=8)
-    engine = LoadedEngine(model, sampling, DataConfig(), batch_size, "model", decode, None, False, {})
+    engine = LoadedEngine(model, sampling, DataConfig(), (8, 8), batch_size, "model", decode, None, False, {})
     return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import golden_data as golden
 from ddt_fast import FusedDDT, SamplingConfig, load_model
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 

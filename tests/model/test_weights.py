@@ -11,7 +11,8 @@ import golden_data as golden
 from ddt_fast import load_model
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.reference import DDT
-from ddt_fast.model.weights import CONFIG_NAME, WEIGHTS_NAME, read_experiment, save_model
+from ddt_fast.model.settings import CONFIG_NAME, WEIGHTS_NAME, read_experiment
+from ddt_fast.model.weights import save_model
 from ddt_fast.presets import PRESETS
 
 NAME = "tiny_h48_d24"
@@ -109,7 +110,7 @@ BROKEN_FILES = [
     ("weights.bin", lambda f: f.write_bytes(b""), "ends in .bin; allowed: .safetensors, .ckpt"),
     ("raw.ckpt", lambda f: torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, f), "holds no ema weights; take"),
     ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "corrupt"),
-    ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass config"),
+    ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass `config`"),
     ("other.safetensors", lambda f: save_file({"conv1.weight": torch.zeros(1)}, f), "not a DDT"),
     (
         "odd.safetensors",

@@ -8,7 +8,8 @@ import torch
 
 import golden_data as golden
 from ddt_fast.config import DataConfig, SamplingConfig
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, save_model
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
+from ddt_fast.model.weights import save_model
 from ddt_fast.pipeline import DDTPipeline
 from sample_jobs import small_autoencoder
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import golden_data as golden
 from ddt_fast import load_model, write_model_card
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, INDEX_NAME, WEIGHTS_NAME
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, INDEX_NAME, WEIGHTS_NAME
 from ddt_fast.pipeline import DDTPipeline, DDTTransformer2DModel
 from pipeline_cases import LATENT_MODEL
 

@@ -17,7 +17,7 @@ from ddt_fast.class_names import ClassNames, imagenet_id2label
 from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import write_lightning
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, WEIGHTS_NAME, read_experiment
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, WEIGHTS_NAME, read_experiment
 from ddt_fast.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
 from pipeline_cases import LATENT_MODEL, digits, quiet, seeded

@@ -11,7 +11,7 @@ from ddt_fast import FusedDDT, load_model
 from ddt_fast.autoencoder import Decoder
 from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.images import to_uint8
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT, read_experiment
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, read_experiment
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise

@@ -1,16 +1,21 @@
 """A wrong call of a pipeline is refused with what was wrong and what is allowed. Unknown keyword arguments too, with
 the nearest named; diffusers alone would ignore them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import save_file
 
 import golden_data as golden
 from ddt_fast.class_names import ClassNames, imagenet_id2label
 from ddt_fast.config import DataConfig, SamplingConfig
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model import DDT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt_fast.pipeline.scheduler import per_sample
+from ddt_fast.presets import PRESETS
 from pipeline_cases import LATENT_MODEL, LATENT_SAMPLING, quiet, seeded
 
 
@@ -211,3 +216,12 @@ def test_parts_that_do_not_fit(pipe, latent_model):
     alone = DDTTransformer2DModel.from_reference(golden.model(LATENT_MODEL), data, LATENT_SAMPLING)
     with pytest.raises(ValueError, match="output_type is 'pil', which needs a vae"):
         DDTPipeline(alone, None, scheduler)([1])
+
+
+def test_a_single_file_is_refused_by_the_names_of_its_arguments(tmp_path):
+    with pytest.raises(ValueError, match=r"^pretrained_model_link_or_path is "):
+        DDTPipeline.from_single_file("")
+    config = replace(PRESETS["digits"].model, num_heads=4)  # no preset has these shapes
+    save_file(DDT(config).state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"are unknown; pass an Experiment as `preset`$"):
+        DDTPipeline.from_single_file(tmp_path / "other.safetensors")

@@ -11,6 +11,7 @@ import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
@@ -18,7 +19,6 @@ from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
-from ddt_fast.sampling_options import EMBEDDED_CHECKPOINT
 from golden_data import relative_error
 
 NAME = "tiny_h48_d24"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import FusedDDT
-from ddt_fast.model.weights import EMBEDDED_CHECKPOINT
+from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh import (

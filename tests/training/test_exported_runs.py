@@ -14,7 +14,8 @@ from ddt_fast import load_model
 from ddt_fast.config import Experiment
 from ddt_fast.model.fused import FusedDDT
 from ddt_fast.model.lightning import read_lightning
-from ddt_fast.model.weights import read_experiment, read_weight_sets
+from ddt_fast.model.settings import read_experiment
+from ddt_fast.model.weights import read_weight_sets
 from ddt_fast.training.loop import train
 
 
