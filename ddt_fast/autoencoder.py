@@ -1,17 +1,20 @@
-"""The autoencoder between pixels and latents: diffusers' AutoencoderKL with its scaling."""
+"""The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 from ddt_fast.wording import one_line
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
+_AS_IT_IS = DataConfig("latents")
 
 
 def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -62,20 +65,31 @@ def deterministic_convolutions() -> Iterator[None]:
 
 
 class Decoder:
-    """Latents → pixels in [-1, 1]. ValueError if the autoencoder is neither a local folder nor on the Hub.
+    """A model's latents → pixels in [-1, 1]. ValueError if the autoencoder is neither a local folder nor on the Hub, or
+    its latents have another size.
 
     Args:
         name: hub id or local folder of a diffusers AutoencoderKL.
         device, dtype: the device and dtype to decode with.
         batch_size: latents decoded at a time; a larger batch keeps a GPU busier and takes more memory. None: as for
             `decode_latents`.
+        data: the latents' size, and what training did to them.
+
+    Attributes:
+        data: the same, with this autoencoder.
     """
 
     def __init__(
-        self, name: str, device: torch.device, dtype: torch.dtype = torch.float32, batch_size: int | None = None
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        batch_size: int | None = None,
+        data: DataConfig = _AS_IT_IS,
     ) -> None:
         self.vae = load_vae(name, device, dtype)
         self.batch_size = batch_size or _batch_size(device)
+        self.data = decoded_by(self.vae, name, data)
 
     def sha256(self) -> str:
         """Checksum of the weights and their names, in the dtype they are used in."""
@@ -83,17 +97,47 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        """(N, 4, h, w) latents → (N, 3, 8h, 8w) float32; the memory for decoding does not grow with N."""
-        return decode_latents(self.vae, latents, self.batch_size)
+        """(N, C, h, w) latents → (N, 3, H, W) float32; the memory that decoding itself takes does not grow with N."""
+        return decode_latents(self.vae, latents, self.batch_size, self.data)
+
+
+def open_decoder(experiment: Experiment, device: torch.device, name: str | None = None) -> Decoder | None:
+    """The decoder of a model's samples: the one of that name, else the model's own, if any.
+
+    Raises:
+        ValueError: it cannot be loaded, does not fit the samples, or the samples are pixels.
+    """
+    model, data = experiment.model, experiment.data
+    if name is not None and not data.in_latents(model.in_channels):
+        raise ValueError(f"autoencoder is {name!r}; allowed: none, this model draws pixels")
+    name = name or data.autoencoder
+    if name is None:
+        return None
+    decoder = Decoder(name, device, data=data)
+    channels = decoder.vae.config.latent_channels
+    if channels != model.in_channels:
+        raise ValueError(f"autoencoder {name} has latents of {channels} channels; the model's have {model.in_channels}")
+    return decoder
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None) -> Tensor:
-    """A model's latents (N, C, h, w) → pixels (N, 3, H, W) float32, around [-1, 1], on the autoencoder's device. They
-    are decoded in its dtype, batch_size at a time: by default, 8 on a GPU and 1 on a CPU."""
-    scaling, dtype, device = vae.config.scaling_factor, vae.dtype, vae.device
+def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None, data: DataConfig = _AS_IT_IS) -> Tensor:
+    """Latents (N, C, h, w) of a model of these data → pixels (N, 3, H, W) float32, around [-1, 1], on the autoencoder's
+    device. They are decoded in its dtype, batch_size at a time: by default, 8 on a GPU and 1 on a CPU."""
+    scaling, dtype, device = float(vae.config.scaling_factor), vae.dtype, vae.device
     parts = latents.split(batch_size or _batch_size(device))
-    return torch.cat([vae.decode(z.to(device, dtype) / scaling).sample.float() for z in parts])
+    undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
+    return torch.cat([vae.decode(z.to(dtype)).sample.float() for z in undone])
+
+
+def undo_normalisation(samples: Tensor, data: DataConfig, own_scale: float = 1.0) -> Tensor:
+    """Samples (N, C, h, w) as a model of these data draws them → what its data were before training normalised them:
+    x / scaling_factor * std + mean, float32; own_scale is the factor where the data name none."""
+    undone = samples.float() / (data.scaling_factor or own_scale)
+    if isinstance(data.channel_stats, tuple):
+        mean, std = torch.tensor(data.channel_stats, dtype=torch.float32, device=undone.device)[..., None, None]
+        undone = undone * std + mean
+    return undone
 
 
 def _batch_size(device: torch.device) -> int:
@@ -103,6 +147,19 @@ def _batch_size(device: torch.device) -> int:
 def pixels_per_latent(vae: Any) -> int:
     """Side of the square of pixels for one latent position of an AutoencoderKL."""
     return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
+    """The data of a model's samples with the autoencoder that decodes them; ValueError if its latents have another
+    size."""
+    factor, side = pixels_per_latent(vae), data.sample_size
+    # Without an autoencoder, the size of a latent may stand for the size of its image.
+    if data.autoencoder is None and data.image_size == side:
+        data = replace(data, image_size=side * factor, pixels_per_latent=factor)
+    if data.image_size != side * factor:
+        size = f"images of {data.image_size} pixels with latents of {side}x{side}"
+        raise ValueError(f"autoencoder {name} has {factor} pixels a latent; expected one for {size}")
+    return replace(data, autoencoder=name)
 
 
 class Encoder:

@@ -20,10 +20,10 @@ from ddt_fast.checks import require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import ImageFolder, list_images
-from ddt_fast.data.latent_cache import MANIFEST, check_owned
+from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, check_owned
 from ddt_fast.device import DTYPES, choose_device
 from ddt_fast.dinov2 import DinoV2
-from ddt_fast.files import output_folder
+from ddt_fast.files import output_folder, read_json
 from ddt_fast.ranks import process_ranks
 from ddt_fast.wording import plural, warn
 
@@ -101,8 +101,10 @@ def _open_folders(images: str | Path, output: str | Path) -> tuple[ImageFolder, 
     source = require_path("images", images)
     if require_path("output", output).resolve().is_relative_to(source.resolve()):
         raise ValueError(f"output folder {output} lies inside the image folder; name another")
-    folder, cache = list_images(source), output_folder(output)
+    cache = output_folder(output)
     check_owned(cache)
+    begun = read_json(cache / SETTINGS).get("class_names", []) if (cache / SETTINGS).exists() else []
+    folder = list_images(source, begun)
     if folder.ignored and process_ranks().rank == 0:
         warn(f"ignored {plural(len(folder.ignored), 'file')} not named like images, such as {folder.ignored[0]}")
     return folder, cache

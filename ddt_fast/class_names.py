@@ -1,7 +1,7 @@
 """Classes by name: find the label of a name, or the nearest names if it is unknown or ambiguous."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from numbers import Integral
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ddt_fast.config import Experiment
 
 IMAGENET_CLASSES = 1000
 _IMAGENET_FILE = Path(__file__).parent / "assets" / "imagenet" / "classes.txt"
@@ -61,7 +63,9 @@ class ClassNames:
         if not self.id2label:
             allowed = f"allowed: 0 to {self.num_classes - 1}"
             raise ValueError(f"class {given!r}: this model's classes have no names; {allowed}")
-        found = self._labels.get(_folded(given), [])
+        # A folder's name may have commas of its own.
+        whole = [label for label, names in self.id2label.items() if names == given]
+        found = whole or self._labels.get(_folded(given), [])
         if len(found) > 1:
             exact = [label for label in found if given in _split(self.id2label[label])]
             found = exact if len(exact) == 1 else found
@@ -90,6 +94,11 @@ class ClassNames:
             raise ValueError("no class is given; expected one or more")
         return [self.label(one) for one in several]
 
+    def short(self, label: int) -> str:
+        """The usual name of a class, or its label if it has no name, as text that any file can hold."""
+        name = _split(self.id2label.get(label, ""))[0] or str(label)
+        return name.encode("utf-8", "backslashreplace").decode()
+
     def search(self, text: str, limit: int = 20) -> list[int]:
         """Find up to `limit` labels whose names contain the text or resemble it, best first."""
         folded = _folded(text)
@@ -112,14 +121,39 @@ class ClassNames:
 @cache
 def imagenet_id2label() -> dict[int, str]:
     """Label → names of ImageNet's 1000 classes (ILSVRC 2012), the lemmas of their WordNet synsets."""
-    return {label: line.split(maxsplit=1)[1] for label, line in enumerate(_IMAGENET_FILE.read_text().splitlines())}
+    return dict(enumerate(_synsets().values()))
 
 
-def default_id2label(dataset: str, num_classes: int) -> dict[int, str]:
-    """The names that follow from the data: "0" to "9" for digits, ImageNet's for 1000 classes of latents, else none."""
+@cache
+def _synsets() -> dict[str, str]:
+    """WordNet id → lemmas, in the order of ImageNet's labels."""
+    return dict(line.split(maxsplit=1) for line in _IMAGENET_FILE.read_text().splitlines())
+
+
+def class_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class folders in the order of their labels: by name, or by number if all names are whole numbers."""
+    ordered = sorted(names)
+    numbers = all(name.isascii() and name.isdecimal() for name in ordered)
+    return tuple(sorted(ordered, key=int) if numbers else ordered)
+
+
+def default_id2label(dataset: str, num_classes: int, class_names: Sequence[str] | None = None) -> dict[int, str]:
+    """The names that follow from the data: "0" to "9" for digits; the class folders', which ImageNet's names replace if
+    they are its WordNet ids; if no names are known, ImageNet's for 1000 classes of latents, else none."""
     if dataset == "digits":
         return {label: str(label) for label in range(num_classes)}
-    return dict(imagenet_id2label()) if num_classes == IMAGENET_CLASSES else {}
+    if class_names is None:
+        return dict(imagenet_id2label()) if num_classes == IMAGENET_CLASSES else {}
+    synsets = _synsets()
+    if all(name in synsets for name in class_names):
+        class_names = [synsets[name] for name in class_names]
+    return dict(enumerate(class_names))
+
+
+def class_names_of(experiment: Experiment) -> ClassNames:
+    """The names of a model's classes, as far as its data say them."""
+    count = experiment.model.num_classes
+    return ClassNames(count, default_id2label(experiment.data.dataset, count, experiment.data.class_names))
 
 
 def _split(names: str) -> list[str]:

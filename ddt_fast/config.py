@@ -4,6 +4,8 @@ A wrong value raises ValueError at construction, with the name of the setting, t
 configuration that exists is valid.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Self
 
@@ -13,6 +15,8 @@ Solver = Literal["euler", "lms", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
 StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
+ChannelStats = tuple[tuple[float, ...], tuple[float, ...]]
+"""Means and standard deviations of C channels."""
 
 MAX_STEPS = 100_000
 """A plan lists every step, and a file that asks for a billion must not hang its reader."""
@@ -176,16 +180,24 @@ class SamplingConfig:
 class DataConfig:
     """The data to train on, and how samples become images.
 
+    A model sees a latent z as (z - mean) / std * scaling_factor. Training writes these numbers, the size of a latent
+    and the classes' names into the model's folder, as it finds them in the data; sampling undoes what they say.
+
     Args:
         dataset: "digits", scikit-learn's 8x8 grey digits, in pixel space; "latents", a folder of cached latents.
         image_size: side of the square image in pixels.
-        autoencoder: diffusers AutoencoderKL (hub id or local folder) between pixels and latents, 8 pixels a latent;
-            None for pixel space.
+        autoencoder: diffusers AutoencoderKL (hub id or local folder) between pixels and latents; None for pixel space,
+            or for latents that are sampled as they are.
         folder: the latents, a cache of `ddt_fast.cache_latents` or LightningDiT's shards.
         images: the image folder that the cache was made from, to compute REPA's features from; None takes the cached
             features.
-        scaling_factor: the factor of LightningDiT's shards, which do not record it.
-        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents.
+        pixels_per_latent: side of the square of pixels that a latent's position stands for; training takes it from the
+            data. None is 8 with an autoencoder, 1 without.
+        scaling_factor: the factor on latents: of LightningDiT's shards, which do not record it, or, in a model's
+            folder, of what it was trained on. None is the cache's, or the autoencoder's own.
+        channel_stats: LightningDiT's latents_stats.pt, to normalise its latents; in a model's folder the numbers of
+            that file, means and standard deviations.
+        class_names: label i is class_names[i]; training takes them from the cache. None if they are not known.
         verify: compare the checksums of the cache's shards once before training (`ddt_fast.data.verification`).
     """
 
@@ -194,34 +206,69 @@ class DataConfig:
     autoencoder: str | None = None
     folder: str | None = None
     images: str | None = None
+    pixels_per_latent: int | None = None
     scaling_factor: float | None = None
-    channel_stats: str | None = None
+    channel_stats: str | ChannelStats | None = None
+    class_names: tuple[str, ...] | None = None
     verify: bool = True
 
     def __post_init__(self) -> None:
         require_choices_and_flags(self)
         require_int("image_size", self.image_size, 1)
         require_name("autoencoder", self.autoencoder, "a hub id or a folder, or null for pixels")
-        for name in ("folder", "images", "channel_stats"):
+        for name in ("folder", "images"):
             require_name(name, getattr(self, name), "a path, or null")
+        if self.pixels_per_latent is not None:
+            require_int("pixels_per_latent", self.pixels_per_latent, 1)
         if self.scaling_factor is not None:
             require_number("scaling_factor", self.scaling_factor, 0, open_low=True)
+        if self.channel_stats is not None and not (isinstance(self.channel_stats, str) and self.channel_stats):
+            object.__setattr__(self, "channel_stats", _channel_stats(self.channel_stats))
+        if self.class_names is not None:
+            names = self.class_names
+            valid = isinstance(names, (tuple, list)) and all(isinstance(name, str) and name for name in names)
+            require(valid, "class_names", names, "a list of names, or null")
+            object.__setattr__(self, "class_names", tuple(names))
         if self.dataset == "digits":
             require(self.image_size == 8, "image_size", self.image_size, "8 for the digits")
-            for name in ("autoencoder", "folder", "images", "scaling_factor", "channel_stats"):
+            latents = ("pixels_per_latent", "scaling_factor", "channel_stats", "class_names")
+            for name in ("autoencoder", "folder", "images", *latents):
                 value = getattr(self, name)
                 require(value is None, name, value, "null for the digits, which are pixels and come with the package")
-        if self.autoencoder is not None:
-            require(self.image_size % 8 == 0, "image_size", self.image_size, "a multiple of 8, the VAE's factor")
+        factor = self._factor
+        rule = f"a multiple of pixels_per_latent ({factor})"
+        require(self.image_size % factor == 0, "image_size", self.image_size, rule)
 
     def without_places(self) -> Self:
         """The settings to save with a model: the paths of its training data mean nothing to others."""
-        return replace(self, folder=None, images=None, scaling_factor=None, channel_stats=None, verify=True)
+        stats = None if isinstance(self.channel_stats, str) else self.channel_stats
+        return replace(self, folder=None, images=None, channel_stats=stats, verify=True)
+
+    def in_latents(self, in_channels: int) -> bool:
+        """Whether samples of so many channels are latents: those of an autoencoder, or neither grey nor RGB pixels."""
+        return self.autoencoder is not None or (
+            self.dataset == "latents" and (self._factor > 1 or in_channels not in (1, 3))
+        )
+
+    @property
+    def _factor(self) -> int:
+        return self.pixels_per_latent or (1 if self.autoencoder is None else 8)
 
     @property
     def sample_size(self) -> int:
-        """Side of the model's input: a latent is 8 times smaller than its image."""
-        return self.image_size if self.autoencoder is None else self.image_size // 8
+        """Side of the model's input: a latent is pixels_per_latent times smaller than its image."""
+        return self.image_size // self._factor
+
+
+def _channel_stats(given: object) -> ChannelStats:
+    """Means and standard deviations, as JSON's lists or tuples, as tuples; ValueError for others."""
+    rule = "a path, null, or means and standard deviations above 0 of the channels"
+    pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Iterable) for part in given)
+    require(pair, "channel_stats", given, rule)
+    mean, std = (tuple(part) for part in given)  # type: ignore[attr-defined]
+    numbers = all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in mean + std)
+    require(numbers and len(mean) == len(std) > 0 and min(std) > 0, "channel_stats", given, rule)
+    return mean, std
 
 
 @dataclass(frozen=True)
@@ -332,8 +379,17 @@ class Experiment:
             require(model.in_channels == 1, "in_channels", model.in_channels, "1 for the digits")
             require(model.num_classes == 10, "num_classes", model.num_classes, "10 for the digits")
             require(repa_weight == 0, "repa_weight", repa_weight, "0 for the digits")
-        elif self.data.autoencoder is None:
-            require(model.in_channels in (1, 3), "in_channels", model.in_channels, "1 or 3 for pixels")
+        if isinstance(stats := self.data.channel_stats, tuple):
+            require(
+                len(stats[0]) == model.in_channels,
+                "in_channels",
+                model.in_channels,
+                f"{len(stats[0])}, the channels of channel_stats",
+            )
+        count = len(self.data.class_names or ())
+        require(
+            count <= model.num_classes, "num_classes", model.num_classes, f"{count} or more, as many as class_names"
+        )
         if repa_weight:
             encoder, block = model.num_encoder_blocks, self.training.repa_block
             require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")

@@ -5,6 +5,7 @@ executed.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -13,12 +14,14 @@ from torch import Tensor
 from ddt_fast.checks import require, require_choice, require_path
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import Experiment
+from ddt_fast.data.latent_dataset import read_channel_stats
 from ddt_fast.device import dtype_name
 from ddt_fast.files import check_replaceable
 from ddt_fast.model.card import write_model_card
 from ddt_fast.model.lightning import LightningWeights, check_projector, read_lightning, write_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import (
+    CONFIG_NAME,
     OWNED_NAMES,
     build_model,
     experiment_of,
@@ -32,6 +35,9 @@ from ddt_fast.model.weights import (
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.checkpoint import TRAINER, newest_checkpoint, read_checkpoint
 from ddt_fast.wording import plural
+
+_ORIGINAL_SCALE = 0.18215
+"""The original code's autoencoder's, Stable Diffusion's."""
 
 WeightChoice = Literal["ema", "raw", "both"]
 
@@ -119,7 +125,11 @@ def _import(source: Path, out: Path, which: WeightChoice, settings: _Settings, s
     check_replaceable(out, OWNED_NAMES)
     sets = _read(source, skip)
     experiment, model, raw = _choose(source, sets, which, settings)
-    save_model(model, out, experiment.data.without_places(), experiment.sampling, raw, sets.projector)
+    data = experiment.data
+    if isinstance(data.channel_stats, str):  # in a recipe.yaml
+        stats = read_channel_stats(Path(data.channel_stats), experiment.model.in_channels)
+        data = replace(data, channel_stats=stats)
+    save_model(model, out, data.without_places(), experiment.sampling, raw, sets.projector)
     write_model_card(out)
     parts = {"ema": "EMA weights", "raw": "raw weights", "both": "EMA weights, raw weights beside them"}[which]
     print(f"wrote {parts}{', REPA projector' if sets.projector else ''}: {out}")
@@ -132,11 +142,15 @@ def _export(source: Path, out: Path, weights: WeightChoice | None, settings: _Se
         raise ValueError(f"{out} lies inside {source}; name another place")
     sets = _read(source)
     which = weights or ("both" if sets.raw else "ema")
-    _, model, raw = _choose(source, sets, which, settings)
+    experiment, model, raw = _choose(source, sets, which, settings)
     write_lightning(out, model.state_dict(), raw, sets.projector)
     why = "" if sets.raw else "there are no raw weights: "
     note = "" if raw else f" ({why}denoiser.* are the same as ema_denoiser.*)"
     print(f"wrote {out} for the original code{note}")
+    data = experiment.data
+    if data.channel_stats is not None or data.scaling_factor not in (None, _ORIGINAL_SCALE):
+        lost = f"scaling_factor {data.scaling_factor}" + ", channel_stats" * (data.channel_stats is not None)
+        print(f"not in {out}, which has no place for it: how latents were normalised ({lost})")
 
 
 def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
@@ -174,7 +188,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: _Settings) 
     """The model's settings: from its folder, a file, the named preset, or the preset with its shapes, which is
     printed."""
     if _is_run(source):
-        return read_settings(source / TRAINER)
+        return read_settings(source / "model" / CONFIG_NAME)
     if has_config(source):
         if settings.config is not None:
             raise ValueError(f"config is for checkpoints without config.json; {source} has one")

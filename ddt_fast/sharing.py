@@ -140,7 +140,7 @@ def study_refreshes(
     budget = own.num_refreshes or max(1, own.num_steps // 6) if num_refreshes is None else num_refreshes
     own = replace(own, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
     require_int("num_samples", num_samples, 1)
-    weight_dtype = choose_dtype(dtype, place, latents=experiment.data.autoencoder is not None)
+    weight_dtype = choose_dtype(dtype, place, latents=experiment.data.in_latents(experiment.model.in_channels))
     folder = output_folder(output_dir)
     check_no_folder(folder / _PICTURE, folder / _DATA)
     reference = load_model(source, place, weight_dtype, experiment.model)

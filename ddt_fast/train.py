@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"stopped after step {result.step} of {experiment.training.max_steps}; --resume auto continues")
         return
     print(f"model: {output_dir / 'model'}")
-    if experiment.training.sample_every:
+    if (output_dir / "samples.png").is_file():
         print(f"samples: {output_dir / 'samples.png'}")
     for kind, score in result.scores.items():
         print(f"{kind}: {score}")

@@ -15,7 +15,7 @@ from ddt_fast.presets import PRESETS
     [
         (Draws, {"num_images": 2.5}, r"num_images is 2\.5; allowed: a whole number, 1 or more"),
         (Draws, {"num_images": "3"}, "num_images is '3'"),
-        (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of whole numbers, at least one"),
+        (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of labels or names, at least one"),
         (Draws, {"classes": [True]}, r"classes is \[True\]"),
         (Draws, {"classes": 3}, "classes is 3"),
         (Draws, {"classes": []}, r"classes is \[\]"),

@@ -59,7 +59,8 @@ def test_from_images_to_batches(images, autoencoder, tmp_path, capsys):
     assert "32 latents of 11 classes in 4 shards" in output.out
     assert re.search(r"photos/cut\.jpg: image file is truncated", output.out)
     assert "img/s" in output.err
-    dataset = LatentDataset(tmp_path, shape=(4, 4, 4))
+    dataset = LatentDataset(tmp_path)
+    assert dataset.shape == (4, 4, 4)
     assert wrong_shards(dataset, dataset.checksums) == []
     encoder = Encoder(str(autoencoder), torch.device("cpu"))
     assert dataset.scaling_factor == encoder.scaling_factor == 0.18215

@@ -73,9 +73,22 @@ IMPOSSIBLE = {
         ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: digits, latents"),
         ({"image_size": 16}, "image_size is 16; allowed: 8"),
         ({"folder": "x"}, "folder is 'x'; allowed: null for the digits"),
-        ({"dataset": "latents", "image_size": 250, "autoencoder": "some/vae"}, "multiple of 8"),
+        (
+            {"dataset": "latents", "image_size": 250, "autoencoder": "some/vae"},
+            r"a multiple of pixels_per_latent \(8\)",
+        ),
         ({"dataset": "latents", "autoencoder": ""}, "autoencoder is ''; allowed: a hub id or a folder"),
         ({"dataset": "latents", "scaling_factor": 0}, "scaling_factor is 0; allowed: a number above 0"),
+        ({"dataset": "latents", "pixels_per_latent": 0}, "pixels_per_latent is 0; allowed: a whole number, 1 or more"),
+        (
+            {"dataset": "latents", "channel_stats": [[0.0], [0.0]]},
+            "channel_stats is .*; allowed: .* deviations above 0",
+        ),
+        ({"dataset": "latents", "channel_stats": [[0.0, 1.0], [1.0]]}, "channel_stats is"),
+        ({"dataset": "latents", "channel_stats": [[float("nan")], [1.0]]}, "channel_stats is"),
+        ({"dataset": "latents", "channel_stats": ""}, "channel_stats is ''; allowed: a path, null, or means"),
+        ({"dataset": "latents", "class_names": ["cat", 3]}, "class_names is .*; allowed: a list of names, or null"),
+        ({"class_names": ["cat"]}, "class_names is .*; allowed: null for the digits"),
     ],
 }
 
@@ -96,7 +109,13 @@ def test_impossible_settings_are_refused(part, settings, message):
         (DIGITS, "model", {"num_classes": 1000}, "num_classes is 1000"),
         (DIGITS, "training", {"repa_weight": 0.5}, "repa_weight is 0.5; allowed: 0 for the digits"),
         (B2, "training", {"repa_block": 9}, r"repa_block is 9; allowed: 1 to num_encoder_blocks \(8\)"),
-        (B2, "data", {"image_size": 16, "autoencoder": None}, "in_channels is 4; allowed: 1 or 3 for pixels"),
+        (
+            B2,
+            "data",
+            {"channel_stats": ((0.0,), (1.0,))},
+            "in_channels is 4; allowed: 1, the channels of channel_stats",
+        ),
+        (B2, "data", {"class_names": ("a",) * 1001}, "num_classes is 1000; allowed: 1001 or more"),
         (B2, "training", {"score_samples": 100}, "score_samples is 100; allowed: 0: only digits can be scored"),
     ],
 )
@@ -152,3 +171,10 @@ def test_derived_sizes():
     assert DDTConfig(1, 2, 64, 2, 4, 3, 10).mlp_hidden_size == 170
     assert config.num_tokens(32, 64) == 512
     assert [PRESETS[name].data.sample_size for name in ("xl2_256", "xl2_512", "digits")] == [32, 64, 8]
+
+
+def test_what_samples_are_follows_from_the_data():
+    latents = DataConfig("latents", 256, pixels_per_latent=16)
+    assert (latents.sample_size, latents.in_latents(3)) == (16, True)
+    cases = [(DataConfig(), 1, False), (DataConfig("latents", 64), 3, False), (DataConfig("latents", 64), 4, True)]
+    assert [data.in_latents(channels) for data, channels, _ in cases] == [latent for *_, latent in cases]

@@ -26,7 +26,7 @@ class CachedImages:
         settings = dataset.settings
         if settings is None:
             raise ValueError("LightningDiT's shards do not record their images; expected a cache of ddt-fast")
-        folder = list_images(root)
+        folder = list_images(root, settings.class_names)
         if len(folder.files) != settings.num_images:
             raise ValueError(
                 f"{root} holds {plural(len(folder.files), 'image')}; the cache was made from {settings.num_images}"

@@ -6,6 +6,8 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from ddt_fast.config import DataConfig
+
 LEVELS = 16
 
 
@@ -29,6 +31,10 @@ class DigitsDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def described(self, data: DataConfig) -> DataConfig:
+        """The settings as they are."""
+        return data
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
         """(n, 1, 8, 8) float32: the images of these indices, neither flipped nor random."""

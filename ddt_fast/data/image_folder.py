@@ -1,7 +1,7 @@
 """Images in class folders, as in ImageNet, and the crop that ADM and its successors train on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from ddt_fast.class_names import class_order
 
 EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
@@ -23,7 +25,7 @@ class ImageFolder:
 
     Attributes:
         root: the folder.
-        class_names: sub-folder names, sorted; a label is an index into them.
+        class_names: sub-folder names, in `class_order`; a label is an index into them.
         files: paths relative to root with forward slashes, sorted within a class, class after class.
         labels: the class of each file.
         ignored: files below root that are not named like images.
@@ -45,14 +47,17 @@ def find_images(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         yield Path(place), images, sorted({*names} - {*images})
 
 
-def list_images(root: Path) -> ImageFolder:
-    """List every image below the sub-folders of root (see `find_images`); nothing is opened. ValueError if root is not
-    a folder, has no sub-folders, or a sub-folder holds no images."""
+def list_images(root: Path, class_names: Sequence[str] = ()) -> ImageFolder:
+    """List every image below the sub-folders of root (see `find_images`); nothing is opened. Classes are in
+    `class_order`, or that of class_names, if these are all of them. ValueError if root is not a folder, has no
+    sub-folders, or a sub-folder holds no images."""
     if not root.is_dir():
         raise ValueError(f"image folder {root} {'is not a folder' if root.exists() else 'does not exist'}")
     with os.scandir(root) as scan:
         entries = sorted((entry for entry in scan if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    class_names = tuple(entry.name for entry in entries if entry.is_dir())
+    folders = class_order(entry.name for entry in entries if entry.is_dir())
+    # A cache of before numbers were in numeric order keeps its own.
+    class_names = tuple(class_names) if sorted(class_names) == sorted(folders) else folders
     if not class_names:
         raise ValueError(f"image folder {root} holds no class folders; expected one folder of images per class")
     files: list[str] = []

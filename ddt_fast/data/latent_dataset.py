@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ddt_fast.config import ChannelStats, DataConfig
 from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, storage_dtype
 from ddt_fast.files import read_json
 from ddt_fast.wording import one_line
@@ -74,6 +74,18 @@ class _Names:
     features: str | None
 
 
+def read_channel_stats(path: Path, channels: int) -> ChannelStats:
+    """The numbers of LightningDiT's latents_stats.pt; ValueError if it does not hold them for so many channels."""
+    try:
+        stats = torch.load(path, map_location="cpu", weights_only=True)
+        mean, std = (tuple(stats[name].float().reshape(channels).tolist()) for name in ("mean", "std"))
+    except Exception as error:  # the unpickler may raise anything on damaged bytes
+        raise ValueError(f"channel statistics {path} cannot be used: {one_line(error)}") from error
+    if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise ValueError(f"channel statistics {path} cannot be used: numbers that are not finite, or no std above 0")
+    return mean, std
+
+
 class LatentDataset:
     """The cached latents of a folder: a cache of `python -m ddt_fast.cache_latents`, or LightningDiT's shards.
 
@@ -82,10 +94,9 @@ class LatentDataset:
 
     Args:
         folder: the cache.
-        shape: the (C, h, w) that latents must have; None accepts any.
         scaling_factor: factor on the latents. None takes the cache's own; LightningDiT's shards need it.
-        channel_stats: LightningDiT's `latents_stats.pt` ({"mean", "std"}, C values each): latents become
-            (latents - mean) / std * scaling_factor. None, for Stable Diffusion's VAE, does not normalise.
+        channel_stats: LightningDiT's `latents_stats.pt` ({"mean", "std"}, C values each), or its numbers: latents
+            become (latents - mean) / std * scaling_factor. None, for Stable Diffusion's VAE, does not normalise.
         features: also read the DINOv2 features that `ddt_fast.cache_latents --repa-encoder` cached.
 
     Attributes:
@@ -95,6 +106,7 @@ class LatentDataset:
         labels: (N,) int64.
         shape: (C, h, w).
         scaling_factor: the factor applied.
+        channel_stats: the means and standard deviations applied, if any.
         num_classes: classes of the image folder; for LightningDiT's shards, the highest label + 1.
         has_flips: whether there are mirrored images.
         has_posterior: whether latents can be drawn again.
@@ -111,9 +123,8 @@ class LatentDataset:
         self,
         folder: Path,
         *,
-        shape: Sequence[int] | None = None,
         scaling_factor: float | None = None,
-        channel_stats: Path | None = None,
+        channel_stats: str | Path | ChannelStats | None = None,
         features: bool = False,
     ) -> None:
         if not folder.is_dir():
@@ -143,7 +154,7 @@ class LatentDataset:
             how = "python -m ddt_fast.cache_latents --repa-encoder facebook/dinov2-base makes a cache with them"
             raise ValueError(f"{folder} holds no features; {how}, in another folder")
         self._feature_dtype = storage_dtype(self.settings.dtype) if self.settings else None
-        self._check_shards(shape)
+        self._check_shards()
         self._set_scale(channel_stats)
         counts = [len(shard.tensors["labels"]) for shard in self._shards]
         self._ends: NDArray[np.int64] = np.cumsum(counts, dtype=np.int64)
@@ -192,20 +203,19 @@ class LatentDataset:
             self._shards.append(Shard(file))
         return settings
 
-    def _check_shards(self, shape: Sequence[int] | None) -> None:
+    def _check_shards(self) -> None:
         """Find out what the shards hold, and check that all hold it in the same shape and dtype."""
         first = self._shards[0].tensors
         self.has_posterior = "mean" in first
         name = "mean" if self.has_posterior else "latents"
         self.has_flips = f"{name}_flip" in first
         self.shape = tuple(first[name].shape[1:]) if name in first else ()
-        latent = self.shape if shape is None else tuple(shape)
         rows: dict[str, tuple[int, ...]] = {}
         self._views = []
         for suffix in ("", "_flip") if self.has_flips else ("",):
             logvar = f"logvar{suffix}" if self.has_posterior else None
             view = _Names(name + suffix, logvar, f"features{suffix}" if self.feature_shape else None)
-            rows |= {known: latent for known in (view.mean, view.logvar) if known}
+            rows |= {known: self.shape for known in (view.mean, view.logvar) if known}
             if view.features and self.feature_shape:
                 rows[view.features] = self.feature_shape
             self._views.append(view)
@@ -222,20 +232,47 @@ class LatentDataset:
                 right = tensor.is_floating_point() != (entry == "labels")
                 if not right or (entry.startswith("features") and tensor.dtype != self._feature_dtype):
                     raise ValueError(f"{shard.path} holds {entry} as {tensor.dtype}")
+        if len(self.shape) != 3:
+            raise ValueError(f"{self._shards[0].path} holds {name} of shape {self.shape}; expected (C, h, w) for each")
 
-    def _set_scale(self, channel_stats: Path | None) -> None:
+    def described(self, data: DataConfig) -> DataConfig:
+        """The settings, completed by what a model of these latents must know of them.
+
+        Raises:
+            ValueError: the latents have another size than the settings say.
+        """
+        _, height, width = self.shape
+        if height != width:
+            raise ValueError(f"{self.folder} holds latents of {height}x{width}; allowed: squares")
+        made = self.settings and self.settings.image_size
+        if made not in (None, data.image_size) and (data.autoencoder is not None or data.image_size != height):
+            where = f"the size that {self.folder} was made at (--data.image_size {made})"
+            raise ValueError(f"image_size is {data.image_size}; allowed: {made}, {where}")
+        if data.image_size % height:
+            raise ValueError(
+                f"image_size is {data.image_size}; allowed: a multiple of {height}, the side of the latents in "
+                f"{self.folder}"
+            )
+        factor = data.image_size // height
+        return replace(
+            data,
+            pixels_per_latent=factor,
+            scaling_factor=self.scaling_factor,
+            channel_stats=self.channel_stats,
+            class_names=self.settings.class_names if self.settings else data.class_names,
+        )
+
+    def _set_scale(self, channel_stats: str | Path | ChannelStats | None) -> None:
         """Set latents = drawn * self._scale + self._shift: one number per channel, or a single scale and no shift."""
         self._scale: Tensor = torch.tensor(float(self.scaling_factor))
         self._shift: Tensor | None = None
-        if channel_stats is None:
-            return
-        try:
-            stats = torch.load(channel_stats, map_location="cpu", weights_only=True)
-            mean, std = (stats[name].float().reshape(self.shape[0], 1, 1) for name in ("mean", "std"))
-        except Exception as error:  # the unpickler may raise anything on damaged bytes
-            raise ValueError(f"channel statistics {channel_stats} cannot be used: {one_line(error)}") from error
-        self._scale = self._scale / std
-        self._shift = -mean * self._scale
+        if isinstance(channel_stats, (str, Path)):
+            channel_stats = read_channel_stats(Path(channel_stats), self.shape[0])
+        self.channel_stats = channel_stats
+        if channel_stats is not None:
+            mean, std = torch.tensor(channel_stats)[..., None, None]
+            self._scale = self._scale / std
+            self._shift = -mean * self._scale
 
     def image_places(self) -> NDArray[np.int64]:
         """(N,) places of the latents' images in the sorted list of the image folder; ValueError if the shards do not

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.config import Experiment
+from ddt_fast.class_names import class_order
+from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.data.digits import DigitsDataset
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.ranks import process_ranks
@@ -35,6 +36,10 @@ class DataSource(Protocol):
 
     def __len__(self) -> int: ...
 
+    def described(self, data: DataConfig) -> DataConfig:
+        """The settings, completed by what a model of these samples must know of them: their size, what was done to
+        them, the classes' names."""
+
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
         """(n, C, h, w) float32: the model's input for these samples, mirrored where flips is true; whatever is random
         depends only on seeds (n,)."""
@@ -52,11 +57,13 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
         raise ValueError("data.folder is null; name the folder of cached latents (ddt_fast.cache_latents makes one)")
     dataset = LatentDataset(
         Path(data.folder),
-        shape=(model.in_channels, data.sample_size, data.sample_size),
         scaling_factor=data.scaling_factor,
-        channel_stats=None if data.channel_stats is None else Path(data.channel_stats),
+        channel_stats=data.channel_stats,
         features=training.repa_weight > 0 and data.images is None,
     )
+    if (channels := dataset.shape[0]) != model.in_channels:
+        where = f"the channels of the latents in {data.folder} (--model.in_channels {channels})"
+        raise ValueError(f"in_channels is {model.in_channels}; allowed: {channels}, {where}")
     classes = f"{data.folder} holds {plural(dataset.num_classes, 'class')}"
     if dataset.num_classes > model.num_classes:
         raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: {dataset.num_classes} or more")
@@ -64,6 +71,14 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
         warnings.warn(
             f"{classes}, num_classes is {model.num_classes}: the other classes are never trained, but are sampled "
             "unless you choose classes",
+            stacklevel=2,
+        )
+    names = dataset.settings.class_names if dataset.settings else ()
+    if names != (ordered := class_order(names)) and process_ranks().rank == 0:
+        label = next(label for label, name in enumerate(names) if name != ordered[label])
+        warnings.warn(
+            f"the classes of {data.folder} are numbers in the order of text: label {label} is folder {names[label]!r}, "
+            f"not {ordered[label]!r}; the model keeps these names, and a new cache has the order of the numbers",
             stacklevel=2,
         )
     return dataset

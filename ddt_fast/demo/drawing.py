@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ddt_fast.autoencoder import decode_latents
 from ddt_fast.data.image_folder import Images
 from ddt_fast.demo.requests import Request
 from ddt_fast.generation.images import to_uint8
@@ -174,8 +173,7 @@ def _sample(
 
 
 def _pixels(request: Request, samples: Tensor) -> Images:
-    vae = request.pipe.vae
-    return to_uint8(samples if vae is None else decode_latents(vae, samples))
+    return to_uint8(request.pipe.pixels(samples))
 
 
 def _file_names(request: Request) -> list[str]:

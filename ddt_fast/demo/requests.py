@@ -133,7 +133,7 @@ def _load(source: Path, preset: str | None, device: torch.device, dtype: str) ->
         pipe = DDTPipeline.from_single_file(source, preset=None if has_config(source) else preset)
     else:
         pipe = DDTPipeline.from_pretrained(source)
-    if pipe.vae is None and pipe.data.autoencoder is not None:
+    if pipe.lacks_vae:
         raise ValueError(f"{source} draws latents and has no autoencoder; expected a pipeline folder with vae/")
     # The autoencoder stays in float32, as in the sample command. Module's own `to`, because diffusers' warns at casts.
     torch.nn.Module.to(pipe.transformer, choose_dtype(dtype, device, latents=pipe.vae is not None))

@@ -64,12 +64,13 @@ class PixelConverter:
 
     Args:
         device: the samples' device.
-        decode: latents → pixels in [-1, 1]; None for a pixel-space model.
+        decode: samples → pixels in [-1, 1], or the latents to write; None for samples that are pixels.
         batch_size: samples decoded at a time, which bounds the memory for pixels as floats.
+        quantize: whether to convert to uint8 images; False leaves latents (n, C, h, w) float32.
     """
 
-    def __init__(self, device: torch.device, decode: Decode | None, batch_size: int) -> None:
-        self._decode, self._batch_size = decode, batch_size
+    def __init__(self, device: torch.device, decode: Decode | None, batch_size: int, quantize: bool = True) -> None:
+        self._decode, self._batch_size, self._quantize = decode, batch_size, quantize
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def mark(self) -> torch.cuda.Event | None:
@@ -93,10 +94,10 @@ class PixelConverter:
         for part in samples.split(self._batch_size):
             images = part if self._decode is None else self._decode(part)
             finite.append(images.isfinite().flatten(1).all(1))
-            pixels = quantize_pixels(images)
+            pixels = quantize_pixels(images) if self._quantize else images
             if self._stream is not None:
                 # Only a copy to page-locked memory does not make the host, and with it the other stream, wait.
-                host = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=True)
+                host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
                 pixels = host.copy_(pixels, non_blocking=True)
             parts.append(pixels)
         if self._stream is not None:

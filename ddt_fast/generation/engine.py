@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ddt_fast.autoencoder import Decoder
-from ddt_fast.config import Experiment, SamplingConfig
+from ddt_fast.config import DataConfig, Experiment, SamplingConfig
 from ddt_fast.device import choose_device, choose_dtype, cpu_has_int8, dtype_name
 from ddt_fast.generation.settings import Engine
 from ddt_fast.model import DDT, FusedDDT
@@ -28,10 +28,10 @@ class LoadedEngine:
     Attributes:
         model: the model to run.
         sampling: the sampling settings, with refresh steps chosen.
-        size: side of the model's input.
+        data: how samples become images.
         batch_size: samples drawn at a time.
         description: the model in words.
-        decode: latents → pixels in [-1, 1]; None for a pixel-space model.
+        decode: latents → pixels in [-1, 1]; None for a pixel-space model, or to write latents as they are.
         memory_budget: bytes that may be kept between steps, or None.
         compile: whether to compile the model with torch.compile.
         settings: everything the images depend on, as plain JSON values.
@@ -39,7 +39,7 @@ class LoadedEngine:
 
     model: DDT | FusedDDT
     sampling: SamplingConfig
-    size: int
+    data: DataConfig
     batch_size: int
     description: str
     decode: Decoder | None
@@ -51,6 +51,16 @@ class LoadedEngine:
     def device(self) -> torch.device:
         """The model's device."""
         return next(self.model.parameters()).device
+
+    @property
+    def draws_latents(self) -> bool:
+        """Whether samples are written as latents, not as images."""
+        return self.decode is None and self.data.in_latents(self.model.config.in_channels)
+
+    @property
+    def size(self) -> int:
+        """Side of the model's input."""
+        return self.data.sample_size
 
     @property
     def plan(self) -> SamplingPlan:
@@ -97,6 +107,7 @@ def load_engine(
     sampling: SamplingConfig,
     engine: Engine,
     device: torch.device,
+    decode: Decoder | None,
     count: int,
     ranks: Ranks,
 ) -> LoadedEngine:
@@ -109,7 +120,8 @@ def load_engine(
     """
     data, budget = experiment.data, engine.budget_bytes
     # Between int8 GEMMs, float32 is faster.
-    dtype = choose_dtype(engine.dtype, device, data.autoencoder is not None and engine.quantize is None)
+    latents = data.in_latents(experiment.model.in_channels)
+    dtype = choose_dtype(engine.dtype, device, latents and engine.quantize is None)
     reference = load_model(checkpoint, device, dtype, experiment.model)
     model, description = _prepare(reference, engine, ranks)
     size = data.sample_size
@@ -121,11 +133,10 @@ def load_engine(
         batch_size = fitting_batch_size(plan, model, asked, size, size, budget)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
-    decode = None if data.autoencoder is None else Decoder(data.autoencoder, device)
     return LoadedEngine(
         model,
         sampling,
-        size,
+        data,
         batch_size,
         description,
         decode,
@@ -139,8 +150,16 @@ def load_engine(
             "quantize": engine.quantize,
             "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
             "autoencoder_sha256": None if decode is None else decode.sha256(),
+            **_normalisation(data, decode),
         },
     )
+
+
+def _normalisation(data: DataConfig, decode: Decoder | None) -> dict[str, Any]:
+    """What is undone besides the autoencoder's own scale: nothing for most models."""
+    own = None if decode is None else decode.vae.config.scaling_factor
+    numbers = {"scaling_factor": data.scaling_factor, "channel_stats": data.channel_stats}
+    return numbers if data.channel_stats is not None or data.scaling_factor not in (None, own) else {}
 
 
 def _prepare(reference: DDT, engine: Engine, ranks: Ranks) -> tuple[DDT | FusedDDT, str]:

@@ -11,11 +11,12 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ddt_fast.data.image_folder import Images
@@ -58,15 +59,20 @@ def finish(
         _remove_temporaries(output_dir)
         began = time.perf_counter()
         makers: list[dict[str, Any]] = []
-        shape = (len(assignment), *shards.read(0)[0].shape[1:])
+        first = shards.read(0)[0]
+        shape, latents = (len(assignment), *first.shape[1:]), first.dtype == np.float32
         with (
             writing(output_dir / SAMPLES),
             atomic_file(output_dir / RECORD) as record_file,
-            _pictures(output_dir) as (folder, grid),
+            nullcontext() if latents else _pictures(output_dir) as pictures,
             atomic_file(output_dir / SAMPLES) as samples,
         ):
-            write_npz(samples, shape, _stream(shards, makers), labels=assignment.labels, seeds=assignment.seeds)
-            _draw(open_images(samples), assignment, folder, grid, num_png)
+            arrays = {"labels": assignment.labels, "seeds": assignment.seeds}
+            write_npz(samples, shape, _stream(shards, makers), latents=latents, **arrays)
+            if pictures is None:  # an earlier job's would be taken for these samples'
+                _remove_pictures(output_dir)
+            else:
+                _draw(open_images(samples), assignment, *pictures, num_png)
             record = {
                 "fingerprint": fingerprint(shards.settings),
                 "num_images": len(assignment),
@@ -107,6 +113,11 @@ def _pictures(output_dir: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, grid
 
 
+def _remove_pictures(output_dir: Path) -> None:
+    shutil.rmtree(output_dir / "images", ignore_errors=True)
+    (output_dir / "grid.png").unlink(missing_ok=True)
+
+
 def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_png: int) -> None:
     labels = assignment.labels.tolist()
 
@@ -117,7 +128,8 @@ def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_
     with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter's lock
         list(pool.map(save, assignment.first_draws(num_png).tolist()))
     shown = assignment.first_draws(GRID_IMAGES).tolist()
-    labelled_grid(images[shown], [str(labels[p]) for p in shown], grid_columns(len({*labels}))).save(grid)
+    captions = [assignment.names.get(labels[p], str(labels[p])) for p in shown]
+    labelled_grid(images[shown], captions, grid_columns(len({*labels}))).save(grid)
 
 
 def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:

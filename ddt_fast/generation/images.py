@@ -49,5 +49,7 @@ def labelled_grid(images: Images, captions: Sequence[str], columns: int = 10) ->
         left, top = i % columns * cell_width, i // columns * cell_height
         enlarged = Image.fromarray(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         grid.paste(enlarged, (left, top))
+        while len(caption) > 1 and font.getlength(caption) > cell_width:
+            caption = f"{caption[:-2]}…"
         draw.text((left + width * zoom / 2, top + height * zoom + 1), caption, fill="black", font=font, anchor="ma")
     return grid

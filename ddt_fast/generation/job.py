@@ -5,7 +5,7 @@ and label, a shard only on its number, and finished samples are never drawn agai
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ddt_fast.autoencoder import deterministic_convolutions
+from ddt_fast.autoencoder import deterministic_convolutions, open_decoder, undo_normalisation
 from ddt_fast.checks import require_kind
+from ddt_fast.class_names import class_names_of
 from ddt_fast.config import SamplingConfig
 from ddt_fast.files import output_folder
 from ddt_fast.generation.background import Background, OnImages, PixelConverter, ShardWriter, Timings
@@ -57,7 +58,8 @@ def generate(
 
     Under torchrun the processes share the work. Written to output_dir: samples.npz (`arr_0` (N, H, W, 3) uint8,
     `labels`, `seeds`), images/ (PNGs), grid.png, generation.json (settings, counts, hardware, commit), and with
-    `scoring` metrics.json. A report is printed.
+    `scoring` metrics.json. Latents of a model without an autoencoder are `latents` (N, C, h, w) float32 in samples.npz,
+    as its data were before training normalised them, without pictures. A report is printed.
 
     Args:
         checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
@@ -68,8 +70,8 @@ def generate(
         engine: device, dtype, batch size, memory, implementation; None: the best device, batches of 100.
         outputs: PNGs, shards, and whether to drop an earlier job; None: see `Outputs`.
         scoring: the reference to score the samples against, and how; None scores nothing.
-        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, once for each of this
-            process's images: first those of earlier runs, then, in a background thread, each batch when it is drawn.
+        on_images: called with positions in samples.npz (n,) and images (n, H, W, 3) uint8, or latents, once for each of
+            this process's samples: first those of earlier runs, then, in a background thread, each batch when drawn.
 
     Returns:
         The folder.
@@ -127,15 +129,23 @@ class Job:
         experiment = experiment_of(source, preset)
         sampling = experiment.sampling if sampling is None else sampling
         require_kind("sampling", sampling, SamplingConfig)
-        data = experiment.data
-        assignment = assign(draws, experiment.model.num_classes, 100 if data.autoencoder is None else 16)
+        latents = experiment.data.in_latents(experiment.model.in_channels)
+        assignment = assign(draws, class_names_of(experiment), 16 if latents else 100)
         path = output_folder(output_dir)
         check_output(path)
+        decode = open_decoder(experiment, device, engine.autoencoder)
+        if decode is not None:
+            experiment = replace(experiment, data=decode.data)
+        elif latents:
+            if scoring is not None:
+                raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
+            outputs = replace(outputs, num_png=0)
+        data = experiment.data
         scorer = None
         if scoring is not None:
             require_kind("scoring", scoring, Scoring)
             scorer = Scorer(scoring, path, len(assignment), data.image_size, device, ranks)
-        loaded = load_engine(source, experiment, sampling, engine, device, len(assignment), ranks)
+        loaded = load_engine(source, experiment, sampling, engine, device, decode, len(assignment), ranks)
         shard_size = loaded.batch_size * max(1, SHARD_IMAGES // loaded.batch_size)
         folder = JobFolder(path, {**assignment.words, **loaded.settings}, len(assignment), shard_size, outputs, ranks)
         plan, size = loaded.plan, loaded.size
@@ -186,23 +196,33 @@ class Job:
         if record is None:
             print(f"{ranks.who}finished its shards; the last process to finish writes {path / 'samples.npz'}")
         elif record is not earlier:
-            print(f"{ranks.who}wrote images/, grid.png, samples.npz and generation.json to {path}")
+            what = (
+                "latents, not pictures (no autoencoder is named): "
+                if self.engine.draws_latents
+                else "images/, grid.png, "
+            )
+            print(f"{ranks.who}wrote {what}samples.npz and generation.json to {path}")
         if self.scorer is not None:
             self.scorer.finish(self.folder)
 
     def _draw(self, sampler: Sampler, hooks: list[OnImages]) -> None:
         """Draw the batches, while a background thread decodes, converts and writes the images."""
-        folder, ranks, decode = self.folder, self.folder.ranks, self.engine.decode
+        folder, ranks, engine = self.folder, self.folder.ranks, self.engine
         folder.shards.begin()
         began = time.perf_counter()
         shape, num_steps = (sampler.model.config.in_channels, *sampler.image_size), len(sampler.plan.steps)
         batch_size = sampler.batch_size
-        converter = PixelConverter(sampler.device, decode, batch_size if decode is None else decode.batch_size)
-        made_with = self.engine.made_with(sampler, ranks)
+        converter = PixelConverter(
+            sampler.device,
+            engine.decode or partial(undo_normalisation, data=engine.data),
+            batch_size if engine.decode is None else engine.decode.batch_size,
+            quantize=not engine.draws_latents,
+        )
+        made_with = engine.made_with(sampler, ranks)
         writer = ShardWriter(folder.shards, converter, made_with, hooks, self.timings)
         bar = tqdm(
             total=folder.num_images,
-            desc=f"{ranks.who}{sampler.engine}, {self.engine.description}",
+            desc=f"{ranks.who}{sampler.engine}, {engine.description}",
             unit="img",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} img [{elapsed}<{remaining}, {rate_fmt}]",
             smoothing=0,

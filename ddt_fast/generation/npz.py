@@ -18,24 +18,32 @@ from ddt_fast.wording import plural
 _LOCAL_HEADER = struct.Struct("<26x2H")  # the lengths of the name and of the extra field
 
 
-def write_npz(path: Path, shape: tuple[int, int, int, int], images: Iterable[Images], **arrays: NDArray) -> None:
-    """Write arr_0, uint8 of this shape, from consecutive parts, and other arrays by name; ValueError if the parts do
-    not make up the shape."""
+def write_npz(
+    path: Path,
+    shape: tuple[int, int, int, int],
+    samples: Iterable[NDArray],
+    *,
+    latents: bool = False,
+    **arrays: NDArray,
+) -> None:
+    """Write images of this shape, uint8, as arr_0, or latents, float32, as LightningDiT's shards name them, from
+    consecutive parts, and other arrays by name; ValueError if the parts do not make up the shape."""
+    name, dtype = ("latents", np.dtype("<f4")) if latents else ("arr_0", np.dtype("|u1"))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         count = 0
         # The size is not known when a member begins: without zip64 it would be limited to 4 GiB.
-        with archive.open(_member("arr_0"), "w", force_zip64=True) as stream:
+        with archive.open(_member(name), "w", force_zip64=True) as stream:
             # Version 1.0: ADM's reader takes nothing newer.
-            np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for part in images:
-                if part.dtype != np.uint8 or part.shape[1:] != shape[1:]:
-                    raise ValueError(f"images are {part.shape[1:]} {part.dtype}; expected {shape[1:]} uint8")
+            np.lib.format.write_array_header_1_0(stream, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+            for part in samples:
+                if part.dtype != dtype or part.shape[1:] != shape[1:]:
+                    raise ValueError(f"samples are {part.shape[1:]} {part.dtype}; expected {shape[1:]} {dtype}")
                 count += len(part)
                 stream.write(np.ascontiguousarray(part).data)
         if count != shape[0]:
-            raise ValueError(f"{plural(count, 'image')}; expected {shape[0]}")
-        for name, array in arrays.items():
-            with archive.open(_member(name), "w") as stream:
+            raise ValueError(f"{plural(count, 'sample')}; expected {shape[0]}")
+        for other, array in arrays.items():
+            with archive.open(_member(other), "w") as stream:
                 np.lib.format.write_array(stream, array, version=(1, 0), allow_pickle=False)
 
 
@@ -44,11 +52,12 @@ def _member(name: str) -> zipfile.ZipInfo:
 
 
 def open_images(path: Path) -> Images:
-    """Open arr_0 of an npz as an array that is read from disk when it is used. ValueError if the file is not an npz, is
-    truncated, or has no uncompressed arr_0."""
+    """Open the images of an npz, or its latents if it has no arr_0, as an array that is read from disk when it is used.
+    ValueError if the file is not an npz, is truncated, or has neither of them uncompressed."""
     try:
         with zipfile.ZipFile(path) as archive:
-            member = archive.getinfo("arr_0.npy")
+            name = "arr_0" if "arr_0.npy" in archive.namelist() else "latents"
+            member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{path} is compressed; expected an uncompressed arr_0")
         with path.open("rb") as stream:

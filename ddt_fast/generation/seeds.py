@@ -5,7 +5,7 @@ Inception Score) need the classes mixed: a fixed permutation gives every draw it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.class_names import ClassNames
 from ddt_fast.generation.settings import Draws
 from ddt_fast.splitmix import GOLDEN, mix
-from ddt_fast.wording import plural
+from ddt_fast.wording import plural, warn
 
 GRID_IMAGES = 100
 """Images in a job's grid.png."""
@@ -50,12 +51,14 @@ class Assignment:
         labels, seeds: (N,) int64; sample p is the image of seeds[p] and labels[p].
         order: (N,) int64; sample p is draw number order[p].
         words: what was asked for, in plain JSON values: part of a job's fingerprint.
+        names: label → the class's name, for captions.
     """
 
     labels: IntArray
     seeds: IntArray
     order: IntArray
     words: dict[str, Any] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def of_draws(
@@ -75,10 +78,15 @@ class Assignment:
         return positions[:count]
 
 
-def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
+def assign(draws: Draws, names: ClassNames, default_count: int) -> Assignment:
     """The assignment that `draws` asks for, of `default_count` images if it gives no number. ValueError if a class or a
     seed is out of range, or there is not one seed per image."""
-    num_chosen = len(draws.classes or range(num_classes))
+    classes = None if draws.classes is None else names.labels(draws.classes)
+    for label in classes or ():
+        others = [other for other, name in names.id2label.items() if name == str(label) != names.id2label.get(label)]
+        if others:
+            warn(f"class {label} is label {label}, {names.short(label)!r}; the class named {label} is {others[0]}")
+    num_chosen = len(classes or range(names.num_classes))
     seeds = draws.seeds or [seed for seed in draws.class_seeds or () for _ in range(num_chosen)]
     per_class = draws.seeds_per_class
     count = draws.num_images or len(seeds) or (default_count if per_class is None else per_class * num_chosen)
@@ -88,15 +96,17 @@ def assign(draws: Draws, num_classes: int, default_count: int) -> Assignment:
     for seed in seeds or (first_seed, first_seed + count - 1):
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} does not exist; allowed: 0 to 2^63 - 1")
-    labels = assign_labels(count, num_classes, draws.classes)
+    labels = assign_labels(count, names.num_classes, classes)
     # Named seeds keep their order, and so do small numbers of images, which are for looking at.
     shuffle = draws.seeds is None and count > GRID_IMAGES
     words: dict[str, Any] = {
         "num_images": count,
-        "classes": list(draws.classes) if draws.classes else "all",
+        "classes": classes or "all",
         "seeds": list(draws.seeds) if draws.seeds else f"{first_seed} and up",
         "order": "shuffled" if shuffle else "as drawn",
     }
     if draws.class_seeds:
         words["seeds"] = {"of every class": list(draws.class_seeds)}
-    return Assignment.of_draws(labels, seeds or range(first_seed, first_seed + count), shuffle=shuffle, words=words)
+    seeds = seeds or range(first_seed, first_seed + count)
+    drawn = Assignment.of_draws(labels, seeds, shuffle=shuffle, words=words)
+    return replace(drawn, names={label: names.short(label) for label in names.id2label})

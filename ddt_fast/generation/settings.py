@@ -5,12 +5,13 @@ docstrings; in these and in messages, `name` is a parameter, which the command s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
-from ddt_fast.checks import require, require_int, whole_numbers
+from ddt_fast.checks import require, require_int, require_name, whole_numbers
 from ddt_fast.evaluation.features import Features, check_features
 from ddt_fast.evaluation.scoring import METRICS, Metric, check_metrics
 from ddt_fast.model.attention import AttentionBackend
@@ -28,7 +29,7 @@ class Draws:
 
     Args:
         num_images: images to draw; default: 100 digits, 16 from other models, or one per seed.
-        classes: classes to cycle through; default: all.
+        classes: classes to cycle through, labels or names; default: all.
         seeds_per_class: images per class, in place of `num_images`.
         class_seeds: draw every class with each of these seeds.
         seeds: one seed per image, in this order; default: `first_seed` and up.
@@ -36,14 +37,15 @@ class Draws:
     """
 
     num_images: int | None = None
-    classes: Sequence[int] | None = None
+    classes: Sequence[str | int] | None = None
     seeds_per_class: int | None = None
     class_seeds: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
     first_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("classes", "class_seeds", "seeds"):
+        object.__setattr__(self, "classes", _classes(self.classes))
+        for name in ("class_seeds", "seeds"):
             numbers = whole_numbers(name, getattr(self, name))
             object.__setattr__(self, name, None if numbers is None else tuple(numbers))
         ways = ("seeds", "class_seeds", "seeds_per_class", "num_images")
@@ -70,6 +72,8 @@ class Engine:
         compile: compile the model with torch.compile: slow to start, then faster.
         quantize: 8-bit weights and activations, on a CPU; the error is measured and printed.
         reference: run the plain PyTorch model instead of the fused one.
+        autoencoder: AutoencoderKL that decodes latents, hub id or local folder; default: the model's own. Without any,
+            latents are written as they are.
     """
 
     device: str = "auto"
@@ -80,10 +84,12 @@ class Engine:
     compile: bool = False
     quantize: Literal["int8"] | None = None
     reference: bool = False
+    autoencoder: str | None = None
 
     def __post_init__(self) -> None:
         _require_at_least(self, batch_size=1)
         require(self.quantize in (None, "int8"), "quantize", self.quantize, "int8")
+        require_name("autoencoder", self.autoencoder, "a hub id or a folder")
         if self.memory_budget is not None:
             _parse_bytes(self.memory_budget)
         if self.reference and (self.quantize or self.compile or self.attention != "auto"):
@@ -142,6 +148,23 @@ class Scoring:
         check_features(self.features, self.inception_weights)
         if self.center_crop is not None:
             require_int("center_crop", self.center_crop, 1)
+
+
+def _classes(given: object) -> tuple[str | int, ...] | None:
+    """Labels and names; a number written as text is a label."""
+    allowed = "a list of labels or names, at least one"
+    require(
+        given is None or (isinstance(given, Iterable) and not isinstance(given, (str, bytes))),
+        "classes",
+        given,
+        allowed,
+    )
+    if given is None:
+        return None
+    classes = [int(one) if isinstance(one, str) and one.isascii() and one.isdecimal() else one for one in given]  # type: ignore[attr-defined]
+    valid = all(isinstance(one, (Integral, str)) and not isinstance(one, bool) for one in classes)
+    require(bool(classes) and valid, "classes", given, allowed)
+    return tuple(one if isinstance(one, str) else int(one) for one in classes)
 
 
 def _require_at_least(settings: Any, **minimum: int) -> None:

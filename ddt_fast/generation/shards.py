@@ -2,7 +2,8 @@
 
 A job's shards are in OUTPUT/shards-FINGERPRINT, where the fingerprint is that of its settings:
     job.json                        the settings and the shard size; written first
-    shard-K-of-M.safetensors        images (n, H, W, 3) uint8 from position K * shard_size on; their SHA-256, and what
+    shard-K-of-M.safetensors        images (n, H, W, 3) uint8, or latents (n, C, h, w) float32 under that name too,
+                                    from position K * shard_size on; their SHA-256, and what
                                     they were made with, are in its metadata
 
 A shard is written under another name and renamed when it is finished. Its number decides which process makes it
@@ -93,7 +94,7 @@ class ShardFolder:
 
         Args:
             shard: its number.
-            images: (n, H, W, 3) uint8.
+            images: (n, H, W, 3) uint8, or latents (n, C, h, w) float32.
             made_with: plain JSON values that `read` returns.
         """
         target = self.file(shard)
@@ -105,8 +106,8 @@ class ShardFolder:
             temporary.write_bytes(content)
 
     def read(self, shard: int) -> tuple[Images, dict[str, Any]]:
-        """Images (n, H, W, 3) of a finished shard, and what it was made with; DamagedShardError if it does not hold
-        what was written."""
+        """Images or latents of a finished shard, as `write` takes them, and what it was made with; DamagedShardError if
+        it does not hold what was written."""
         file, count = self.file(shard), len(self.positions(shard))
         try:
             with safe_open(file, framework="np") as opened:
@@ -115,7 +116,7 @@ class ShardFolder:
             raise DamagedShardError(f"{file} is damaged: {error}") from error
         if hashlib.sha256(images.data).hexdigest() != metadata.get("sha256"):
             raise DamagedShardError(f"{file} is damaged: its images do not have the recorded checksum")
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
+        if images.dtype not in (np.uint8, np.float32) or images.ndim != 4 or len(images) != count:
             raise DamagedShardError(f"{file} holds {images.shape} {images.dtype}; expected {count} uint8 images")
         return images, json.loads(metadata["made_with"])
 

@@ -1,7 +1,7 @@
 """Model cards: the README.md of a model or pipeline folder, which says only what is known."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ddt_fast.checks import require_name, require_path
-from ddt_fast.config import Experiment
+from ddt_fast.config import DataConfig, DDTConfig, Experiment
 from ddt_fast.files import atomic_file, read_json, read_yaml, write_json
 from ddt_fast.hub import is_hub_id
 from ddt_fast.model.reference import DDT
@@ -41,7 +41,7 @@ _TEMPLATE = """\
 
 # DDT, {{ config.num_encoder_blocks }} + {{ config.num_decoder_blocks }} blocks of width {{ config.hidden_size }}
 
-{{ size }}x{{ size }} images of {{ config.num_classes }} classes, in {{ space }}.
+{{ size }}x{{ size }} images of {{ config.num_classes }} classes{{ names }}, in {{ space }}.
 
 ## How to use it
 
@@ -209,12 +209,25 @@ def _card(experiment: Experiment, provenance: Provenance, is_pipeline: bool, lic
         config=model,
         model={**asdict(model), "parameters": f"{count:,}"},
         size=data.image_size,
-        space="pixels" if data.autoencoder is None else f"latents of {_named(data.autoencoder)}",
+        space=_space(model, data),
+        names=_class_list(data.class_names),
         sampling={name: value for name, value in asdict(experiment.sampling).items() if value not in (None, False)},
         training=_training_facts(training) if training else {},
         recipe={name: value for name, value in (training.get("recipe") or {}).items() if value is not None},
         scores=_scores(provenance),
     )
+
+
+def _space(model: DDTConfig, data: DataConfig) -> str:
+    if data.autoencoder is not None:
+        return f"latents of {_named(data.autoencoder)}"
+    return "latents" if data.in_latents(model.in_channels) else "pixels"
+
+
+def _class_list(names: Sequence[str] | None) -> str:
+    """The first classes' names, in parentheses, if there are any."""
+    more = f" and {len(names) - 10} more" if names and len(names) > 10 else ""
+    return f" ({', '.join(map(_cell, names[:10]))}{more})" if names else ""
 
 
 def _training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,7 +271,7 @@ def _cell(value: Any) -> str:
     """One line, escaped for Markdown: values may come from other people's files."""
     if isinstance(value, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in value):
         return ", ".join(map(_cell, value))
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = f"{value:.6g}" if isinstance(value, float) else str(value).encode("utf-8", "backslashreplace").decode()
     return re.sub(r"([\\|\[\]<`])", r"\\\1", " ".join(text.split()))
 
 

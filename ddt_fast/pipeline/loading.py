@@ -15,7 +15,7 @@ from huggingface_hub import create_repo
 
 from ddt_fast.autoencoder import default_dtype_kept, load_vae
 from ddt_fast.checks import require, require_arguments, require_path
-from ddt_fast.config import DDTConfig, Experiment
+from ddt_fast.config import DataConfig, DDTConfig, Experiment
 from ddt_fast.files import atomic_folder
 from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.card import UNKNOWN, Provenance, read_provenance, require_license, write_model_card
@@ -51,6 +51,7 @@ class SavedPipeline(DiffusionPipeline):
     transformer: DDTTransformer2DModel
     vae: AutoencoderKL | None
     scheduler: DDTScheduler
+    data: DataConfig
     provenance: Provenance = UNKNOWN
 
     @classmethod
@@ -186,7 +187,7 @@ class SavedPipeline(DiffusionPipeline):
         require_license(license)
         if not self.transformer.is_plain:
             raise ValueError("the transformer is adapted or quantised; merge or unload its adapters first")
-        self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config))
+        self.transformer.register_to_config(sampling=asdict(self.scheduler.sampling_config), data=asdict(self.data))
         check_pipeline_replaceable(folder)
         with atomic_folder(folder, OWNED_NAMES) as temporary:
             super().save_pretrained(str(temporary), **options)

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, pixels_per_latent
+from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
@@ -82,8 +82,10 @@ class DDTPipeline(SavedPipeline):
                 raise ValueError(f"the vae has scaling_factor {scaling!r}; expected a positive number")
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
+            if self.data.in_latents(config.in_channels):
+                self.data = decoded_by(vae, self.data.autoencoder or "vae", self.data)
         if id2label is None:
-            id2label = default_id2label(self.data.dataset, config.num_classes)
+            id2label = default_id2label(self.data.dataset, config.num_classes, self.data.class_names)
         self.class_names = ClassNames(config.num_classes, id2label)
         self.register_to_config(id2label={str(label): name for label, name in self.id2label.items()})
         self._cuda_graphs = False
@@ -162,7 +164,8 @@ class DDTPipeline(SavedPipeline):
                 the CPU gives the image of its seed everywhere in ddt_fast; one on the pipeline's device gives others.
             latents: (N, in_channels, h, w) standard normal, to start from instead of the generators' noise.
             output_type: "pil", a list of RGB images; "np", (N, H, W, channels) float32 in [0, 1]; "pt", (N, channels,
-                H, W) likewise; "latent", the model's output, (N, in_channels, h, w) float32.
+                H, W) likewise; "latent", the model's output, (N, in_channels, h, w) float32, which
+                `ddt_fast.autoencoder.undo_normalisation` turns into latents like its data's.
             return_dict: return an ImagePipelineOutput with `images`; else a tuple of the images.
             callback_on_step_end: called after every step as callback(pipe, step, t, {"latents": x}), with a copy of x
                 (N, in_channels, h, w) float32. The next step continues from a returned {"latents": y}. If it sets
@@ -195,8 +198,13 @@ class DDTPipeline(SavedPipeline):
 
     def _check_output(self, output_type: str) -> None:
         require_choice("output_type", output_type, OutputType)
-        if self.vae is None and self.data.autoencoder is not None and output_type != "latent":
+        if self.lacks_vae and output_type != "latent":
             raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+
+    @property
+    def lacks_vae(self) -> bool:
+        """Whether samples are latents that nothing here decodes."""
+        return self.vae is None and self.data.in_latents(self.transformer.ddt_config.in_channels)
 
     def _config(
         self, sampling: SamplingConfig | None, num_steps: int | None, settings: dict[str, Any]
@@ -212,17 +220,13 @@ class DDTPipeline(SavedPipeline):
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """(channels, height, width) of the model's input for images of this size; ValueError if it does not fit."""
         config = self.transformer.ddt_config
-        factor = 1 if self.data.autoencoder is None and self.vae is None else self._pixels_per_latent
+        factor = self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
         multiple = factor * config.patch_size
         for name, size in (("height", height), ("width", width)):
             if size is not None and not (type(size) is int and size > 0 and size % multiple == 0):
                 raise ValueError(f"{name} is {size!r}; allowed: a positive multiple of {multiple} pixels")
         size = self.data.image_size
         return config.in_channels, (height or size) // factor, (width or size) // factor
-
-    @property
-    def _pixels_per_latent(self) -> int:
-        return self.data.image_size // self.data.sample_size if self.vae is None else pixels_per_latent(self.vae)
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler, with its buffers and graphs, if nothing has changed since; else a new one."""
@@ -276,12 +280,17 @@ class DDTPipeline(SavedPipeline):
     def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return samples
-        if self.vae is not None:
-            samples = decode_latents(self.vae, samples)
+        samples = self.pixels(samples)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
+
+    def pixels(self, samples: Tensor) -> Tensor:
+        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]."""
+        if self.vae is None:
+            return undo_normalisation(samples, self.data)
+        return decode_latents(self.vae, samples, data=self.data)
 
 
 def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from ddt_fast.training.repa import Projector
 from ddt_fast.training.samples import Preview
 from ddt_fast.training.state import TrainingState, read_start
 from ddt_fast.training.throughput import Throughput, training_flops
+from ddt_fast.wording import tell
 
 
 class Run:
@@ -61,7 +63,7 @@ class Run:
     def __init__(
         self, experiment: Experiment, folder: Path, device: torch.device, resume: str | None, stack: ExitStack
     ) -> None:
-        self.experiment, self.folder, self.device = experiment, folder, device
+        self._given, self.folder, self.device = experiment, folder, device
         self._first, self._group = dist.get_rank() == 0, patient_group()
         self._open_data(stack)
         self._build_model(resume)
@@ -69,7 +71,8 @@ class Run:
         wait_for_all(self._group)
 
     def _open_data(self, stack: ExitStack) -> None:
-        self.loader = stack.enter_context(closing(open_loader(self.experiment, self.device, self._group)))
+        self.loader = stack.enter_context(closing(open_loader(self._given, self.device, self._group)))
+        self.experiment = self._described()
         self.objective = Objective(self.experiment, self.device, self.loader.dataset.feature_shape)
         self._preview = Preview(self.experiment, self.device) if self._first else None
         # A continued run must find these models unchanged.
@@ -78,12 +81,20 @@ class Run:
             self._frozen["data.autoencoder"] = self._preview.autoencoder_sha256()
             self._frozen["training.repa_encoder"] = self.objective.encoder_sha256()
 
+    def _described(self) -> Experiment:
+        """The settings with what the data say of themselves. recipe.yaml and checkpoints keep them as they were given:
+        data are compared by content."""
+        data, training = self.loader.dataset.described(self._given.data), self._given.training
+        if data.autoencoder is None and data.in_latents(self._given.model.in_channels) and training.sample_every:
+            if self._first:
+                tell("no grids of samples: they would be latents, and data.autoencoder is null")
+            training = replace(training, sample_every=0)
+        return replace(self._given, data=data, training=training)
+
     def _build_model(self, resume: str | None) -> None:
         """Take the weights of a checkpoint or of another model, or initialise them."""
         settings = self.experiment.training
-        checkpoint, numbers = run_folder.open_checkpoint(
-            self.folder, resume, self.experiment, self._frozen, self._group
-        )
+        checkpoint, numbers = run_folder.open_checkpoint(self.folder, resume, self._given, self._frozen, self._group)
         torch.default_generator.manual_seed(settings.seed)  # the CPU's, where weights are initialised
         masters = build_model(self.experiment, self.device, self.objective.feature_size)
         average = read_start(settings.init, masters) if checkpoint is None and settings.init is not None else None
@@ -97,7 +108,7 @@ class Run:
             fused=True,
         )
         self.state = TrainingState(masters, EMA(masters.denoiser, settings.ema_decay), optimizer)
-        run_folder.prepare(self.folder, self.experiment, self._group, keep=checkpoint is not None)
+        run_folder.prepare(self.folder, self._given, self._group, keep=checkpoint is not None)
         if checkpoint is not None:
             load_state(checkpoint, self.state)
             self.state.step, self.state.ema.num_updates = numbers["step"], numbers["ema_updates"]
@@ -119,7 +130,7 @@ class Run:
                 self.folder,
                 tensorboard=settings.tensorboard,
                 wandb=settings.wandb,
-                settings=run_folder.settings_of(self.experiment),
+                settings=run_folder.settings_of(self._given),
                 first_step=self.state.step,
             )
             stack.enter_context(self._log)
@@ -149,7 +160,7 @@ class Run:
                 "ema_updates": self.state.ema.num_updates,
                 "seconds": time.perf_counter() - self._started,
                 "data": self.loader.state_dict(),
-                "settings": run_folder.settings_of(self.experiment),
+                "settings": run_folder.settings_of(self._given),
                 "frozen_sha256": self._frozen,
             }
             save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())

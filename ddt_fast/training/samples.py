@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import Decoder
+from ddt_fast.autoencoder import Decoder, open_decoder, undo_normalisation
+from ddt_fast.class_names import class_names_of
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
@@ -23,17 +24,18 @@ class Preview:
     into images cannot be loaded.
 
     Args:
-        experiment: the settings.
+        experiment: the settings, as the data complete them.
         device: where to draw.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
         self._experiment = experiment
         self._device = device
+        self._names = class_names_of(experiment)
         self._decode: Decoder | None = None
-        if experiment.data.autoencoder is not None and experiment.training.sample_every:
+        if experiment.training.sample_every:
             try:
-                self._decode = Decoder(experiment.data.autoencoder, device)
+                self._decode = open_decoder(experiment, device)
             except ValueError as error:
                 raise ValueError(f"{error}; or train without grids of samples, with training.sample_every 0") from error
 
@@ -45,8 +47,8 @@ class Preview:
         """A labelled grid of class-balanced samples."""
         labels = assign_labels(self._experiment.training.sample_images, self._experiment.model.num_classes)
         samples = self._draw(model, labels, self._experiment.sampling)
-        images = samples if self._decode is None else self._decode(samples)
-        return labelled_grid(to_uint8(images), [str(label) for label in labels.tolist()])
+        images = undo_normalisation(samples, self._experiment.data) if self._decode is None else self._decode(samples)
+        return labelled_grid(to_uint8(images), [self._names.short(label) for label in labels.tolist()])
 
     def score(self, model: DDT, num_samples: int) -> dict[str, DigitsScore]:
         """Scores of class-balanced digits, drawn without guidance and with the sampling settings."""
@@ -57,7 +59,7 @@ class Preview:
 
     def _draw(self, model: DDT, labels: Tensor, config: SamplingConfig) -> Tensor:
         data = self._experiment.data
-        dtype = choose_dtype("auto", self._device, latents=data.autoencoder is not None)
+        dtype = choose_dtype("auto", self._device, latents=data.in_latents(self._experiment.model.in_channels))
         fused = FusedDDT.from_reference(model).to(self._device, dtype)
         shape = (self._experiment.model.in_channels, data.sample_size, data.sample_size)
         noise, generators = seeded_noise(range(len(labels)), shape)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddt_fast.config import SamplingConfig
+from ddt_fast.config import DataConfig, SamplingConfig
 from ddt_fast.generation.background import Background, PixelConverter
 from ddt_fast.generation.engine import LoadedEngine
 from ddt_fast.generation.folder import JobFolder
@@ -39,7 +39,7 @@ class Colours:
 
 def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
     outputs = Outputs(num_png=0, shard_size=8)
-    engine = LoadedEngine(model, sampling, 8, batch_size, "model", decode, None, False, {})
+    engine = LoadedEngine(model, sampling, DataConfig(), batch_size, "model", decode, None, False, {})
     return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 

@@ -30,9 +30,9 @@ def test_numpy_reads_what_was_streamed_and_the_same_images_make_the_same_bytes(t
 
 def test_wrong_parts_are_refused(tmp_path):
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    with pytest.raises(ValueError, match="4 images; expected 3"):
+    with pytest.raises(ValueError, match="4 samples; expected 3"):
         write_npz(tmp_path / "x.npz", (3, 4, 4, 3), [images, images])
-    with pytest.raises(ValueError, match=r"images are \(4, 4, 3\) float32; expected \(4, 4, 3\) uint8"):
+    with pytest.raises(ValueError, match=r"samples are \(4, 4, 3\) float32; expected \(4, 4, 3\) uint8"):
         write_npz(tmp_path / "x.npz", (2, 4, 4, 3), [images.astype(np.float32)])
 
 
