@@ -14,7 +14,7 @@ from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, undo_normalisation
+from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, quiet_casts, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
@@ -131,7 +131,9 @@ class DDTPipeline(SavedPipeline):
         """As `DiffusionPipeline.to`: a device, a dtype, or both, and silence_dtype_warnings; ValueError for others."""
         require_arguments("to", kwargs, ("device", "dtype", "silence_dtype_warnings"))
         self._engine = self._sampler = None  # free their memory first
-        return super().to(*args, **kwargs)
+        kwargs.setdefault("silence_dtype_warnings", True)  # that float16 fails on a CPU: it does not
+        with quiet_casts():
+            return super().to(*args, **kwargs)
 
     @torch.no_grad()
     def __call__(
@@ -174,7 +176,8 @@ class DDTPipeline(SavedPipeline):
             settings: other fields of `SamplingConfig`, such as refresh_every=2; see `SamplingConfig.override`.
 
         Raises:
-            ValueError: a class is unknown or ambiguous, or a setting, a size or the generators are not allowed.
+            ValueError: a class is unknown or ambiguous, a setting, a size or the generators are not allowed, or a
+                sample is not finite.
         """
         self._check_output(output_type)
         require_int("num_images_per_label", num_images_per_label, 1)
@@ -185,6 +188,7 @@ class DDTPipeline(SavedPipeline):
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
         if latents is None:
             latents = normal(shape, generators)
         _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
@@ -192,7 +196,7 @@ class DDTPipeline(SavedPipeline):
         with self.progress_bar(total=self._num_timesteps) as bar:
             progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
             samples = sampler(latents, labels, generators=generators, progress=progress)
-        images = self._finished(samples, output_type)
+        images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -277,20 +281,45 @@ class DDTPipeline(SavedPipeline):
 
         return progress
 
-    def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
+    def _finished(self, samples: Tensor, output_type: OutputType, whose: Sequence[str]) -> Any:
+        _require_finite(samples, whose, "check the weights and the settings")
         if output_type == "latent":
             return samples
-        samples = self.pixels(samples)
+        samples = self.pixels(samples, whose)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
-    def pixels(self, samples: Tensor) -> Tensor:
-        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]."""
+    def pixels(self, samples: Tensor, whose: Sequence[str] = ()) -> Tensor:
+        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]. ValueError
+        if pixels are not finite.
+
+        Args:
+            samples: as from output_type "latent".
+            whose: what to call each sample in the error; () numbers them.
+        """
         if self.vae is None:
             return undo_normalisation(samples, self.data)
-        return decode_latents(self.vae, samples, data=self.data)
+        pixels = decode_latents(self.vae, samples, data=self.data)
+        remedy = f"the vae decodes in {self.vae.dtype}; allowed where that overflows: pipe.vae.to(torch.float32)"
+        _require_finite(pixels, whose, remedy)
+        return pixels
+
+
+def _sample_names(generators: Sequence[torch.Generator], count: int) -> list[str]:
+    """What to call the samples in an error: by their seeds if each has a generator of its own."""
+    if len({id(generator) for generator in generators}) == count:
+        return [f"the sample of seed {generator.initial_seed()}" for generator in generators]
+    return [f"sample {i}" for i in range(count)]
+
+
+def _require_finite(images: Tensor, whose: Sequence[str], remedy: str) -> None:
+    """Require finite (N, C, H, W); the message names the first that is not."""
+    broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if broken:
+        name = whose[broken[0]] if whose else f"sample {broken[0]}"
+        raise ValueError(f"{name} is not finite; {remedy}")
 
 
 def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
@@ -314,6 +343,8 @@ def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose
         raise ValueError(f"{what} {tuple(latents.shape)}; expected {shape}{purpose}")
     if not latents.is_floating_point() or latents.layout != torch.strided or latents.is_meta:
         raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; expected dense floats")
+    if not latents.isfinite().all():
+        raise ValueError(f"{what} not finite: they hold NaN or infinity; expected finite numbers")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:

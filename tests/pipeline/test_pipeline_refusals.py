@@ -1,6 +1,8 @@
 """A wrong call of a pipeline is refused with what was wrong and what is allowed. Unknown keyword arguments too, with
 the nearest named; diffusers alone would ignore them."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,11 @@ def meta(*shape, dtype=torch.float32):
         ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.bool)}, "latents are torch.bool, .* expected dense floats"),
         ({"latents": meta(2, 1, 8, 8)}, "latents are .*, on meta; expected dense floats"),
         ({"latents": torch.zeros(2, 1, 8, 8).to_sparse()}, r"latents are .*torch\.sparse_coo, .*; expected dense"),
+        (
+            {"latents": torch.full((2, 1, 8, 8), math.nan)},
+            "latents are not finite: they hold NaN or infinity",
+        ),
+        ({"latents": torch.full((2, 1, 8, 8), -math.inf)}, "latents are not finite"),
         ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
         (
             {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]},
@@ -68,6 +75,10 @@ def meta(*shape, dtype=torch.float32):
         (
             {"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}},
             r"returned latents \(2, 2\); expected \(2, 1, 8, 8\)",
+        ),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": torch.full((2, 1, 8, 8), math.nan)}},
+            "callback_on_step_end returned latents not finite",
         ),
     ],
 )
