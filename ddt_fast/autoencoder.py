@@ -12,7 +12,7 @@ from torch import Tensor
 from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
-from ddt_fast.wording import one_line
+from ddt_fast.weight_files import reason_in
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 _AS_IT_IS = DataConfig("latents")
@@ -36,8 +36,8 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:  # diffusers may raise anything on a damaged config.json
         raise ValueError(
-            f"autoencoder {name} could not be loaded: {one_line(error)}; expected the local folder or hub id of an "
-            f"AutoencoderKL, such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it)"
+            f"autoencoder {name} could not be loaded: {reason_in(name, error)}; expected the local folder or hub id of "
+            f"an AutoencoderKL, such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it)"
         ) from error
 
 

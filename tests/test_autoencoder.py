@@ -34,6 +34,24 @@ def test_missing_tensors_are_refused(rewritten):
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"diffusion_pytorch_model\.safetensors: it is empty"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            r"diffusion_pytorch_model\.safetensors: it is a Git LFS pointer",
+        ),
+        (b"damaged", r"diffusion_pytorch_model\.safetensors: it is truncated or not safetensors"),
+    ],
+)
+def test_damaged_weights_are_named(rewritten, content, message):
+    folder = rewritten(lambda weights: weights)
+    (folder / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"autoencoder .*/vae could not be loaded: {message}.*; expected the local"):
+        load(folder)
+
+
 def test_the_names_of_older_diffusers_are_read(rewritten):
     def rename(name):
         for new, old in DEPRECATED.items():

@@ -145,7 +145,7 @@ def test_folders_without_a_dinov2_are_refused(dinov2, tmp_path):
         assert str(tmp_path) in str(error.value)
         assert "\n" not in str(error.value)
 
-    refused("could not be loaded: .*; expected a local folder or a hub id such as facebook/dinov2-base")
+    refused("could not be loaded: .*; expected a local folder or hub id such as facebook/dinov2-base")
     transformers.ViTConfig().save_pretrained(tmp_path)
     refused("is a vit; expected a DINOv2")
     (tmp_path / "config.json").write_bytes((dinov2 / "config.json").read_bytes())
@@ -158,7 +158,9 @@ def test_folders_without_a_dinov2_are_refused(dinov2, tmp_path):
     save_file(other, tmp_path / "model.safetensors", {"format": "pt"})
     refused("could not be loaded")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    refused("could not be loaded")
+    refused(r"could not be loaded: model\.safetensors: it is truncated or not safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(r"could not be loaded: model\.safetensors: it is empty; expected a local folder")
 
 
 def test_a_missing_transformers_says_how_to_install_it(monkeypatch):

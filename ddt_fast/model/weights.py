@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt_fast.checks import require, require_choice, require_path
@@ -20,6 +20,7 @@ from ddt_fast.hub import fetch, is_hub_id
 from ddt_fast.model.lightning import LightningWeights, WeightSet, check_projector, own_storages, read_lightning
 from ddt_fast.model.reference import DDT
 from ddt_fast.presets import PRESETS
+from ddt_fast.weight_files import read_safetensors
 from ddt_fast.wording import plural
 
 EMBEDDED_CHECKPOINT = Path(__file__).parent.parent / "assets" / "digits"
@@ -256,12 +257,7 @@ def shard_names(index: Path) -> list[str]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} {'is not a file' if file.exists() else 'does not exist'}")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {file} is corrupt or not a checkpoint: {error}") from error
+    return read_safetensors("checkpoint", file, "a whole .safetensors file")
 
 
 def settle_config(

@@ -192,7 +192,12 @@ def saved(content, **options) -> bytes:
 
 @pytest.mark.parametrize("kind", NOT_CHECKPOINTS)
 def test_other_files_are_refused_in_one_line(tmp_path, kind):
-    message = r"no denoiser\.\* tensors; it is not a DDT" if kind == "no tensors" else "is corrupt or not a"
+    messages = {
+        "no tensors": r"no denoiser\.\* tensors; it is not a DDT",
+        "list": "is not a Lightning checkpoint: it holds no state_dict",
+        "empty": "cannot be read: it is empty; expected a Lightning .ckpt",
+    }
+    message = messages.get(kind, "cannot be read: it is truncated")
     (tmp_path / "a.ckpt").write_bytes(NOT_CHECKPOINTS[kind](saved({"state_dict": state_dict()})))
     with pytest.raises(ValueError, match=message) as refusal:
         read_lightning(tmp_path / "a.ckpt")

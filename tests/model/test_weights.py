@@ -114,8 +114,8 @@ ODD = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": 
 # How the folder f of a model is broken; how a single file f is made; and what the error says.
 BROKEN_FOLDERS = [
     (lambda f: (f / WEIGHTS_NAME).unlink(), f"holds no {WEIGHTS_NAME}"),
-    (lambda f: shortened(f / WEIGHTS_NAME), "corrupt"),
-    (lambda f: (f / WEIGHTS_NAME).write_bytes(b"hello"), "corrupt"),
+    (lambda f: shortened(f / WEIGHTS_NAME), "cannot be read: it is truncated or not safetensors"),
+    (lambda f: (f / WEIGHTS_NAME).write_bytes(b"hello"), "cannot be read: it is truncated or not safetensors"),
     (lambda f: (f / CONFIG_NAME).write_text("{"), "not a valid configuration"),
     (lambda f: (f / CONFIG_NAME).write_text("[1]"), "not a valid configuration"),
     (lambda f: (f / CONFIG_NAME).write_text("[" * 100_000), "not a valid configuration"),
@@ -135,7 +135,11 @@ BROKEN_FOLDERS = [
 BROKEN_FILES = [
     ("nothing", lambda f: None, "does not exist"),
     ("weights.bin", lambda f: f.write_bytes(b""), "ends in .bin; allowed: .safetensors, .ckpt"),
-    ("bad.ckpt", lambda f: f.write_bytes(pickle.dumps(Malicious())), "not a checkpoint, nothing was run"),
+    (
+        "bad.ckpt",
+        lambda f: f.write_bytes(pickle.dumps(Malicious())),
+        r"bad\.ckpt cannot be read: it is truncated, or not a file of torch\.save",
+    ),
     (
         "bad.ckpt",
         lambda f: lightning_checkpoint(f, golden.model(NAME), surprise=Malicious()),
@@ -146,7 +150,7 @@ BROKEN_FILES = [
         lambda f: torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, f),
         "holds no ema weights; take its raw weights",
     ),
-    ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "corrupt"),
+    ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "holds no state_dict"),
     (
         "odd.ckpt",
         lambda f: torch.save({"state_dict": {1: torch.zeros(1), "ema_denoiser.x": 3}}, f),
