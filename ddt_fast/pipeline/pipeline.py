@@ -10,7 +10,8 @@ from typing import Any, Literal, Optional, Self
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import is_accelerate_available, logging
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.pipeline.adapters import LoraPipeline
 from ddt_fast.pipeline.loading import SavedPipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
@@ -37,7 +39,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
-class DDTPipeline(SavedPipeline):
+class DDTPipeline(SavedPipeline, LoraPipeline):
     """Draws images of classes with a DDT.
 
     For sampling, the transformer's weights are merged into a copy, which is made again when they change; changes of a
@@ -56,6 +58,7 @@ class DDTPipeline(SavedPipeline):
 
     _optional_components = ["vae"]  # noqa: RUF012, attributes of diffusers' class
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -135,6 +138,20 @@ class DDTPipeline(SavedPipeline):
         with quiet_casts():
             return super().to(*args, **kwargs)
 
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if accelerate is
+        missing, or there is no GPU.
+
+        Args:
+            gpu_id: the number of the GPU; None for the first.
+            device: the device; None for the GPU.
+        """
+        if not is_accelerate_available():
+            raise ValueError("enable_model_cpu_offload needs accelerate: pip install accelerate")
+        if device is None and get_device() == "cpu":
+            raise ValueError("enable_model_cpu_offload needs a GPU, and torch sees none here")
+        super().enable_model_cpu_offload(gpu_id, device)  # type: ignore[arg-type]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -185,6 +202,7 @@ class DDTPipeline(SavedPipeline):
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
+        offloaded = _move_in(self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
@@ -196,6 +214,9 @@ class DDTPipeline(SavedPipeline):
         with self.progress_bar(total=self._num_timesteps) as bar:
             progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
             samples = sampler(latents, labels, generators=generators, progress=progress)
+        if offloaded:
+            del sampler, progress
+            self._engine = self._sampler = None  # before the vae is moved in
         images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -234,8 +255,6 @@ class DDTPipeline(SavedPipeline):
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler, with its buffers and graphs, if nothing has changed since; else a new one."""
-        if hasattr(self.transformer, "_hf_hook") or hasattr(self.transformer, "_diffusers_hook"):
-            raise ValueError("the transformer is offloaded, which the sampler would bypass; use pipe.to(device)")
         model, reusable = self._engine_model()
         key = (config, count, height, width)
         if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
@@ -301,10 +320,25 @@ class DDTPipeline(SavedPipeline):
         """
         if self.vae is None:
             return undo_normalisation(samples, self.data)
+        _move_in(self.vae)
         pixels = decode_latents(self.vae, samples, data=self.data)
         remedy = f"the vae decodes in {self.vae.dtype}; allowed where that overflows: pipe.vae.to(torch.float32)"
         _require_finite(pixels, whose, remedy)
         return pixels
+
+
+def _move_in(model: torch.nn.Module) -> bool:
+    """Move a model of `enable_model_cpu_offload` to the GPU, and the one before it to the CPU; return whether it is
+    one. ValueError if it is offloaded in another way, which the sampler would bypass."""
+    hook: Any = getattr(model, "_hf_hook", None)
+    if hasattr(model, "_diffusers_hook") or (hook is not None and type(hook).__name__ != "CpuOffload"):
+        raise ValueError(
+            "the transformer is offloaded, which the sampler would bypass; use pipe.to(device) or "
+            "pipe.enable_model_cpu_offload()"
+        )
+    if hook is not None:
+        hook.pre_forward(model)
+    return hook is not None
 
 
 def _sample_names(generators: Sequence[torch.Generator], count: int) -> list[str]:
