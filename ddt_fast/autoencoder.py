@@ -1,5 +1,6 @@
 """The autoencoder between pixels and latents: diffusers' AutoencoderKL."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch import Tensor
 from ddt_fast.config import DataConfig, Experiment
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
-from ddt_fast.wording import one_line
+from ddt_fast.weight_files import reason_in
 
 _EXAMPLE = "stabilityai/sd-vae-ft-ema"
 _AS_IT_IS = DataConfig("latents")
@@ -35,8 +36,8 @@ def load_vae(name: str, device: torch.device, dtype: torch.dtype) -> Any:
         raise
     except Exception as error:  # diffusers may raise anything on a damaged config.json
         raise ValueError(
-            f"autoencoder {name} could not be loaded: {one_line(error)}; expected the local folder or hub id of an "
-            f"AutoencoderKL, such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it)"
+            f"autoencoder {name} could not be loaded: {reason_in(name, error)}; expected the local folder or hub id of "
+            f"an AutoencoderKL, such as {_EXAMPLE} ('hf download {_EXAMPLE} --local-dir FOLDER' fetches it)"
         ) from error
 
 
@@ -48,6 +49,22 @@ def default_dtype_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+@contextmanager
+def quiet_casts() -> Iterator[None]:
+    """Drop the warning of diffusers 0.42 at every cast of a model that it "should be kept in float32: []": no module of
+    ours should."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(_names_modules)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_names_modules)
+
+
+def _names_modules(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 @contextmanager
@@ -123,11 +140,27 @@ def open_decoder(experiment: Experiment, device: torch.device, name: str | None 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None, data: DataConfig = _AS_IT_IS) -> Tensor:
     """Latents (N, C, h, w) of a model of these data → pixels (N, 3, H, W) float32, around [-1, 1], on the autoencoder's
-    device. They are decoded in its dtype, batch_size at a time: by default, 8 on a GPU and 1 on a CPU."""
-    scaling, dtype, device = float(vae.config.scaling_factor), vae.dtype, vae.device
+    device. They are decoded in its dtype, or in float32 if that is float16 and its config has force_upcast, batch_size
+    at a time: by default, 8 on a GPU and 1 on a CPU."""
+    scaling, device = float(vae.config.scaling_factor), vae.device
     parts = latents.split(batch_size or _batch_size(device))
-    undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
-    return torch.cat([vae.decode(z.to(dtype)).sample.float() for z in undone])
+    with _upcast(vae):
+        undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
+        return torch.cat([vae.decode(z.to(vae.dtype)).sample.float() for z in undone])
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """Hold an autoencoder that overflows in float16, such as SDXL's, in float32; its float16 weights come back."""
+    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+        yield
+        return
+    with quiet_casts():
+        vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            vae.to(torch.float16)
 
 
 def undo_normalisation(samples: Tensor, data: DataConfig, own_scale: float = 1.0) -> Tensor:

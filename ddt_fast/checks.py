@@ -9,6 +9,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ddt_fast.wording import kind_of
+
 
 def require(condition: bool, name: str, value: object, allowed: str) -> None:
     """Raise ValueError with the setting, its value and what is allowed, unless the condition holds."""
@@ -37,13 +39,13 @@ def whole_numbers(name: str, values: object) -> list[int] | None:
 def require_kind(name: str, value: object, kind: type) -> None:
     """Require an instance of the class."""
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is a {type(value).__name__}; expected {kind.__name__}")
+        raise ValueError(f"{name} is {kind_of(value)}; expected {kind.__name__}")
 
 
 def require_path(name: str, value: object) -> Path:
     """Require a path or a string that is not empty; return it as a Path."""
     if not isinstance(value, (str, os.PathLike)):
-        raise ValueError(f"{name} is a {type(value).__name__}; expected a path")
+        raise ValueError(f"{name} is {kind_of(value)}; expected a path")
     if not str(value):
         raise ValueError(f"{name} is empty; expected a path")
     return Path(value)

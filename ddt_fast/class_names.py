@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt_fast.config import Experiment
+from ddt_fast.wording import kind_of
 
 IMAGENET_CLASSES = 1000
 _IMAGENET_FILE = Path(__file__).parent / "assets" / "imagenet" / "classes.txt"
@@ -35,7 +36,7 @@ class ClassNames:
 
     def __init__(self, num_classes: int, id2label: Mapping[int, str] | Mapping[str, str]) -> None:
         if not isinstance(id2label, Mapping):
-            raise ValueError(f"id2label is a {type(id2label).__name__}; expected a dict, label: names")
+            raise ValueError(f"id2label is {kind_of(id2label)}; expected a dict, label: names")
         for label, names in id2label.items():
             if not (str(label).isdecimal() and int(label) < num_classes):
                 raise ValueError(f"id2label names class {label}; allowed: 0 to {num_classes - 1}")
@@ -59,7 +60,7 @@ class ClassNames:
                 raise ValueError(f"class {given} does not exist; allowed: 0 to {self.num_classes - 1}")
             return int(given)
         if not isinstance(given, str):
-            raise ValueError(f"class {given!r} is a {type(given).__name__}; expected a label or a name")
+            raise ValueError(f"class {given!r} is {kind_of(given)}; expected a label or a name")
         if not self.id2label:
             allowed = f"allowed: 0 to {self.num_classes - 1}"
             raise ValueError(f"class {given!r}: this model's classes have no names; {allowed}")

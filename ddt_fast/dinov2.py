@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
-from ddt_fast.wording import one_line
+from ddt_fast.weight_files import reason_in
 
 DEFAULT_ENCODER = "facebook/dinov2-base"
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,7 +121,7 @@ def _load(name: str) -> Any:
             )
     except Exception as error:  # from transformers, the Hub, safetensors or the unpickler
         raise ValueError(
-            f"DINOv2 {name} could not be loaded: {one_line(error)}; expected a local folder or hub id such as "
+            f"DINOv2 {name} could not be loaded: {reason_in(name, error)}; expected a local folder or hub id such as "
             f"{DEFAULT_ENCODER} ('hf download {DEFAULT_ENCODER} --local-dir FOLDER' fetches it)"
         ) from error
     if kind not in ("dinov2", "dinov2_with_registers"):

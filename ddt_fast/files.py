@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ddt_fast.checks import require_path
+from ddt_fast.wording import kind_of
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected an object")
+        raise ValueError(f"{path} holds {kind_of(content)}; expected an object")
     return content
 
 

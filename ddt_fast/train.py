@@ -12,6 +12,7 @@ from ddt_fast.config import Experiment
 from ddt_fast.files import output_folder, read_yaml
 from ddt_fast.presets import PRESETS
 from ddt_fast.ranks import process_ranks
+from ddt_fast.wording import kind_of
 
 if TYPE_CHECKING:
     from ddt_fast.training.loop import TrainingResult
@@ -123,7 +124,7 @@ def _find_preset(arguments: Sequence[str] | None) -> str:
             parts = {f" under {f.name}": settings[f.name] for f in fields(Experiment) if f.name in settings}
         for place, part in parts.items():
             if not isinstance(part, dict):
-                kind = "nothing" if part is None else f"a {type(part).__name__}"
+                kind = "nothing" if part is None else kind_of(part)
                 raise ValueError(f"config file {file} holds {kind}{place}; expected settings as `name: value`")
         if "config" in settings:
             raise ValueError(f"config file {file} names another config file; name both on the command line")

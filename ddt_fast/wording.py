@@ -14,6 +14,12 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{ending}"
 
 
+def kind_of(value: object) -> str:
+    """A value's type: "an int", "a str"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
 def one_line(error: BaseException) -> str:
     """An error's message on one line of up to 200 characters; its type if it has no message."""
     return " ".join(str(error).split())[:200] or type(error).__name__

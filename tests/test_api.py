@@ -190,14 +190,14 @@ def test_wrong_settings_are_refused(kind, arguments, message):
         ("generate", {"draws": [1]}, r"draws is a list; \w+ Draws"),
         ("generate", {"sampling": {}}, r"sampling is a dict; expected SamplingConfig"),
         ("generate", {"draws": Draws(seeds=[1, 2], num_images=3)}, "`seeds` holds 2 seeds for 3 images"),
-        ("generate", {"scoring": Scoring(3)}, "a source of images is a int; expected a path"),
+        ("generate", {"scoring": Scoring(3)}, "a source of images is an int; expected a path"),
         ("score_samples", {"features": "vgg"}, "features is 'vgg'; allowed: inception, pixels"),
         ("score_samples", {"batch_size": "x"}, "batch_size is 'x'; allowed: a whole number, 1 or more"),
         ("convert_checkpoint", {"weights": "best"}, "weights is 'best'; allowed: ema, raw, both"),
         ("convert_checkpoint", {"skip": "package"}, r"skip is 'package'; allowed: a list of packages"),
         ("train_model", {"experiment": "digits"}, r"experiment is a str; \w+ Experiment"),
         ("train_model", {"output_dir": None}, "the output folder is a NoneType"),
-        ("study_refreshes", {"sampling": 3}, r"sampling is a int; expected SamplingConfig"),
+        ("study_refreshes", {"sampling": 3}, r"sampling is an int; expected SamplingConfig"),
         ("study_refreshes", {"num_samples": 1.5}, r"num.samples is 1\.5"),
     ],
 )
@@ -249,7 +249,7 @@ def test_wrong_arguments_of_pipelines_and_of_sample_are_refused():
     pipe, model = (load(EMBEDDED_CHECKPOINT) for load in (ddt_fast.DDTPipeline.from_pretrained, ddt_fast.load_model))
     saves = [part.save_pretrained for part in (pipe, pipe.transformer, pipe.scheduler)]
     for function in (pipe.from_pretrained, pipe.from_single_file, pipe.transformer.from_pretrained, *saves):
-        with pytest.raises(ValueError, match=r"is a int; expected a path"):
+        with pytest.raises(ValueError, match=r"is an int; expected a path"):
             function(3)
     with pytest.raises(ValueError, match=r"config is a type; expected SamplingConfig"):
         ddt_fast.sampling.sample(model, torch.zeros(1, 1, 8, 8), torch.tensor([1]), SamplingConfig)

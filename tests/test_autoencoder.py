@@ -31,3 +31,21 @@ def test_the_names_of_older_diffusers_are_read_and_missing_tensors_refused(tmp_p
     save_file(weights, file)
     with pytest.raises(ValueError, match=r"1 of its tensors are missing, such as decoder\.conv_in\.weight; expected"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "it is a Git LFS pointer"),
+        (b"damaged", "it is truncated or not safetensors"),
+    ],
+)
+def test_damaged_weights_are_named(tmp_path, content, message):
+    small_autoencoder(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    refusal = (
+        rf"autoencoder .* could not be loaded: .*diffusion_pytorch_model\.safetensors: {message}.*; expected the local"
+    )
+    with pytest.raises(ValueError, match=refusal):
+        load(tmp_path)

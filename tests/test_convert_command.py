@@ -197,7 +197,7 @@ def nothing(place):
         ),
         (raw_of_another_model, (*TO_FOLDER, "--weights", "both"), "num_blocks 6 in {0}/released.ckpt, 5 in the config"),
         (odd_projector, TO_FOLDER, "the REPA projector in {0}/released.ckpt does not fit: 4.weight is (7, 9)"),
-        (not_a_checkpoint, TO_FOLDER, "corrupt"),
+        (not_a_checkpoint, TO_FOLDER, "cannot be read: it is truncated"),
         (foreign_files, TO_FOLDER, "holds thesis.tex, which ddt-fast did not write"),
         (a_folder, ("{0}/model", "{0}/model"), "is both SOURCE and OUT; name another OUT"),
         (a_folder, ("{0}/model", "{0}/model/x.ckpt"), "x.ckpt lies inside {0}/model; name another place"),

@@ -146,7 +146,9 @@ def test_folders_without_a_dinov2_are_refused(dinov2, tmp_path):
     save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
     refused(r"lacks 4 of its weights, such as encoder\.layer\.1\.mlp\.fc1\.bias")
     (tmp_path / "model.safetensors").write_bytes(b"damaged")
-    refused("could not be loaded")
+    refused(r"could not be loaded: model\.safetensors: it is truncated or not safetensors")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(r"could not be loaded: model\.safetensors: it is empty; expected a local folder")
 
 
 def test_a_missing_transformers_says_how_to_install_it(monkeypatch):

@@ -19,6 +19,7 @@ from torch import Tensor
 from ddt_fast.config import ChannelStats, DataConfig
 from ddt_fast.data.latent_cache import MANIFEST, SETTINGS, VERSION, CacheSettings, storage_dtype
 from ddt_fast.files import read_json
+from ddt_fast.weight_files import read_pickle, refusal
 from ddt_fast.wording import one_line
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -43,7 +44,7 @@ class Shard:
             with safe_open(path, framework="pt") as file:
                 self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+            raise refusal("shard", path, error, "a whole .safetensors file") from error
         for tensor in self.tensors.values() if _LIBC else ():
             # Rows are visited in random order: reading ahead would fetch what is not needed.
             _advise(mmap.MADV_RANDOM, tensor.data_ptr(), tensor.nbytes)
@@ -76,11 +77,12 @@ class _Names:
 
 def read_channel_stats(path: Path, channels: int) -> ChannelStats:
     """The numbers of LightningDiT's latents_stats.pt; ValueError if it does not hold them for so many channels."""
+    expected = f"mean and std, {channels} numbers each, as in LightningDiT's latents_stats.pt"
+    stats = read_pickle("channel statistics", path, expected)
     try:
-        stats = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (tuple(stats[name].float().reshape(channels).tolist()) for name in ("mean", "std"))
-    except Exception as error:  # the unpickler may raise anything on damaged bytes
-        raise ValueError(f"channel statistics {path} cannot be used: {one_line(error)}") from error
+    except (KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"channel statistics {path} cannot be used: {one_line(error)}; expected {expected}") from error
     if not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"channel statistics {path} cannot be used: numbers that are not finite, or no std above 0")
     return mean, std

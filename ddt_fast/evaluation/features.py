@@ -1,7 +1,6 @@
 """From images to the features that metrics need: extractors, and an accumulator that takes images batch by batch."""
 
 import functools
-import pickle
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ddt_fast.evaluation.names import Features, check_features
 from ddt_fast.evaluation.statistics import Gaussian, RunningStatistics
 from ddt_fast.files import atomic_file
 from ddt_fast.provenance import device_name
+from ddt_fast.weight_files import read_pickle
 from ddt_fast.wording import one_line, plural
 
 _MAX_PIXEL_DIM = 4096
@@ -242,13 +242,13 @@ class FeatureAccumulator:
     def load(self, path: Path) -> None:
         """Add what `save` wrote; ValueError if the file is damaged, or its features are of another network."""
         part = type(self)(self.extractor, self.batch_size, self.keep_features)
+        state = read_pickle("features", path, "a file that FeatureAccumulator.save wrote", self.extractor.device)
         try:
-            state = torch.load(path, map_location=self.extractor.device, weights_only=True)
             kind = state["kind"]
             vars(part).update({name: state[name] for name in _STATE})
             vars(part._pool).update(state["pool"])
             vars(part._spatial).update(state["spatial"])
-        except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} cannot be read: {one_line(error)}") from error
         if kind != self._kind:
             raise ValueError(f"{path} holds features of {kind}; expected {self._kind}")

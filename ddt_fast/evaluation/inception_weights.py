@@ -1,11 +1,9 @@
 """The published weights of the Inception network: from torch's cache, downloaded, or from a file of the user's."""
 
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ddt_fast.checks import require_path
 from ddt_fast.evaluation.inception import Inception
 from ddt_fast.files import file_sha256
-from ddt_fast.wording import one_line
+from ddt_fast.weight_files import read_pickle
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 # torch-fidelity publishes the same bytes under its own name.
@@ -53,8 +51,6 @@ def load_inception(
         device: where the network goes.
     """
     file = _find_weights() if path is None else require_path("inception_weights", path)
-    if not file.is_file():
-        raise ValueError(f"Inception weights {file} {'are not a file' if file.exists() else 'do not exist'}")
     with torch.device("meta"):  # random weights would take time
         network = Inception()
     _load(network, _read(file), file)
@@ -81,10 +77,7 @@ def _find_weights() -> Path:
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    try:
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"Inception weights {file} cannot be read: {one_line(error)}") from error
+    content = read_pickle("Inception weights file", file, WEIGHTS_FILE)
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"Inception weights {file} do not hold a state dict; expected {WEIGHTS_FILE}")
     return content

@@ -1,6 +1,7 @@
 """Mean and covariance of features: accumulated in float64, mergeable, and saved under ADM's names."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddt_fast.evaluation.metrics import require_covariance
 from ddt_fast.files import atomic_file
-from ddt_fast.wording import plural
+from ddt_fast.wording import one_line, plural
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,32 @@ def save_statistics(path: Path, pool: Gaussian, spatial: Gaussian | None, count:
 
 
 def load_statistics(path: Path) -> tuple[Gaussian | None, Gaussian | None, int | None]:
-    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them. ValueError if a
-    Gaussian is incomplete, or arrays are not a Gaussian."""
+    """FID's Gaussian, sFID's Gaussian and the number of images in an npz, as far as it holds them. ValueError if the
+    file is damaged, a Gaussian is incomplete, or arrays cannot be a mean and a covariance."""
     try:
+        if not zipfile.is_zipfile(path):  # NumPy would take it for a pickle
+            raise EOFError("it is not an npz, or is truncated")
         with np.load(path, allow_pickle=False) as archive:
-            names = set(archive.files)
-            found = {name: archive[name] for name in ("mu", "sigma", "mu_s", "sigma_s", "num_images") if name in names}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+            held = [name for name in ("mu", "sigma", "mu_s", "sigma_s", "num_images") if name in archive.files]
+            found = {name: _read_array(path, archive, name) for name in held}
+    except (OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}; expected an npz with mu and sigma") from error
     count = found.get("num_images")
-    if count is not None and (count.shape or not np.issubdtype(count.dtype, np.integer)):
-        raise ValueError(f"{path}: num_images is {count.dtype} {count.shape}; expected a whole number")
+    if count is not None and (count.shape or not np.issubdtype(count.dtype, np.integer) or count < 2):
+        given = f"{count.dtype} {count.shape}" if count.shape or count.dtype.kind != "i" else int(count)
+        raise ValueError(f"{path}: num_images is {given}; expected a whole number, 2 or more")
     pool, spatial = _gaussian(path, found, "mu", "sigma"), _gaussian(path, found, "mu_s", "sigma_s")
     return pool, spatial, None if count is None else int(count)
+
+
+def _read_array(path: Path, archive: Any, name: str) -> NDArray[Any]:
+    try:
+        return archive[name]
+    except ValueError as error:
+        # NumPy's message for an array of objects advises to allow pickles.
+        objects = "it holds Python objects, which may run code and were not opened"
+        problem = objects if "allow_pickle" in str(error) else one_line(error)
+        raise ValueError(f"{path}: {name} cannot be read: {problem}; expected an array of numbers") from error
 
 
 def _gaussian(path: Path, found: dict[str, NDArray[Any]], mu_name: str, sigma_name: str) -> Gaussian | None:
@@ -116,13 +131,13 @@ def _gaussian(path: Path, found: dict[str, NDArray[Any]], mu_name: str, sigma_na
     if mu is None or sigma is None:
         missing, there = (mu_name, sigma_name) if mu is None else (sigma_name, mu_name)
         raise ValueError(f"{path} holds {there} but no {missing}; expected both")
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(
-            f"{path}: {mu_name} has shape {mu.shape}, {sigma_name} {sigma.shape}; expected (D,) and (D, D)"
-        )
+    if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
+        shapes = f"{mu_name} has shape {mu.shape}, {sigma_name} {sigma.shape}"
+        raise ValueError(f"{path}: {shapes}; expected (D,) and (D, D) with D of 1 or more")
     for name, array in ((mu_name, mu), (sigma_name, sigma)):
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{path}: {name} is {array.dtype}; expected floating point")
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    require_covariance(f"{path}: {sigma_name}", sigma)
     return Gaussian(mu.astype(np.float64), sigma.astype(np.float64))

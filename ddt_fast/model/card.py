@@ -15,6 +15,7 @@ from ddt_fast.files import atomic_file, read_json, read_yaml, write_json
 from ddt_fast.hub import is_hub_id
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.settings import CONFIG_NAME, read_settings
+from ddt_fast.wording import kind_of
 
 CARD_NAME = "README.md"
 
@@ -139,7 +140,7 @@ def read_provenance(folder: Path) -> Provenance:
 def _require_objects(file: Path | None, content: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if not isinstance(content.get(name), dict | None):
-            raise ValueError(f"{file}: {name} is a {type(content[name]).__name__}; expected an object")
+            raise ValueError(f"{file}: {name} is {kind_of(content[name])}; expected an object")
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ddt_fast.files import atomic_file
+from ddt_fast.weight_files import read_pickle, refusal, require_file
 
 WeightSet = Literal["ema", "raw"]
 
@@ -77,13 +78,10 @@ def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeigh
         OSError: the file cannot be read.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} does not exist")
-    file.open("rb").close()  # OSError: an unreadable file is not a damaged one
     content = _unpickle(file, list(skip))
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"checkpoint {file} is corrupt or not a Lightning checkpoint: it holds no state_dict")
+        raise ValueError(f"checkpoint {file} is not a Lightning checkpoint: it holds no state_dict")
     sets: dict[str, dict[str, Tensor]] = {kind: {} for kind in _PREFIXES}
     other = [str(key) for key in content if key != "state_dict"]
     for name, tensor in state.items():
@@ -182,26 +180,20 @@ class _PassedOverDict:
 
 
 def _unpickle(file: Path, skip: list[str]) -> Any:
+    expected = "a Lightning .ckpt"
+    require_file("checkpoint", file, expected)
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(str(file)))
-        refused = [name for name in names if not _may_pass_over(name, skip)]
-        if refused:
-            raise _Refused(_refusal(file, refused))
-        # Nothing with these names is imported or called: torch makes the stand-ins instead.
-        stand_ins: list[Any] = [(_PassedOverDict if _DICTS.fullmatch(name) else _PassedOver, name) for name in names]
-        with safe_globals(stand_ins):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (MemoryError, _Refused):
+    except MemoryError:
         raise
     except Exception as error:  # damaged bytes make the unpickler raise anything
-        lines = str(error).splitlines() or [type(error).__name__]
-        # torch's first line advises to load with weights_only=False.
-        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
-        raise ValueError(f"checkpoint {file} is corrupt or not a checkpoint, nothing was run: {reason}") from error
-
-
-class _Refused(ValueError):
-    pass
+        raise refusal("checkpoint", file, error, expected) from error
+    refused = [name for name in names if not _may_pass_over(name, skip)]
+    if refused:
+        raise ValueError(_refusal(file, refused))
+    # Nothing with these names is imported or called: torch makes the stand-ins instead.
+    stand_ins: list[Any] = [(_PassedOverDict if _DICTS.fullmatch(name) else _PassedOver, name) for name in names]
+    return read_pickle("checkpoint", file, expected, allowed=safe_globals(stand_ins))
 
 
 def _may_pass_over(name: str, skip: list[str]) -> bool:

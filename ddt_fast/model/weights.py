@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ddt_fast.checks import require, require_choice, require_path
@@ -27,6 +27,7 @@ from ddt_fast.model.settings import (
     resolve_checkpoint,
 )
 from ddt_fast.presets import PRESETS
+from ddt_fast.weight_files import read_safetensors
 from ddt_fast.wording import plural
 
 CLASS_TABLE = "y_embedder.embedding_table.weight"
@@ -183,12 +184,7 @@ def shard_names(index: Path) -> list[str]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     if file.suffix != ".safetensors":
         raise ValueError(f"checkpoint {file} ends in {file.suffix or 'nothing'}; allowed: .safetensors, .ckpt")
-    if not file.is_file():
-        raise ValueError(f"checkpoint {file} {'is not a file' if file.exists() else 'does not exist'}")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint {file} is corrupt or not a checkpoint: {error}") from error
+    return read_safetensors("checkpoint", file, "a whole .safetensors file")
 
 
 def settle_config(

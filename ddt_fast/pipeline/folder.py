@@ -5,6 +5,7 @@ from typing import Any
 
 from ddt_fast.files import check_replaceable, read_json
 from ddt_fast.model.weights import shard_names
+from ddt_fast.weight_files import require_readable_folder
 
 INDEX_NAME = "model_index.json"
 PIPELINE_CLASS = "DDTPipeline"
@@ -56,6 +57,7 @@ def check_weights(folder: Path) -> None:
     names = sorted(entry.name for entry in folder.iterdir())
     for index in folder.glob("*.index*.json"):
         shard_names(index)
+    require_readable_folder(folder)
     pickled = [name for name in names if name.endswith(_PICKLES)]
     if pickled and not any(name.endswith(".safetensors") for name in names):
         raise ValueError(

@@ -10,23 +10,25 @@ from typing import Any, Literal, Optional, Self
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
+from diffusers.utils import is_accelerate_available, logging
+from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, undo_normalisation
+from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, quiet_casts, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.pipeline.adapters import LoraPipeline
 from ddt_fast.pipeline.loading import SavedPipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
-from ddt_fast.wording import plural
+from ddt_fast.wording import kind_of, plural
 
 logger = logging.get_logger(__name__)
 
@@ -37,7 +39,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["DDTPipeline", int, Tensor, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
-class DDTPipeline(SavedPipeline):
+class DDTPipeline(SavedPipeline, LoraPipeline):
     """Draws images of classes with a DDT.
 
     For sampling, the transformer's weights are merged into a copy, which is made again when they change; changes of a
@@ -56,6 +58,7 @@ class DDTPipeline(SavedPipeline):
 
     _optional_components = ["vae"]  # noqa: RUF012, attributes of diffusers' class
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -131,7 +134,23 @@ class DDTPipeline(SavedPipeline):
         """As `DiffusionPipeline.to`: a device, a dtype, or both, and silence_dtype_warnings; ValueError for others."""
         require_arguments("to", kwargs, ("device", "dtype", "silence_dtype_warnings"))
         self._engine = self._sampler = None  # free their memory first
-        return super().to(*args, **kwargs)
+        kwargs.setdefault("silence_dtype_warnings", True)  # that float16 fails on a CPU: it does not
+        with quiet_casts():
+            return super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if accelerate is
+        missing, or there is no GPU.
+
+        Args:
+            gpu_id: the number of the GPU; None for the first.
+            device: the device; None for the GPU.
+        """
+        if not is_accelerate_available():
+            raise ValueError("enable_model_cpu_offload needs accelerate: pip install accelerate")
+        if device is None and get_device() == "cpu":
+            raise ValueError("enable_model_cpu_offload needs a GPU, and torch sees none here")
+        super().enable_model_cpu_offload(gpu_id, device)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def __call__(
@@ -174,7 +193,8 @@ class DDTPipeline(SavedPipeline):
             settings: other fields of `SamplingConfig`, such as refresh_every=2; see `SamplingConfig.override`.
 
         Raises:
-            ValueError: a class is unknown or ambiguous, or a setting, a size or the generators are not allowed.
+            ValueError: a class is unknown or ambiguous, a setting, a size or the generators are not allowed, or a
+                sample is not finite.
         """
         self._check_output(output_type)
         require_int("num_images_per_label", num_images_per_label, 1)
@@ -182,9 +202,11 @@ class DDTPipeline(SavedPipeline):
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
+        offloaded = _move_in(self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
         if latents is None:
             latents = normal(shape, generators)
         _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
@@ -192,7 +214,10 @@ class DDTPipeline(SavedPipeline):
         with self.progress_bar(total=self._num_timesteps) as bar:
             progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
             samples = sampler(latents, labels, generators=generators, progress=progress)
-        images = self._finished(samples, output_type)
+        if offloaded:
+            del sampler, progress
+            self._engine = self._sampler = None  # before the vae is moved in
+        images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -230,8 +255,6 @@ class DDTPipeline(SavedPipeline):
 
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler, with its buffers and graphs, if nothing has changed since; else a new one."""
-        if hasattr(self.transformer, "_hf_hook") or hasattr(self.transformer, "_diffusers_hook"):
-            raise ValueError("the transformer is offloaded, which the sampler would bypass; use pipe.to(device)")
         model, reusable = self._engine_model()
         key = (config, count, height, width)
         if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
@@ -268,7 +291,7 @@ class DDTPipeline(SavedPipeline):
             advance()
             returned = call(self, done - 1, times[done - 1], {name: x.clone() for name in names}) if call else None
             if not (returned is None or isinstance(returned, Mapping)):
-                raise ValueError(f"callback_on_step_end returned a {type(returned).__name__}; expected None or a dict")
+                raise ValueError(f"callback_on_step_end returned {kind_of(returned)}; expected None or a dict")
             if returned is not None and "latents" in returned:
                 _require_latents("callback_on_step_end returned latents", returned["latents"], tuple(x.shape))
                 x.copy_(returned["latents"])
@@ -277,26 +300,66 @@ class DDTPipeline(SavedPipeline):
 
         return progress
 
-    def _finished(self, samples: Tensor, output_type: OutputType) -> Any:
+    def _finished(self, samples: Tensor, output_type: OutputType, whose: Sequence[str]) -> Any:
+        _require_finite(samples, whose, "check the weights and the settings")
         if output_type == "latent":
             return samples
-        samples = self.pixels(samples)
+        samples = self.pixels(samples, whose)
         if output_type == "pil":
             return [Image.fromarray(image) for image in to_uint8(samples)]
         images = (samples / 2 + 0.5).clamp(0, 1)
         return images if output_type == "pt" else images.cpu().permute(0, 2, 3, 1).numpy()
 
-    def pixels(self, samples: Tensor) -> Tensor:
-        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]."""
+    def pixels(self, samples: Tensor, whose: Sequence[str] = ()) -> Tensor:
+        """What the model draws, (N, in_channels, h, w) → pixels (N, channels, H, W) float32, around [-1, 1]. ValueError
+        if pixels are not finite.
+
+        Args:
+            samples: as from output_type "latent".
+            whose: what to call each sample in the error; () numbers them.
+        """
         if self.vae is None:
             return undo_normalisation(samples, self.data)
-        return decode_latents(self.vae, samples, data=self.data)
+        _move_in(self.vae)
+        pixels = decode_latents(self.vae, samples, data=self.data)
+        remedy = f"the vae decodes in {self.vae.dtype}; allowed where that overflows: pipe.vae.to(torch.float32)"
+        _require_finite(pixels, whose, remedy)
+        return pixels
+
+
+def _move_in(model: torch.nn.Module) -> bool:
+    """Move a model of `enable_model_cpu_offload` to the GPU, and the one before it to the CPU; return whether it is
+    one. ValueError if it is offloaded in another way, which the sampler would bypass."""
+    hook: Any = getattr(model, "_hf_hook", None)
+    if hasattr(model, "_diffusers_hook") or (hook is not None and type(hook).__name__ != "CpuOffload"):
+        raise ValueError(
+            "the transformer is offloaded, which the sampler would bypass; use pipe.to(device) or "
+            "pipe.enable_model_cpu_offload()"
+        )
+    if hook is not None:
+        hook.pre_forward(model)
+    return hook is not None
+
+
+def _sample_names(generators: Sequence[torch.Generator], count: int) -> list[str]:
+    """What to call the samples in an error: by their seeds if each has a generator of its own."""
+    if len({id(generator) for generator in generators}) == count:
+        return [f"the sample of seed {generator.initial_seed()}" for generator in generators]
+    return [f"sample {i}" for i in range(count)]
+
+
+def _require_finite(images: Tensor, whose: Sequence[str], remedy: str) -> None:
+    """Require finite (N, C, H, W); the message names the first that is not."""
+    broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if broken:
+        name = whose[broken[0]] if whose else f"sample {broken[0]}"
+        raise ValueError(f"{name} is not finite; {remedy}")
 
 
 def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
     """The tensors to give a callback_on_step_end; ValueError for unknown names, or if it is not a function."""
     if call is not None and not callable(call):
-        raise ValueError(f"callback_on_step_end is a {type(call).__name__}; expected a function")
+        raise ValueError(f"callback_on_step_end is {kind_of(call)}; expected a function")
     names = getattr(call, "tensor_inputs", names)
     if not isinstance(names, (list, tuple)):
         raise ValueError(f"callback_on_step_end_tensor_inputs is {names!r}; expected a list of names")
@@ -309,11 +372,13 @@ def _tensor_names(call: StepCallback | None, names: Sequence[str]) -> list[str]:
 def _require_latents(what: str, latents: object, shape: tuple[int, ...], purpose: str = "") -> None:
     """Require floats of this shape."""
     if not isinstance(latents, Tensor):
-        raise ValueError(f"{what} a {type(latents).__name__}; expected a tensor {shape}{purpose}")
+        raise ValueError(f"{what} {kind_of(latents)}; expected a tensor {shape}{purpose}")
     if latents.shape != shape:
         raise ValueError(f"{what} {tuple(latents.shape)}; expected {shape}{purpose}")
     if not latents.is_floating_point() or latents.layout != torch.strided or latents.is_meta:
         raise ValueError(f"{what} {latents.dtype}, {latents.layout}, on {latents.device}; expected dense floats")
+    if not latents.isfinite().all():
+        raise ValueError(f"{what} not finite: they hold NaN or infinity; expected finite numbers")
 
 
 def _fingerprint(model: torch.nn.Module) -> list[Any]:

@@ -16,6 +16,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.pipeline.component import Component, check_saving, takes_fields_of
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
+from ddt_fast.wording import kind_of
 
 _SETTINGS = [setting.name for setting in fields(SamplingConfig)]
 
@@ -156,7 +157,7 @@ def per_sample(
     generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
     for one in generators:
         if not isinstance(one, torch.Generator):
-            raise ValueError(f"generator is a {type(one).__name__}; expected torch.Generator, or a list of them")
+            raise ValueError(f"generator is {kind_of(one)}; expected torch.Generator, or a list of them")
         if one.device.type != "cpu" and one.device != device:
             own = "" if device.type == "cpu" else f", or one on {device}, where samples are drawn"
             cpu = "torch.Generator('cpu'), whose noise is the same on every machine"

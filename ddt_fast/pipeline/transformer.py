@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
-from ddt_fast.autoencoder import default_dtype_kept
+from ddt_fast.autoencoder import default_dtype_kept, quiet_casts
 from ddt_fast.checks import require_path
 from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
 from ddt_fast.files import read_json
@@ -135,6 +135,11 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
         if folder.is_file():
             raise ValueError(f"save_directory {folder} is a file; expected a folder")
         super().save_pretrained(str(folder), **options, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+        """As `torch.nn.Module.to`."""
+        with quiet_casts():
+            return cast(Self, super().to(*args, **kwargs))
 
     @property
     def ddt_config(self) -> DDTConfig:

@@ -22,6 +22,7 @@ from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.sampling.refresh import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
+from ddt_fast.wording import kind_of
 from ddt_kernels import guided_step_
 
 Progress = Callable[[int, Tensor], object]
@@ -228,7 +229,7 @@ class Sampler:
             shape = f"up to {self.batch_size} samples of {height}x{width}, this sampler's shape"
             raise ValueError(f"noise has shape {tuple(noise.shape)}; expected {shape}")
         if not isinstance(labels, Tensor):
-            raise ValueError(f"labels are a {type(labels).__name__}; expected a tensor, ({count},) torch.int64")
+            raise ValueError(f"labels are {kind_of(labels)}; expected a tensor, ({count},) torch.int64")
         if labels.shape != (count,) or labels.dtype != torch.int64:
             raise ValueError(f"labels are {tuple(labels.shape)} {labels.dtype}; expected ({count},) torch.int64")
         if labels.min() < 0 or labels.max() >= classes:

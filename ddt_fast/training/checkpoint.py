@@ -26,7 +26,8 @@ from ddt_fast.model.settings import read_settings
 from ddt_fast.training.parallel import patient_group
 from ddt_fast.training.state import TrainingState, released_weights
 from ddt_fast.training.state_reader import StateReader
-from ddt_fast.wording import one_line, warn
+from ddt_fast.weight_files import reason
+from ddt_fast.wording import warn
 
 _NAME = re.compile(r"step_(\d+)")
 OWNED_NAMES = r"\.?step_\d+(\.old)?"
@@ -127,17 +128,17 @@ class Checkpoints:
         try:
             saving.result()
         except (OSError, CheckpointException, RuntimeError) as error:
-            message = f"the checkpoint could not be saved: {reason(error)}"
+            message = f"the checkpoint could not be saved: {failure(error)}"
             if strict:
                 raise OSError(message) from error
             warn(f"{message}; training continues, earlier checkpoints are kept")
 
 
-def reason(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """Why saving or loading failed in any of the processes, in one line."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return one_line(error)
+    return reason(error)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -164,7 +165,7 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
     try:
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
     except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(reader.failure or error)}") from error
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {failure(reader.failure or error)}") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -197,7 +198,7 @@ def read_checkpoint(checkpoint: Path) -> LightningWeights:
         ema = released_weights(config, fused, state["ema"])
         raw = released_weights(config, fused, _below("denoiser.", state["weights"]))
     except (Exception, CheckpointException) as error:  # the unpickler may raise anything on damaged bytes
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {reason(error)}") from error
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {failure(error)}") from error
     return LightningWeights(ema, raw, _below("projector.", state["weights"]), [])
 
 

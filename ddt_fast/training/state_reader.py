@@ -10,6 +10,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import filesystem, metadata
 
+from ddt_fast.wording import kind_of
+
 _MADE = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -45,7 +47,7 @@ class StateReader(dcp.FileSystemReader):
         with self._metadata_file.open("rb") as file:
             found = _Unpickler(file).load()
         if not isinstance(found, metadata.Metadata):
-            raise pickle.UnpicklingError(f"its metadata is a {type(found).__name__}")
+            raise pickle.UnpicklingError(f"its metadata is {kind_of(found)}")
         for name, entry in found.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata):
                 raise pickle.UnpicklingError(f"{name} is not a tensor, and was not opened")

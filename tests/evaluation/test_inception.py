@@ -169,8 +169,8 @@ def test_files_that_are_not_weights(tmp_path):
     for name, message in (
         ("text.pth", "cannot be read"),
         ("other.pth", "do not hold a state dict"),
-        ("missing.pth", "do not exist"),
-        ("", "are not a file"),
+        ("missing.pth", "does not exist"),
+        ("", "is not a file"),
     ):
         with pytest.raises(ValueError, match=message):
             load_inception(tmp_path / name)

@@ -22,6 +22,32 @@ def random_gaussian(rng, dims):
     return rng.standard_normal(dims), root @ root.T / dims
 
 
+@pytest.mark.parametrize(("count", "dims"), [(10, 64), (50, 300), (2, 8), (400, 32)])
+def test_equal_statistics_have_distance_0(count, dims):
+    """Also singular ones, of fewer images than dimensions, and of the same images in another order."""
+    features = np.abs(np.random.default_rng(0).standard_normal((count, dims))) ** 3
+    first, second = gaussian_statistics(features), gaussian_statistics(features[::-1])
+    for other in (first, second):
+        assert 0 <= frechet_distance(*first, *other) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("sigma", "message"),
+    [
+        (
+            [[1.0, 0.5], [0.1, 1.0]],
+            "sigma2 is not a covariance: it differs from its transpose by up to 0.4; ",
+        ),
+        ([[1.0, 2.0], [2.0, 1.0]], "sigma2 is not a covariance: its lowest eigenvalue is -1; expected 0 or more"),
+        ([[-1.0, 0.0], [0.0, -1.0]], "sigma2 is not a covariance: its lowest eigenvalue is -1"),
+        ([[1.0, np.nan], [np.nan, 1.0]], "statistics hold numbers that are not finite"),
+    ],
+)
+def test_what_is_not_a_covariance_has_no_distance(sigma, message):
+    with pytest.raises(ValueError, match=message):
+        frechet_distance(np.zeros(2), np.eye(2), np.zeros(2), np.array(sigma))
+
+
 def test_agrees_with_the_matrix_square_root():
     rng = np.random.default_rng(0)
     (mu1, sigma1), (mu2, sigma2) = random_gaussian(rng, 20), random_gaussian(rng, 20)

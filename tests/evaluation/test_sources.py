@@ -222,12 +222,41 @@ def test_wrong_rows_are_refused(parts, message):
         ({"mu": np.zeros(3, dtype=int), "sigma": np.eye(3)}, "mu is int64; expected floating point"),
         ({"mu": np.array([0, np.nan]), "sigma": np.eye(2)}, "mu holds numbers that are not finite"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "num_images": np.array(0.5)}, "num_images is float64"),
+        (
+            {"mu": np.zeros(2), "sigma": np.eye(2), "num_images": np.array(-3)},
+            "num_images is -3; expected .* 2 or more",
+        ),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu has shape \(0,\), .* with D of 1 or more"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0.1, 1]])}, "sigma is not a .* differs from its transpose"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 2.0], [2, 1]])}, "sigma is not a .* lowest eigenvalue is -1"),
+        ({"mu_s": np.zeros(1), "sigma_s": -np.eye(1)}, "sigma_s is not a .* lowest eigenvalue is -1"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "sigma holds numbers that are not finite"),
+        ({"mu": np.array([{}, 1]), "sigma": np.eye(2)}, "mu cannot be read: it holds Python objects, "),
     ],
 )
 def test_wrong_statistics_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "wrong.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"wrong\.npz.*{message}") as refusal:
         load_statistics(tmp_path / "wrong.npz")
+    assert "allow_pickle" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.5, 0.99])
+def test_damaged_statistics_are_refused(tmp_path, kept):
+    file = tmp_path / "wrong.npz"
+    np.savez(file, mu=np.zeros(9), sigma=np.eye(9))
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
+    with pytest.raises(ValueError, match=r"wrong\.npz cannot be read: .*; expected an npz with mu and sigma"):
+        load_statistics(file)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rounded_and_singular_covariances_are_read(tmp_path, dtype):
+    gaussian = running([rows(count=20, dims=200)]).gaussian()
+    np.savez(tmp_path / "rounded.npz", mu=gaussian.mu.astype(dtype), sigma=gaussian.sigma.astype(dtype))
+    found = load_statistics(tmp_path / "rounded.npz")[0]
+    np.testing.assert_allclose(found.sigma, gaussian.sigma, rtol=1e-3, atol=1e-3)
 
 
 def test_unreadable_images_stop_or_are_left_out(tmp_path):

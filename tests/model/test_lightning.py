@@ -173,6 +173,8 @@ NOT_CHECKPOINTS = {
 }
 NOTHING = torch.zeros(48)
 MESSAGES = {
+    "list": "is not a Lightning checkpoint: it holds no state_dict",
+    "empty": "cannot be read: it is empty; expected a Lightning .ckpt",
     "no tensors": r"no denoiser\.\* tensors; it is not a DDT",
     "twice": r"holds denoiser\.x_embedder\.proj\.bias twice, once as denoiser\._orig_mod",
 }
@@ -187,7 +189,7 @@ def saved(content, **options) -> bytes:
 @pytest.mark.parametrize("kind", NOT_CHECKPOINTS)
 def test_other_files_are_refused_in_one_line(tmp_path, kind):
     (tmp_path / "a.ckpt").write_bytes(NOT_CHECKPOINTS[kind](saved({"state_dict": state_dict()})))
-    with pytest.raises(ValueError, match=MESSAGES.get(kind, "is corrupt or not a")) as refusal:
+    with pytest.raises(ValueError, match=MESSAGES.get(kind, "cannot be read: it is truncated")) as refusal:
         read_lightning(tmp_path / "a.ckpt")
     assert "\n" not in str(refusal.value)
 

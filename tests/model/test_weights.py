@@ -94,7 +94,7 @@ ODD = {"x_embedder.proj.weight": torch.zeros(3), "blocks.0.attn.q_norm.weight": 
 # How the folder f of a model is broken; how a single file f is made; and what the error says.
 BROKEN_FOLDERS = [
     (lambda f: (f / WEIGHTS_NAME).unlink(), f"holds no {WEIGHTS_NAME}"),
-    (lambda f: shortened(f / WEIGHTS_NAME), "corrupt"),
+    (lambda f: shortened(f / WEIGHTS_NAME), "cannot be read: it is truncated or not safetensors"),
     (lambda f: (f / CONFIG_NAME).write_text("{"), "not a valid configuration"),
     (lambda f: (f / CONFIG_NAME).write_text("[1]"), "not a valid configuration"),
     (lambda f: (f / CONFIG_NAME).write_text("[" * 100_000), "not a valid configuration"),
@@ -109,7 +109,7 @@ BROKEN_FILES = [
     ("nothing", lambda f: None, "does not exist"),
     ("weights.bin", lambda f: f.write_bytes(b""), "ends in .bin; allowed: .safetensors, .ckpt"),
     ("raw.ckpt", lambda f: torch.save({"state_dict": {"denoiser.x": torch.zeros(1)}}, f), "holds no ema weights; take"),
-    ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "corrupt"),
+    ("odd.ckpt", lambda f: torch.save({"state_dict": [1]}, f), "holds no state_dict"),
     ("bare.safetensors", lambda f: save_file(golden.weights(NAME), f), "pass `config`"),
     ("other.safetensors", lambda f: save_file({"conv1.weight": torch.zeros(1)}, f), "not a DDT"),
     (

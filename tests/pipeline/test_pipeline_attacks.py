@@ -66,8 +66,14 @@ def test_wrong_settings_are_refused(latents, file, entries, message):
     [
         (("model_index.json", b"{"), "is not valid JSON"),
         (("transformer/config.json", b"{}"), "not a valid configuration.*num_heads"),
-        ((f"transformer/{WEIGHTS_NAME}", b"x" * 100), "is corrupt or "),
-        ((f"transformer/{WEIGHTS_NAME}", (2**62).to_bytes(8, "little") + b"{}"), "is corrupt or "),
+        ((f"transformer/{WEIGHTS_NAME}", b""), "cannot be read: it is empty"),
+        ((f"transformer/{WEIGHTS_NAME}", b"x" * 100), "cannot be read: it is truncated"),
+        ((f"transformer/{WEIGHTS_NAME}", (2**62).to_bytes(8, "little") + b"{}"), "cannot be read: it is truncated"),
+        ((f"vae/{WEIGHTS_NAME}", b""), r"vae/.*\.safetensors cannot be read: it is empty; expected a whole"),
+        (
+            (f"vae/{WEIGHTS_NAME}", b"\x80\x02}."),
+            "cannot be read: it is a pickle, which may hold code and was not opened",
+        ),
         ("final_layer.linear.bias", r"1 missing tensor \(such as final_layer\.linear\.bias\)"),
         (torch.int8, "integer tensors"),
         ("vae", "lacks its folder vae"),

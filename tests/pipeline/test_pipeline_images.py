@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.callbacks import PipelineCallback
 
 from ddt_fast import FusedDDT, load_model
@@ -93,6 +94,15 @@ def test_sizes_and_dtypes(latent_model):
     assert 0 < (coarse - exact).norm() / exact.norm() < 0.05
     assert pipe([1], height=32, width=96).images[0].size == (96, 32)
     assert pipe([1], height=32, width=96, output_type="latent").images.shape == (1, 4, 4, 12)
+
+
+def test_moving_and_casting_is_quiet(caplog, recwarn):
+    pipe = digits()
+    for place in (("cpu", torch.float16), (torch.float16,), ("cpu",), (torch.float32,)):
+        pipe.to(*place)
+    pipe.transformer.to(torch.bfloat16).to("cpu", torch.float32)
+    assert caplog.text == ""
+    assert not recwarn.list
 
 
 def test_images_per_label_and_given_latents(pipe):
@@ -190,6 +200,58 @@ def test_the_scheduler_alone_takes_the_same_steps(pipe, settings):
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="allowed at step 6: none, call set_timesteps"):
         scheduler.step(x, 0.0, x)
+
+
+@pytest.fixture
+def overflowing(latent_model, tmp_path):
+    """A function: a float16 pipeline whose vae overflows in float16, with this force_upcast."""
+
+    def make(force_upcast):
+        vae = AutoencoderKL.from_pretrained(read_experiment(latent_model).data.autoencoder)
+        with torch.no_grad():
+            vae.decoder.conv_in.weight *= 3e5
+            vae.decoder.conv_in.bias *= 3e5
+        vae.register_to_config(force_upcast=force_upcast)
+        vae.save_pretrained(tmp_path / "vae")
+        options = {"torch_dtype": torch.float16, "vae": tmp_path / "vae"}
+        return quiet(DDTPipeline.from_pretrained(latent_model, **options))
+
+    return make
+
+
+def test_a_vae_that_overflows_in_float16_decodes_in_float32(overflowing, caplog):
+    pipe = overflowing(force_upcast=True)
+    given = {"latents": seeded_noise([0], (4, 8, 8))[0]}
+    caplog.clear()  # diffusers recommends accelerate
+    images = pipe([2], output_type="np", **given).images
+    assert pipe.vae.dtype == torch.float16
+    assert caplog.text == ""
+    exact = Decoder(pipe.data.autoencoder, torch.device("cpu"))
+    exact.vae.load_state_dict(pipe.vae.state_dict())
+    pixels = exact(pipe([2], output_type="latent", **given).images)
+    assert np.array_equal(images, (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(pipe([2], **given).images[0]), to_uint8(pixels)[0])
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_images_that_are_not_finite_are_refused(overflowing, output_type):
+    pipe = overflowing(force_upcast=False)
+    message = r"the sample of seed 7 is not finite; the vae decodes in torch.float16; .*pipe\.vae\.to\(torch\.float32\)"
+    with pytest.raises(ValueError, match=message):
+        pipe([2], generator=seeded(7), output_type=output_type)
+    with pytest.raises(ValueError, match=r"^sample 0 is not finite"):
+        pipe([2, 3], generator=seeded(7)[0], output_type=output_type)
+    pipe.vae.to(torch.float32)
+    assert np.isfinite(np.asarray(pipe([2], generator=seeded(7), output_type=output_type).images)).all()
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_samples_that_are_not_finite_are_refused(output_type):
+    pipe = digits()
+    with torch.no_grad():
+        pipe.transformer.final_layer.linear.bias.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the sample of seed 5 is not finite; check the weights and the settings"):
+        pipe([3, 4], 2, generator=seeded(5, 6), output_type=output_type)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """A wrong call of a pipeline is refused with what was wrong and what is allowed. Unknown keyword arguments too, with
 the nearest named; diffusers alone would ignore them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -32,7 +33,7 @@ class Elsewhere(torch.Generator):
         ({"class_labels": [10]}, "class 10 does not exist; allowed: 0 to 9"),
         ({"class_labels": torch.zeros(2, dtype=torch.int64, device="meta")}, "classes are .* on meta; expected"),
         ({"generator": seeded(1, 2, 3)}, "3 generators for 2 images; expected one, or one per image"),
-        ({"generator": 5}, "generator is a int; expected torch.Generator, or a list of them"),
+        ({"generator": 5}, "generator is an int; expected torch.Generator, or a list of them"),
         ({"generator": Elsewhere()}, r"is on cuda:1; expected torch\.Generator\('cpu'\), whose .* machine$"),
         ({"height": 7}, "height is 7; allowed: a positive multiple of 2 pixels"),
         ({"height": 2 * 10**9}, "one 2000000000x8 sample keeps .* between steps"),
@@ -49,11 +50,23 @@ class Elsewhere(torch.Generator):
         ({"latents": [1.0]}, r"latents are a list; expected a tensor \(2, 1, 8, 8\) for 2 images"),
         ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.bool)}, "latents are torch.bool, .* expected dense floats"),
         ({"latents": torch.zeros(2, 1, 8, 8).to_sparse()}, r"latents are .*torch\.sparse_coo, .*; expected dense"),
-        ({"callback_on_step_end": 3}, "callback_on_step_end is a int; expected a function"),
+        (
+            {"latents": torch.full((2, 1, 8, 8), math.nan)},
+            "latents are not finite: they hold NaN or infinity",
+        ),
+        ({"latents": torch.full((2, 1, 8, 8), -math.inf)}, "latents are not finite"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end is an int; expected a function"),
         ({"callback_on_step_end_tensor_inputs": ["embeds"]}, "names 'embeds'; allowed: latents"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs is 'latents'; expected a list of names"),
-        ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end returned a int; expected None or a dict"),
-        ({"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}}, r"returned latents \(2, 2\); expected"),
+        ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end returned an int; expected None or a dict"),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}},
+            r"returned latents \(2, 2\); expected \(2, 1, 8, 8\)",
+        ),
+        (
+            {"callback_on_step_end": lambda *_: {"latents": torch.full((2, 1, 8, 8), math.nan)}},
+            "callback_on_step_end returned latents not finite",
+        ),
     ],
 )
 def test_wrong_calls(pipe, arguments, message):
@@ -201,7 +214,7 @@ def test_parts_that_do_not_fit(pipe, latent_model):
         ((transformer, vae, scheduler), "latents have 4 channels, the transformer takes 1; they must match"),
         ((transformer, None, vae), "scheduler is a AutoencoderKL"),
         ((vae, None, scheduler), "transformer is a AutoencoderKL; expected DDTTransformer2DModel"),
-        ((transformer, 3, scheduler), "vae is a int; expected AutoencoderKL"),
+        ((transformer, 3, scheduler), "vae is an int; expected AutoencoderKL"),
         ((transformer, None, scheduler, "x"), "id2label is a str; expected a dict"),
         ((transformer, None, scheduler, {"a": "b"}), "id2label names class a; allowed: 0 to 9"),
         ((transformer, None, scheduler, {1: 5}), "id2label names class 1 5; expected a string"),
