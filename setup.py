@@ -29,7 +29,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "transformers>=5,<6"],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=5,<6"],
         "repa": ["transformers>=5,<6"],
         "gpu": ["flash-attn>=2.8", "xformers>=0.0.35"],
         "demo": ["gradio>=6,<7"],

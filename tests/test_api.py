@@ -20,6 +20,7 @@ from ddt_fast.__main__ import COMMANDS as NAMED
 from ddt_fast.__main__ import main as name_commands
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
+from ddt_fast.wording import kind_of
 
 COMMANDS = {
     "train_model": "ddt_fast.train",
@@ -239,7 +240,7 @@ def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argumen
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").touch()
     monkeypatch.chdir(tmp_path)
-    said = "is empty; expected a path" if wrong == "" else f"is a {type(wrong).__name__}; expected a path"
+    said = "is empty; expected a path" if wrong == "" else f"is {kind_of(wrong)}; expected a path"
     with pytest.raises(ValueError, match=f"{name} {said}"):
         getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
     assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}

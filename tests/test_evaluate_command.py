@@ -165,7 +165,7 @@ def test_inception_features_from_a_weights_file(tmp_path, capsys):
         (["--output", "{folder}/picture.json"], "picture.png is a folder; a file of that name will be written"),
         (["--save-statistics", "statistics"], "--save-statistics is 'statistics'; expected the name of a .npz file"),
         (["--inception-weights", "weights.pth"], "--inception-weights is for inception features, not for pixels"),
-        (["--features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not exist"),
+        (["--features", "inception", "--inception-weights", "no.pth"], "Inception weights file no.pth does not exist"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(tmp_path, files, capsys, arguments, message):

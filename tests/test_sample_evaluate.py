@@ -267,7 +267,10 @@ def test_inception_features(tmp_path):
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
         (["--metrics", "sfid"], "sfid cannot be computed: these features have no part for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
-        (["--evaluate-features", "inception", "--inception-weights", "no.pth"], "Inception weights no.pth do not"),
+        (
+            ["--evaluate-features", "inception", "--inception-weights", "no.pth"],
+            "Inception weights file no.pth does not exist",
+        ),
         (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),
         (["--center-crop", "8"], "--center-crop is for folders of images; "),
     ],

@@ -68,7 +68,13 @@ def test_attention_backends_are_verified_and_timed(capsys):
     assert "- xformers: " in out
 
 
-def test_pytest_shows_the_interleaved_rounds(tmp_path, capsys):
+@pytest.fixture
+def alone(monkeypatch):
+    """As if no other worker of pytest-xdist were there: pytest-benchmark would measure nothing."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
+def test_pytest_shows_the_interleaved_rounds(alone, tmp_path, capsys):
     results, shown = tmp_path / "results.json", tmp_path / "shown.json"
     options = ["--benchmark-only", "--only", "attention forward,", "-p", "no:cacheprovider", "-q"]
     files = ["--results", str(results), f"--benchmark-json={shown}"]
@@ -95,7 +101,7 @@ def run_gpu_run(*arguments, paths=()):
 
 
 @pytest.mark.slow
-def test_the_gpu_command_without_a_gpu_and_its_packages(tmp_path):
+def test_the_gpu_command_without_a_gpu_and_its_packages(alone, tmp_path):
     code = "import sys\nsys.modules['jsonargparse'] = sys.modules['diffusers'] = None\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     folder = tmp_path / "out"

@@ -189,7 +189,9 @@ def test_damaged_caches_are_named(cache, tmp_path):
         file.unlink()
     for damaged in (content[:-40], content[:5]):
         shard.write_bytes(damaged)
-        refused("latents-00002-of-00005.safetensors is truncated or not a safetensors", scaling_factor=1.0)
+        refused(
+            "latents-00002-of-00005.safetensors cannot be read: it is truncated or not safetensors", scaling_factor=1.0
+        )
     shutil.rmtree(broken)
     refused("does not exist")
     broken.mkdir()
