@@ -12,6 +12,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The tensors of these tests are too small to share: more threads would only wait for each other.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # in the processes that tests start
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m have selected

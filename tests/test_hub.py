@@ -44,7 +44,7 @@ def test_without_a_network(tmp_path):
     for line, named in ((autoencoder, "autoencoder no/vae"), (dino, "DINOv2 no/dino")):
         assert named in line
         assert unanswered in line
-    assert "checkpoint no/model" in checkpoint
+    assert "no/model does not exist here, and the Hub does not provide it" in checkpoint
 
 
 def test_where_the_hub_answers_nothing_is_kept_from_it(monkeypatch, tmp_path):

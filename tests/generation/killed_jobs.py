@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+import ddt_fast.generation.job  # noqa: F401  (the command would import it in every child)
+
 sample_command = importlib.import_module("ddt_fast.sample")
 
 
