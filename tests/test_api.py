@@ -111,6 +111,7 @@ def test_every_public_name_is_there_and_types_are_shipped():
         ddt_fast.train_modle  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_notebooks_day(tmp_path, capsys):
     """Train, draw, score, convert, study: each one call, each reading what the one before wrote."""
     digits = PRESETS["digits"]

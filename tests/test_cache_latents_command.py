@@ -160,6 +160,7 @@ def test_nothing_readable_is_a_mistake(autoencoder, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_arrays_tars_and_flat_folders_are_cached_as_the_same_files(autoencoder, tmp_path, capsys):
     """Three pictures of one class each way: the same latents, and training reads the images again."""
     rng = np.random.default_rng(0)

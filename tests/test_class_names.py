@@ -78,6 +78,7 @@ def _no_plots(monkeypatch):
     monkeypatch.setattr("ddt_fast.training.run.plot_runs", lambda logs, output: None)
 
 
+@pytest.mark.slow
 def test_names_go_from_the_image_folder_to_samples(tmp_path, capsys, monkeypatch):
     encode(make_images(tmp_path / "images", {"cat": 3, "dog": 3, "horse, brown": 3}), tmp_path / "cache")
     data = DataConfig("latents", 16, write_autoencoder(tmp_path / "vae"), folder=str(tmp_path / "cache"))

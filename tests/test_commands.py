@@ -181,6 +181,7 @@ def test_compiled_samples_are_the_eager_ones(tmp_path, capsys):
     assert abs(eager - compiled).max() <= allowed
 
 
+@pytest.mark.slow
 def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path, capsys):
     short = ["--training.max_steps", "4", "--training.batch_size", "16", "--training.score_samples", "70"]
     train_command.main([*short, "--sampling.num_steps", "2", "--output-dir", str(tmp_path / "a")])
@@ -202,6 +203,7 @@ def test_config_file_preset_and_overrides(tmp_path, capsys):
         assert line in printed
 
 
+@pytest.mark.slow
 def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
     short = ["--training.max_steps", "1", "--training.batch_size", "4", "--training.score_samples", "0"]
     arguments = [*short, "--sampling.num_steps", "1", "--output-dir", str(tmp_path)]

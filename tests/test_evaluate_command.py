@@ -31,6 +31,7 @@ def files(tmp_path):
     return "--samples", str(tmp_path / "samples.npz"), "--reference", str(tmp_path / "reference.npz")
 
 
+@pytest.mark.slow
 def test_without_arguments_it_scores_digits(tmp_path, monkeypatch, capsys):
     assert work._NUM_DIGITS == 1000
     monkeypatch.setattr(work, "_NUM_DIGITS", 300)
@@ -135,6 +136,7 @@ def test_a_folder_of_photos_is_a_reference_when_cropped(tmp_path, files, photos)
     assert saved["metrics"]["fid"] == pytest.approx(expected["metrics"]["fid"], rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*no published score")
 def test_inception_features_from_a_weights_file(tmp_path, capsys):
     np.savez(tmp_path / "samples.npz", arr_0=smooth_images(10, 0), labels=np.arange(10) // 5)
@@ -207,6 +209,7 @@ def test_unreadable_images_are_listed_when_skipped(tmp_path, files, photos, caps
     assert "unreadable" not in report["samples"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, encoding):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"

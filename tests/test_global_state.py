@@ -54,6 +54,7 @@ def next_random():
     return drawn
 
 
+@pytest.mark.slow
 def test_training_leaves_the_callers_random_numbers(tmp_path):
     digits = PRESETS["digits"]
     training = replace(digits.training, max_steps=2, batch_size=16, sample_images=10, score_samples=0)

@@ -87,6 +87,7 @@ def right(x: torch.Tensor, data: DataConfig, decode: Callable[[torch.Tensor], to
     return to_uint8(torch.cat([decode(one[None]) for one in z]))
 
 
+@pytest.mark.slow
 def test_what_training_does_to_latents_is_undone_everywhere(normalised, tmp_path, monkeypatch):
     data = normalised.data
     train(normalised, tmp_path / "run", CPU)
@@ -133,6 +134,7 @@ def test_data_taught_and_decoded_are_the_data(normalised, tmp_path):
     torch.testing.assert_close(decode(taught), decode.vae.decode(stored).sample, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_continues_whatever_its_data_say_of_themselves(normalised, tmp_path):
     train(normalised, tmp_path / "run", CPU)
     assert "class_names: null" in (tmp_path / "run" / "recipe.yaml").read_text()
@@ -145,6 +147,7 @@ def test_a_run_continues_whatever_its_data_say_of_themselves(normalised, tmp_pat
     assert train(longer, tmp_path / "run", CPU, "auto").step == 2
 
 
+@pytest.mark.slow
 def test_conversion_keeps_the_numbers_and_says_when_it_cannot(normalised, tmp_path, capsys):
     train(normalised, tmp_path / "run", CPU)
     own = read_experiment(tmp_path / "run" / "model").data
@@ -222,6 +225,7 @@ def test_a_cache_knows_the_size_of_its_images(tmp_path, settings, factor, messag
     assert found.class_names == tuple(f"class {label}" for label in range(5))
 
 
+@pytest.mark.slow
 def test_the_numbers_of_a_model_train_the_next_one(normalised, tmp_path):
     """config.json's statistics in place of the file's path, through YAML."""
     train(normalised, tmp_path / "run", CPU)
@@ -233,6 +237,7 @@ def test_the_numbers_of_a_model_train_the_next_one(normalised, tmp_path):
     assert read_experiment(tmp_path / "next" / "model").data == kept
 
 
+@pytest.mark.slow
 def test_latents_without_an_autoencoder_are_sampled_as_they_are(tmp_path, capsys):
     write_shards(tmp_path / "shards")
     stats = str(tmp_path / "shards" / "latents_stats.pt")

@@ -82,6 +82,7 @@ def looked_at(monkeypatch) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 def test_one_process_scores_what_it_draws_in_one_pass(tmp_path, reference, expected, monkeypatch, capsys):
     sizes = looked_at(monkeypatch)
     seen: list[int] = []
@@ -183,6 +184,7 @@ def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expec
     check(tmp_path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while drawing", "before scoring"])
 def test_a_stopped_job_that_is_continued_has_the_same_scores(tmp_path, reference, expected, monkeypatch, moment):
     def stop(*_: object) -> None:
@@ -200,6 +202,7 @@ def test_a_stopped_job_that_is_continued_has_the_same_scores(tmp_path, reference
     check(tmp_path, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["_is_whole", "_found_images"])
 def test_a_process_continues_though_another_finishes_the_job_and_removes_the_shards(
     tmp_path, reference, expected, monkeypatch, moment
@@ -230,6 +233,7 @@ def test_a_process_continues_though_another_finishes_the_job_and_removes_the_sha
     assert sizes == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("metrics", "kept"), [(["fid"], False), (["fid", "sfid"], False), (["fid", "kid"], True)])
 def test_features_are_kept_only_for_metrics_that_need_them(tmp_path, reference, monkeypatch, metrics, kept):
     """FID's statistics do not grow with the number of images."""

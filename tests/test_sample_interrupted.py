@@ -85,6 +85,7 @@ def test_another_batch_size_continues_the_shards_and_says_what_that_means(tmp_pa
     assert [(maker["batch_size"], maker["images"]) for maker in record["made_with"]] == [(10, 40), (16, 83)]
 
 
+@pytest.mark.slow
 def test_shards_of_other_settings_are_refused_unless_overwrite(tmp_path, capsys):
     files = begin(tmp_path, 2)
     for more, message in (
@@ -106,6 +107,7 @@ def test_shards_of_other_settings_are_refused_unless_overwrite(tmp_path, capsys)
     assert names(tmp_path) == OUTPUTS
 
 
+@pytest.mark.slow
 def test_a_finished_job_is_drawn_again_only_with_overwrite(tmp_path, monkeypatch, capsys):
     first = sample(tmp_path, *JOB)
     sizes = drawn(monkeypatch)
@@ -125,6 +127,7 @@ def test_a_finished_job_is_drawn_again_only_with_overwrite(tmp_path, monkeypatch
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_shard_is_found_and_made_again(tmp_path, monkeypatch, capsys, damage):
     file = begin(tmp_path, 3)[1]
@@ -158,6 +161,7 @@ def test_a_full_disk_while_a_shard_is_written_loses_nothing(tmp_path, capsys):
     assert sample(tmp_path, *JOB) == expected()
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     first = sample(tmp_path, *JOB, "--num-steps", "2")
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir() if path.name != "generation.json"}

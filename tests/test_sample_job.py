@@ -77,6 +77,7 @@ def test_the_grid_has_one_class_a_column(tmp_path):
     assert Image.open(tmp_path / "grid.png").width == grid.shape[1] // 10 * 9
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_seed_and_label_alone(tmp_path):
     """Not on the batch: on a CPU with one thread not a bit; elsewhere matrix products may round differently."""
     job = ["--num-images", "24", "--num-steps", "4", "--num-png", "0"]
@@ -88,6 +89,7 @@ def test_an_image_depends_on_its_seed_and_label_alone(tmp_path):
     np.testing.assert_array_equal(open_images(tmp_path / "two" / "samples.npz"), images[[17, 5]])
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_waits_for_no_other_and_a_later_call_ends_the_job(tmp_path, monkeypatch, capsys):
     as_rank(monkeypatch, 1, 3, tmp_path, *JOB)
     assert "rank 1 of 3: finished its shards; the last process to finish writes" in capsys.readouterr().out
@@ -144,6 +146,7 @@ def latent_model(folder, autoencoder: str) -> list[str]:
     return ["--checkpoint", str(folder), *job]
 
 
+@pytest.mark.slow
 def test_latents_are_decoded_and_shards_of_another_decoder_refused(tmp_path, autoencoder, capsys):
     shutil.copytree(autoencoder, tmp_path / "vae")
     job = latent_model(tmp_path / "model", str(tmp_path / "vae"))

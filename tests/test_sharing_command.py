@@ -26,6 +26,7 @@ def run(tmp_path, *arguments: str) -> dict:
     return json.loads((tmp_path / "similarity.json").read_text())
 
 
+@pytest.mark.slow
 def test_without_arguments_it_studies_the_digits_and_draws_a_picture(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sharing.main([])

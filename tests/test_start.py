@@ -28,11 +28,13 @@ def imported(*command: str) -> str:
     return run.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_slow(command):
     assert imported(f"ddt_fast.{command}", "--help") == "code 0 imported"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -78,6 +80,7 @@ MOMENTS = (
 """Modules that have just been imported, in this order, and the progress bar."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_an_interrupt_at_any_time_ends_a_command_in_one_line(moment, tmp_path):
     command = ["-X", "importtime", "-m", "ddt_fast.sample", "--num-images", "50000", "--output-dir", str(tmp_path)]

@@ -60,6 +60,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command, arguments, message, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
+@pytest.mark.slow
 def test_attention_backends_are_verified_and_timed(capsys):
     attention.main(["--device", "cpu", "--shapes", "[[2,16,2,8]]", "--rounds", "1"])
     out = capsys.readouterr().out
@@ -74,6 +75,7 @@ def alone(monkeypatch):
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
+@pytest.mark.slow
 def test_pytest_shows_the_interleaved_rounds(alone, tmp_path, capsys):
     results, shown = tmp_path / "results.json", tmp_path / "shown.json"
     options = ["--benchmark-only", "--only", "attention forward,", "-p", "no:cacheprovider", "-q"]

@@ -35,6 +35,7 @@ def test_parts_are_all_that_a_run_does(setting):
     assert composed(costs.counts, price) == plan.network_evaluations
 
 
+@pytest.mark.slow
 def test_the_published_run_is_the_engines_exactly():
     reference = golden.model("tiny_h48_d24")
     noise = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -60,6 +61,7 @@ def test_forwards_are_verified_then_timed(models):
         measure_forward({**models, "wrong": wrong}, SIZE, calls=1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_runs_time_is_the_sum_of_its_parts(models):
     reference, engines = models["reference, fp32 eager"], {"int8 eager": models["int8 eager"]}

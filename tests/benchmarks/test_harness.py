@@ -175,6 +175,7 @@ def test_other_variants_than_named_are_refused():
         measure(replace(make_case({"plain": double}), variants=("another",)), CEILINGS)
 
 
+@pytest.mark.slow
 def test_the_file_is_complete_when_a_run_is_cut_off(tmp_path):
     def interrupted():
         raise KeyboardInterrupt

@@ -189,6 +189,7 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_blocks_are_written_in_any_page_then_checked(checkout, capsys):
     def stale():
         with pytest.raises(ValueError, match="not what the results files say") as error:
@@ -215,6 +216,7 @@ def test_blocks_are_written_in_any_page_then_checked(checkout, capsys):
     assert stale() == "README.md (suite), pareto.png"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "message"),
     [

@@ -24,6 +24,7 @@ def rows(repa=False, variants=EAGER):
         return list(measure(TINY, 2, 1, repa, CPU, variants))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repa", [False, True])
 def test_every_variant_is_checked_against_the_reference_then_timed(repa):
     found = {row["variant"]: row for row in rows(repa)}
@@ -76,6 +77,7 @@ def test_the_variants_of_a_gpu_run_exist():
     assert set(TRAINING_VARIANTS) < {variant.name for variant in VARIANTS}
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_was_made_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_step, "B_SHAPED", TINY)
     output = tmp_path / "out.json"

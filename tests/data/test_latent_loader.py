@@ -55,6 +55,7 @@ def test_every_epoch_visits_every_image_once_in_its_own_order(sure):
     assert seen(across)[:140] == images
 
 
+@pytest.mark.slow
 def test_ranks_and_threads_only_divide_the_work(cache):
     dataset = LatentDataset(cache)
     whole = [take(LatentLoader(dataset, 12, num_threads=threads, prefetch=threads), 13) for threads in (1, 3)]
@@ -66,6 +67,7 @@ def test_ranks_and_threads_only_divide_the_work(cache):
             torch.testing.assert_close(batches, single, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_it_continues_at_the_exact_sample_even_with_another_batch_size(cache):
     dataset = LatentDataset(cache)
     whole = take(LatentLoader(dataset, 12), 15)

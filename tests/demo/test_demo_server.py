@@ -121,6 +121,7 @@ def test_wrong_values_are_refused_in_one_line(demo, changes, message):
     assert len(error.value.message) <= 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("changes", "message"), REFUSED[::10])
 def test_over_the_wire_wrong_values_are_refused_too(demo, client, changes, message):
     """gradio's own client sends no NaN."""
@@ -135,6 +136,7 @@ def test_over_the_wire_wrong_values_are_refused_too(demo, client, changes, messa
     assert "4 images" in call(client)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -155,6 +157,7 @@ def test_errors_are_told_and_the_next_request_is_served(client, monkeypatch, err
     assert "4 images" in call(client)[0]
 
 
+@pytest.mark.slow
 def test_a_client_is_served_while_another_one_waits_for_its_model(client, demo, latent_names):
     busy, free = latent_names
     other = gradio_client.Client(demo.page.local_url, verbose=False, download_files=False)
@@ -176,6 +179,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_client_that_vanishes(demo, client, monkeypatch):
     ended = threading.Event()
 

@@ -83,6 +83,7 @@ def test_quirks_of_the_graph(network):
     assert network.fc.bias.abs().max() > 1  # which would have changed them
 
 
+@pytest.mark.slow
 def test_folded_network_is_the_same_function(network):
     folded, weights = load_inception(weights_file())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
@@ -92,6 +93,7 @@ def test_folded_network_is_the_same_function(network):
         assert relative_error(ours, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_features_do_not_depend_on_the_batch():
     extractor = InceptionExtractor(weights_file())
     images = torch.from_numpy(smooth_images(4, 0)).permute(0, 3, 1, 2)

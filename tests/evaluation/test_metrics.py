@@ -266,6 +266,7 @@ def test_metrics_refuse_what_they_cannot_score(call, message):
         call()
 
 
+@pytest.mark.slow
 def test_digits_score_tells_real_noisy_wrong_and_copied_apart():
     images, labels = digits()
     half = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:898]

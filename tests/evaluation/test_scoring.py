@@ -223,6 +223,7 @@ def test_only_what_is_asked_for_is_computed():
         assert (report["metrics"], report["not_computed"]) == ({name: whole[name]}, {})
 
 
+@pytest.mark.slow
 def test_doubts_are_warned_of(tmp_path, recwarn):
     samples = write(tmp_path / "samples.npz", smooth_images(10, 0), labels=np.arange(10) // 5)
     reference = write(tmp_path / "reference.npz", smooth_images(4, 1, size=16))
@@ -232,6 +233,7 @@ def test_doubts_are_warned_of(tmp_path, recwarn):
     assert "samples have 32x32 pixels, the reference 16x16" in messages
 
 
+@pytest.mark.slow
 def test_few_images_and_foreign_weights_are_warned_of_and_broken_ones_refused():
     with pytest.warns(UserWarning, match="no published score was computed with it"):
         extractor = InceptionExtractor(weights_file())

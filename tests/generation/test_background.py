@@ -44,6 +44,7 @@ def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
     return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 
+@pytest.mark.slow
 def test_images_are_the_decoded_samples_of_their_seeds(tmp_path):
     model, config = load_model(EMBEDDED_CHECKPOINT), read_experiment(EMBEDDED_CHECKPOINT).sampling
     assignment = Assignment.of_draws(assign_labels(20, 10), range(20), shuffle=True)

@@ -30,6 +30,7 @@ def assert_equal(made, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.slow
 @EVERY_VARIANT
 def test_opcheck(variant):
     inputs = make_inputs(SHAPE, 2, **variant)
@@ -48,6 +49,7 @@ def test_on_a_cpu_the_reference_runs(variant):
     assert ddt_kernels.guided_step_(*inputs.values(), patch_size=2) is inputs["x"]
 
 
+@pytest.mark.slow
 @EVERY_VARIANT
 @pytest.mark.parametrize("function", [ddt_kernels.guided_step, ddt_kernels.guided_step_], ids=["new", "in-place"])
 def test_compiles_without_graph_breaks(function, variant):

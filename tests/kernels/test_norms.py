@@ -38,6 +38,7 @@ def operator_args(inputs, forecast):
     return [*(inputs.get(name) for name in names), *forecast, 1e-6]
 
 
+@pytest.mark.slow
 @EVERY_OP
 @GRANULARITIES
 @HISTORIES
@@ -45,6 +46,7 @@ def test_opcheck(op, per_token, history):
     torch.library.opcheck(OPERATOR, operator_args(*make_forecast_inputs(op, SHAPE, per_token, FP32, history)))
 
 
+@pytest.mark.slow
 @HISTORIES
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [BF16, FP32, FP64])
@@ -72,6 +74,7 @@ def test_on_a_cpu_the_reference_runs(op, per_token, history, dtype):
     assert all(output.is_contiguous() for output in made)
 
 
+@pytest.mark.slow
 @EVERY_OP
 @HISTORIES
 def test_compiles_without_graph_breaks(op, history):
@@ -114,6 +117,7 @@ def test_exports(op):
     assert any(node.target == OPERATOR for node in graph.nodes)
 
 
+@pytest.mark.slow
 @EVERY_OP
 @GRANULARITIES
 @pytest.mark.parametrize("row", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.5, -0.5, 0.0)])

@@ -44,6 +44,7 @@ def test_opcheck(op, layout):
         torch.library.opcheck(op.backward, tuple(op.backward_arguments(narrow)))
 
 
+@pytest.mark.slow
 @EVERY_OPERATOR
 @pytest.mark.parametrize("module", [reference, ddt_kernels], ids=["reference", "operator"])
 def test_gradcheck(op, module):
@@ -82,6 +83,7 @@ def test_compiles_without_graph_breaks(op):
     check_compiles(op.of_leaves(op.public, inputs), registered, tensors, grads)
 
 
+@pytest.mark.slow
 @EVERY_NAME
 def test_exports(op):
     class Module(torch.nn.Module):

@@ -63,6 +63,7 @@ def test_every_public_op_has_a_floor_and_a_row():
         assert re.search(rf"^\| `{name}\(", README, re.MULTILINE), name
 
 
+@pytest.mark.slow
 def test_the_folder_installs_as_a_package_of_its_own(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source, site = tmp_path / "kernels", tmp_path / "site"

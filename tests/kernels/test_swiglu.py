@@ -100,6 +100,7 @@ def test_the_tile_follows_the_shape():
             assert chosen(rows, chip, configs) == (128, 128)
 
 
+@pytest.mark.slow
 @COMPILES
 @pytest.mark.parametrize("keep", [False, True])
 def test_wgmmas_are_in_flight_together(keep, tmp_path):

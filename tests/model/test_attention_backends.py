@@ -111,6 +111,7 @@ def test_layouts_do_not_matter(backend):
     assert attention(*qkv.unbind(2), "sdpa_flash").is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_compiles_as_one_graph_forward_and_backward(backend):
     torch._dynamo.reset()

@@ -65,6 +65,7 @@ def test_without_gradients_q_and_k_are_overwritten(frozen):
     assert torch.equal(inputs["qkv"], normed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient", [True, False])
 def test_compiled_it_changes_nothing_in_place(gradient):
     inputs = make_inputs(MANY)

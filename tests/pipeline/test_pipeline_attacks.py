@@ -175,6 +175,7 @@ def test_words_of_other_people_stay_words_in_the_card(latents):
         assert card.count(bare) == card.count("\\" + bare) > 0, bare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [

@@ -56,6 +56,7 @@ def test_digits_round_trip(saved, digit, embedded):
         assert read_experiment(place) == read_experiment(EMBEDDED_CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_latents_round_trip(latent_model, latents, tmp_path):
     expected = image(DDTPipeline.from_pretrained(latent_model))
     loaded = DDTPipeline.from_pretrained(str(latents))

@@ -33,6 +33,7 @@ def drawn(checkpoint, labels, seeds, dtype=torch.float32, **settings):
     return sample(model, noise, torch.tensor(labels), config, generators=generators)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -233,6 +234,7 @@ def test_a_vae_that_overflows_in_float16_decodes_in_float32(overflowing, caplog)
     assert np.array_equal(np.asarray(pipe([2], **given).images[0]), to_uint8(pixels)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
 def test_images_that_are_not_finite_are_refused(overflowing, output_type):
     pipe = overflowing(force_upcast=False)

@@ -28,6 +28,7 @@ def fused(name: str = NAME) -> FusedDDT:
     return FusedDDT.from_reference(golden.model(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [golden.model, lambda name: golden.model(name).double(), fused])
 @pytest.mark.parametrize(("name", "run"), golden.sampling_runs())
 def test_samples_match_the_original(name, run, make):
@@ -55,6 +56,7 @@ def evaluate_everything(model, x, labels, config):
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forecast", ["hold", "linear", "quadratic"])
 @pytest.mark.parametrize("refresh", [{"refresh_every": 4}, {"refresh_steps": (0, 2, 3, 9)}, {"refresh_every": 1}])
 def test_left_out_evaluations_do_not_change_the_sample(forecast, refresh):
@@ -68,6 +70,7 @@ def test_left_out_evaluations_do_not_change_the_sample(forecast, refresh):
         assert relative_error(sample(either, io["xT"], io["y"], config), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_forecasts_are_nearer_to_the_truth_than_holding():
     model, io = golden.model(NAME), golden.tensors(NAME)
     config = SamplingConfig(num_steps=60, last_step=None)
@@ -142,6 +145,7 @@ def test_fewer_steps_take_a_smaller_shortcut_and_keep_the_rest():
     assert (fast.num_steps, fast.solver, fast.guidance_scale) == (20, "lms", 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("settings", "states"),

@@ -45,6 +45,7 @@ def captured_on_cpu(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> Captur
     return captured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
 @pytest.mark.parametrize("name", PLANS)
 def test_replayed_graphs_equal_eager_steps(name, kind, monkeypatch):

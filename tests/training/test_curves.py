@@ -105,6 +105,7 @@ def test_constant_metrics_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_runs_share_panels_and_keep_their_colours(tmp_path, figures):
     logs = {"plain": write(tmp_path / "a", run(50, repa=False)), "repa": write(tmp_path / "b", run(30, seed=1))}
     plot_runs(logs, tmp_path / "both.png")
@@ -132,6 +133,7 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, message):
     assert not (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("a/run", "b/run", "c"):

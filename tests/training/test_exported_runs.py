@@ -37,6 +37,7 @@ def assert_holds_the_run(sets, run, experiment: Experiment, step: int):
         assert all(torch.equal(sets.projector[name], projector[name]) for name in projector)
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_all_that_training_needs(tmp_path, latent_cache, capsys):
     experiment = latents(latent_cache, 4, checkpoint_every=2)
     train(experiment, tmp_path / "run", CPU)
@@ -69,6 +70,7 @@ def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cac
     assert any(not torch.equal(found[name], raw[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_be_exported_are_refused(ten, tmp_path):
     out = str(tmp_path / "out.ckpt")
     checkpoint = ten / "checkpoints" / "step_0000010"

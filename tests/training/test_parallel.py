@@ -161,6 +161,7 @@ def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_that_is_told_to_stop_stops_all_after_the_same_step(tmp_path):
     experiment = digits(100_000, checkpoint_every=100_000, log_every=5)
     started = start(experiment, tmp_path / "run", processes=2)

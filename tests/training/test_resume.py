@@ -26,6 +26,7 @@ from ddt_fast.training.run_folder import check_continuable, settings_of
 from sample_jobs import small_autoencoder
 
 
+@pytest.mark.slow
 def test_a_continued_run_ends_bit_for_bit_as_an_unbroken_one(ten, tmp_path):
     train(digits(20, **CLIPPED), ten, CPU, resume="auto")
     train(digits(20, **CLIPPED), tmp_path / "whole", CPU)
@@ -33,6 +34,7 @@ def test_a_continued_run_ends_bit_for_bit_as_an_unbroken_one(ten, tmp_path):
     assert_same_log(ten, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_so_does_one_of_the_reference_that_auto_began(tmp_path):
     for steps in (4, 8):
         train(digits(steps, engine="reference"), tmp_path / "broken", CPU, resume="auto")
@@ -79,6 +81,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     assert not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_no_space_is_a_warning_on_the_way_and_an_error_at_the_end(tmp_path, monkeypatch, capfd):
     original, calls = FileSystemWriter.write_data, []
 
@@ -98,6 +101,7 @@ def test_no_space_is_a_warning_on_the_way_and_an_error_at_the_end(tmp_path, monk
     assert train(digits(20), tmp_path, CPU, resume="auto").step == 20
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_their_average_and_the_projector(tmp_path, latent_cache, capfd):
     first = train(latents(latent_cache, 5), tmp_path / "a", CPU)
     experiment = latents(latent_cache, 1, init=str(tmp_path / "a" / "model"), learning_rate=1e-12)
@@ -157,6 +161,7 @@ def test_an_earlier_checkpoint_is_not_continued_beside_later_ones(ten):
     assert names(ten) == ["step_0000005", "step_0000008"]
 
 
+@pytest.mark.slow
 def test_another_cache_of_the_same_size_is_refused_a_moved_one_is_not(tmp_path):
     class Inverted(MeanPoolEncoder):
         def sha256(self):
@@ -195,6 +200,7 @@ def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, rec
         assert train(experiment(15, "elsewhere", sample_every=0), run, CPU, resume="auto").step == 15
 
 
+@pytest.mark.slow
 def test_moved_channel_statistics_are_compared_by_content(tmp_path):
     folder, stats = tmp_path / "shards", tmp_path / "stats.pt"
     folder.mkdir()
@@ -249,6 +255,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypat
     assert (tmp_path / "checkpoints").stat().st_ino in written
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_there_is_never_taken_away_to_be_written_again(tmp_path, monkeypatch):
     removed, original = [], checkpoint._remove
     monkeypatch.setattr(checkpoint, "_remove", lambda folder: (removed.append(folder.name), original(folder)))

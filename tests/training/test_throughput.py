@@ -17,6 +17,7 @@ from ddt_fast.training.throughput import Throughput, peak_flops, training_flops
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", [False, True])
 def test_training_flops_are_what_pytorch_counts_in_forward_and_backward(projector):
     config = DDTConfig(4, 2, 64, 4, 5, 3, 10)
@@ -112,6 +113,7 @@ def test_mfu_is_of_one_device(clock, monkeypatch):
     assert (values["tflops_per_second"], values["mfu"]) == (pytest.approx(100), pytest.approx(0.5))
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_is_its_peak_in_gigabytes():
     pytest.importorskip("resource")
     counter = Throughput(1, CPU)

@@ -60,6 +60,7 @@ def test_gradients_are_scaled_to_the_norm_but_only_down():
     assert torch.allclose(model.weight.grad, torch.tensor([[0.6, 0.8]]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_short_run_writes_everything_and_learns(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "plot_runs", plot_runs)  # which other tests leave out
     experiment = digits(40, batch_size=64, checkpoint_every=10, keep_checkpoints=2, sample_every=20, sample_images=10)
@@ -87,6 +88,7 @@ def six_steps(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -106,6 +108,7 @@ def test_how_a_step_is_computed_does_not_change_the_run(six_steps, tmp_path, set
         assert torch.allclose(ours, theirs, atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(six_steps, tmp_path):
     first = load_model(six_steps / "model").blocks[0].attn.qkv.weight
     second, other = (train(digits(6, seed=seed), tmp_path, CPU).model.blocks[0].attn.qkv.weight for seed in (0, 1))

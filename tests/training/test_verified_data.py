@@ -43,6 +43,7 @@ def test_a_wrong_checksum_is_refused_before_anything_is_written(cache, tmp_path)
     assert not (cache / "verified.json").exists()
 
 
+@pytest.mark.slow
 def test_what_another_process_finds_stops_all(cache, tmp_path):
     damage(cache / "latents-00001-of-00003.safetensors")
     output = start(latents(cache, 1, batch_size=8), tmp_path / "run", processes=2).finish(code=2)
