@@ -191,7 +191,9 @@ def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
         data = replace(data, image_size=side * factor, pixels_per_latent=factor)
     if data.image_size != side * factor:
         size = f"images of {data.image_size} pixels with latents of {side}x{side}"
-        raise ValueError(f"autoencoder {name} has {factor} pixels a latent; expected one for {size}")
+        raise ValueError(
+            f"autoencoder {name} turns {factor}x{factor} pixels into one latent position; expected one for {size}"
+        )
     return replace(data, autoencoder=name)
 
 

@@ -58,7 +58,7 @@ class CompilationNotice:
     def __init__(self, compiling: bool) -> None:
         self._started = time.perf_counter() if compiling else None
         if compiling:
-            tell("compiling the model (torch.compile): the first step takes up to minutes")
+            tell("compiling the model (torch.compile): the first step may take several minutes")
 
     def step_done(self) -> None:
         """Called after every step."""

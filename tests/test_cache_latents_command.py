@@ -156,7 +156,7 @@ def test_nothing_readable_is_a_mistake(autoencoder, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "warning: a/2.jpg is left out: not an image" in said
     assert re.search(
-        r"error: .*images holds 2 images but none can be read; the first, a/1\.png: not an image that", said
+        r"error: .*images holds 2 images, none of which can be read; the first, a/1\.png: not an image that", said
     )
 
 

@@ -182,7 +182,7 @@ def test_the_size_of_a_latent_comes_from_the_data(tmp_path, capsys):
     other = write_autoencoder(tmp_path / "other", 4, 8)
     narrow = write_autoencoder(tmp_path / "narrow", 5, 4)
     cases = {
-        other: "has 8 pixels a latent; expected one for images of 64 pixels with latents of 4x4",
+        other: "turns 8x8 pixels into one latent position; expected one for images of 64 pixels with latents of 4x4",
         narrow: "has latents of 4 channels; the model's have 8",
     }
     for name, message in cases.items():

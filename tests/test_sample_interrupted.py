@@ -80,7 +80,7 @@ def test_another_batch_size_continues_the_shards_and_says_what_that_means(tmp_pa
     begin(tmp_path, 2)
     assert sample(tmp_path, *JOB[:4], "--batch-size", "16") == expected()
     said = capsys.readouterr().out
-    assert "found shards were made with batch_size 10, now 16: images agree except for rounding" in said
+    assert "the shards found were made with batch_size 10, now 16: images may differ by rounding" in said
     record = json.loads((tmp_path / "generation.json").read_text())
     assert [(maker["batch_size"], maker["images"]) for maker in record["made_with"]] == [(10, 40), (16, 83)]
 

@@ -85,7 +85,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode in ("I", "F") and not sixteen_bits:
         kind = "32-bit integers" if image.mode == "I" else "floats"
-        raise UnreadableImageError(f"mode {image.mode} ({kind}) does not say which value is white; 8 or 16 bits wanted")
+        raise UnreadableImageError(
+            f"mode {image.mode} ({kind}) does not say which value is white; expected 8 or 16 bits"
+        )
     if sixteen_bits:
         image = _high_byte(image)
     if image.has_transparency_data:
@@ -159,8 +161,8 @@ def _array_image(file: Path, row: int | None) -> Image.Image:
     pixels = array if row is None else array[row]
     grey_or_rgb = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
     if array.dtype not in _ARRAY_DTYPES or not grey_or_rgb or 0 in pixels.shape:
-        wanted = "uint8 or uint16 (H, W), (H, W, 3) or (N, H, W, 3)"
-        raise UnreadableImageError(f"an array of {array.dtype} {array.shape}; {wanted} wanted")
+        expected = "uint8 or uint16 (H, W), (H, W, 3) or (N, H, W, 3)"
+        raise UnreadableImageError(f"an array of {array.dtype} {array.shape}; expected {expected}")
     return Image.fromarray((pixels >> 8 if array.dtype == np.uint16 else pixels).astype(np.uint8))
 
 

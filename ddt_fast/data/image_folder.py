@@ -296,7 +296,9 @@ def _numbered(images: ImageFiles) -> ImageFolder:
     for name in images.names:
         member = images.members.get(name)
         if member is None or (member.label is None and member.damage is None):
-            raise ValueError(f"{images.root / name} has no class, as others have in a .cls or .json of their tar")
+            raise ValueError(
+                f"{images.root / name} has no class, although others have one in a .cls or .json of their tar"
+            )
         labels.append(member.label or 0)  # what is damaged will not be read
     class_names = tuple(str(label) for label in range(max(labels) + 1))
     return ImageFolder(images, class_names, images.names, tuple(labels), images.passed_over)

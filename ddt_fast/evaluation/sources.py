@@ -221,7 +221,7 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
             )
         warnings.warn(f"{files.root / name} is left out: {reason}", stacklevel=4)
     if not sizes:
-        raise ValueError(f"{path} holds {plural(len(names), 'image')} but none can be read")
+        raise ValueError(f"{path} holds {plural(len(names), 'image')}, none of which can be read")
     size = _common_size(files.root, sizes) if crop is None else (crop, crop)
     return ImageSource(
         path, len(sizes), size, _labels_in(files, sizes), replace(files, names=(*sizes,)), crop, (*unreadable.items(),)

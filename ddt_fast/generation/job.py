@@ -267,7 +267,7 @@ class Job:
         )
         now = self.engine.made_with(sampler, ranks)
         if changed := differences({n: found[n] for n in _ROUNDING if found}, {n: now[n] for n in _ROUNDING if found}):
-            print(f"{ranks.who}found shards were made with {'; '.join(changed)}: images agree except for rounding")
+            print(f"{ranks.who}the shards found were made with {'; '.join(changed)}: images may differ by rounding")
 
     def _report(self) -> None:
         who, seconds, engine = self.folder.ranks.who, self.timings, self.engine

@@ -100,7 +100,7 @@ class TrainingLog:
                 action(watcher)
             except Exception as error:
                 self._watchers.remove(watcher)
-                warn(f"{watcher.name} failed and is left out from here on: {one_line(error)}")
+                warn(f"{watcher.name} failed and is switched off for the rest of the run: {one_line(error)}")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def check_continuable(
         if setting in frozen and before is not None and value is not None:
             sums = {numbers.get("frozen_sha256", {}).get(setting), frozen[setting]}
             if None in sums:
-                warnings.warn(f"{change}: whether it is the same model is not known here; continuing", stacklevel=2)
+                warnings.warn(f"{change}: cannot tell whether it is the same model; continuing", stacklevel=2)
             if None in sums or len(sums) == 1:
                 continue
             change += ", with other weights"

@@ -45,7 +45,9 @@ def encode(
     if manifest is not None and manifest["count"] == 0:
         first = manifest["unreadable"][0]
         unread = plural(len(folder.files), "image")
-        raise ValueError(f"{images} holds {unread} but none can be read; the first, {first['file']}: {first['reason']}")
+        raise ValueError(
+            f"{images} holds {unread}, none of which can be read; the first, {first['file']}: {first['reason']}"
+        )
     return manifest
 
 

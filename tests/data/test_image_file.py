@@ -71,7 +71,7 @@ def test_what_tiffs_say_of_their_greys_is_heeded(tmp_path):
 def test_values_of_unknown_range_are_unreadable(tmp_path, dtype, kind):
     Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / "x.tif")
     for read in (read_pixels, check_image):
-        with pytest.raises(UnreadableImageError, match=rf"mode [IF] \({kind}\) does not say .*; 8 or 16 bits wanted"):
+        with pytest.raises(UnreadableImageError, match=rf"mode [IF] \({kind}\) does not say .*; expected 8 or 16 bits"):
             read(tmp_path / "x.tif")
 
 

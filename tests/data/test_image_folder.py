@@ -186,7 +186,10 @@ def test_damaged_and_contradictory_tars(tmp_path):
         ({"0.png": picture(1), "0.cls": b"dog"}, r"a\.tar/0\.cls holds no class: .*'dog'; expected a whole number"),
         ({"0.png": picture(1), "0.cls": b"-1"}, r"a\.tar/0\.cls holds no class: the class is -1"),
         ({"0.png": picture(1), "0.json": b"{"}, r"a\.tar/0\.json holds no class"),
-        ({"0.png": picture(1), "0.cls": b"1", "1.png": picture(1)}, r"a\.tar/1\.png has no class, as others have"),
+        (
+            {"0.png": picture(1), "0.cls": b"1", "1.png": picture(1)},
+            r"a\.tar/1\.png has no class, although others have",
+        ),
     ):
         write_tar(tmp_path / "x" / "a.tar", content)
         with pytest.raises(ValueError, match=message):
@@ -212,9 +215,9 @@ def test_arrays_in_npy_files_are_images(tmp_path):
     assert folder.files[:6] == ("a/grey.npy", "a/rgb.npy", "a/sixteen.npy", *rows)
     assert [folder.labels.count(label) for label in range(3)] == [3, 3, 4]
     assert [int(folder.read(index, 8).float().mean()) for index in range(6)] == [1, 2, 3, 4, 5, 6]
-    wanted = r"uint8 or uint16 \(H, W\), \(H, W, 3\) or \(N, H, W, 3\) wanted"
+    expected = r"expected uint8 or uint16 \(H, W\), \(H, W, 3\) or \(N, H, W, 3\)"
     for index, message in enumerate(
-        (r"\(0, 8, 8, 3\); " + wanted, "float64 .*; " + wanted, "Python objects", r"\(3, 8, 8\); ")
+        (r"\(0, 8, 8, 3\); " + expected, "float64 .*; " + expected, "Python objects", r"\(3, 8, 8\); ")
     ):
         with pytest.raises(UnreadableImageError, match=message):
             folder.read(6 + index, 8)

@@ -274,7 +274,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
         np.testing.assert_array_equal(np.concatenate(list(source.batches(3))), images[[0, 2, 3, 4]])
     for file in (tmp_path / "set").iterdir():
         file.write_bytes(b"no")
-    nothing = pytest.raises(ValueError, match="set holds 6 images but none can be read")
+    nothing = pytest.raises(ValueError, match="set holds 6 images, none of which can be read")
     with pytest.warns(UserWarning, match="is left out: not an image"), nothing:
         open_source(tmp_path / "set", skip_unreadable=True)
 

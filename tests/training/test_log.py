@@ -117,7 +117,10 @@ def test_a_watcher_that_fails_is_left_out_and_the_run_continues(tmp_path, monkey
         log.write(1, {"loss": 1.0})
         log.write(2, {"loss": 1.0})
     assert steps_of(tmp_path) == [1, 2]
-    assert capsys.readouterr().err == "warning: TensorBoard failed and is left out from here on: no space left\n"
+    assert (
+        capsys.readouterr().err
+        == "warning: TensorBoard failed and is switched off for the rest of the run: no space left\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_a_moved_encoder_of_features_is_known_by_its_weights():
     check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": "abc"})
     with pytest.raises(ValueError, match=r"training\.repa_encoder was .*, now '/new/dinov2', with other weights"):
         check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": "abd"})
-    with pytest.warns(UserWarning, match="whether it is the same model is not known here"):
+    with pytest.warns(UserWarning, match="cannot tell whether it is the same model"):
         check_continuable(Path("c"), numbers, moved, {"training.repa_encoder": None})
 
 

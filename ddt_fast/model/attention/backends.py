@@ -1,6 +1,7 @@
 """Every implementation of attention, in one dict: `BACKENDS`.
 
-To add one, write a function of q, k and v and give it an entry there: `--attention NAME` then accepts it. "auto" takes
+To add one, write a function of q, k and v and add a `Backend` for it there; one that runs
+without CUDA also needs a case in `unavailable`: `--attention NAME` then accepts it. "auto" takes
 only what `preferences` names: installing an optional package must not change anyone's samples.
 """
 
