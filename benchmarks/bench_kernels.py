@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 import ddt_kernels as ops
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, dtype_name, randn
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, randn
 from benchmarks.peers import OURS, Function, Peer, attention_backends, compiled, function_case, packed
+from ddt_fast.device import dtype_name
 from ddt_fast.model.base import rotary_tables
 from ddt_kernels import Cost, reference
 

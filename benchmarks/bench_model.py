@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name, randn, wider
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, randn, wider
 from benchmarks.models import (
     Model,
     as_vector,
@@ -25,6 +25,7 @@ from benchmarks.models import (
 )
 from benchmarks.peers import COMPILE
 from ddt_fast.config import DDTConfig
+from ddt_fast.device import dtype_name
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
 from ddt_fast.presets import PRESETS

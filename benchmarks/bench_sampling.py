@@ -16,9 +16,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, dtype_name, forward
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward
 from benchmarks.models import PUBLISHED, lively_std, published_run, random_model, weight_bytes
 from ddt_fast.config import DDTConfig, SamplingConfig
+from ddt_fast.device import dtype_name
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
 from ddt_fast.presets import PRESETS

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Workload, dtype_name
+from benchmarks.harness import DEVICE, DTYPE, ON_GPU, Case, Inputs, Workload
 from benchmarks.harness import Variant as Timed
 from benchmarks.models import lively_std, random_model
 from benchmarks.training_step import SIDE, Setup, Step, Variant
 from ddt_fast.config import DDTConfig
+from ddt_fast.device import dtype_name
 from ddt_fast.presets import PRESETS
 from ddt_fast.training.parallel import process_group
 from ddt_fast.training.throughput import training_flops

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.benchmark import timer
 
 from benchmarks.environment import environment, gpu_state, load_average, now
-from ddt_fast.device import cpu_has_bf16
+from ddt_fast.device import cpu_has_bf16, dtype_name
 from ddt_fast.files import read_json, write_json
 from ddt_fast.wording import plural
 from ddt_kernels import Cost
@@ -148,11 +148,6 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 def randn(generator: torch.Generator, *size: int, dtype: torch.dtype = DTYPE) -> Tensor:
     """Normal numbers on the generator's device, drawn in fp32."""
     return torch.randn(*size, generator=generator, device=generator.device).to(dtype)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 # Timing

@@ -27,8 +27,10 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, encode, report."""
-    options = build_parser().parse_args(arguments)
-    manifest = encode_image_folder(**vars(options))
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        manifest = encode_image_folder(**vars(options))
     if manifest is None:
         file = Path(options.output) / "manifest.json"
         print(f"{process_ranks().who}finished its shards; the last process to finish writes {file}")
@@ -89,20 +91,9 @@ def encode_image_folder(
         require_path("repa_encoder", repa_encoder)
     from ddt_fast.work.cache_latents import encode
 
+    stored = dtype, compute_dtype, flips, shard_size
     return encode(
-        source,
-        output,
-        image_size=image_size,
-        autoencoder=autoencoder,
-        repa_encoder=repa_encoder,
-        dtype=dtype,
-        compute_dtype=compute_dtype,
-        flips=flips,
-        shard_size=shard_size,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        verify=verify,
+        source, output, image_size, autoencoder, repa_encoder, *stored, batch_size, num_workers, device, verify
     )
 
 

@@ -67,7 +67,7 @@ def train_model(
     if overwrite and resume is not None:
         raise ValueError("`overwrite` and `resume` are both given; give one")
     if (folder / "recipe.yaml").exists() and not overwrite and resume is None:
-        raise ValueError(f"{folder} holds an earlier run; add --resume auto or --overwrite, or name another folder")
+        raise ValueError(f"{folder} holds an earlier run; add `resume` auto or `overwrite`, or name another folder")
     from ddt_fast.device import choose_device
     from ddt_fast.training.loop import train
 

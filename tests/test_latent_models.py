@@ -188,7 +188,7 @@ def test_the_size_of_a_latent_comes_from_the_data(tmp_path, capsys):
     for name, message in cases.items():
         assert message in sample_error(capsys, tmp_path / "bad", *job, "--autoencoder", name)
     refusals = [
-        (replace(made, model=replace(model, in_channels=4)), "in_channels is 4; allowed: 8, .*--model.in_channels 8"),
+        (replace(made, model=replace(model, in_channels=4)), "in_channels is 4; allowed: 8, .*`model.in_channels` 8"),
         (
             replace(made, data=replace(data, autoencoder=None, image_size=66)),
             "image_size is 66; allowed: a multiple of 4, the side of",

@@ -150,6 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.check and (options.write_readme or options.output_dir is not None):
         raise ValueError("--check writes nothing: it cannot be combined with --write-readme or --output-dir")
+    if options.write_readme and options.output_dir is not None:
+        raise ValueError("--write-readme and --output-dir are both given; give one")
     files = [ResultsFile(path) for path in map(Path, options.files or sorted(FOLDER.glob("*.json")))]
     if options.check:
         check(files)

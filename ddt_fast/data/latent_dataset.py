@@ -248,7 +248,7 @@ class LatentDataset:
             raise ValueError(f"{self.folder} holds latents of {height}x{width}; allowed: squares")
         made = self.settings and self.settings.image_size
         if made not in (None, data.image_size) and (data.autoencoder is not None or data.image_size != height):
-            where = f"the size that {self.folder} was made at (--data.image_size {made})"
+            where = f"the size that {self.folder} was made at (`data.image_size` {made})"
             raise ValueError(f"image_size is {data.image_size}; allowed: {made}, {where}")
         if data.image_size % height:
             raise ValueError(

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
@@ -30,7 +31,13 @@ def build_parser() -> CommandParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, measure, report."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    with parser.naming_options():
+        _measure_and_report(options)
+
+
+def _measure_and_report(options: Any) -> None:
     dataset = LatentDataset(Path(options.folder), scaling_factor=options.scaling_factor, features=options.features)
     if options.verify:
         if not dataset.checksums:

@@ -62,7 +62,7 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
         features=training.repa_weight > 0 and data.images is None,
     )
     if (channels := dataset.shape[0]) != model.in_channels:
-        where = f"the channels of the latents in {data.folder} (--model.in_channels {channels})"
+        where = f"the channels of the latents in {data.folder} (`model.in_channels` {channels})"
         raise ValueError(f"in_channels is {model.in_channels}; allowed: {channels}, {where}")
     classes = f"{data.folder} holds {plural(dataset.num_classes, 'class')}"
     if dataset.num_classes > model.num_classes:

@@ -21,7 +21,6 @@ from ddt_fast.wording import plural, warn
 def encode(
     images: Path,
     output: str | Path,
-    *,
     image_size: int,
     autoencoder: str | Path,
     repa_encoder: str | Path | None,
