@@ -10,6 +10,7 @@ Every command that takes images reads them here. What becomes of them:
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,9 +120,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - size) // 2, (height - size) // 2
     if scale > 1 and max(image.size) > _EXTREME_RATIO * min(image.size):
+        # Only around the crop, with what the filter reads there: 2 pixels of the image on each side.
+        margin = math.ceil(3 * scale)
+        x0, x1 = max(0, left - margin), min(width, left + size + margin)
+        y0, y1 = max(0, top - margin), min(height, top + size + margin)
         across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + size) * across, (top + size) * down)
-        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        box = (x0 * across, y0 * down, x1 * across, y1 * down)
+        image = image.resize((x1 - x0, y1 - y0), Image.Resampling.BICUBIC, box=box)
+        return image.crop((left - x0, top - y0, left - x0 + size, top - y0 + size))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     return image.crop((left, top, left + size, top + size))
 

@@ -133,7 +133,8 @@ def test_thin_images_take_little_memory(tmp_path, size):
 @pytest.mark.parametrize("size", [(20, 400), (500, 30), (7, 1000), (3, 3000)])
 def test_thin_images_are_cropped_as_by_adm(size):
     """Cropping before the last step does not change the result by more than rounding."""
-    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    # Far from black and white: Pillow clips between its two passes, whose order depends on its version and the size.
+    pixels = np.random.default_rng(0).integers(96, 160, (*size, 3), dtype=np.uint8)
     image, scale = Image.fromarray(pixels), 32 / min(size)
     whole = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (whole.width - 32) // 2, (whole.height - 32) // 2
