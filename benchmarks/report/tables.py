@@ -248,8 +248,8 @@ def candidates_in_short(record: Record) -> Iterator[str]:
     yield table(f"{head} | 90% of errors below | Fréchet distance off by", rows)
     yield (
         f"Errors of {record['samples']} samples against the ODE's solution. Fréchet distances of "
-        f"{record['frechet_samples']} samples to all real digits, as the difference from a run that is nearly the solution, "
-        f"with the same seeds (with others it would be {first['frechet']:.3f} ± {first['frechet_sd']:.3f})."
+        f"{record['frechet_samples']} samples to all real digits, as the difference from a run that is nearly the "
+        f"solution, with the same seeds (with others it would be {first['frechet']:.3f} ± {first['frechet_sd']:.3f})."
     )
 
 
