@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, quiet_casts, undo_normalisation
+from ddt_fast.autoencoder import decode_latents, pixels_per_latent, quiet_casts, sized_for, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
@@ -86,7 +86,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
             if self.data.in_latents(config.in_channels):
-                self.data = decoded_by(vae, self.data.autoencoder or "vae", self.data)
+                self.data = sized_for(vae, "vae", self.data)
         if id2label is None:
             id2label = default_id2label(self.data.dataset, config.num_classes, self.data.class_names)
         self.class_names = ClassNames(config.num_classes, id2label)
