@@ -202,7 +202,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
-        offloaded = _move_in(self.transformer)
+        offloaded = _move_in("transformer", self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
         generators = per_sample(generator, count, self.transformer.device)
@@ -320,20 +320,20 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         """
         if self.vae is None:
             return undo_normalisation(samples, self.data)
-        _move_in(self.vae)
+        _move_in("vae", self.vae)
         pixels = decode_latents(self.vae, samples, data=self.data)
         remedy = f"the vae decodes in {self.vae.dtype}; allowed where that overflows: pipe.vae.to(torch.float32)"
         _require_finite(pixels, whose, remedy)
         return pixels
 
 
-def _move_in(model: torch.nn.Module) -> bool:
+def _move_in(name: str, model: torch.nn.Module) -> bool:
     """Move a model of `enable_model_cpu_offload` to the GPU, and the one before it to the CPU; return whether it is
-    one. ValueError if it is offloaded in another way, which the sampler would bypass."""
+    one. ValueError if it is offloaded in another way, which the pipeline would bypass."""
     hook: Any = getattr(model, "_hf_hook", None)
     if hasattr(model, "_diffusers_hook") or (hook is not None and type(hook).__name__ != "CpuOffload"):
         raise ValueError(
-            "the transformer is offloaded, which the sampler would bypass; use pipe.to(device) or "
+            f"the {name} is offloaded, which the pipeline would bypass; use pipe.to(device) or "
             "pipe.enable_model_cpu_offload()"
         )
     if hook is not None:
