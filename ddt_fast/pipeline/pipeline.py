@@ -25,9 +25,8 @@ from ddt_fast.pipeline.adapters import LoraPipeline
 from ddt_fast.pipeline.loading import SavedPipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
-from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
+from ddt_fast.sampling.engine import Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
-from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.wording import kind_of, plural
 
 logger = logging.get_logger(__name__)
@@ -205,17 +204,10 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         offloaded = _move_in("transformer", self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
-        generators = per_sample(generator, count, self.transformer.device)
-        whose = _sample_names(generators if latents is None and generator is not None else [], count)
-        if latents is None:
-            latents = normal(shape, generators)
-        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
-        self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
-            samples = sampler(latents, labels, generators=generators, progress=progress)
+        latents, generators, whose = self._start(latents, generator, count, shape)
+        samples = self._draw(sampler, latents, labels, generators, callback_on_step_end, names)
         if offloaded:
-            del sampler, progress
+            del sampler
             self._engine = self._sampler = None  # before the vae is moved in
         images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
@@ -280,15 +272,37 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             self._engine = key, model, plain
         return self._engine[1:]
 
-    def _after_step(
-        self, call: StepCallback | None, names: list[str], plan: SamplingPlan, advance: Callable[[], object]
-    ) -> Progress:
-        """diffusers' callback_on_step_end as the engine's `progress`: advance the bar, then pass the latents to the
-        callback and take back what it returns."""
-        times = torch.tensor([step.t for step in plan.steps])
+    def _start(
+        self,
+        latents: Tensor | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        count: int,
+        shape: tuple[int, int, int],
+    ) -> tuple[Tensor, list[torch.Generator], list[str]]:
+        """The noise to start from, `latents` if given, the generator of each sample, and what to call it in an
+        error."""
+        generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
+        if latents is None:
+            latents = normal(shape, generators)
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
+        return latents, generators, whose
+
+    def _draw(
+        self,
+        sampler: Sampler,
+        latents: Tensor,
+        labels: Tensor,
+        generators: list[torch.Generator],
+        call: StepCallback | None,
+        names: list[str],
+    ) -> Tensor:
+        """The samples; every step advances the bar, passes the tensors of these names to `call`, diffusers'
+        callback_on_step_end, and takes back what it returns."""
+        times = torch.tensor([step.t for step in sampler.plan.steps])
 
         def progress(done: int, x: Tensor) -> None:
-            advance()
+            bar.update()
             returned = call(self, done - 1, times[done - 1], {name: x.clone() for name in names}) if call else None
             if not (returned is None or isinstance(returned, Mapping)):
                 raise ValueError(f"callback_on_step_end returned {kind_of(returned)}; expected None or a dict")
@@ -298,7 +312,9 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             if self._interrupt:
                 raise StopSampling
 
-        return progress
+        self._interrupt, self._num_timesteps = False, len(times)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            return sampler(latents, labels, generators=generators, progress=progress)
 
     def _finished(self, samples: Tensor, output_type: OutputType, whose: Sequence[str]) -> Any:
         _require_finite(samples, whose, "check the weights and the settings")
