@@ -106,7 +106,7 @@ class Decoder:
     ) -> None:
         self.vae = load_vae(name, device, dtype)
         self.batch_size = batch_size or _batch_size(device)
-        self.data = decoded_by(self.vae, name, data)
+        self.data = replace(sized_for(self.vae, name, data), autoencoder=name)
 
     def sha256(self) -> str:
         """Checksum of the weights and their names, in the dtype they are used in."""
@@ -182,9 +182,9 @@ def pixels_per_latent(vae: Any) -> int:
     return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
-def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
-    """The data of a model's samples with the autoencoder that decodes them; ValueError if its latents have another
-    size."""
+def sized_for(vae: Any, name: str, data: DataConfig) -> DataConfig:
+    """The data of a model's samples with the image size and pixels per latent of the autoencoder that decodes them;
+    ValueError if its latents have another size."""
     factor, side = pixels_per_latent(vae), data.sample_size
     # Without an autoencoder, the size of a latent may stand for the size of its image.
     if data.autoencoder is None and data.image_size == side:
@@ -194,7 +194,7 @@ def decoded_by(vae: Any, name: str, data: DataConfig) -> DataConfig:
         raise ValueError(
             f"autoencoder {name} turns {factor}x{factor} pixels into one latent position; expected one for {size}"
         )
-    return replace(data, autoencoder=name)
+    return data
 
 
 class Encoder:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt_fast.config import Experiment
-from ddt_fast.wording import kind_of
+from ddt_fast.wording import kind_of, utf8
 
 IMAGENET_CLASSES = 1000
 _IMAGENET_FILE = Path(__file__).parent / "assets" / "imagenet" / "classes.txt"
@@ -97,8 +97,7 @@ class ClassNames:
 
     def short(self, label: int) -> str:
         """The usual name of a class, or its label if it has no name, as text that any file can hold."""
-        name = _split(self.id2label.get(label, ""))[0] or str(label)
-        return name.encode("utf-8", "backslashreplace").decode()
+        return utf8(_split(self.id2label.get(label, ""))[0] or str(label))
 
     def search(self, text: str, limit: int = 20) -> list[int]:
         """Find up to `limit` labels whose names contain the text or resemble it, best first."""

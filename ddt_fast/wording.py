@@ -25,6 +25,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def utf8(text: str) -> str:
+    """Text as any file can hold it: what has no UTF-8, such as the odd bytes of a folder's name, is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
     """The settings (plain JSON values) in which two dictionaries differ: "sampling.num_steps 25, now 50"."""
     found = []

@@ -77,6 +77,15 @@ def test_a_released_checkpoint_becomes_a_folder_of_its_average(place, capsys):
         load_model(folder, weights="raw")
 
 
+def test_a_recipes_data_are_what_the_model_beside_it_remembers(place):
+    names = tuple(f"class {i}" for i in range(CONFIG.num_classes))
+    data = replace(DATA, pixels_per_latent=8, scaling_factor=0.5, class_names=names)
+    save_model(golden.model(NAME), place / "model", data, SamplingConfig(num_steps=3))
+    run(place, "{0}/released.ckpt", "{0}/out", "--config", "{0}/recipe.yaml")
+    experiment = read_experiment(place / "out")
+    assert (experiment.data, experiment.sampling) == (data, SAMPLING)
+
+
 def test_weights_can_be_the_raw_ones_or_both_and_there_and_back_again_is_exact(place):
     run(place, *TO_FOLDER, "--weights", "raw")
     assert same(load_model(place / "model").state_dict(), RAW)

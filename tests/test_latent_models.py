@@ -4,6 +4,7 @@ are undone wherever samples become images: shards of LightningDiT, with a scalin
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -280,6 +281,9 @@ def test_latents_without_an_autoencoder_are_sampled_as_they_are(tmp_path, capsys
     decoded.save_pretrained(tmp_path / "pipeline")
     sample(tmp_path / "saved", "--checkpoint", str(tmp_path / "pipeline"), *job[2:])
     assert np.abs(np.load(tmp_path / "saved" / "samples.npz")["arr_0"].astype(int) - expected).max() <= 1
+    alone = shutil.copytree(tmp_path / "pipeline" / "transformer", tmp_path / "alone")
+    sample(tmp_path / "as_before", "--checkpoint", str(alone), *job[2:])
+    np.testing.assert_array_equal(np.load(tmp_path / "as_before" / "samples.npz")["latents"], taken[0])
 
 
 def test_pixels_take_no_autoencoder(tmp_path, capsys):

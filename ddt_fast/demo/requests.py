@@ -14,6 +14,7 @@ from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, has_config
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling.plan import SamplingPlan
+from ddt_fast.wording import utf8
 
 Models = dict[str, DDTPipeline]
 """By their names in the page's list."""
@@ -104,7 +105,7 @@ def default_values(pipe: DDTPipeline) -> dict[str, Any]:
 
 def class_choices(pipe: DDTPipeline) -> list[tuple[str, str]]:
     """(text to show and to search, label) of every class."""
-    names = {str(label): name for label, name in pipe.id2label.items()}
+    names = {str(label): utf8(name) for label, name in pipe.id2label.items()}
     labels = [str(label) for label in range(pipe.class_names.num_classes)]
     return [(label if names.get(label, label) == label else f"{label} · {names[label]}", label) for label in labels]
 

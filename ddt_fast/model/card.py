@@ -15,7 +15,7 @@ from ddt_fast.files import atomic_file, read_json, read_yaml, write_json
 from ddt_fast.hub import is_hub_id
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.settings import CONFIG_NAME, read_settings
-from ddt_fast.wording import kind_of
+from ddt_fast.wording import kind_of, utf8
 
 CARD_NAME = "README.md"
 
@@ -272,7 +272,7 @@ def _cell(value: Any) -> str:
     """One line, escaped for Markdown: values may come from other people's files."""
     if isinstance(value, (list, tuple)) and not any(isinstance(part, (list, tuple)) for part in value):
         return ", ".join(map(_cell, value))
-    text = f"{value:.6g}" if isinstance(value, float) else str(value).encode("utf-8", "backslashreplace").decode()
+    text = f"{value:.6g}" if isinstance(value, float) else utf8(str(value))
     return re.sub(r"([\\|\[\]<`])", r"\\\1", " ".join(text.split()))
 
 

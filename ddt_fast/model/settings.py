@@ -78,10 +78,10 @@ def read_experiment(path: str | Path) -> Experiment:
     its own autoencoder. ValueError if config.json is missing or corrupt."""
     file = config_file(resolve_checkpoint(path))
     experiment, pipeline = read_settings(file), file.absolute().parent.parent
-    if experiment.data.autoencoder is None or not (pipeline / "model_index.json").is_file():
+    model, data, vae = experiment.model, experiment.data, pipeline / "vae"
+    if not (data.in_latents(model.in_channels) and (pipeline / "model_index.json").is_file() and vae.is_dir()):
         return experiment
-    vae = pipeline / "vae"
-    return replace(experiment, data=replace(experiment.data, autoencoder=str(vae))) if vae.is_dir() else experiment
+    return replace(experiment, data=replace(data, autoencoder=str(vae)))
 
 
 def read_settings(file: Path) -> Experiment:

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import get_device
 from PIL import Image
 from torch import Tensor
 
-from ddt_fast.autoencoder import decode_latents, decoded_by, pixels_per_latent, quiet_casts, undo_normalisation
+from ddt_fast.autoencoder import decode_latents, pixels_per_latent, quiet_casts, sized_for, undo_normalisation
 from ddt_fast.checks import require_arguments, require_choice, require_int, require_kind
 from ddt_fast.class_names import ClassLabel, ClassNames, default_id2label
 from ddt_fast.config import SamplingConfig
@@ -25,9 +25,8 @@ from ddt_fast.pipeline.adapters import LoraPipeline
 from ddt_fast.pipeline.loading import SavedPipeline
 from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
-from ddt_fast.sampling.engine import Progress, Sampler, StopSampling
+from ddt_fast.sampling.engine import Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
-from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.wording import kind_of, plural
 
 logger = logging.get_logger(__name__)
@@ -86,7 +85,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             if vae.config["shift_factor"]:
                 raise ValueError(f"the vae has shift_factor {vae.config['shift_factor']}; allowed: none or 0")
             if self.data.in_latents(config.in_channels):
-                self.data = decoded_by(vae, self.data.autoencoder or "vae", self.data)
+                self.data = sized_for(vae, "vae", self.data)
         if id2label is None:
             id2label = default_id2label(self.data.dataset, config.num_classes, self.data.class_names)
         self.class_names = ClassNames(config.num_classes, id2label)
@@ -202,20 +201,13 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)  # type: ignore[arg-type]
         count, shape = len(ids) * num_images_per_label, self._latent_shape(height, width)
-        offloaded = _move_in(self.transformer)
+        offloaded = _move_in("transformer", self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
-        generators = per_sample(generator, count, self.transformer.device)
-        whose = _sample_names(generators if latents is None and generator is not None else [], count)
-        if latents is None:
-            latents = normal(shape, generators)
-        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
-        self._interrupt, self._num_timesteps = False, len(sampler.plan.steps)
-        with self.progress_bar(total=self._num_timesteps) as bar:
-            progress = self._after_step(callback_on_step_end, names, sampler.plan, bar.update)
-            samples = sampler(latents, labels, generators=generators, progress=progress)
+        latents, generators, whose = self._start(latents, generator, count, shape)
+        samples = self._draw(sampler, latents, labels, generators, callback_on_step_end, names)
         if offloaded:
-            del sampler, progress
+            del sampler
             self._engine = self._sampler = None  # before the vae is moved in
         images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
@@ -280,15 +272,37 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             self._engine = key, model, plain
         return self._engine[1:]
 
-    def _after_step(
-        self, call: StepCallback | None, names: list[str], plan: SamplingPlan, advance: Callable[[], object]
-    ) -> Progress:
-        """diffusers' callback_on_step_end as the engine's `progress`: advance the bar, then pass the latents to the
-        callback and take back what it returns."""
-        times = torch.tensor([step.t for step in plan.steps])
+    def _start(
+        self,
+        latents: Tensor | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        count: int,
+        shape: tuple[int, int, int],
+    ) -> tuple[Tensor, list[torch.Generator], list[str]]:
+        """The noise to start from, `latents` if given, the generator of each sample, and what to call it in an
+        error."""
+        generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
+        if latents is None:
+            latents = normal(shape, generators)
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
+        return latents, generators, whose
+
+    def _draw(
+        self,
+        sampler: Sampler,
+        latents: Tensor,
+        labels: Tensor,
+        generators: list[torch.Generator],
+        call: StepCallback | None,
+        names: list[str],
+    ) -> Tensor:
+        """The samples; every step advances the bar, passes the tensors of these names to `call`, diffusers'
+        callback_on_step_end, and takes back what it returns."""
+        times = torch.tensor([step.t for step in sampler.plan.steps])
 
         def progress(done: int, x: Tensor) -> None:
-            advance()
+            bar.update()
             returned = call(self, done - 1, times[done - 1], {name: x.clone() for name in names}) if call else None
             if not (returned is None or isinstance(returned, Mapping)):
                 raise ValueError(f"callback_on_step_end returned {kind_of(returned)}; expected None or a dict")
@@ -298,7 +312,9 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             if self._interrupt:
                 raise StopSampling
 
-        return progress
+        self._interrupt, self._num_timesteps = False, len(times)
+        with self.progress_bar(total=self._num_timesteps) as bar:
+            return sampler(latents, labels, generators=generators, progress=progress)
 
     def _finished(self, samples: Tensor, output_type: OutputType, whose: Sequence[str]) -> Any:
         _require_finite(samples, whose, "check the weights and the settings")
@@ -320,20 +336,20 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         """
         if self.vae is None:
             return undo_normalisation(samples, self.data)
-        _move_in(self.vae)
+        _move_in("vae", self.vae)
         pixels = decode_latents(self.vae, samples, data=self.data)
         remedy = f"the vae decodes in {self.vae.dtype}; allowed where that overflows: pipe.vae.to(torch.float32)"
         _require_finite(pixels, whose, remedy)
         return pixels
 
 
-def _move_in(model: torch.nn.Module) -> bool:
+def _move_in(name: str, model: torch.nn.Module) -> bool:
     """Move a model of `enable_model_cpu_offload` to the GPU, and the one before it to the CPU; return whether it is
-    one. ValueError if it is offloaded in another way, which the sampler would bypass."""
+    one. ValueError if it is offloaded in another way, which the pipeline would bypass."""
     hook: Any = getattr(model, "_hf_hook", None)
     if hasattr(model, "_diffusers_hook") or (hook is not None and type(hook).__name__ != "CpuOffload"):
         raise ValueError(
-            "the transformer is offloaded, which the sampler would bypass; use pipe.to(device) or "
+            f"the {name} is offloaded, which the pipeline would bypass; use pipe.to(device) or "
             "pipe.enable_model_cpu_offload()"
         )
     if hook is not None:

@@ -132,7 +132,7 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: Settings) -
             raise ValueError(f"config is for checkpoints without config.json; {source} has one")
         return experiment_of(source, settings.preset)
     if settings.config is not None:
-        return read_settings(settings.config)
+        return _settings_in(settings.config)
     if settings.preset is not None:
         experiment = experiment_of(source, settings.preset)
         _, model = settle_config(weights, source, {settings.preset: experiment})
@@ -148,6 +148,14 @@ def _settings(source: Path, weights: Mapping[str, Tensor], settings: Settings) -
     if model.num_classes != experiment.model.num_classes:
         print(f"settings: {plural(model.num_classes, 'class')}, from the shapes")
     return Experiment(model, experiment.data, sampling=experiment.sampling)
+
+
+def _settings_in(file: Path) -> Experiment:
+    """The settings in a file; a run's recipe.yaml holds them as they were given, its model/ what the data say too."""
+    experiment, described = read_settings(file), file.parent / "model" / CONFIG_NAME
+    if file.name == "recipe.yaml" and described.is_file():
+        return replace(experiment, data=read_settings(described).data)
+    return experiment
 
 
 def _report(source: Path, sets: LightningWeights) -> None:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from ddt_fast import sample as sample_command
+from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling import SamplingPlan
 from demo_cases import MAX_IMAGES, MAX_STEPS, models, values
 
@@ -17,7 +18,7 @@ pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[de
 
 from ddt_fast.demo import drawing
 from ddt_fast.demo.page import Demo
-from ddt_fast.demo.requests import read_request
+from ddt_fast.demo.requests import class_choices, read_request
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,15 @@ def test_files_hold_the_true_pixels_and_the_settings(request_of, tmp_path):
     assert (saved["labels"].tolist(), saved["seeds"].tolist()) == ([4, 4], [8, 9])
     settings = json.loads(archive.read("settings.json"))
     assert (settings["seeds"], settings["num_steps"], settings["solver"]) == ([8, 9], 8, "euler")
+
+
+def test_names_that_are_not_utf8_are_escaped(request_of, tmp_path):
+    asked = request_of(classes=["0", "1"], num_images=2)
+    parts = asked.pipe.transformer, None, asked.pipe.scheduler
+    named = DDTPipeline(*parts, id2label={0: "caf\udce9, bar"})
+    _, gallery, _ = drawing.generate(replace(asked, pipe=named), drawing.Report(), tmp_path)
+    assert [caption for _, caption in gallery["value"]] == ["caf\\udce9 · seed 0", "1 · seed 1"]
+    assert class_choices(named)[:2] == [("0 · caf\\udce9, bar", "0"), ("1", "1")]
 
 
 def test_a_run_reports_its_steps_and_ends_when_told_to(request_of, tmp_path):

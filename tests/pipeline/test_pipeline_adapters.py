@@ -87,6 +87,14 @@ def test_model_cpu_offload_draws_the_same(latent_model):
         assert pipe.transformer.device.type == pipe.vae.device.type == "cpu"
 
 
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_a_component_that_is_offloaded_in_another_way_is_named(latent_model, name):
+    pipe = quiet(DDTPipeline.from_pretrained(latent_model))
+    getattr(pipe, name)._hf_hook = object()
+    with pytest.raises(ValueError, match=f"^the {name} is offloaded, which the pipeline would bypass"):
+        pipe(1, 2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_model_cpu_offload_without_accelerate_or_gpu_is_refused(monkeypatch):
     pipe = digits()

@@ -20,7 +20,7 @@ from ddt_fast.model.lightning import write_lightning
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, WEIGHTS_NAME, read_experiment
 from ddt_fast.pipeline import DDTPipeline, DDTScheduler, DDTTransformer2DModel
 from ddt_fast.presets import PRESETS
-from pipeline_cases import LATENT_MODEL, digits, quiet, seeded
+from pipeline_cases import LATENT_MODEL, LATENT_SAMPLING, digits, quiet, seeded
 
 
 def image(pipe, label=1):
@@ -70,6 +70,19 @@ def test_latents_round_trip(latent_model, latents, tmp_path):
     half.save_pretrained(tmp_path / "b")
     weights = load_file(tmp_path / "b" / "transformer" / WEIGHTS_NAME)
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_a_vae_given_to_a_model_of_latents_is_found_beside_it(latent_model, tmp_path):
+    vae = AutoencoderKL.from_pretrained(latent_model.parent / "vae")
+    transformer = DDTTransformer2DModel.from_reference(
+        golden.model(LATENT_MODEL), DataConfig("latents", 8), LATENT_SAMPLING
+    )
+    DDTPipeline(transformer, vae, DDTScheduler()).save_pretrained(tmp_path / "a")
+    expected = DataConfig("latents", 64, pixels_per_latent=8)
+    assert DDTPipeline.from_pretrained(tmp_path / "a").data == expected
+    for place in (tmp_path / "a", tmp_path / "a" / "transformer"):
+        assert read_experiment(place).data == replace(expected, autoencoder=str(tmp_path / "a" / "vae"))
+    assert read_experiment(shutil.copytree(tmp_path / "a" / "transformer", tmp_path / "alone")).data == expected
 
 
 def test_the_json_files_hold_what_they_always_held(saved):
