@@ -132,7 +132,7 @@ class Job:
         latents = experiment.data.in_latents(experiment.model.in_channels)
         assignment = assign(draws, class_names_of(experiment), 16 if latents else 100)
         path = output_folder(output_dir)
-        check_output(path)
+        check_output(path, outputs.overwrite)
         # The model's own autoencoder is opened after the model; one that is named may change the images' size.
         decode = None if engine.autoencoder is None else open_decoder(experiment, device, engine.autoencoder)
         if decode is not None:
