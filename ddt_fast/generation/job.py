@@ -140,6 +140,8 @@ class Job:
         elif latents and experiment.data.autoencoder is None:
             if scoring is not None:
                 raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
+            if outputs.num_png:
+                raise ValueError("`num_png` needs pictures; name an `autoencoder`")
             outputs = replace(outputs, num_png=0)
         data = experiment.data
         data.input_size(draws.height, draws.width, experiment.model.patch_size)  # before anything is loaded
