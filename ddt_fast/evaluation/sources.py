@@ -174,6 +174,13 @@ def open_sources(paths: Sequence[str | Path | None], crop: int | None, skip_unre
     return sources
 
 
+def unreadable_images(source: Source) -> dict[str, list[dict[str, str]]]:
+    """`unreadable`, the images that were left out and why, for the source's part of a report; empty if there are
+    none."""
+    left_out = () if source.images is None else source.images.unreadable
+    return {"unreadable": [{"file": name, "reason": why} for name, why in left_out]} if left_out else {}
+
+
 def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSource:
     with archive.open("arr_0.npy") as stream:
         shape, fortran_order, dtype = _read_header(stream)
@@ -217,9 +224,7 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     sizes, unreadable = _check(files, names, skip_unreadable)
     for name, reason in unreadable.items():
         if not skip_unreadable:
-            raise ValueError(
-                f"{files.root / name} cannot be read: {reason}; ddt_fast.evaluate --skip-unreadable leaves it out"
-            )
+            raise ValueError(f"{files.root / name} cannot be read: {reason}; `skip_unreadable` leaves it out")
         warnings.warn(f"{files.root / name} is left out: {reason}", stacklevel=4)
     if not sizes:
         raise ValueError(f"{path} holds {plural(len(names), 'image')}, none of which can be read")

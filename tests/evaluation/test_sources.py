@@ -265,7 +265,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
     (tmp_path / "set" / "0001.png").write_bytes((tmp_path / "set" / "0001.png").read_bytes()[:-40])
     Image.fromarray(np.zeros((6, 6), np.float32)).save(tmp_path / "set" / "0003.tif")
     for crop in (None, 6):  # the sizes of cropped images need not be known, but they must be readable
-        with pytest.raises(ValueError, match=r"0001\.png cannot be read: .*truncated.*--skip-unreadable leaves it out"):
+        with pytest.raises(ValueError, match=r"0001\.png cannot be read: .*truncated.*`skip_unreadable` leaves it out"):
             open_source(tmp_path / "set", crop)
         with pytest.warns(UserWarning, match=r"000[13]\.\w+ is left out: ") as said:
             source = open_source(tmp_path / "set", crop, skip_unreadable=True).images
