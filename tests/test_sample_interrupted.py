@@ -185,7 +185,7 @@ def test_a_full_disk_at_the_end_leaves_nothing_half_written(tmp_path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for function in ("write_npz", "labelled_grid", "_write_record"):
+    for function in ("write_npz", "labelled_grid", "json_text"):
         with monkeypatch.context() as patch:
             patch.setattr(finish, function, full)
             line = sample_error(capsys, tmp_path, *JOB, "--overwrite")

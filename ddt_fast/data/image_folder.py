@@ -18,10 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.class_names import class_order
-from ddt_fast.data.image_file import Images, Member, UnreadableImageError, center_crop, is_stack, read_pixels
+from ddt_fast.data.image_file import Member, is_stack, read_pixels
 from ddt_fast.wording import plural
-
-__all__ = ["ImageFiles", "ImageFolder", "Images", "UnreadableImageError", "center_crop", "list_images", "read_image"]
 
 # Pillow knows them by name, but needs other programs for them, or does not decode them.
 _NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})

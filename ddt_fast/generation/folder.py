@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.files import check_no_folder, check_replaceable, plain, read_json
 from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures

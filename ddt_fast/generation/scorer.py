@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
 from ddt_fast.evaluation.names import METRICS
 from ddt_fast.evaluation.report import Progress, report_table

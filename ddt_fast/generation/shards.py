@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.files import atomic_file, read_json, write_json, writing
 from ddt_fast.wording import differences, plural
 
