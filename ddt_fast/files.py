@@ -67,11 +67,16 @@ def plain(content: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(content))
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """An object as the text of a JSON file."""
+    return json.dumps(content, indent=1) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as a JSON file, whole or not at all."""
     try:
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+            temporary.write_text(json_text(content))
     except FileNotFoundError:
         # A process on another machine may have the same id: it has written the same content and renamed the file.
         if not path.exists():

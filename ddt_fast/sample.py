@@ -23,6 +23,8 @@ from ddt_fast.sampling_options import (
 if TYPE_CHECKING:
     from ddt_fast.generation.background import OnImages
 
+_SCORING = ("metrics", "inception_weights", "center_crop", "skip_unreadable")
+
 
 def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
@@ -39,7 +41,7 @@ def build_parser() -> CommandParser:
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
     parser.add_options(Outputs)
     add("--evaluate", type=str, metavar="REFERENCE", help="score the samples against an npz or a folder of images")
-    parser.add_options(Scoring, "metrics", "inception_weights", "center_crop")
+    parser.add_options(Scoring, *_SCORING)
     add("--evaluate-features", choices=get_args(Features), help="default: inception; pixels: images of up to 64x64")
     return parser
 
@@ -77,8 +79,8 @@ def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = 
 
 def _scoring(options: Any) -> Scoring | None:
     """The scoring that the options ask for; ValueError for a wrong value, or for options without a reference."""
-    given = {name: getattr(options, name) for name in ("metrics", "inception_weights", "center_crop")}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: getattr(options, name) for name in _SCORING}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if options.evaluate_features is not None:
         given["features"] = options.evaluate_features
     if options.evaluate is not None:

@@ -19,7 +19,8 @@ from ddt_fast.autoencoder import Decoder, Encoder
 from ddt_fast.command import run_command
 from ddt_fast.data.cached_images import CachedImages
 from ddt_fast.data.encode import cache_settings
-from ddt_fast.data.image_folder import center_crop, list_images
+from ddt_fast.data.image_file import center_crop
+from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.loader import LatentLoader
 from ddt_fast.data.verification import wrong_shards

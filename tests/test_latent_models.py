@@ -269,6 +269,9 @@ def test_latents_without_an_autoencoder_are_sampled_as_they_are(tmp_path, capsys
     np.testing.assert_array_equal(taken[-1], taken[0])
     with pytest.raises(ValueError, match="needs a vae; allowed without: latent"):
         pipe(0)
+    assert "--num-png needs pictures; name an --autoencoder" in sample_error(
+        capsys, tmp_path / "x", *job, "--num-png", "2"
+    )
     assert "draws latents; name an --autoencoder" in sample_error(capsys, tmp_path / "x", *job, "--evaluate", "y.npz")
 
     vae = write_autoencoder(tmp_path / "vae")

@@ -288,8 +288,28 @@ def test_mistakes_are_one_line_before_any_work(tmp_path, reference, monkeypatch,
     assert list((tmp_path / "out").glob("*")) == []
 
 
+def test_unreadable_images_of_the_reference_stop_the_job_or_are_listed(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(smooth_images(3, 0, size=8)):
+        Image.fromarray(image).save(tmp_path / "photos" / f"{number}.png")
+    (tmp_path / "photos" / "1.png").write_bytes(b"no")
+    arguments = [*JOB, "--evaluate", str(tmp_path / "photos"), "--evaluate-features", "pixels", "--metrics", "fid"]
+    assert "--skip-unreadable leaves it out" in sample_error(capsys, tmp_path / "out", *arguments)
+    with pytest.warns(UserWarning, match=r"1\.png is left out"):
+        sample(tmp_path / "out", *arguments, "--skip-unreadable")
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["reference"]
+    assert found["num_images"] == 2
+    assert [image["file"] for image in found["unreadable"]] == ["1.png"]
+
+
 def test_options_without_evaluate_and_a_folder_in_the_way(tmp_path, reference, capsys):
-    for option in ("--metrics=fid", "--center-crop=8", "--inception-weights=x.pth", "--evaluate-features=pixels"):
+    for option in (
+        "--metrics=fid",
+        "--center-crop=8",
+        "--inception-weights=x.pth",
+        "--skip-unreadable",
+        "--evaluate-features=pixels",
+    ):
         line = sample_error(capsys, tmp_path, *JOB, *option.split("="))
         assert f"{option.split('=')[0]} is for --evaluate, which is not given" in line
     (tmp_path / "metrics.json").mkdir()

@@ -127,6 +127,22 @@ def test_a_finished_job_is_drawn_again_only_with_overwrite(tmp_path, monkeypatch
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
+@pytest.mark.parametrize("name", ["samples.npz", "grid.png"])
+def test_the_users_own_files_are_replaced_only_with_overwrite(tmp_path, capsys, name):
+    tmp_path.joinpath(name).write_bytes(b"mine")
+    line = sample_error(capsys, tmp_path, *JOB)
+    assert f"{name} would be replaced, but there is no generation.json" in line
+    assert "or set --overwrite to replace it" in line
+    assert tmp_path.joinpath(name).read_bytes() == b"mine"
+    assert sample(tmp_path, *JOB, "--overwrite") == expected()
+
+
+def test_samples_of_a_merge_that_was_killed_are_replaced(tmp_path):
+    begin(tmp_path, 3)
+    tmp_path.joinpath("samples.npz").write_bytes(b"ours")
+    assert sample(tmp_path, *JOB) == expected()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "emptied"])
 def test_a_damaged_shard_is_found_and_made_again(tmp_path, monkeypatch, capsys, damage):
@@ -169,7 +185,7 @@ def test_a_full_disk_at_the_end_leaves_nothing_half_written(tmp_path, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for function in ("write_npz", "labelled_grid", "_write_record"):
+    for function in ("write_npz", "labelled_grid", "json_text"):
         with monkeypatch.context() as patch:
             patch.setattr(finish, function, full)
             line = sample_error(capsys, tmp_path, *JOB, "--overwrite")

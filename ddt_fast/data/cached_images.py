@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddt_fast.data.image_folder import UnreadableImageError, list_images
+from ddt_fast.data.image_file import UnreadableImageError
+from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_cache import names_sha256
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.wording import plural

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ddt_fast.autoencoder import Encoder
 from ddt_fast.checks import require, require_int
-from ddt_fast.data.image_folder import ImageFolder, UnreadableImageError
+from ddt_fast.data.image_file import UnreadableImageError
+from ddt_fast.data.image_folder import ImageFolder
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings, Unreadable, names_sha256, storage_dtype
 from ddt_fast.device import dtype_name
 from ddt_fast.dinov2 import DinoV2

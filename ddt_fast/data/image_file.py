@@ -38,6 +38,7 @@ class Member(NamedTuple):
         length: bytes in a tar.
         label: class that the tar gives it, if any.
         damage: why the file cannot be read, if it cannot.
+        wrong_label: why the tar's .cls or .json for it holds no class, if it does not.
     """
 
     file: str
@@ -45,6 +46,7 @@ class Member(NamedTuple):
     length: int = 0
     label: int | None = None
     damage: str | None = None
+    wrong_label: str | None = None
 
 
 class UnreadableImageError(Exception):

@@ -7,7 +7,7 @@ import posixpath
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.class_names import class_order
-from ddt_fast.data.image_file import Images, Member, UnreadableImageError, center_crop, is_stack, read_pixels
+from ddt_fast.data.image_file import Member, is_stack, read_pixels
 from ddt_fast.wording import plural
-
-__all__ = ["ImageFiles", "ImageFolder", "Images", "UnreadableImageError", "center_crop", "list_images", "read_image"]
 
 # Pillow knows them by name, but needs other programs for them, or does not decode them.
 _NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
+# A larger label is a mistake; the names of that many classes would fill the memory.
+_MAX_CLASSES = 1_000_000
 WANTED = "images (any that Pillow reads), WebDataset tars, .npy arrays"
 
 
@@ -197,16 +197,17 @@ def _tar_members(root: Path, path: str, others: Counter[str]) -> dict[str, Membe
         for key, parts in samples.items():
             images = {end: place for end, place in parts.items() if _ending(f"x.{end}") in extensions()}
             others.update(_ending(f"x.{end}") for end in parts if end not in images and end not in ("cls", "json"))
-            label = _label(stream, f"{path}/{key}", parts) if images else None
+            label, wrong = _label(stream, f"{path}/{key}", parts) if images else (None, None)
             # Beside an image there may be pictures that belong to it: 0001.jpg, 0001.seg.png.
             whole = {end: place for end, place in images.items() if "." not in end} or images
             for end, (start, length) in whole.items():
-                found[f"{path}/{key}.{end}"] = Member(path, start, length, label)
+                found[f"{path}/{key}.{end}"] = Member(path, start, length, label, wrong_label=wrong)
     return found
 
 
-def _label(stream: IO[bytes], name: str, parts: dict[str, tuple[int, int]]) -> int | None:
-    """The class of a sample of a tar: a whole number, the content of its .cls or "cls" in its .json."""
+def _label(stream: IO[bytes], name: str, parts: dict[str, tuple[int, int]]) -> tuple[int | None, str | None]:
+    """The class of a sample of a tar: a whole number, the content of its .cls or "cls" in its .json; or why that is not
+    a class."""
     label = None
     for end in ("cls", "json"):
         if end in parts and label is None:
@@ -215,11 +216,12 @@ def _label(stream: IO[bytes], name: str, parts: dict[str, tuple[int, int]]) -> i
             content = stream.read(length)
             try:
                 label = int(content.decode()) if end == "cls" else json.loads(content).get("cls")
-                if label is not None and not (type(label) is int and label >= 0):
+                if label is not None and not (type(label) is int and 0 <= label < _MAX_CLASSES):
                     raise ValueError(f"the class is {label!r}")
             except (ValueError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{name}.{end} holds no class: {error}; expected a whole number, 0 or more") from error
-    return label
+                expected = f"a whole number, 0 to {_MAX_CLASSES - 1:,}"
+                return None, f"{name}.{end} holds no class: {error}; expected {expected}"
+    return label, None
 
 
 @dataclass(frozen=True)
@@ -247,18 +249,22 @@ class ImageFolder:
 
 def list_images(root: Path, class_names: Sequence[str] = ()) -> ImageFolder:
     """List the images below a folder (see `find_images`) with their classes, which are, in this order:
-    the numbers in a tar's .cls or .json members; the sub-folders of root, or of a tar in root, in `class_order`, or in
-    that of class_names, if these are all of them; one
-    class, with root's name, if there are no sub-folders.
+    the numbers in a tar's .cls or .json members (an image with a wrong one is unreadable); the sub-folders of root, or
+    of a tar in root, in `class_order`, or in that of class_names, if these are all of them; one class, with root's
+    name, if there are no sub-folders.
 
     Raises:
         ValueError: root does not exist, holds no images, or a sub-folder does not; some samples of tars have a number
-            as class, and other images have not.
+            as class, and other images have none, or no .cls or .json holds a class.
     """
     check_source(root, "image folder")
     images = find_images(root)
+    wrong = {name: member for name, member in images.members.items() if member.wrong_label is not None}
     if any(member.label is not None for member in images.members.values()):
-        return _numbered(images)
+        unreadable = {name: member._replace(damage=member.wrong_label) for name, member in wrong.items()}
+        return _numbered(replace(images, members=images.members | unreadable))
+    if wrong:
+        raise ValueError(f"{root}: {next(iter(wrong.values())).wrong_label}")
     if not images.names:
         raise ValueError(
             f"image folder {root} holds no images; expected {WANTED}; {images.passed_over or 'it is empty'}"

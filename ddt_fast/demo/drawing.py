@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.demo.requests import Request
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.generation.npz import write_npz

@@ -19,7 +19,6 @@ NUM_CLASSES = 1008
 POOL_DIM = 2048
 # sFID's features: the first 7 channels of mixed_6/conv, 17 x 17 (arXiv 2103.03841, and ADM's evaluator).
 SPATIAL_CHANNELS = 7
-SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 
 class InceptionOutput(NamedTuple):

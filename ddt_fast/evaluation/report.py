@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.wording import plural
 
 PICTURE_IMAGES = 100

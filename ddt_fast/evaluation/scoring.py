@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, kind_of_features
 from ddt_fast.evaluation.manifold import precision_recall
 from ddt_fast.evaluation.metrics import fixed_permutation, frechet_distance, inception_score, kernel_inception_distance

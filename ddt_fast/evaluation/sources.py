@@ -20,6 +20,7 @@ from ddt_fast.checks import require_int, require_path
 from ddt_fast.data.image_file import Images, UnreadableImageError, check_image
 from ddt_fast.data.image_folder import WANTED, ImageFiles, check_source, find_images
 from ddt_fast.evaluation.statistics import Gaussian, load_statistics
+from ddt_fast.files import read_json
 from ddt_fast.wording import plural
 
 _CHECKED_AT_ONCE = 256
@@ -29,7 +30,6 @@ SAMPLES, RECORD = "samples.npz", "generation.json"
 # Pictures that the commands draw, by what lies beside them.
 _GRIDS = {
     r"grid\.png": RECORD,
-    r"metrics\.png": "metrics.json",
     r"similarity\.png": "similarity.json",
     r"samples\.png": "recipe.yaml",
     r"curves\.png": "log.jsonl",
@@ -174,6 +174,13 @@ def open_sources(paths: Sequence[str | Path | None], crop: int | None, skip_unre
     return sources
 
 
+def unreadable_images(source: Source) -> dict[str, list[dict[str, str]]]:
+    """`unreadable`, the images that were left out and why, for the source's part of a report; empty if there are
+    none."""
+    left_out = () if source.images is None else source.images.unreadable
+    return {"unreadable": [{"file": name, "reason": why} for name, why in left_out]} if left_out else {}
+
+
 def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSource:
     with archive.open("arr_0.npy") as stream:
         shape, fortran_order, dtype = _read_header(stream)
@@ -206,7 +213,8 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     files = find_images(path)
     if files.passed_over:
         warnings.warn(f"{path}: {files.passed_over}", stacklevel=4)
-    grids = {name for name in files.names if _is_grid(files.root / name)}
+    reports = ".json" in files.others
+    grids = {name for name in files.names if _is_grid(files.root / name, reports)}
     if grids:
         text = f"passed over {plural(len(grids), 'picture')} drawn by ddt-fast, such as {min(grids)}"
         warnings.warn(f"{path}: {text}", stacklevel=4)
@@ -216,9 +224,7 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     sizes, unreadable = _check(files, names, skip_unreadable)
     for name, reason in unreadable.items():
         if not skip_unreadable:
-            raise ValueError(
-                f"{files.root / name} cannot be read: {reason}; ddt_fast.evaluate --skip-unreadable leaves it out"
-            )
+            raise ValueError(f"{files.root / name} cannot be read: {reason}; `skip_unreadable` leaves it out")
         warnings.warn(f"{files.root / name} is left out: {reason}", stacklevel=4)
     if not sizes:
         raise ValueError(f"{path} holds {plural(len(names), 'image')}, none of which can be read")
@@ -228,8 +234,19 @@ def _open_folder(path: Path, crop: int | None, skip_unreadable: bool) -> ImageSo
     )
 
 
-def _is_grid(file: Path) -> bool:
-    return any(re.fullmatch(name, file.name) and (file.parent / record).is_file() for name, record in _GRIDS.items())
+def _is_grid(file: Path, reports: bool) -> bool:
+    """Whether a command drew the picture; `reports`: whether any .json lies in the folder, which may be a report."""
+    if any(re.fullmatch(name, file.name) and (file.parent / record).is_file() for name, record in _GRIDS.items()):
+        return True
+    return reports and file.suffix == ".png" and _is_report(file.with_suffix(".json"))
+
+
+def _is_report(file: Path) -> bool:
+    """Whether `ddt_fast.evaluate` wrote the file, which may not exist."""
+    try:
+        return {"metrics", "not_computed"} <= read_json(file).keys()
+    except (OSError, ValueError):
+        return False
 
 
 def _check(files: ImageFiles, names: list[str], to_the_end: bool) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.generation.images import quantize_pixels
 from ddt_fast.generation.seeds import IntArray
 from ddt_fast.generation.shards import ShardFolder

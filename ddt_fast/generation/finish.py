@@ -5,7 +5,6 @@ written before any gets its name, generation.json gets its name last, and then t
 """
 
 import fcntl
-import json
 import re
 import shutil
 import time
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.evaluation.sources import RECORD, SAMPLES
-from ddt_fast.files import atomic_file, atomic_folder, read_json, writing
+from ddt_fast.files import atomic_file, atomic_folder, json_text, read_json, writing
 from ddt_fast.generation.images import grid_columns, labelled_grid
 from ddt_fast.generation.npz import open_images, write_npz
 from ddt_fast.generation.seeds import GRID_IMAGES, Assignment
@@ -85,7 +84,7 @@ def finish(
                 **about,
                 "settings": shards.settings,
             }
-            _write_record(record_file, record)
+            record_file.write_text(json_text(record))
         return record
 
 
@@ -98,13 +97,8 @@ def renew_pictures(output_dir: Path, assignment: Assignment, record: dict[str, A
     ):
         _draw(open_images(output_dir / SAMPLES), assignment, folder, grid, num_png)
         record = {**record, "num_png": num_png}
-        _write_record(record_file, record)
+        record_file.write_text(json_text(record))
     return record
-
-
-def _write_record(file: Path, record: dict[str, Any]) -> None:
-    with file.open("w") as stream:
-        stream.write(json.dumps(record, indent=1) + "\n")
 
 
 @contextmanager

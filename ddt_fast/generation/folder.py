@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.files import check_no_folder, check_replaceable, plain, read_json
 from ddt_fast.generation.background import OnImages
 from ddt_fast.generation.finish import IMAGE_NAMES, RECORD, SAMPLES, finish, finished_record, renew_pictures
@@ -17,6 +17,7 @@ from ddt_fast.generation.shards import (
     ShardFolder,
     describe_other,
     fingerprint,
+    job_folders,
     other_jobs,
     remove_job,
 )
@@ -52,7 +53,7 @@ class JobFolder:
         outputs: Outputs,
         ranks: Ranks,
     ) -> None:
-        check_output(path)
+        check_output(path, outputs.overwrite)
         settings = plain(settings)
         self.path, self.settings, self.outputs, self.ranks = path, settings, outputs, ranks
         overwrite = outputs.overwrite
@@ -174,7 +175,15 @@ class JobFolder:
         return self.record
 
 
-def check_output(path: Path) -> None:
-    """ValueError, before any work, if outputs would replace something that ddt-fast did not write."""
+def check_output(path: Path, overwrite: bool) -> None:
+    """ValueError, before any work, if outputs would replace something that ddt-fast did not write. With `overwrite`,
+    samples.npz and grid.png may be anyone's."""
     check_replaceable(path / "images", IMAGE_NAMES)
     check_no_folder(*(path / name for name in ("grid.png", SAMPLES, RECORD)))
+    # In this order: a job that another process is finishing has its record before its shards are removed.
+    found = [path / name for name in (SAMPLES, "grid.png") if (path / name).exists()]
+    if found and not overwrite and not job_folders(path) and not (path / RECORD).exists():
+        raise ValueError(
+            f"{found[0]} would be replaced, but there is no {RECORD} that says that ddt-fast wrote it; choose another "
+            "output folder, or set `overwrite` to replace it"
+        )

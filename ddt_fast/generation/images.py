@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 
 _CAPTION_HEIGHT = 16
 _GAP = 2

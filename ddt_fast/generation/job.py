@@ -132,7 +132,7 @@ class Job:
         latents = experiment.data.in_latents(experiment.model.in_channels)
         assignment = assign(draws, class_names_of(experiment), 16 if latents else 100)
         path = output_folder(output_dir)
-        check_output(path)
+        check_output(path, outputs.overwrite)
         # The model's own autoencoder is opened after the model; one that is named may change the images' size.
         decode = None if engine.autoencoder is None else open_decoder(experiment, device, engine.autoencoder)
         if decode is not None:
@@ -140,6 +140,8 @@ class Job:
         elif latents and experiment.data.autoencoder is None:
             if scoring is not None:
                 raise ValueError(f"scoring needs images, but {source} draws latents; name an `autoencoder`")
+            if outputs.num_png:
+                raise ValueError("`num_png` needs pictures; name an `autoencoder`")
             outputs = replace(outputs, num_png=0)
         data = experiment.data
         data.input_size(draws.height, draws.width, experiment.model.patch_size)  # before anything is loaded

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.wording import plural
 
 _LOCAL_HEADER = struct.Struct("<26x2H")  # the lengths of the name and of the extra field

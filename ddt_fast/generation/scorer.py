@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, extractor_maker, kind_of_features
 from ddt_fast.evaluation.names import METRICS
 from ddt_fast.evaluation.report import Progress, report_table
 from ddt_fast.evaluation.scoring import computable, evaluate
-from ddt_fast.evaluation.sources import open_sources
+from ddt_fast.evaluation.sources import open_sources, unreadable_images
 from ddt_fast.evaluation.statistics import Gaussian
 from ddt_fast.files import check_no_folder, read_json, write_json, writing
 from ddt_fast.generation.finish import SAMPLES
@@ -58,7 +58,7 @@ class Scorer:
         ranks: Ranks,
     ) -> None:
         check_no_folder(output_dir / REPORT)
-        reference = open_sources([scoring.reference], scoring.center_crop)[0]
+        reference = open_sources([scoring.reference], scoring.center_crop, scoring.skip_unreadable)[0]
         self._output_dir, self._reference, self._metrics = output_dir, reference, list(scoring.metrics or METRICS)
         self._count, self._ranks = count, ranks
         self._extractor = extractor_maker(scoring.features, scoring.inception_weights, device)()
@@ -146,6 +146,7 @@ class Scorer:
             progress = Progress()
             samples = self._all_features(progress)
             found = evaluate(samples, self._reference, self._metrics, lambda: self._extractor, _BATCH, progress)
+            found["reference"] |= unreadable_images(self._reference)
             write_json(report, {**found, "generation": job})
             print(report_table(found))
             print(f"wrote {report}")

@@ -137,6 +137,8 @@ class Scoring:
         features: inception, or pixels for images of up to 64x64.
         inception_weights: file of the network's weights; default: from torch's cache, else downloaded.
         center_crop: side in pixels of the centre crop, for the images of a folder.
+        skip_unreadable: leave out the reference's images that cannot be read, and list them; default: stop at the
+            first, before any work is done.
     """
 
     reference: str | Path
@@ -144,6 +146,7 @@ class Scoring:
     features: Features = "inception"
     inception_weights: str | None = None
     center_crop: int | None = None
+    skip_unreadable: bool = False
 
     def __post_init__(self) -> None:
         check_metrics(METRICS if self.metrics is None else self.metrics)

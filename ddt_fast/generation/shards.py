@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ddt_fast.data.image_folder import Images
+from ddt_fast.data.image_file import Images
 from ddt_fast.files import atomic_file, read_json, write_json, writing
 from ddt_fast.wording import differences, plural
 
@@ -125,11 +125,17 @@ class ShardFolder:
         self.file(shard).unlink(missing_ok=True)
 
 
+def job_folders(output_dir: Path) -> list[Path]:
+    """The folders of shards, of any job."""
+    paths = sorted(output_dir.glob("shards-*"))
+    return [path for path in paths if re.fullmatch("shards-[0-9a-f]{12}", path.name) and path.is_dir()]
+
+
 def other_jobs(output_dir: Path, shards: ShardFolder) -> list[Path]:
     """The folders with finished shards of jobs with other settings; folders without any are removed."""
     found = []
-    for path in sorted(output_dir.glob("shards-*")):
-        if path == shards.path or not re.fullmatch("shards-[0-9a-f]{12}", path.name) or not path.is_dir():
+    for path in job_folders(output_dir):
+        if path == shards.path:
             continue
         if _count_shards(path):
             found.append(path)

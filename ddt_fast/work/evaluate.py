@@ -16,7 +16,7 @@ from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, PixelEx
 from ddt_fast.evaluation.names import Features, Metric
 from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table
 from ddt_fast.evaluation.scoring import evaluate, gather
-from ddt_fast.evaluation.sources import Images, open_sources
+from ddt_fast.evaluation.sources import Images, open_sources, unreadable_images
 from ddt_fast.evaluation.statistics import save_statistics as write_statistics
 from ddt_fast.files import atomic_file, write_json
 from ddt_fast.generation.images import labelled_grid, to_uint8
@@ -66,8 +66,7 @@ def score_files(
     other = others[0] if others else None
     report = evaluate(found, other, metrics, make_extractor, batch_size, progress)
     for role, opened in zip(("samples", "reference"), (source, *others), strict=False):
-        if opened.images is not None and opened.images.unreadable:
-            report[role]["unreadable"] = [{"file": name, "reason": why} for name, why in opened.images.unreadable]
+        report[role] |= unreadable_images(opened)
     return _write(file, report, progress.shown)
 
 

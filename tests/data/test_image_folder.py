@@ -11,7 +11,8 @@ from latent_cases import make_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from ddt_fast.data.image_folder import UnreadableImageError, list_images
+from ddt_fast.data.image_file import UnreadableImageError
+from ddt_fast.data.image_folder import find_images, list_images
 
 
 def test_labels_follow_the_sorted_class_names(tmp_path):
@@ -185,6 +186,10 @@ def test_damaged_and_contradictory_tars(tmp_path):
     for content, message in (
         ({"0.png": picture(1), "0.cls": b"dog"}, r"a\.tar/0\.cls holds no class: .*'dog'; expected a whole number"),
         ({"0.png": picture(1), "0.cls": b"-1"}, r"a\.tar/0\.cls holds no class: the class is -1"),
+        (
+            {"0.png": picture(1), "0.cls": b"1000000"},
+            r"a\.tar/0\.cls .* is 1000000; expected a whole number, 0 to 999,999",
+        ),
         ({"0.png": picture(1), "0.json": b"{"}, r"a\.tar/0\.json holds no class"),
         (
             {"0.png": picture(1), "0.cls": b"1", "1.png": picture(1)},
@@ -194,6 +199,19 @@ def test_damaged_and_contradictory_tars(tmp_path):
         write_tar(tmp_path / "x" / "a.tar", content)
         with pytest.raises(ValueError, match=message):
             list_images(tmp_path / "x")
+
+
+@pytest.mark.parametrize("label", [{"1.cls": b"2000000000"}, {"1.cls": b"\xff"}, {"1.json": b'{"cls": 0'}])
+def test_an_image_with_a_wrong_class_in_its_tar_is_unreadable(tmp_path, label):
+    write_tar(tmp_path / "a.tar", {"0.png": picture(3), "0.cls": b"2", "1.png": picture(4), **label})
+    folder = list_images(tmp_path)
+    assert folder.files == ("a.tar/0.png", "a.tar/1.png")
+    assert (folder.labels[0], folder.class_names) == (2, ("0", "1", "2"))
+    assert folder.read(0, 8).max() == 3
+    with pytest.raises(UnreadableImageError, match=rf"a\.tar/{next(iter(label))} holds no class: "):
+        folder.read(1, 8)
+    images = find_images(tmp_path)  # without the classes, as scoring reads them
+    assert images.read("a.tar/1.png").max() == 4
 
 
 def test_arrays_in_npy_files_are_images(tmp_path):

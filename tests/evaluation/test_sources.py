@@ -265,7 +265,7 @@ def test_unreadable_images_stop_or_are_left_out(tmp_path):
     (tmp_path / "set" / "0001.png").write_bytes((tmp_path / "set" / "0001.png").read_bytes()[:-40])
     Image.fromarray(np.zeros((6, 6), np.float32)).save(tmp_path / "set" / "0003.tif")
     for crop in (None, 6):  # the sizes of cropped images need not be known, but they must be readable
-        with pytest.raises(ValueError, match=r"0001\.png cannot be read: .*truncated.*--skip-unreadable leaves it out"):
+        with pytest.raises(ValueError, match=r"0001\.png cannot be read: .*truncated.*`skip_unreadable` leaves it out"):
             open_source(tmp_path / "set", crop)
         with pytest.warns(UserWarning, match=r"000[13]\.\w+ is left out: ") as said:
             source = open_source(tmp_path / "set", crop, skip_unreadable=True).images
@@ -301,7 +301,8 @@ def test_the_folder_of_a_sampling_job_is_its_samples(tmp_path):
 @pytest.mark.parametrize(
     ("picture", "beside"),
     [
-        ("metrics.png", "metrics.json"),
+        ("scores.png", "scores.json"),
+        ("sub/metrics.png", "sub/metrics.json"),
         ("similarity.png", "similarity.json"),
         ("samples.png", "recipe.yaml"),
         ("curves.png", "log.jsonl"),
@@ -314,9 +315,17 @@ def test_pictures_drawn_by_the_commands_are_not_samples(tmp_path, picture, besid
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (6, 6)).save(tmp_path / name)
     assert open_source(tmp_path).images.count == 2
-    (tmp_path / beside).touch()
+    (tmp_path / beside).write_text('{"metrics": {}, "not_computed": {}}')
     with pytest.warns(UserWarning, match=f"passed over 1 picture drawn by ddt-fast, such as {picture}"):
         assert open_source(tmp_path).images.count == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*not named like images")
+@pytest.mark.parametrize("content", ['{"metrics": 1}', "[]", "{", '{"cls": 3}'])
+def test_images_with_a_json_of_their_own_are_samples(tmp_path, content):
+    write_folder(tmp_path / "set", smooth_images(2, 0, size=6))
+    (tmp_path / "set" / "0000.json").write_text(content)
+    assert open_source(tmp_path / "set").images.count == 2
 
 
 def test_tars_and_arrays_are_folders_of_images(tmp_path):
