@@ -23,6 +23,7 @@ INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 _FETCHED = [
     *(f"{folder}{name}" for folder in ("", "transformer/") for name in (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME)),
     *(f"{folder}diffusion_pytorch_model-*.safetensors" for folder in ("", "transformer/")),
+    *("model_index.json", "vae/config.json", "vae/*.safetensors"),  # of a pipeline, whose samples they decode
 ]
 
 
