@@ -196,7 +196,7 @@ def test_a_moved_autoencoder_is_known_by_its_weights(tmp_path, latent_cache, rec
     with pytest.raises(ValueError, match=message):
         train(experiment(15, other), run, CPU, resume="auto")
     # Without grids of samples it is not loaded, so that nothing can be compared.
-    with pytest.warns(UserWarning, match=r"data\.autoencoder was '.*/moved', now 'elsewhere': cannot tell whether it is the"):
+    with pytest.warns(UserWarning, match=r"data\.autoencoder was '.*/moved', now 'elsewhere': cannot tell whether"):
         assert train(experiment(15, "elsewhere", sample_every=0), run, CPU, resume="auto").step == 15
 
 
