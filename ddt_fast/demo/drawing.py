@@ -54,7 +54,8 @@ def generate(request: Request, report: Report, folder: Path) -> tuple[Any, ...]:
     """Draw images; return a status line, a gallery, and a zip of the images with samples.npz and settings.json."""
     samples, seconds = _sample(request, report, "drawing")
     images, names = _pixels(request, samples), _file_names(request)
-    classes = [request.pipe.class_names.short(label) for label in request.labels]
+    known = request.pipe.class_names
+    classes = [known.short(label) if label in known.id2label else f"class {label}" for label in request.labels]
     captions = [f"{name} · seed {seed}" for name, seed in zip(classes, request.seeds, strict=True)]
     gallery = _gallery(images, names, folder, captions)
     labels, seeds = np.array(request.labels), np.array(request.seeds)
