@@ -173,7 +173,9 @@ class Demo:
                 concurrency_id="draw",
                 api_name=name,
             )
-            stop.click(lambda: "Stopped.", outputs=status, cancels=event, queue=False, api_visibility="private")
+            # Listeners run in order: after the first, no progress can overwrite what the second says.
+            stop.click(None, cancels=event, queue=False, api_visibility="private")
+            stop.click(lambda: "Stopped.", outputs=status, queue=False, api_visibility="private")
 
         return connect
 

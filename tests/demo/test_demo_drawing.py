@@ -138,7 +138,7 @@ def test_names_that_are_not_utf8_are_escaped(request_of, tmp_path):
     parts = asked.pipe.transformer, None, asked.pipe.scheduler
     named = DDTPipeline(*parts, id2label={0: "caf\udce9, bar"})
     _, gallery, _ = drawing.generate(replace(asked, pipe=named), drawing.Report(), tmp_path)
-    assert [caption for _, caption in gallery["value"]] == ["caf\\udce9 · seed 0", "1 · seed 1"]
+    assert [caption for _, caption in gallery["value"]] == ["caf\\udce9 · seed 0", "class 1 · seed 1"]
     assert class_choices(named)[:2] == [("0 · caf\\udce9, bar", "0"), ("1", "1")]
 
 

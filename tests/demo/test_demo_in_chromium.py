@@ -226,7 +226,7 @@ def test_stop_ends_a_request(opened, demo):
     page = opened()
     with held(demo):
         page.click("#generate-run")
-        wait_until(lambda: len(demo.reports) == 1)
+        page.wait_for_selector("#generate-status progress")
         page.click("#generate-stop")
         wait_until(lambda: len(demo.reports) == 0)
         page.wait_for_function("() => document.querySelector('#generate-status').innerText.includes('Stopped')")
