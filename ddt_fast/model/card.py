@@ -83,12 +83,8 @@ Settings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from; unknown parts are empty.
-
-    Attributes:
-        training: training.json of its run, with the training settings as `recipe`.
-        metrics: metrics.json of `ddt_fast.evaluate`.
-    """
+    """Where a model comes from: training.json of its run, with the training settings as `recipe`, and metrics.json of
+    `ddt_fast.evaluate`; unknown parts are empty."""
 
     training: Mapping[str, Any]
     metrics: Mapping[str, Any]

@@ -17,8 +17,6 @@ from ddt_fast.wording import one_line, warn
 LOG_NAMES = ("log.jsonl", "samples", "tensorboard", "wandb", "wandb_run.txt")
 """Everything that a TrainingLog writes into its folder."""
 
-_FINISH_SECONDS = 60.0
-
 
 class TrainingLog:
     """The log of one run, in its folder; construct it in the first process only, and use it as a context manager.
@@ -45,9 +43,9 @@ class TrainingLog:
     def __init__(
         self,
         folder: Path,
-        *,
         tensorboard: bool = False,
         wandb: str | None = None,
+        *,
         settings: dict[str, Any],
         first_step: int = 0,
     ) -> None:
@@ -170,7 +168,7 @@ class _WandB:
             "allow_val_change": True,
             # Never the run that a caller has open, nor the global one.
             "reinit": "create_new",
-            "settings": wandb.Settings(finish_timeout=own.finish_timeout or _FINISH_SECONDS),
+            "settings": wandb.Settings(finish_timeout=own.finish_timeout or 60.0),
         }
         try:
             # wandb.init would ask for the key, and nobody is there to answer a job.

@@ -20,17 +20,11 @@ from ddt_fast.sampling.noise import seeded_noise
 
 
 class Preview:
-    """Draws from an experiment's models with its sampling settings. ValueError if the autoencoder that turns samples
-    into images cannot be loaded.
-
-    Args:
-        experiment: the settings, as the data complete them.
-        device: where to draw.
-    """
+    """Draws from an experiment's models with its sampling settings, which its data have completed. ValueError if the
+    autoencoder that turns samples into images cannot be loaded."""
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
-        self._experiment = experiment
-        self._device = device
+        self._experiment, self._device = experiment, device
         self._names = class_names_of(experiment)
         self._decode: Decoder | None = None
         if experiment.training.sample_every:
