@@ -26,28 +26,23 @@ class DDTBase(nn.Module):
 
     The decoder sees t and y only through the state, so everything it derives from the state (`decoder_modulations`)
     can be kept as long as the state; the encoder's own modulations (`condition`) depend only on t and y.
-
-    Attributes:
-        gradient_checkpointing: with gradients, keep only the inputs of the blocks, and run each block again in the
-            backward pass: less memory, a third more work.
     """
 
     config: DDTConfig
     t_embedder: nn.Module
     gradient_checkpointing: bool = False
+    """With gradients, keep only the inputs of the blocks, and run each block again in the backward pass: less memory, a
+    third more work."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state. ValueError if x or state has the wrong
-        shape.
+        """The velocity at (x, t) for the labels y, shaped like x, and the encoder's state, (B, N, C). ValueError if x
+        or state has the wrong shape.
 
         Args:
             x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
             t: (B,) times in [0, 1], 0 noise, 1 data.
             y: (B,) int64 labels, num_classes for the null class.
-            state: (B, N, C) from an earlier call: the encoder is skipped, and t and y are not read.
-
-        Returns:
-            velocity, shaped like x, and state (B, N, C).
+            state: from an earlier call: the encoder is skipped, and t and y are not read.
         """
         if state is None:
             state = self.encode(x, t, y)
