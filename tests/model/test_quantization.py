@@ -81,9 +81,8 @@ def test_one_packed_weight_serves_every_number_of_rows_and_the_largest_numbers(g
         assert relative_error(layer(x), in_float64(weight, None, x)) < 1e-6
     ones = Int8Linear(torch.ones(16, 3072), None)
     for sign in (1.0, -1.0):  # sums of products of 127 do not saturate
-        torch.testing.assert_close(
-            ones(torch.full((4, 3072), sign)), torch.full((4, 16), 3072.0 * sign), rtol=1e-6, atol=0
-        )
+        y = ones(torch.full((4, 3072), sign))
+        torch.testing.assert_close(y, torch.full((4, 16), 3072.0 * sign), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("given", [None, torch.float32])
