@@ -161,12 +161,9 @@ def test_a_notebooks_day(tmp_path, capsys):
     [
         (Draws, {"num_images": 2.5}, r"num_images is 2\.5; allowed: a whole number, 1 or more"),
         (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of labels or names, at least one"),
-        (Draws, {"classes": 3}, "classes is 3"),
-        (Draws, {"classes": []}, r"classes is \[\]"),
         (Draws, {"classes": "38"}, "classes is '38'"),
         (Draws, {"seeds": [0.5]}, r"seeds is \[0\.5\]"),
         (Draws, {"class_seeds": ["a"]}, r"class_seeds is \['a'\]"),
-        (Draws, {"first_seed": 1.5}, r"first_seed is 1\.5; allowed: a whole number"),
         (Draws, {"seeds_per_class": 2, "num_images": 20}, "`seeds_per_class` and `num_images` are both given; give"),
         (Engine, {"batch_size": 1.5}, r"batch_size is 1\.5"),
         (Engine, {"quantize": "int4"}, "quantize is 'int4'; allowed: int8"),
@@ -191,9 +188,7 @@ def test_wrong_settings_are_refused(kind, arguments, message):
         ("generate", {"engine": Engine(device=None)}, "device None cannot be used here"),
         ("generate", {"draws": [1]}, r"draws is a list; \w+ Draws"),
         ("generate", {"sampling": {}}, r"sampling is a dict; expected SamplingConfig"),
-        ("generate", {"draws": Draws(seeds=[1, 2], num_images=3)}, "`seeds` holds 2 seeds for 3 images"),
         ("generate", {"scoring": Scoring(3)}, "a source of images is an int; expected a path"),
-        ("score_samples", {"features": "vgg"}, "features is 'vgg'; allowed: inception, pixels"),
         ("score_samples", {"batch_size": "x"}, "batch_size is 'x'; allowed: a whole number, 1 or more"),
         ("convert_checkpoint", {"weights": "best"}, "weights is 'best'; allowed: ema, raw, both"),
         ("convert_checkpoint", {"skip": "package"}, r"skip is 'package'; allowed: a list of packages"),
@@ -211,7 +206,7 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
     assert [path for path in tmp_path.rglob("*.*") if path.name != "images.npz"] == []
 
 
-@pytest.mark.parametrize("wrong", [3, b"place", ["place"], ""], ids=repr)
+@pytest.mark.parametrize("wrong", [["place"], ""], ids=repr)
 @pytest.mark.parametrize(
     ("function", "argument", "name"),
     [
