@@ -206,38 +206,29 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
     assert [path for path in tmp_path.rglob("*.*") if path.name != "images.npz"] == []
 
 
+PATHS = {
+    "load_model": ["path"],
+    "generate": ["checkpoint", "output_dir"],
+    "score_samples": ["samples", "reference", "output", "save_statistics"],
+    "convert_checkpoint": ["source", "out", "config"],
+    "encode_image_folder": ["images", "output", "autoencoder", "repa_encoder"],
+    "study_refreshes": ["checkpoint", "output_dir"],
+    "write_model_card": ["folder"],
+    "train_model": ["output_dir", "resume"],
+}
+SAID = {"path": "checkpoint", "output_dir": "the output folder"}
+SAID |= dict.fromkeys(("samples", "reference"), "a source of images")
+
+
 @pytest.mark.parametrize("wrong", [["place"], ""], ids=repr)
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [
-        ("load_model", "path", "checkpoint"),
-        ("generate", "checkpoint", "checkpoint"),
-        ("generate", "output_dir", "the output folder"),
-        ("score_samples", "samples", "a source of images"),
-        ("score_samples", "reference", "a source of images"),
-        ("score_samples", "output", "output"),
-        ("score_samples", "save_statistics", "save_statistics"),
-        ("convert_checkpoint", "source", "source"),
-        ("convert_checkpoint", "out", "out"),
-        ("convert_checkpoint", "config", "config"),
-        ("encode_image_folder", "images", "images"),
-        ("encode_image_folder", "output", "output"),
-        ("encode_image_folder", "autoencoder", "autoencoder"),
-        ("encode_image_folder", "repa_encoder", "repa_encoder"),
-        ("study_refreshes", "checkpoint", "checkpoint"),
-        ("study_refreshes", "output_dir", "the output folder"),
-        ("write_model_card", "folder", "folder"),
-        ("train_model", "output_dir", "the output folder"),
-        ("train_model", "resume", "resume"),
-    ],
-)
-def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argument, name, wrong):
+@pytest.mark.parametrize(("function", "argument"), [(name, path) for name, paths in PATHS.items() for path in paths])
+def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argument, wrong):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").touch()
     monkeypatch.chdir(tmp_path)
     said = "is empty; expected a path" if wrong == "" else f"is {kind_of(wrong)}; expected a path"
-    with pytest.raises(ValueError, match=f"{name} {said}"):
+    with pytest.raises(ValueError, match=f"{SAID.get(argument, argument)} {said}"):
         getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
     assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}
 

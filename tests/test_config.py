@@ -108,27 +108,18 @@ def test_model_data_and_training_must_agree(preset, part, settings, message):
         replace(preset, **{part: changed})
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "steps", "repa_weight"),
-    [
-        ("b2_256", (768, 12, 12, 8), 400_000, 0.5),
-        ("b2_256_without_repa", (768, 12, 12, 8), 400_000, 0),
-        ("l2_256", (1024, 16, 24, 20), 400_000, 0.5),
-        ("l2_256_without_repa", (1024, 16, 24, 20), 400_000, 0),
-        ("xl2_256", (1152, 16, 28, 22), 400_000, 0.5),
-        ("xl2_256_without_repa", (1152, 16, 28, 22), 400_000, 0),
-        ("xl2_256_256_epochs", (1152, 16, 28, 22), 1_280_000, 0.5),
-        ("xl2_256_400_epochs", (1152, 16, 28, 22), 2_000_000, 0.5),
-        ("xl2_512", (1152, 16, 28, 22), 100_000, 0.5),
-    ],
-)
-def test_presets_have_the_papers_values(name, shape, steps, repa_weight):
+SIZES = {"b2": (768, 12, 12, 8), "l2": (1024, 16, 24, 20), "xl2": (1152, 16, 28, 22)}
+STEPS = {"xl2_256_256_epochs": 1_280_000, "xl2_256_400_epochs": 2_000_000, "xl2_512": 100_000}
+
+
+@pytest.mark.parametrize("name", [f"{size}_256{repa}" for size in SIZES for repa in ("", "_without_repa")] + [*STEPS])
+def test_presets_have_the_papers_values(name):
     size, scale = (512, 3.0) if name == "xl2_512" else (256, 2.0)
     # The other settings' defaults are the paper's, which test_defaults_are_the_papers pins.
     assert PRESETS[name] == Experiment(
-        DDTConfig(4, 2, *shape, num_classes=1000),
+        DDTConfig(4, 2, *SIZES[name.partition("_")[0]], num_classes=1000),
         DataConfig("latents", size, "stabilityai/sd-vae-ft-ema"),
-        TrainingConfig(max_steps=steps, repa_weight=repa_weight),
+        TrainingConfig(max_steps=STEPS.get(name, 400_000), repa_weight=0 if "without" in name else 0.5),
         SamplingConfig(guidance_scale=scale),
     )
     assert len(PRESETS) == 10

@@ -87,21 +87,16 @@ def test_from_reference_keeps_dtype_and_mode_and_copies():
 
 @settings(max_examples=15, deadline=None)
 @given(
-    heads=st.integers(1, 3),
-    head_dim=st.sampled_from([4, 8, 12, 20]),
+    heads=st.tuples(st.integers(1, 3), st.sampled_from([4, 8, 12, 20])),
     patch=st.sampled_from([1, 2]),
     channels=st.integers(1, 3),
-    encoder=st.integers(1, 3),
-    decoder=st.integers(1, 2),
-    height=st.integers(1, 3),
-    width=st.integers(1, 3),
-    batch=st.integers(1, 2),
+    blocks=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
 )
-def test_random_configurations_agree_with_the_reference(
-    heads, head_dim, patch, channels, encoder, decoder, height, width, batch
-):
+def test_random_configurations_agree_with_the_reference(heads, patch, channels, blocks, shape):
     torch.manual_seed(0)
-    config = DDTConfig(channels, patch, heads * head_dim, heads, encoder + decoder, encoder, 5)
+    batch, height, width = shape
+    config = DDTConfig(channels, patch, heads[0] * heads[1], heads[0], sum(blocks), blocks[0], 5)
     reference = DDT(config)
     with torch.no_grad():
         for parameter in reference.final_layer.parameters():
