@@ -99,16 +99,6 @@ class Provenance:
 UNKNOWN = Provenance({}, {})
 
 
-def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The training settings that a result depends on."""
-    recipe = {name: training[name] for name in _RECIPE if name in training}
-    if not recipe.get("repa_weight"):
-        return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
-    if not _on_hub(encoder := str(recipe.get("repa_encoder", ""))):
-        recipe["repa_encoder"] = Path(encoder).name
-    return recipe
-
-
 def read_provenance(folder: Path) -> Provenance:
     """Read what a model or pipeline folder says about its training and scores; for a run's model/, what the run says.
     ValueError if files are damaged."""
@@ -124,7 +114,7 @@ def read_provenance(folder: Path) -> Provenance:
     _require_objects(training, known, ("versions", "recipe", "scores"))
     _require_objects(training, known.get("scores") or {}, known.get("scores") or ())
     if recipe and training and "recipe" not in known:
-        known["recipe"] = recipe_of(_read_recipe(recipe))
+        known["recipe"] = _read_recipe(recipe)
     found = read_json(metrics) if metrics else {}
     _require_objects(metrics, found, ("metrics", "samples", "reference"))
     count = (found.get("samples") or {}).get("num_images")
@@ -140,13 +130,18 @@ def _require_objects(file: Path | None, content: Mapping[str, Any], names: Itera
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
+    """The training settings that a result depends on."""
     content = read_yaml(file)
     training = content.get("training") if isinstance(content, dict) else None
-    training = training if isinstance(training, dict) else {}
-    for name, value in training.items():
+    recipe = {name: training[name] for name in _RECIPE if name in training} if isinstance(training, dict) else {}
+    for name, value in recipe.items():
         if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{file}: training.{name} is nested; expected a value or a list of values")
-    return training
+    if not recipe.get("repa_weight"):
+        return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
+    if not _on_hub(encoder := str(recipe.get("repa_encoder", ""))):
+        recipe["repa_encoder"] = Path(encoder).name
+    return recipe
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:

@@ -59,11 +59,6 @@ def flow_matching_batch(
     return FlowMatchingBatch(x, t, labels.masked_fill(dropped, num_classes), data - noise)
 
 
-def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the velocities, a float32 scalar."""
-    return F.mse_loss(velocity.float(), target)
-
-
 class Objective:
     """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's, whose features have size
     `feature_size`, None without REPA. `feature_shape` is (N', feature_size) of the data's features, if any. ValueError
@@ -107,7 +102,7 @@ class Objective:
         for part, (x, t, labels, target, aligned) in enumerate(chunks, start=1):
             with replica.part(last=part == parts):
                 velocity, projected = replica.compute(x, t, labels)
-                flow = flow_matching_loss(velocity, target)
+                flow = F.mse_loss(velocity.float(), target)
                 repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
                 ((flow + settings.repa_weight * repa) / parts).backward()
             losses += torch.stack([flow, repa]).detach() / parts

@@ -97,10 +97,8 @@ def _smoothed(values: Curve) -> Curve:
     offsets = np.arange(-int(3 * deviation), int(3 * deviation) + 1)
     kernel = np.exp(-0.5 * (offsets / deviation) ** 2)
     known = np.isfinite(values)
-    # The middle of the full convolution: "same" would have the kernel's length if that is the longer one.
-    middle = slice(len(offsets) // 2, len(offsets) // 2 + len(values))
-    total = np.convolve(np.where(known, values, 0), kernel)[middle]
-    weight = np.convolve(known.astype(np.float64), kernel)[middle]
+    total = np.convolve(np.where(known, values, 0), kernel, "same")
+    weight = np.convolve(known.astype(np.float64), kernel, "same")
     return np.divide(total, weight, out=np.full_like(values, np.nan), where=weight > 0)
 
 

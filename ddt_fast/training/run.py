@@ -22,10 +22,9 @@ from ddt_fast.data.verification import verify_together
 from ddt_fast.device import DTYPES
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.base import DDTBase
 from ddt_fast.model.card import write_model_card
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training import run_folder

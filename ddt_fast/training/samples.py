@@ -13,8 +13,7 @@ from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 

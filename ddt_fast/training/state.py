@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddt_fast.config import DDTConfig
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.weights import CLASS_TABLE, read_weight_sets
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.model import TrainingModel
