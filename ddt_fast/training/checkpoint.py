@@ -152,9 +152,10 @@ def load_state(checkpoint: Path, state: TrainingState) -> None:
     ValueError if files are missing, damaged or of another model."""
     reader = StateReader(checkpoint / "state")
     try:
+        reader.read_metadata()  # dcp.load of torch 2.11 does not say why it failed
         dcp.load(state.tensors(), storage_reader=reader, no_dist=dist.get_world_size() == 1)
-    except (OSError, CheckpointException, RuntimeError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint} cannot be read: {failure(reader.failure or error)}") from error
+    except (Exception, CheckpointException) as error:  # the unpickler may raise anything on damaged bytes
+        raise ValueError(f"checkpoint {checkpoint} cannot be read: {failure(error)}") from error
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
