@@ -58,7 +58,7 @@ def sample(tmp_path, *arguments: str) -> np.lib.npyio.NpzFile:
 @pytest.mark.slow
 def test_embedded_checkpoint_meets_its_numbers(tmp_path):
     for options, accuracy in (([], 0.99), (["--guidance-scale", "1"], 0.97)):
-        saved = sample(tmp_path, "--num-images", "500", "--num-png", "0", *options)
+        saved = sample(tmp_path, "--num-images", "250", "--num-png", "0", *options)
         images = torch.from_numpy(saved["arr_0"][..., :1]).permute(0, 3, 1, 2) / 127.5 - 1
         score = score_digits(images, torch.from_numpy(saved["labels"]))
         assert score.accuracy >= accuracy
