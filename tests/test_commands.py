@@ -160,14 +160,21 @@ def test_compiled_samples_are_the_eager_ones(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_train_writes_a_run_that_sample_takes_and_its_recipe_repeats_it(tmp_path, capsys):
+def test_train_writes_a_run_that_sample_takes_and_that_its_recipe_repeats_if_told_to_overwrite_it(tmp_path, capsys):
+    run, output = tmp_path / "run", ["--output-dir", str(tmp_path / "run")]
     short = ["--training.max_steps", "4", "--training.batch_size", "16", "--training.score_samples", "70"]
-    train_command.main([*short, "--sampling.num_steps", "2", "--output-dir", str(tmp_path / "a")])
+    train_command.main([*short, "--sampling.num_steps", "2", *output])
     assert "class accuracy" in capsys.readouterr().out
-    train_command.main(["--config", str(tmp_path / "a" / "recipe.yaml"), "--output-dir", str(tmp_path / "b")])
-    first, second = (json.loads((tmp_path / run / "training.json").read_text()) for run in "ab")
-    assert first["scores"] == second["scores"]
-    saved = sample(tmp_path / "out", "--checkpoint", str(tmp_path / "a" / "model"), "--num-images", "3")
+    first = json.loads((run / "training.json").read_text())
+    for more, message in (
+        ([], "holds an earlier run"),
+        (["--overwrite", "--preset", "xl2_256"], "data.folder is null; name the folder of cached"),
+        (["--overwrite", "--resume", "auto"], "--overwrite and --resume are both given"),
+    ):
+        assert message in error_line(capsys, train_command.main, [*output, *more])
+    train_command.main(["--config", str(run / "recipe.yaml"), "--overwrite", *output])
+    assert json.loads((run / "training.json").read_text())["scores"] == first["scores"]
+    saved = sample(tmp_path / "out", "--checkpoint", str(run / "model"), "--num-images", "3")
     assert saved["arr_0"].shape == (3, 8, 8, 3)
 
 
@@ -179,22 +186,6 @@ def test_config_file_preset_and_overrides(tmp_path, capsys):
     printed = capsys.readouterr().out
     for line in ("hidden_size: 1024", "num_classes: 5", "max_steps: 8", "preset: l2_256"):
         assert line in printed
-
-
-@pytest.mark.slow
-def test_earlier_run_is_kept_unless_overwrite(tmp_path, capsys):
-    short = ["--training.max_steps", "1", "--training.batch_size", "4", "--training.score_samples", "0"]
-    arguments = [*short, "--sampling.num_steps", "1", "--output-dir", str(tmp_path)]
-    train_command.main(arguments)
-    capsys.readouterr()
-    assert "holds an earlier run" in error_line(capsys, train_command.main, arguments)
-    train_command.main([*arguments, "--overwrite"])
-    capsys.readouterr()
-    wrong = ["--preset", "xl2_256", "--output-dir", str(tmp_path), "--overwrite"]
-    assert "data.folder is null; name the folder of cached" in error_line(capsys, train_command.main, wrong)
-    both = [*arguments, "--overwrite", "--resume", "auto"]
-    assert "--overwrite and --resume are both given" in error_line(capsys, train_command.main, both)
-    assert (tmp_path / "model").is_dir()
 
 
 @pytest.fixture(scope="module")
