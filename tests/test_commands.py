@@ -160,7 +160,7 @@ def test_compiled_samples_are_the_eager_ones(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_train_writes_a_run_that_sample_takes_and_that_its_recipe_repeats_if_told_to_overwrite_it(tmp_path, capsys):
+def test_a_run_is_kept_sampled_from_and_repeated_by_its_recipe(tmp_path, capsys):
     run, output = tmp_path / "run", ["--output-dir", str(tmp_path / "run")]
     short = ["--training.max_steps", "4", "--training.batch_size", "16", "--training.score_samples", "70"]
     train_command.main([*short, "--sampling.num_steps", "2", *output])

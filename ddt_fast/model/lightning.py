@@ -160,8 +160,6 @@ class _PassedOver:
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None: ...
-
     def __setstate__(self, state: Any) -> None: ...
 
 

@@ -35,7 +35,7 @@ def damage(shard):
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
-def test_a_wrong_checksum_is_refused_before_anything_is_written_unless_nothing_is_to_be_verified(cache, tmp_path):
+def test_a_wrong_checksum_is_refused_before_anything_is_written_unless_verify_is_off(cache, tmp_path):
     damage(cache / "latents-00001-of-00003.safetensors")
     experiment = latents(cache, 1)
     with pytest.raises(ValueError, match=r"00001-of-00003\.safetensors does not have the checksum in .*manif"):
