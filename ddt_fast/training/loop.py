@@ -17,12 +17,14 @@ from ddt_fast.training.run import open_run
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The last step (max_steps, or less if the run was told to stop); the averaged model on the CPU, None in processes
-    other than the first and after an early stop; scores of its samples by kind of sampling, empty without scoring."""
+    """The result of a run."""
 
     step: int
+    """The last step: max_steps, or less if the run was told to stop."""
     model: DDT | None
+    """The averaged model, on the CPU; None in processes other than the first, and after an early stop."""
     scores: dict[str, DigitsScore]
+    """Scores of its samples, by kind of sampling; empty without scoring."""
 
 
 def train(experiment: Experiment, output_dir: Path, device: torch.device, resume: str | None = None) -> TrainingResult:

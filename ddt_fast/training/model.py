@@ -11,8 +11,8 @@ from ddt_fast.training.repa import Projector
 
 
 class TrainingModel(nn.Module):
-    """A DDT whose forward pass also returns what REPA compares with DINOv2's features: the output of an encoder block,
-    counted from 1, after the projector, if there is one. Computes in `dtype`, to which x is cast."""
+    """A DDT whose forward pass also returns what REPA compares with DINOv2's features: the output of encoder block
+    `block`, counted from 1, through the projector; None without one. It computes in `dtype`, to which x is cast."""
 
     def __init__(self, denoiser: DDTBase, projector: Projector | None = None, block: int | None = 8) -> None:
         super().__init__()

@@ -60,9 +60,12 @@ def flow_matching_batch(
 
 
 class Objective:
-    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's, whose features have size
-    `feature_size`, None without REPA. `feature_shape` is (N', feature_size) of the data's features, if any. ValueError
-    if REPA's encoder cannot be loaded."""
+    """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's. ValueError if REPA's encoder
+    cannot be loaded.
+
+    `feature_size` is the size F of the features that REPA compares with, None without REPA; `feature_shape` is (N', F)
+    of the data's own, if any.
+    """
 
     def __init__(self, experiment: Experiment, device: torch.device, feature_shape: tuple[int, int] | None) -> None:
         self._model, self._settings, self._device = experiment.model, experiment.training, device

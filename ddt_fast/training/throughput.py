@@ -49,8 +49,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class Throughput:
-    """Counts images and time between log lines: `flops_per_image` (see `training_flops`) in `dtype`, on this rank's
-    device and those of the others, GPUs or processes on CPUs."""
+    """Counts images and time between log lines. An image takes `flops_per_image` (see `training_flops`) in `dtype`;
+    `world_size` GPUs, or processes on CPUs, share the images."""
 
     def __init__(
         self, flops_per_image: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, world_size: int = 1
