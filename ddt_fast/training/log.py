@@ -58,10 +58,8 @@ class TrainingLog:
             self._watchers.append(_TensorBoard(folder, first_step))
         if wandb is not None and _wandb().setup().settings.mode != "disabled":
             self._watchers.append(_WandB(folder, wandb, settings, first_step))
-        text = "".join(map(_line, kept))
-        if not path.exists() or text != path.read_text(errors="replace"):
-            with atomic_file(path) as file:
-                file.write_text(text)
+        with atomic_file(path) as file:
+            file.write_text("".join(map(_line, kept)))
         self._file = path.open("a")
         self._started = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
