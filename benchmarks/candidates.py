@@ -10,35 +10,25 @@ real digits, in pixels, where the same seeds make differences visible that are f
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import environment
 from benchmarks.report.tables import candidates as candidates_tables
-from benchmarks.sampler_errors import (
-    BASE,
-    PUBLISHED,
-    DigitsRuns,
-    command_parser,
-    kept_samples,
-    sample_errors,
-    write_record,
-    xl2_tflop,
-)
-from ddt_fast.checks import require_int
+from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, sample_errors, xl2_tflop
+from benchmarks.study import Numbers, read_options, run_study
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
-from ddt_fast.files import output_folder
 from ddt_fast.sampling.fast import fast_settings
 
 # By name: scale and interval.
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
-    "none": (1.0, (0.0, 1.0)),
+    "--none": (1.0, (0.0, 1.0)),
     "1.5 in (0.3, 1)": (1.5, (0.3, 1.0)),
     "2 in (0.3, 1)": (2.0, (0.3, 1.0)),
     "2 always": (2.0, (0.0, 1.0)),
@@ -123,24 +113,27 @@ def _standard_error(blocks: Any) -> float:
     return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
 
 
+def measure(samples: int, frechet_samples: int, keep: str | None) -> dict[str, Any]:
+    """All that candidates.json holds beside the environment."""
+    return {
+        "samples": samples,
+        "frechet_samples": frechet_samples,
+        "frechet_guidance": FRECHET_GUIDANCE,
+        "errors": error_rows(DigitsRuns(samples, keep)),
+        "frechet": frechet_rows(DigitsRuns(frechet_samples, keep)),
+    }
+
+
+NUMBERS: Numbers = {
+    "--samples": (256, 1, "samples whose errors are measured"),
+    "--frechet-samples": (5_120, 65 * BLOCKS, "of the Fréchet distances; 650 or more"),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = command_parser("candidates", __doc__)
-    parser.add_argument("--samples", type=int, default=256, help="samples whose errors are measured")
-    parser.add_argument("--frechet-samples", type=int, default=5_120, help="of the Fréchet distances; 650 or more")
-    options = parser.parse_args(arguments)
-    require_int("--samples", options.samples, 1)
-    require_int("--frechet-samples", options.frechet_samples, 65 * BLOCKS)
-    path, keep = output_folder(options.output_dir) / "candidates.json", kept_samples(options.keep)
-    record: dict[str, Any] = {
-        "environment": environment(),
-        "samples": options.samples,
-        "frechet_samples": options.frechet_samples,
-        "frechet_guidance": FRECHET_GUIDANCE,
-        "errors": error_rows(DigitsRuns(options.samples, keep)),
-        "frechet": frechet_rows(DigitsRuns(options.frechet_samples, keep)),
-    }
-    write_record(path, record)
+    options = read_options("candidates", __doc__, arguments, NUMBERS)
+    record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
     print("\n\n".join(candidates_tables(record)))
 
 

@@ -1,13 +1,11 @@
-"""What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
-how far their samples are from the true ones, what settings cost, and which are worth having."""
+"""Runs of the digits model that comes with the package: how far their samples are from the true ones, what settings
+cost, and which are worth having."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,8 +15,7 @@ import ddt_fast
 import ddt_kernels
 from benchmarks.harness import relative_error
 from ddt_fast import SamplingConfig, load_model
-from ddt_fast.command import CommandParser
-from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
+from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
@@ -41,12 +38,12 @@ class DigitsRuns:
 
     Args:
         num_samples: of every run; scores need 65 or more.
-        keep: as `kept_samples` returns it: samples are written there, and read instead of drawn again.
+        keep: folder in which samples are kept, to be read instead of drawn again.
     """
 
-    def __init__(self, num_samples: int, keep: Path | None = None) -> None:
+    def __init__(self, num_samples: int, keep: str | None = None) -> None:
         # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
-        self.model, self.num_samples, self._keep = digits_model(), num_samples, keep
+        self.model, self.num_samples, self._keep = digits_model(), num_samples, kept_samples(keep)
         self.labels = assign_labels(num_samples, self.model.config.num_classes)
         self.noise, _ = seeded_noise(range(num_samples), (self.model.config.in_channels, SIZE, SIZE))
 
@@ -56,12 +53,10 @@ class DigitsRuns:
         return torch.cat([self._batch(config, start, min(start + BATCH, self.num_samples)) for start in starts])
 
     def _batch(self, config: SamplingConfig, start: int, end: int) -> Tensor:
-        file = None
-        if self._keep is not None:
-            settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
-            file = self._keep / f"{settings}_{start}_{end}.safetensors"
-            if file.is_file():
-                return load_file(file)["samples"]
+        settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
+        file = self._keep and self._keep / f"{settings}_{start}_{end}.safetensors"
+        if file is not None and file.is_file():
+            return load_file(file)["samples"]
         sampler = Sampler(self.model, config, end - start, SIZE, SIZE)
         samples = sampler(self.noise[start:end], self.labels[start:end])
         if file is not None:
@@ -69,9 +64,24 @@ class DigitsRuns:
                 save_file({"samples": samples}, temporary)
         return samples
 
-    def score(self, samples: Tensor) -> DigitsScore:
-        """Of samples that a run drew."""
-        return score_digits(samples, self.labels)
+    def scores(self, samples: Tensor, *names: str) -> dict[str, float]:
+        """Fréchet distance and class accuracy of samples that a run drew, and other fields of their DigitsScore."""
+        score = score_digits(samples, self.labels)
+        return {name: getattr(score, name) for name in ("frechet", "accuracy", *names)}
+
+
+def kept_samples(folder: str | None) -> Path | None:
+    """The part of the folder of --keep that holds what this code draws; None without one. Samples depend on the two
+    packages' files, the weights among them, and on PyTorch: another version of any is another part."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (ddt_fast, ddt_kernels):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*")):
+            if file.suffix in (".py", ".safetensors", ".json"):
+                digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+    return output_folder(Path(folder) / digest.hexdigest()[:16])
 
 
 @cache
@@ -110,39 +120,6 @@ def label(config: SamplingConfig) -> str:
     if config.guidance_every > 1:
         words.append(f"M {config.guidance_every} {config.guidance_forecast}")
     return ", ".join(words)
-
-
-def kept_samples(folder: str | None) -> Path | None:
-    """The part of the folder of --keep that holds what this code draws; None without one. Samples depend on the two
-    packages' files, the weights among them, and on PyTorch: another version of any is another part."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256(torch.__version__.encode())
-    for package in (ddt_fast, ddt_kernels):
-        root = Path(str(package.__file__)).parent
-        for file in sorted(root.rglob("*")):
-            if file.suffix in (".py", ".safetensors", ".json"):
-                digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-    return output_folder(Path(folder) / digest.hexdigest()[:16])
-
-
-def command_parser(name: str, description: str | None) -> CommandParser:
-    """With the options that all three commands have."""
-    parser = CommandParser(prog=f"python -m benchmarks.{name}", description=(description or "").splitlines()[0])
-    parser.add_argument("--output-dir", default="benchmarks/results")
-    parser.add_argument("--keep", help="folder in which samples are kept, for a command that was stopped to continue")
-    return parser
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write an object as JSON, an item of a list a line, floats rounded to 5 significant digits."""
-    lines = []
-    for name, value in json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}")).items():
-        items = value if isinstance(value, list) else []
-        text = "[\n  " + ",\n  ".join(map(json.dumps, items)) + "\n ]" if items else json.dumps(value)
-        lines.append(f" {json.dumps(name)}: {text}")
-    with atomic_file(path) as file:
-        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 # Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
