@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import Ceilings, measure, randn
 from benchmarks.peers import attention_backends, function_case, packed
-from benchmarks.report.text import table
+from benchmarks.report.tables import table
 from ddt_fast.checks import require, require_int
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.device import DTYPES, choose_device

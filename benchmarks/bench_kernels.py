@@ -8,6 +8,7 @@ fp32 at a small shape. Backward passes are timed together with their forward. Th
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -79,12 +80,10 @@ def compiled_once(plain: Function, shape: Shape) -> Mapping[str, Peer]:
     return compiled(plain) if shape is SHAPES[0] else {}
 
 
-NORMS = {
-    "rms_norm_modulate": ("x", "weight", "shift", "scale"),
-    "gated_residual_rms_norm_modulate": ("x", "branch", "gate", "weight", "shift", "scale"),
-    "gated_residual_layer_norm_modulate": ("x", "branch", "gate", "shift", "scale"),
-    "gated_residual": ("x", "branch", "gate"),
-}
+NORMS = (
+    *("rms_norm_modulate", "gated_residual_rms_norm_modulate"),
+    *("gated_residual_layer_norm_modulate", "gated_residual"),
+)
 MODULATIONS = ("shift", "scale", "gate")
 
 
@@ -121,8 +120,9 @@ def fused_forecast(fused: Function, *tensors: Tensor) -> Any:
 
 def norm_cases(shape: Shape) -> Iterator[Case]:
     """The norm family, at both granularities of modulation, and reading modulations forecast from two."""
-    for name, names in NORMS.items():
+    for name in NORMS:
         plain, fused = getattr(reference, name), getattr(ops, name)
+        names = tuple(parameter for parameter in signature(plain).parameters if parameter != "eps")
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
         for per_token in (True, False):
             size = f"{shape}, modulated per {'token' if per_token else 'sample'}"

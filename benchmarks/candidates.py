@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.report.tables import candidates as candidates_tables
+from benchmarks.report import tables
 from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, sample_errors, xl2_tflop
 from benchmarks.study import Numbers, read_options, run_study
 from ddt_fast.command import run_command
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, write, print."""
     options = read_options("candidates", __doc__, arguments, NUMBERS)
     record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
-    print("\n\n".join(candidates_tables(record)))
+    print("\n\n".join(tables.candidates(record)))
 
 
 if __name__ == "__main__":

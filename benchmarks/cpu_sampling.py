@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, relative_error, timed
 from benchmarks.models import PUBLISHED, Model, compiled_copy, published_run, random_model
+from benchmarks.report import tables
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import SamplingConfig
 from ddt_fast.files import write_json
@@ -236,20 +237,12 @@ def main(arguments: list[str] | None = None) -> None:
     reference, size = random_model(preset.model), preset.data.sample_size
     models = {k: m for k, m in variants(reference).items() if k in (REFERENCE, *(options.only or names))}
     record["forward"] = measure_forward(models, size, options.calls)
-    for row in record["forward"]:
-        print("{variant:28} {of_reference:.3f} of the reference's time, error {relative_error:.2g}".format(**row))
     engines: dict[str, Model] = {name: models[name] for name in ("int8 compiled", "bf16 compiled") if name in models}
     del models
     runs = SamplingRuns(reference, engines, size, options.batch_size, options.calls, options.run_steps)
-    record["sampling"] = runs.sampling()
-    print("published: {seconds_per_image:.0f} s per image".format(**record["sampling"]["published"]))
-    for row in record["sampling"]["settings"]:
-        print("{engine}, {setting}: {seconds_per_image:.1f} s, {times_faster_than_published:.2f}x".format(**row))
-    record["runs"] = list(runs.runs())
-    for row in record["runs"]:
-        words = "{engine}, {setting}, {num_steps} steps: {seconds:.1f} s, composed {composed_seconds:.1f} s"
-        print((words + ", error {relative_error:.2g}").format(**row))
+    record |= {"sampling": runs.sampling(), "runs": list(runs.runs())}
     write_json(options.output, record)
+    print("\n\n".join(tables.cpu_sampling(record)))
 
 
 if __name__ == "__main__":

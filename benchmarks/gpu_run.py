@@ -87,8 +87,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
         code = process.wait(seconds)
         return "done" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        # An interrupted pytest still says what it has done.
-        for sign in (signal.SIGINT, signal.SIGKILL):
+        for sign in (signal.SIGINT, signal.SIGKILL):  # an interrupted pytest still says what it has done
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sign)
                 process.wait(STOP_SECONDS / 2)
@@ -97,20 +96,17 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 
 def install(wheels: Path, target: Path) -> None:
-    """Install the wheels of a folder, without their dependencies, into another folder, for this process too.
-
-    Raises:
-        ValueError: there are none, or pip does not take them.
-    """
-    files = [str(file.resolve()) for file in sorted(wheels.glob("*.whl"))]
+    """Install the wheels of a folder, without their dependencies, into another folder, for this process too; ValueError
+    where there are none, or pip does not take them."""
+    files = sorted(wheels.glob("*.whl"))
     if not files:
         raise ValueError(f"--wheels is {wheels}, which holds no .whl file")
     options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *files]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"the wheels in {wheels} cannot be installed: {reason[-1]}")
+        reason = (done.stderr or done.stdout or f"exit code {done.returncode}").strip().splitlines()[-1]
+        raise ValueError(f"the wheels in {wheels} cannot be installed: {reason}")
     sys.path.insert(0, str(target))
     importlib.invalidate_caches()
 
@@ -120,11 +116,7 @@ def installed(name: str) -> bool:
 
 
 def preflight(folder: Path, dry_run: bool) -> None:
-    """Say what this machine has.
-
-    Raises:
-        ValueError: it has no torch, or no GPU and this is not a dry run.
-    """
+    """Say what this machine has; ValueError where it has no torch, or no GPU and this is not a dry run."""
     if not installed("torch"):
         raise ValueError("torch is not installed; expected torch 2.11 or later")
     import torch

@@ -33,16 +33,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.report.tables import pareto as pareto_tables
+from benchmarks.report import tables
+from benchmarks.report.tables import MEASURES, label
 from benchmarks.sampler_errors import (
     BASE,
-    MEASURES,
     PUBLISHED,
     DigitsRuns,
     digits_mflop,
     dominating,
     front,
-    label,
     recommend,
     sample_errors,
     xl2_tflop,
@@ -232,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = read_options("pareto", __doc__, arguments, NUMBERS)
     require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
     counts = options.steps, options.screen_samples, options.samples, options.truth_steps
-    print("\n\n".join(pareto_tables(run_study("pareto", options, partial(measure, *counts)))))
+    print("\n\n".join(tables.pareto(run_study("pareto", options, partial(measure, *counts)))))
 
 
 if __name__ == "__main__":

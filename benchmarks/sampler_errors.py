@@ -29,9 +29,6 @@ PUBLISHED = PRESETS["xl2_256"].sampling
 # Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone.
 BASE = replace(PUBLISHED, last_step=None)
 
-# Names of `sample_errors`, and what tables call them.
-MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
-
 
 class DigitsRuns:
     """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
@@ -110,16 +107,6 @@ def xl2_tflop(config: SamplingConfig) -> float:
 def digits_mflop(plan: SamplingPlan) -> float:
     """MFLOP per image that a plan takes with the digits model."""
     return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
-
-
-def label(config: SamplingConfig) -> str:
-    """Settings in a few words."""
-    words = ["Euler" if config.solver == "euler" else f"multistep {config.order}", f"{config.num_steps} steps"]
-    if config.refresh_every > 1:
-        words.append(f"K {config.refresh_every} {config.state_forecast}")
-    if config.guidance_every > 1:
-        words.append(f"M {config.guidance_every} {config.guidance_forecast}")
-    return ", ".join(words)
 
 
 # Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.

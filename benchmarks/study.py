@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import environment
-from benchmarks.report.figures import draw
 from benchmarks.report.files import ResultsFile
 from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser
@@ -37,7 +36,7 @@ def run_study(name: str, options: Any, measure: Callable[[str | None], dict[str,
     path = output_folder(options.output_dir) / f"{name}.json"
     record = {"environment": environment(), **measure(options.keep)}
     write_record(path, record)
-    draw(ResultsFile(path))
+    ResultsFile(path).draw()
     return record
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, relative_error, timed
 from benchmarks.models import as_vector, random_model, released_gradients, weight_bytes
+from benchmarks.report import tables
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.loader import LatentBatch
@@ -253,15 +254,12 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": environment(),
         "model": "XL/2, 256 px, REPA" if gpu else "B-shaped: 12 blocks, C 384, 32x32 latents, no REPA",
         "batch_size": batch_size,
-        "rows": [],
     }
     with process_group(device):
         config = PRESETS["xl2_256"].model if gpu else B_SHAPED
-        for row in measure(config, batch_size, options.calls, gpu, device, chosen):
-            record["rows"].append(row)
-            words = "{variant:36} {times_faster:.2f}x, kept {kept_of_reference:.2f}, peak {peak_of_reference:.2f}"
-            print((words + ", gradients off by {gradient_error:.2g}").format(**row))
+        record["rows"] = list(measure(config, batch_size, options.calls, gpu, device, chosen))
     write_json(options.output, record)
+    print("\n\n".join(tables.training_step(record)))
 
 
 if __name__ == "__main__":

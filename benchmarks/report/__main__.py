@@ -15,7 +15,6 @@ from pathlib import Path
 from textwrap import TextWrapper
 
 from benchmarks.report import floors, tables
-from benchmarks.report.figures import draw, is_current
 from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.files import atomic_file, output_folder
@@ -120,8 +119,8 @@ def pages() -> list[Path]:
 def write_readme(files: Files) -> None:
     """Bring the pages and their figures up to date."""
     for file in files:
-        if not is_current(file):
-            draw(file)
+        if not file.picture_is_current():
+            file.draw()
     for page in pages():
         content, stale = updated(page, files)
         if stale:
@@ -133,7 +132,7 @@ def write_readme(files: Files) -> None:
 def check(files: Files) -> None:
     """ValueError where a page or a figure is not what the results say."""
     wrong = [f"{page.relative_to(ROOT)} ({name})" for page in pages() for name in updated(page, files)[1]]
-    wrong += [file.picture.name for file in files if not is_current(file)]
+    wrong += [file.picture.name for file in files if not file.picture_is_current()]
     if wrong:
         raise ValueError(
             f"not what the results files say: {', '.join(wrong)}; run python -m benchmarks.report --write-readme"
@@ -166,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         folder = output_folder(options.output_dir)
         for file in files:
-            draw(file, folder)
+            file.draw(folder)
         with atomic_file(folder / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"{folder / 'report.md'}: written")

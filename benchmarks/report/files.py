@@ -1,11 +1,16 @@
-"""Results files, told apart by what they hold."""
+"""Results files, told apart by what they hold, and the figures of those that have something to show."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import FORMAT
-from ddt_fast.files import read_json
+from benchmarks.sampler_errors import front
+from ddt_fast.files import atomic_file, read_json
 from ddt_fast.wording import plural
+
+Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -71,3 +76,64 @@ class ResultsFile:
             f"From `{self.name}`: {hardware}; {load}{', '.join(versions)}; commit {commit}; {env['date'][:10]}; "
             f"{commands}."
         )
+
+    def picture_is_current(self) -> bool:
+        """Whether its picture, if it should have one, was drawn from the file as it is."""
+        from PIL import Image
+
+        if self.kind not in FIGURES:
+            return True
+        if not self.picture.is_file():
+            return False
+        with Image.open(self.picture) as image:
+            return bool(image.info.get("Description") == self.digest)
+
+    def draw(self, folder: Path | None = None) -> None:
+        """Draw its picture, if it should have one, beside it or into another folder. The picture carries the file's
+        digest, so that one drawn from other results is found out."""
+        from matplotlib.figure import Figure
+
+        if self.kind not in FIGURES:
+            return
+        title, fill = FIGURES[self.kind]
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        axis = figure.subplots()
+        fill(axis, self.record)
+        axis.set(xlabel="TFLOP per image at XL/2, 256 px", ylabel="median relative error", yscale="log", title=title)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+        with atomic_file((folder or self.path.parent) / self.picture.name) as temporary:
+            figure.savefig(temporary, dpi=90, metadata={"Description": self.digest})
+
+
+def _draw_forecast(axis: Any, record: Record) -> None:
+    """Median error over cost, by what is held or forecast."""
+    chosen = [r for r in record["results"] if r["group"] in ("encoder, w 2", "guidance", "both") and r["error"] > 0]
+    names = [(r["group"].split(",")[0], r["series"].split(", ")[-1]) for r in chosen]
+    for group, series in dict.fromkeys(names):
+        own = [r for r, name in zip(chosen, names, strict=True) if name == (group, series)]
+        points = sorted((r["tflop_per_image_xl2_256"], r["error_median"]) for r in own)
+        axis.plot(*zip(*points, strict=True), marker="o", label=f"{group}: {series}")
+
+
+def _draw_pareto(axis: Any, record: Record) -> None:
+    """Median error over cost, the front, and the settings that have a name."""
+    points = [(p["tflop_xl2"], p["error_median"], p.get("name")) for p in record["points"] if "error_median" in p]
+    costs, errors = [p[0] for p in points], [p[1] for p in points]
+    axis.scatter(costs, errors, s=16, color="grey", label=f"near the front, {record['samples']} samples")
+    edge = front(costs, errors)
+    step = {"color": "crimson", "drawstyle": "steps-post", "label": "front"}
+    axis.plot([costs[i] for i in edge], [errors[i] for i in edge], **step)
+    for i, (x, y, name) in enumerate(sorted((x, y, name) for x, y, name in points if name)):
+        axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
+        place = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
+        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **place)
+    axis.set_xscale("log")
+
+
+# By kind of file: title, and what draws it.
+FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
+    "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
+}

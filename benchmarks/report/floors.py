@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import ddt_kernels as ops
-from benchmarks.report.text import table
+from benchmarks.report.tables import table
 from ddt_fast.config import DDTConfig
 from ddt_fast.presets import PRESETS
 from ddt_kernels import Cost

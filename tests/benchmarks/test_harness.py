@@ -12,7 +12,7 @@ import torch
 
 import ddt_kernels
 import golden_data as golden
-from benchmarks import bench_kernels, gpu_run
+from benchmarks import bench_kernels, gpu_run, harness
 from benchmarks.environment import environment
 from benchmarks.harness import (
     DEVICE,
@@ -60,8 +60,9 @@ def make_case(variants, name="double", backward=False):
     return Case("test", name, "64", tuple(variants), build, rounds=3)
 
 
-def recorder(path=None, **options):
-    return Recorder(path, ceilings=lambda: CEILINGS, **options)
+@pytest.fixture(autouse=True)
+def ceilings(monkeypatch):
+    monkeypatch.setattr(harness, "measure_ceilings", lambda: CEILINGS)
 
 
 class Wrong(torch.autograd.Function):
@@ -181,7 +182,7 @@ def test_the_file_is_complete_when_a_run_is_cut_off(tmp_path):
         raise KeyboardInterrupt
 
     path = tmp_path / "results.json"
-    made = recorder(path)
+    made = Recorder(path)
     plain = {"plain": double, "peer": "not here"}
     made.measure(make_case(plain))
     with pytest.raises(KeyboardInterrupt):
@@ -191,27 +192,26 @@ def test_the_file_is_complete_when_a_run_is_cut_off(tmp_path):
     assert content["sessions"][0]["finished"] is None
     assert content["sessions"][0]["ceilings"]["gemm_flops_per_second"] == {"float32": 1e11}
 
-    later = recorder(path, append=True)
+    later = Recorder(path, append=True)
     later.measure(make_case(plain, name="another"))
     later.measure(make_case(plain))
     later.finish()
     content = json.loads(path.read_text())
     assert [(case["case"], case["session"]) for case in content["cases"]] == [("another", 1), ("double", 1)]
     assert [session["finished"] is None for session in content["sessions"]] == [True, False]
-    assert any("missing in 2 cases: peer: not here" in line for line in later.summary())
     content["environment"]["torch"] = "1.0"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"torch 1\.0"):
-        recorder(path, append=True)
+        Recorder(path, append=True)
 
 
 def test_a_case_that_is_not_measured_is_noted_once(tmp_path):
     path = tmp_path / "results.json"
-    made, case = recorder(path), replace(make_case({"plain": "never"}), build=broken)
+    made, case = Recorder(path), replace(make_case({"plain": "never"}), build=broken)
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no such"):
             made.measure(case)
-    late = recorder(path, append=True, time_limit=-1.0)
+    late = Recorder(path, append=True, time_limit=-1.0)
     assert late.measure(case) is None
     first, second = json.loads(path.read_text())["sessions"]
     assert first["not_measured"] == [{"case": "test: double, 64", "reason": "RuntimeError: no such kernel"}]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import bench_sampling, cpu_sampling
 from benchmarks.report import __main__ as report
-from benchmarks.report import figures, floors, tables
+from benchmarks.report import floors, tables
 from benchmarks.report.files import FOLDER, ROOT, ResultsFile
 from ddt_fast.files import read_json, write_json
 from ddt_fast.model.flops import model_flops
@@ -243,7 +243,7 @@ def test_files_that_are_named_become_a_page_with_its_figures(checkout, tmp_path,
     report.main([str(FOLDER / "pareto.json"), "--output-dir", str(out)])
     assert sorted(path.name for path in out.iterdir()) == ["pareto.png", "report.md"]
     shutil.copy(FOLDER / "pareto.json", out)
-    assert figures.is_current(ResultsFile(out / "pareto.json"))
+    assert ResultsFile(out / "pareto.json").picture_is_current()
     capsys.readouterr()
     report.main([])
     assert "the usual way" in capsys.readouterr().out

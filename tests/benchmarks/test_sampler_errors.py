@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import candidates, forecast, pareto, sampler_errors
-from benchmarks.report.tables import FORECAST_ROWS, SHORT
+from benchmarks.report.tables import FORECAST_ROWS, MEASURES, SHORT
 from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, dominating, front, kept_samples, recommend, sample_errors
 from benchmarks.study import write_record
 from ddt_fast import SamplingConfig
@@ -154,10 +154,10 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     assert all(1e-4 < p["error"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in finalists.values())
     assert all(0 < p["error_median"] < p["error_p90"] < 1 for p in finalists.values())
     numbers, by_cost = list(finalists), [p["tflop_xl2"] for p in finalists.values()]
-    losses = {name: [p[name] for p in finalists.values()] for name in (*sampler_errors.MEASURES, "frechet")}
+    losses = {name: [p[name] for p in finalists.values()] for name in (*MEASURES, "frechet")}
     for name, values in losses.items():
         assert record["fronts"][f"{name} over tflop_xl2"] == [numbers[i] for i in front(by_cost, values)]
-    assert {row["by"] for row in record["recommended"]} == sampler_errors.MEASURES.keys()
+    assert {row["by"] for row in record["recommended"]} == MEASURES.keys()
     for row in record["recommended"]:
         best = recommend(by_cost, losses[row["by"]], row["budget_tflop_xl2"], pareto.TOLERANCE)
         assert row["point"] == numbers[best]
