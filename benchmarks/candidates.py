@@ -18,8 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import tables
-from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, sample_errors, xl2_tflop
-from benchmarks.study import Numbers, read_options, run_study
+from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
@@ -28,7 +27,7 @@ from ddt_fast.sampling.fast import fast_settings
 
 # By name: scale and interval.
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
-    "--none": (1.0, (0.0, 1.0)),
+    "none": (1.0, (0.0, 1.0)),
     "1.5 in (0.3, 1)": (1.5, (0.3, 1.0)),
     "2 in (0.3, 1)": (2.0, (0.3, 1.0)),
     "2 always": (2.0, (0.0, 1.0)),
@@ -124,7 +123,7 @@ def measure(samples: int, frechet_samples: int, keep: str | None) -> dict[str, A
     }
 
 
-NUMBERS: Numbers = {
+NUMBERS = {
     "--samples": (256, 1, "samples whose errors are measured"),
     "--frechet-samples": (5_120, 65 * BLOCKS, "of the Fréchet distances; 650 or more"),
 }

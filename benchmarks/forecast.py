@@ -16,8 +16,7 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, sample_errors, xl2_tflop
-from benchmarks.study import read_options, run_study
+from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
 from ddt_fast import SamplingConfig
 from ddt_fast.command import run_command
 from ddt_fast.config import GuidanceForecast, StateForecast

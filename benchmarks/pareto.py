@@ -40,13 +40,11 @@ from benchmarks.sampler_errors import (
     PUBLISHED,
     DigitsRuns,
     digits_mflop,
-    dominating,
-    front,
-    recommend,
+    read_options,
+    run_study,
     sample_errors,
     xl2_tflop,
 )
-from benchmarks.study import Numbers, read_options, run_study
 from ddt_fast.checks import require_int
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig, Solver, StateForecast
@@ -152,6 +150,36 @@ def column(points: Sequence[Point], name: str) -> list[float]:
     return [point[name] for point in points]
 
 
+# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
+
+
+def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
+    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
+    near it, which lose less than `factor` times the least of those that cost at most as much."""
+    chosen, least = [], float("inf")
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
+        if losses[i] < factor * least:
+            chosen.append(i)
+        least = min(least, losses[i])
+    return chosen
+
+
+def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
+    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
+    other = (costs[point], losses[point])
+    pairs = list(zip(costs, losses, strict=True))
+    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
+
+
+def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
+    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
+    affords nothing. A tolerance of 1 buys the last percent at any price."""
+    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
+    least = min((losses[i] for i in affordable), default=0.0)
+    enough = (i for i in affordable if losses[i] <= tolerance * least)
+    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)
+
+
 def measure(steps: Sequence[int], few: int, samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
     """All that pareto.json holds beside the environment."""
     screen, final = DigitsRuns(few, keep), DigitsRuns(samples, keep)
@@ -218,7 +246,7 @@ def choices(points: Sequence[Point], finalists: Sequence[int]) -> dict[str, Any]
 
 
 TRUTH_HELP = "steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two"
-NUMBERS: Numbers = {
+NUMBERS = {
     "--steps": (list(STEPS), 1, "numbers of steps of the grid"),
     "--screen-samples": (32, 1, "samples that the grid is screened with"),
     "--samples": (256, 65, "samples of what is run again; 65 or more"),

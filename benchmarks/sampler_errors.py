@@ -1,11 +1,13 @@
-"""Runs of the digits model that comes with the package: how far their samples are from the true ones, what settings
-cost, and which are worth having."""
+"""What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
+how far their samples are from the true ones, what settings cost; options, and the results file."""
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,8 +15,12 @@ from torch import Tensor
 
 import ddt_fast
 import ddt_kernels
+from benchmarks.environment import environment
 from benchmarks.harness import relative_error
+from benchmarks.report.files import ResultsFile
 from ddt_fast import SamplingConfig, load_model
+from ddt_fast.checks import require_int
+from ddt_fast.command import CommandParser
 from ddt_fast.evaluation.digits_score import score_digits
 from ddt_fast.files import atomic_file, output_folder
 from ddt_fast.generation.seeds import assign_labels
@@ -109,31 +115,42 @@ def digits_mflop(plan: SamplingPlan) -> float:
     return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
 
 
-# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
+def read_options(
+    name: str, description: str | None, arguments: list[str] | None, numbers: Mapping[str, tuple[Any, int, str]]
+) -> Any:
+    """The options of `benchmarks.NAME`, as attributes; ValueError for a number that is not allowed.
+
+    numbers: by option the default, a list where it takes several, the least that is allowed, and the help.
+    """
+    parser = CommandParser(prog=f"python -m benchmarks.{name}", description=(description or "").splitlines()[0])
+    parser.add_argument("--output-dir", default="benchmarks/results")
+    parser.add_argument("--keep", help="folder in which samples are kept, for a command that was stopped to continue")
+    for option, (default, _, words) in numbers.items():
+        nargs = "+" if isinstance(default, list) else None
+        parser.add_argument(option, type=int, default=default, help=words, nargs=nargs)
+    options = parser.parse_args(arguments)
+    for option, (_, least, _) in numbers.items():
+        given = options[option[2:].replace("-", "_")]
+        for number in given if isinstance(given, list) else [given]:
+            require_int(option, number, least)
+    return options
 
 
-def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
-    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
-    near it, which lose less than `factor` times the least of those that cost at most as much."""
-    chosen, least = [], float("inf")
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
-        if losses[i] < factor * least:
-            chosen.append(i)
-        least = min(least, losses[i])
-    return chosen
+def run_study(name: str, options: Any, measure: Callable[[str | None], dict[str, Any]]) -> dict[str, Any]:
+    """Write what `measure` returns for --keep to NAME.json, and draw its picture."""
+    path = output_folder(options.output_dir) / f"{name}.json"
+    record = {"environment": environment(), **measure(options.keep)}
+    write_record(path, record)
+    ResultsFile(path).draw()
+    return record
 
 
-def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
-    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
-    other = (costs[point], losses[point])
-    pairs = list(zip(costs, losses, strict=True))
-    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
-
-
-def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
-    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
-    affords nothing. A tolerance of 1 buys the last percent at any price."""
-    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
-    least = min((losses[i] for i in affordable), default=0.0)
-    enough = (i for i in affordable if losses[i] <= tolerance * least)
-    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write an object as JSON, an item of a list a line, floats rounded to 5 significant digits."""
+    lines = []
+    for name, value in json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}")).items():
+        items = value if isinstance(value, list) else []
+        text = "[\n  " + ",\n  ".join(map(json.dumps, items)) + "\n ]" if items else json.dumps(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    with atomic_file(path) as file:
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")

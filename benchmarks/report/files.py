@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FORMAT
-from benchmarks.sampler_errors import front
 from ddt_fast.files import atomic_file, read_json
 from ddt_fast.wording import plural
 
@@ -119,16 +118,19 @@ def _draw_forecast(axis: Any, record: Record) -> None:
 
 def _draw_pareto(axis: Any, record: Record) -> None:
     """Median error over cost, the front, and the settings that have a name."""
-    points = [(p["tflop_xl2"], p["error_median"], p.get("name")) for p in record["points"] if "error_median" in p]
-    costs, errors = [p[0] for p in points], [p[1] for p in points]
-    axis.scatter(costs, errors, s=16, color="grey", label=f"near the front, {record['samples']} samples")
-    edge = front(costs, errors)
-    step = {"color": "crimson", "drawstyle": "steps-post", "label": "front"}
-    axis.plot([costs[i] for i in edge], [errors[i] for i in edge], **step)
-    for i, (x, y, name) in enumerate(sorted((x, y, name) for x, y, name in points if name)):
+
+    def place(points: list[Record]) -> tuple[list[float], list[float]]:
+        return [p["tflop_xl2"] for p in points], [p["error_median"] for p in points]
+
+    points = [p for p in record["points"] if "error_median" in p]
+    edge = [record["points"][i] for i in record["fronts"]["error_median over tflop_xl2"]]
+    axis.scatter(*place(points), s=16, color="grey", label=f"near the front, {record['samples']} samples")
+    axis.plot(*place(edge), color="crimson", drawstyle="steps-post", label="front")
+    named = [p for p in points if "name" in p]
+    for i, (x, y, name) in enumerate(sorted(zip(*place(named), (p["name"] for p in named), strict=True))):
         axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
-        place = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
-        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **place)
+        where = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
+        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **where)
     axis.set_xscale("log")
 
 

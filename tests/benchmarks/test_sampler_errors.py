@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks import candidates, forecast, pareto, sampler_errors
+from benchmarks.pareto import dominating, front, recommend
 from benchmarks.report.tables import FORECAST_ROWS, MEASURES, SHORT
-from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, dominating, front, kept_samples, recommend, sample_errors
-from benchmarks.study import write_record
+from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, kept_samples, sample_errors, write_record
 from ddt_fast import SamplingConfig
 from ddt_fast.sampling import SamplingPlan, sample
 from ddt_fast.sampling.fast import fast_settings
