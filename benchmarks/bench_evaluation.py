@@ -22,8 +22,6 @@ PLAIN, OURS = "batch norms apart, NCHW", "ddt_fast, batch norms folded"
 
 
 def inception_case(batch: int) -> Case:
-    """Features of 256 px images."""
-
     def inputs() -> Inputs:
         generator, size = torch.Generator(DEVICE).manual_seed(0), (batch, 3, 256, 256)
         return Inputs((torch.randint(256, size, generator=generator, device=DEVICE, dtype=torch.uint8),))
@@ -92,7 +90,6 @@ def all_distances(samples: Tensor, real: Tensor) -> Tensor:
 
 
 def precision_recall_case(count: int, dims: int) -> Case:
-    """Of as many samples as reference images."""
     names = ("all distances in float64, at once", "ddt_fast")
 
     def inputs() -> Inputs:

@@ -66,13 +66,11 @@ BLOCKS = 10  # of the many samples: differences between blocks are the standard 
 
 
 def guided(config: SamplingConfig, name: str) -> SamplingConfig:
-    """Settings with the guidance of that name."""
     scale, interval = GUIDANCE[name]
     return replace(config, guidance_scale=scale, guidance_interval=interval)
 
 
 def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
-    """Every candidate at every guidance setting."""
     rows = []
     for name in GUIDANCE:
         truth = runs(guided(TRUTH, name))
@@ -130,7 +128,6 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
     options = read_options("candidates", __doc__, arguments, NUMBERS)
     record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
     print("\n\n".join(tables.candidates(record)))

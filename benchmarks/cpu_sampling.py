@@ -4,14 +4,13 @@
 
 XL/2 at 256 px with random weights. Three tables:
 
-- forward: one guidance pair (batch 2), the reference in fp32 eager against FusedDDT in each precision, eager and
-  compiled, with the velocity's error against the reference;
-- sampling: 250 steps, time per image. A run is a sequence of steps of a few kinds; each kind is timed, and the run's
-  time is put together from the medians by how often the plan has each. The published way is the reference in fp32,
-  eager, both branches at every step;
+- forward: one guidance pair (batch 2), FusedDDT in each precision, eager and compiled, against the reference in fp32
+  eager, with the velocity's error;
+- sampling: 250 steps, time per image, put together from the medians of the few kinds of steps by how often the plan has
+  each. The published way is the reference in fp32, eager, both branches at every step;
 - runs: whole runs of fewer steps, timed from end to end against the same composition, and how far their results are
-  from the reference's. With random weights and few steps, refreshes are far apart for a velocity that is not smooth in
-  t: these errors compare precisions, they do not say what a shortcut costs a trained model.
+  from the reference's. With random weights and refreshes so far apart, these errors compare precisions; they do not say
+  what a shortcut costs a trained model.
 """
 
 import argparse
@@ -176,7 +175,6 @@ class SamplingRuns:
                 yield engine, setting, costs, {part: self.timings[key] for part, key in keys.items()}
 
     def sampling(self) -> dict[str, Any]:
-        """The table "sampling"."""
         step = self.timings[REFERENCE]
         published = PUBLISHED.num_steps * step["median"] / self.batch_size
         settings = []
@@ -197,7 +195,6 @@ class SamplingRuns:
         return {"published": {"seconds_per_image": published, "step": step}, "settings": settings}
 
     def runs(self) -> Iterator[dict[str, Any]]:
-        """The table "runs"."""
         names = ("engine", "setting", "num_steps", "seconds", "composed_seconds", "relative_error")
         steps, results = self.run_steps, list[Tensor]()
         config = replace(PUBLISHED, num_steps=steps)
@@ -214,7 +211,6 @@ class SamplingRuns:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_sampling", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_sampling.json"))
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time, for the published way too")

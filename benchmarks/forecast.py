@@ -67,7 +67,6 @@ def measure(num_samples: int, keep: str | None) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, plot."""
     options = read_options("forecast", __doc__, arguments, {"--num-samples": (256, 65, "65 or more")})
     run_study("forecast", options, partial(measure, options.num_samples))
 

@@ -8,13 +8,9 @@ network needed. In this order, each step in a process of its own, so that what b
     training_step  benchmarks.training_step, nothing compiled          training_step.json
     suite          every bench_*.py, by pytest                         results.json, suite.txt (output of all but tests)
 
-steps.json says how each step ended. All files are under --output-dir (default: $OUT, else benchmarks/results/gpu) and
-are written as the run goes: one that is cut off leaves what it had. A step that takes longer than its share of
---minutes is stopped. What is not installed is listed first: without pytest-benchmark the suite has no tables in its
-output, without jsonargparse training_step and some tests fail. Wheels brought along are installed, for this run alone,
-from the folder that --wheels names.
-
---dry-run does the same on a machine without a GPU, on small shapes.
+steps.json says how each step ended. All files are written as the run goes: one that is cut off leaves what it had. A
+step that takes longer than its share of --minutes is stopped. What is not installed is listed first: without
+pytest-benchmark the suite has no tables in its output, without jsonargparse training_step and some tests fail.
 """
 
 import argparse
@@ -82,7 +78,6 @@ class Steps:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """How it ended, in words."""
     try:
         code = process.wait(seconds)
         return "done" if code == 0 else f"exit code {code}"
@@ -130,7 +125,6 @@ def preflight(folder: Path, dry_run: bool) -> None:
 
 
 def run_steps(steps: Steps, options: argparse.Namespace) -> None:
-    """All of them, one after the other."""
     folder, seconds, cores = steps.folder, 60 * options.minutes, os.cpu_count() or 1
     tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
     if installed("xdist") and cores >= 8:

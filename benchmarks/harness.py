@@ -50,8 +50,6 @@ class Inputs:
     gradients: tuple[Tensor, ...] = ()
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """A copy with floating-point tensors in `dtype`."""
-
         def copy(tensor: Tensor) -> Tensor:
             made = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
             return made.clone().requires_grad_(tensor.requires_grad)
@@ -87,8 +85,6 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work to be measured."""
-
     group: str  # "kernels", "model", ...
     name: str
     size: str
@@ -234,7 +230,6 @@ class Result:
 
 
 def words_of(error: Exception) -> str:
-    """On one line, cut where it is long."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -273,8 +268,6 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
 
 @dataclass
 class _Right:
-    """A variant that was found right."""
-
     name: str
     variant: Variant
     run: Run
@@ -284,7 +277,6 @@ class _Right:
 
 
 def _entry(workload: Workload, right: _Right, result: Result, ceilings: Ceilings) -> dict[str, Any]:
-    """A variant's record."""
     baseline, cost = next(iter(workload.variants)), right.variant.cost or workload.cost
     seconds, base = timing(result.rounds[right.name]), result.rounds.get(baseline)
     floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)

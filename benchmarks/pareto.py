@@ -4,25 +4,17 @@
 
 writes pareto.json and pareto.png and prints what to take for a budget.
 
-The truth is the solution of the guided ODE, a fine multistep run that evaluates everything, from the same noise. So the
-solver's error, from too few steps, and the shortcuts', from states and guidance differences that are held or forecast,
-are on one scale. (`benchmarks.forecast` compares with the run of the same steps that evaluates everything: it sees the
-shortcuts' error alone.) Another guidance interval is another ODE with other samples, so intervals are judged by the
-Fréchet distance and the class accuracy.
-
-One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative L2
-error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
-
-- The grid is screened with a few samples: the error of all, and the median.
-- Whatever is near the front there by either, and the settings that have a name, are run again with many samples:
-  errors, pixel Fréchet distance, class accuracy. Fronts and recommendations are of these.
-
-A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from the
-real ones' spread. Near the front it differs by little more than noise.
-
-Where guidance sets in between two steps, a solver is off by up to one step's length, right by luck where the bound lies
-well. Step counts of the grid (except 10) put the bound 0.3 midway between two steps, where a multistep solver is right.
-With the published 250 steps it lies beside one.
+- The truth is the solution of the guided ODE: a fine multistep run that evaluates everything, from the same noise. So
+  the solver's error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.) Another
+  guidance interval is another ODE: intervals are judged by the Fréchet distance and the class accuracy.
+- One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative
+  L2 error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
+- The grid is screened with a few samples. Whatever is near the front there by the error of all or the median, and the
+  settings that have a name, are run again with many: fronts and recommendations are of these.
+- A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from
+  the real ones' spread. Near the front it differs by little more than noise.
+- Where guidance sets in between two steps, a solver is off by up to one step's length. Step counts of the grid (except
+  10) put the bound 0.3 midway between two steps, where a multistep solver is right; with 250 it lies beside one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -146,7 +138,6 @@ def near_fronts(points: Sequence[Point]) -> set[int]:
 
 
 def column(points: Sequence[Point], name: str) -> list[float]:
-    """A value of every point."""
     return [point[name] for point in points]
 
 
@@ -255,7 +246,6 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, plot, print."""
     options = read_options("pareto", __doc__, arguments, NUMBERS)
     require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
     counts = options.steps, options.screen_samples, options.samples, options.truth_steps

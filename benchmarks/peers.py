@@ -22,7 +22,6 @@ Peer = Callable[[], Function | str]  # makes a function, or says why it is missi
 
 
 def compiled(function: Function) -> dict[str, Peer]:
-    """`function` by torch.compile."""
     return {COMPILE: lambda: torch.compile(function, fullgraph=True, dynamic=False)}
 
 
@@ -32,8 +31,6 @@ def packed(function: Callable[..., Tensor], qkv: Tensor) -> Tensor:
 
 
 def attention_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Peer]:
-    """Every backend on a packed qkv."""
-
     def peer(name: Any) -> Function | str:
         return available_backends(device, dtype, head_dim)[name] or partial(packed, partial(attention, backend=name))
 

@@ -105,13 +105,11 @@ def sample_errors(samples: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def xl2_tflop(config: SamplingConfig) -> float:
-    """TFLOP per image that these settings take at XL/2, 256 px."""
     preset = PRESETS["xl2_256"]
     return SamplingPlan.from_config(config).flops(preset.model, preset.data.sample_size, preset.data.sample_size) / 1e12
 
 
 def digits_mflop(plan: SamplingPlan) -> float:
-    """MFLOP per image that a plan takes with the digits model."""
     return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
 
 

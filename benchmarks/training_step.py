@@ -124,7 +124,6 @@ class Step:
 
     @property
     def copied_bytes(self) -> int:
-        """Of the weights' copy in another dtype."""
         compute = self.replica.compute
         return 0 if compute is self.replica.masters else weight_bytes(compute)
 
@@ -144,7 +143,6 @@ class Step:
             return self.setup.objective.backward(self.replica, self.setup.batch, step=1)
 
     def __call__(self, *_: object) -> list[Tensor]:
-        """The losses of a whole step."""
         losses = self.backward()
         nn.utils.get_total_norm([p.grad for p in self.state.masters.parameters() if p.grad is not None])
         self.state.optimizer.step()
@@ -230,7 +228,6 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.json"))
     parser.add_argument("--device", default="auto")

@@ -1,12 +1,7 @@
-"""Tables and figures from results files; every number in the pages.
+"""Tables and figures from results files, every number in the pages: `python -m benchmarks.report [FILES]`.
 
-    python -m benchmarks.report                           every table, printed
-    python -m benchmarks.report FILES --output-dir out    report.md and figures of these files
-    python -m benchmarks.report --write-readme            fill the marked blocks of the pages, draw their figures
-    python -m benchmarks.report --check                   exit code 2 where those are not what the files say
-
-Without FILES: all of benchmarks/results/*.json. A block stands between `<!-- results: NAME -->` and
-`<!-- end of results -->`, in any of PAGES. A figure is a picture beside its file.
+A block stands between `<!-- results: NAME -->` and `<!-- end of results -->`, in any of PAGES. A figure is a picture
+beside its file.
 """
 
 import re
@@ -47,7 +42,6 @@ def missing(kind: str) -> str:
 
 
 def suite(files: Files) -> Iterator[str]:
-    """Every group of every suite."""
     if not any(file.gpu for file in files):
         yield NO_GPU
     suites = [file for file in files if file.kind == "suite"]
@@ -117,7 +111,6 @@ def pages() -> list[Path]:
 
 
 def write_readme(files: Files) -> None:
-    """Bring the pages and their figures up to date."""
     for file in files:
         if not file.picture_is_current():
             file.draw()
@@ -140,7 +133,6 @@ def check(files: Files) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, then print, write or check."""
     parser = CommandParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", help="results files; default: benchmarks/results/*.json")
     parser.add_argument("--output-dir", help="folder for report.md and the figures")

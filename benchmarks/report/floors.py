@@ -93,7 +93,6 @@ def step_table(name: str, preset: str, batch: int) -> str:
 
 
 def paragraphs() -> Iterator[str]:
-    """The tables, said to be what they are."""
     yield (
         "**Arithmetic, not a measurement:** each piece at its floor on one H200, "
         f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the other. A "

@@ -44,7 +44,6 @@ def ratio(value: float | None) -> str | None:
 
 
 def relative(error: float) -> str:
-    """A relative error."""
     return f"{error:.1e}" if error else "0"
 
 
@@ -117,7 +116,6 @@ def suite_groups(record: Record) -> list[str]:
 
 
 def training_step(record: Record) -> Iterator[str]:
-    """Time and memory of every variant against the reference's; on a GPU img/s too."""
     gpu = bool(record["environment"]["gpus"])
     rows: list[list[object]] = []
     for row in record["rows"]:
@@ -211,7 +209,6 @@ def forecast(record: Record) -> Iterator[str]:
 
 
 def pareto(record: Record) -> Iterator[str]:
-    """What to take for a budget, by each measure of the error, and what people run."""
     points, truth = record["points"], record["truth"]
 
     def words(point: Record) -> str:
@@ -243,7 +240,6 @@ def pareto(record: Record) -> Iterator[str]:
 
 
 def candidates(record: Record) -> Iterator[str]:
-    """Errors by candidate and guidance setting, and Fréchet distances."""
     errors: dict[str, list[str]] = defaultdict(list)
     costs: dict[str, float] = defaultdict(float)
     for row in record["errors"]:
