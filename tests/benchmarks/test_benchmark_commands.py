@@ -109,13 +109,13 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(alone, tmp_path):
     code = "import sys\nsys.modules['jsonargparse'] = sys.modules['diffusers'] = None\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     folder = tmp_path / "out"
-    options = ("--modules", "bench_kernels", "--only", "attention forward,", "--tests", "tests/kernels/test_tuning.py")
+    options = ("--modules", "bench_evaluation", "--only", "precision", "--tests", "tests/kernels/test_tuning.py")
     command = ("--dry-run", "--profile", "--minutes", "4", "--output-dir", folder, *options)
     done = run_gpu_run(*command, paths=[tmp_path])
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
-    expected = {"tests": "done", "profile": "done", "training_step": "exit code 1", "bench_kernels": "done"}
+    expected = {"tests": "done", "profile": "done", "training_step": "exit code 1", "bench_evaluation": "done"}
     assert steps == expected, done.stdout
     assert len(json.loads((folder / "results.json").read_text())["cases"]) == 1
     for step in ("refresh", "reuse"):

@@ -194,10 +194,8 @@ def test_every_argument_is_checked(op, name):
         cases += [(tensor.int(), f"is torch.int32 on cpu; {kinds}")]
         cases += [(tensor.double().to("meta"), f"is torch.float64 on meta; {kinds}")]
     else:
-        cases += [
-            (tensor.half(), "is torch.float16; expected torch.float32"),
-            (tensor.to("meta"), "is on meta; expected cpu"),
-        ]
+        cases += [(tensor.half(), "is torch.float16; expected torch.float32")]
+        cases += [(tensor.to("meta"), "is on meta; expected cpu")]
     if not (op.name.startswith("swiglu") and name == "x"):  # which takes any number of dimensions
         cases += [(tensor[0], r"has shape \(.*\); expected ")]
     for function in public_names(op):
@@ -230,55 +228,25 @@ MISTAKES = [
     (QK, "qkv", lambda t: t[:, :0], r"qkv has shape \(2, 0, 3, 2, 12\); expected B, N and H at least 1"),
     (QK, "qkv", lambda t: t[..., :10], r"qkv has shape \(2, 3, 3, 2, 10\); .* D a multiple of 4 in 4..256"),
     (QK, "qkv", lambda t: t.new_zeros(1, 1, 3, 1, 260), r"qkv has shape .* D a multiple of 4 in 4..256"),
-    (
-        QK,
-        "qkv",
-        lambda t: t.mT.contiguous().mT,
-        r"qkv has strides \(216, 72, 24, 1, 2\); expected its last three",
-    ),
-    (
-        QK,
-        "qkv",
-        lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-        r"qkv has strides .* strides \(24, 12, 1\)",
-    ),
+    (QK, "qkv", lambda t: t.mT.contiguous().mT, r"qkv has strides \(216, 72, 24, 1, 2\); expected its last three"),
+    (QK, "qkv", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), r"qkv has .* strides \(24, 12, 1\)"),
     (QK, "q_weight", lambda t: t[:8], r"q_weight has shape \(8,\); expected \(12,\)"),
     (QK, "cos", lambda t: t[:2], r"cos has shape \(2, 6\); expected \(3, 6\), one angle per token and pair"),
     (QK, "sin", lambda t: t.repeat(1, 2), r"sin has shape \(3, 12\); expected \(3, 6\)"),
-    (
-        QK,
-        "sin",
-        lambda t: t.clone().requires_grad_(),
-        r"sin requires a gradient; expected a table without one",
-    ),
+    (QK, "sin", lambda t: t.clone().requires_grad_(), r"sin requires a gradient; expected a table without one"),
     (ATTENTION, "q", lambda t: t[:, :0], r"q has shape \(2, 0, 3, 12\); expected B, N and H at least 1, D a multiple"),
     (ATTENTION, "q", lambda t: t[..., :10], r"q has shape \(2, 5, 3, 10\); expected .* D a multiple of 4 in 4..128"),
     (ATTENTION, "q", lambda t: t.new_zeros(2, 5, 3, 132), r"q has shape \(2, 5, 3, 132\); expected .* in 4..128"),
     (ATTENTION, "k", lambda t: t[:, :4], r"k has shape \(2, 4, 3, 12\); expected \(2, 5, 3, 12\), like the first"),
     (ATTENTION, "v", lambda t: t[..., :8], r"v has shape \(2, 5, 3, 8\); expected \(2, 5, 3, 12\)"),
-    (
-        QKV,
-        "qkv",
-        lambda t: t.new_zeros(1, 5, 3, 2, 132),
-        r"qkv has shape \(1, 5, 3, 2, 132\); .* D a .* in 4..128",
-    ),
-    (
-        QKV,
-        "sin",
-        lambda t: t.clone().requires_grad_(),
-        r"sin requires a gradient; expected a table without one",
-    ),
+    (QKV, "qkv", lambda t: t.new_zeros(1, 5, 3, 2, 132), r"qkv has shape \(1, 5, 3, 2, 132\); .* D a .* in 4..128"),
+    (QKV, "sin", lambda t: t.clone().requires_grad_(), r"sin requires a gradient; expected a table without one"),
     (SWIGLU, "x", lambda t: t[0, 0], r"x has shape \(20,\); expected shape \(\.\.\., C\)"),
     (SWIGLU, "x", lambda t: t[:, :0], r"x has shape \(2, 0, 20\); expected shape \(\.\.\., C\)"),
     (SWIGLU, "w1", lambda t: t[:, :19], r"w1 has shape \(12, 19\); expected shape \(F, 20\), like x's last"),
     (SWIGLU, "w1", lambda t: t[:0], r"w1 has shape \(0, 20\); expected shape \(F, 20\)"),
     (SWIGLU, "w3", lambda t: t[:11], r"w3 has shape \(11, 20\); expected \(12, 20\), like w1"),
-    (
-        MLP,
-        "w2",
-        lambda t: t[:, :11],
-        r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1",
-    ),
+    (MLP, "w2", lambda t: t[:, :11], r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1"),
     (MLP, "w2", lambda t: t[:0], r"w2 has shape \(0, 12\); expected shape \(O, 12\)"),
 ]
 
