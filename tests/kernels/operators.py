@@ -14,7 +14,7 @@ import norm_cases
 import qk_norm_rope_cases
 import swiglu_cases
 from ddt_kernels import reference
-from kernel_testing import BF16, FP32, check_against_reference
+from kernel_testing import BF16, FP32, as_list, check_against_reference
 
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -81,8 +81,7 @@ class Operator:
 
     def forward_results(self, inputs: Inputs, constants: tuple[object, ...] | None = None) -> list[Tensor]:
         """All outputs of the registered operator."""
-        made = self.registered(*inputs.values(), *(self.constants[0] if constants is None else constants))
-        return [made] if isinstance(made, Tensor) else list(made)
+        return as_list(self.registered(*inputs.values(), *(self.constants[0] if constants is None else constants)))
 
     def backward_arguments(self, inputs: Inputs) -> list[object]:
         """Those of the backward operator."""
