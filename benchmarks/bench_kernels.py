@@ -68,10 +68,7 @@ def kernel_cases(
     fixed: int = 0,
 ) -> Iterator[Case]:
     """A case of an op, `fused`, for each cost that is given: of its forward pass, and of both passes together. See
-    `function_case` for the other arguments.
-
-    peers: default: `plain` by torch.compile, at the first shape. detail: of the size, in words.
-    """
+    `function_case` for the rest; peers are by default `plain` by torch.compile, at the first shape."""
     if peers is None:
         peers = compiled(plain) if shape is SHAPES[0] else {}
     for words, cost in (("forward", forward), ("forward+backward", both)):

@@ -52,12 +52,8 @@ SETTINGS = {
 
 
 class StepCosts:
-    """The parts a sampler's run is made of, to be timed or profiled one by one; a part is named by a string.
-
-    Args:
-        sampler: its buffers are written to.
-        noise, labels: of a batch.
-    """
+    """The parts that a sampler's run on a batch is made of, to be timed or profiled one by one, by name. The sampler's
+    buffers are written to."""
 
     def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
         self.sampler, self.noise, self.labels = sampler, noise, labels

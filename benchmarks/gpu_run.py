@@ -41,13 +41,8 @@ WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensor
 
 
 class Steps:
-    """Runs commands, and keeps steps.json.
-
-    Args:
-        folder: where it is.
-        seconds: that all of them may take, the stopping of the last one included.
-        packages: a folder of packages that they find first; or None.
-    """
+    """Runs commands, which find the packages of a folder first, and keeps steps.json. `seconds` are all that they may
+    take, the stopping of the last one included."""
 
     def __init__(self, folder: Path, seconds: float, packages: Path | None = None) -> None:
         self.folder, self.deadline = folder, time.monotonic() + seconds - STOP_SECONDS

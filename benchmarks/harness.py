@@ -234,11 +234,7 @@ def words_of(error: Exception) -> str:
 
 
 def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Result:
-    """Verify and time a case's variants.
-
-    Raises:
-        ValueError: its workload has other variants than the case names.
-    """
+    """Verify and time a case's variants; ValueError where its workload has others than the case names."""
     workload = case.build()
     try:
         if tuple(workload.variants) != case.variants:
@@ -378,15 +374,10 @@ def _time(case: Case, right: Mapping[str, _Right], inputs: Inputs, result: Resul
 
 
 class Recorder:
-    """Measures cases, each once, and writes the results file after every one.
+    """Measures cases, each once, and writes the results file, if `path` names one, after every one.
 
-    Args:
-        path: of the file; None writes none.
-        append: keep the cases of an existing file, except those measured again.
-        time_limit: seconds from now after which no case is started.
-
-    Raises:
-        ValueError: the file to append to is of another format or another machine.
+    append: keep the cases of an existing file, except those measured again; ValueError where it is of another format or
+    another machine. time_limit: seconds from now after which no case is started.
     """
 
     def __init__(self, path: Path | None, append: bool = False, time_limit: float = math.inf) -> None:

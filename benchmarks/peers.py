@@ -49,16 +49,10 @@ def function_case(
     fixed: int = 0,
     **options: Any,
 ) -> Case:
-    """A case of one function.
+    """A case (group, name and size, other options of `Case`) of one function, whose arguments `make` draws.
 
-    Args:
-        name: group, name and size.
-        make: the arguments of a call.
-        plain: the baseline, and in higher precision the right result.
-        peers: the others, by name.
-        dtype: of the results.
-        backward: differentiate in all arguments but the last `fixed`.
-        options: of the case.
+    plain: the baseline, and in higher precision the right result. peers: the others. dtype: of the results.
+    backward: differentiate in all arguments but the last `fixed`.
     """
     wrap: Callable[[Function], Run] = forward_backward if backward else forward
 

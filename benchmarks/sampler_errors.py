@@ -39,9 +39,7 @@ BASE = replace(PUBLISHED, last_step=None)
 class DigitsRuns:
     """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
 
-    Args:
-        num_samples: of every run; scores need 65 or more.
-        keep: folder in which samples are kept, to be read instead of drawn again.
+    num_samples: scores need 65 or more. keep: folder in which samples are kept, to be read instead of drawn again.
     """
 
     def __init__(self, num_samples: int, keep: str | None = None) -> None:

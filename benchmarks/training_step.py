@@ -76,13 +76,8 @@ VARIANTS = (
 
 
 class Setup:
-    """What all variants share.
-
-    Attributes:
-        batch: seeded latents, labels and, with REPA, features, on the host as a loader leaves them.
-        objective: the loss.
-        state: what training changes, by engine; made at the first call.
-    """
+    """What all variants share: a seeded batch, on the host as a loader leaves it; the objective; by engine, made at the
+    first call, the state that training changes."""
 
     def __init__(self, reference: DDT, batch_size: int, repa: bool, device: torch.device) -> None:
         config, generator = reference.config, torch.Generator().manual_seed(0)
@@ -184,11 +179,7 @@ def measure_memory(run: Callable[[], object], device: torch.device) -> tuple[int
 def measure(
     config: DDTConfig, batch_size: int, calls: int, repa: bool, device: torch.device, variants: tuple[Variant, ...]
 ) -> Iterator[dict[str, Any]]:
-    """A row for every variant, the baseline first.
-
-    Raises:
-        ValueError: a variant's gradients are wrong.
-    """
+    """A row for every variant, the baseline first; ValueError where a variant's gradients are wrong."""
     setup = Setup(random_model(config, device=device), batch_size, repa, device)
     steps: dict[Variant, Step] = {}
     errors, first = {}, {}

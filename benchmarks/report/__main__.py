@@ -67,11 +67,8 @@ BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
 
 
 def block_text(name: str, files: Files) -> str:
-    """A block's text, its prose in lines as long as the pages' own.
-
-    Raises:
-        ValueError: a file lacks what the block needs, or has it in another shape.
-    """
+    """A block's text, its prose in lines as long as the pages' own; ValueError where a file lacks what it needs, or has
+    it in another shape."""
     try:
         paragraphs = [p if p[:1] in "|#!" else PROSE.fill(p) for p in BLOCKS[name](files)]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -81,11 +78,8 @@ def block_text(name: str, files: Files) -> str:
 
 
 def updated(page: Path, files: Files) -> tuple[str, list[str]]:
-    """A page with its blocks as the files say, and the names of those that were not.
-
-    Raises:
-        ValueError: a marker without its counterpart, or an unknown name.
-    """
+    """A page with its blocks as the files say, and the names of those that were not; ValueError for a marker without
+    its counterpart, or an unknown name."""
     content, stale = page.read_text(encoding="utf-8"), []
     openings, endings = content.count("<!-- results:"), content.count(END)
     found = list(BLOCK.finditer(content))

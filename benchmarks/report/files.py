@@ -26,17 +26,9 @@ KINDS = {
 
 
 class ResultsFile:
-    """A file of any kind.
+    """A file of one of KINDS, and the record it holds; ValueError where it is of none, or of another format.
 
-    Attributes:
-        path: of the file; name: within the repository, else its name alone; picture: beside it.
-        kind: one of KINDS.
-        record: all that it holds.
-        gpu: whether it was made on one.
-
-    Raises:
-        ValueError: it is of no kind, or of another format.
-        OSError: it cannot be read.
+    name: within the repository, else of the file alone. picture: beside it. gpu: whether it was made on one.
     """
 
     def __init__(self, path: Path) -> None:
