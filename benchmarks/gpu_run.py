@@ -10,7 +10,7 @@ network needed. In this order, each step in a process of its own, so that what b
 
 steps.json says how each step ended. All files are written as the run goes: one that is cut off leaves what it had. A
 step that takes longer than its share of --minutes is stopped. What is not installed is listed first: without
-pytest-benchmark the suite has no tables in its output, without jsonargparse training_step and some tests fail.
+pytest-benchmark the suite prints the report's tables alone, without jsonargparse training_step and some tests fail.
 """
 
 import argparse
