@@ -13,7 +13,6 @@ XL/2 at 256 px with random weights. Three tables:
   what a shortcut costs a trained model.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -207,7 +206,9 @@ class SamplingRuns:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_sampling", description=__doc__.splitlines()[0])
+    from ddt_fast.command import CommandParser  # needs jsonargparse, which a GPU machine may lack
+
+    parser = CommandParser(prog="python -m benchmarks.cpu_sampling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_sampling.json"))
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time, for the published way too")
     parser.add_argument("--calls", type=int, default=5, help="of everything that is timed")

@@ -13,7 +13,6 @@ features.
   pass on, and the peak over forward and backward, gradients included. bf16 copies of weights count, in both.
 """
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -219,7 +218,9 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    from ddt_fast.command import CommandParser  # needs jsonargparse, which a GPU machine may lack
+
+    parser = CommandParser(prog="python -m benchmarks.training_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.json"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 32 on a GPU")
