@@ -22,7 +22,7 @@ from ddt_fast import SamplingConfig, load_model
 from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser
 from ddt_fast.evaluation.digits_score import score_digits
-from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.files import atomic_file, file_sha256, output_folder
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
@@ -81,7 +81,7 @@ def kept_samples(folder: str | None) -> Path | None:
         root = Path(str(package.__file__)).parent
         for file in sorted(root.rglob("*")):
             if file.suffix in (".py", ".safetensors", ".json"):
-                digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
+                digest.update(f"{file.relative_to(root)} {file_sha256(file)}".encode())
     return output_folder(Path(folder) / digest.hexdigest()[:16])
 
 

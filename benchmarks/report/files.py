@@ -1,12 +1,12 @@
 """Results files, told apart by what they hold, and the figures of those that have something to show."""
 
-import hashlib
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import FORMAT
-from ddt_fast.files import atomic_file, read_json
+from ddt_fast.files import atomic_file, file_sha256, read_json
 from ddt_fast.wording import plural
 
 Record = dict[str, Any]
@@ -43,10 +43,6 @@ class ResultsFile:
             raise ValueError(f"{self.name} has format {self.record['format']}; allowed: {FORMAT}")
         self.gpu = bool(self.record["environment"]["gpus"])
 
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
-
     def provenance(self, group: str | None = None) -> str:
         """One line: file, hardware, versions, commit, command; of a suite's group, the commands that measured it."""
         env = self.record["environment"]
@@ -77,7 +73,7 @@ class ResultsFile:
         if not self.picture.is_file():
             return False
         with Image.open(self.picture) as image:
-            return bool(image.info.get("Description") == self.digest)
+            return bool(image.info.get("Description") == file_sha256(self.path))
 
     def draw(self, folder: Path | None = None) -> None:
         """Draw its picture, if it should have one, beside it or into another folder. The picture carries the file's
@@ -95,17 +91,18 @@ class ResultsFile:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
         with atomic_file((folder or self.path.parent) / self.picture.name) as temporary:
-            figure.savefig(temporary, dpi=90, metadata={"Description": self.digest})
+            figure.savefig(temporary, dpi=90, metadata={"Description": file_sha256(self.path)})
 
 
 def _draw_forecast(axis: Any, record: Record) -> None:
     """Median error over cost, by what is held or forecast."""
-    chosen = [r for r in record["results"] if r["group"] in ("encoder, w 2", "guidance", "both") and r["error"] > 0]
-    names = [(r["group"].split(",")[0], r["series"].split(", ")[-1]) for r in chosen]
-    for group, series in dict.fromkeys(names):
-        own = [r for r, name in zip(chosen, names, strict=True) if name == (group, series)]
-        points = sorted((r["tflop_per_image_xl2_256"], r["error_median"]) for r in own)
-        axis.plot(*zip(*points, strict=True), marker="o", label=f"{group}: {series}")
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in record["results"]:
+        if row["group"] in ("encoder, w 2", "guidance", "both") and row["error"] > 0:
+            name = f"{row['group'].split(',')[0]}: {row['series'].split(', ')[-1]}"
+            lines[name].append((row["tflop_per_image_xl2_256"], row["error_median"]))
+    for name, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
 
 
 def _draw_pareto(axis: Any, record: Record) -> None:
