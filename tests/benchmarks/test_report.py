@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from benchmarks import cpu_sampling
+from benchmarks import candidates, cpu_sampling
 from benchmarks.report import __main__ as report
 from benchmarks.report import floors, tables
 from benchmarks.report.files import FOLDER, ROOT, ResultsFile
@@ -155,6 +155,8 @@ def test_other_tables_hold_their_files_numbers(tmp_path):
 
 def test_names_in_tables_are_those_of_what_is_measured():
     assert tables.CPU_SETTINGS.keys() == cpu_sampling.SETTINGS.keys()
+    (record,) = [file.record for file in COMMITTED if file.kind == "candidates"]
+    assert candidates.GUIDANCE.keys() == {row["guidance"] for row in record["errors"]}
 
 
 def test_the_pieces_of_a_step_are_all_of_its_products():
