@@ -20,14 +20,9 @@ from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.sampling.engine import Sampler
 from inception_cases import smooth_images, weights_file
-from sample_jobs import JOB, as_rank, begin, drawn, sample, sample_error, whole, without_ranks
+from sample_jobs import JOB, as_rank, begin, drawn, sample, sample_error, whole
 
 OUTPUTS = ["generation.json", "grid.png", "images", "metrics.json", "samples.npz"]
-
-
-@pytest.fixture(autouse=True)
-def _no_ranks(monkeypatch):
-    without_ranks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +249,7 @@ def test_features_are_kept_only_for_metrics_that_need_them(tmp_path, reference, 
 def test_inception_features(tmp_path):
     np.savez(tmp_path / "reference.npz", arr_0=smooth_images(2, 0, size=8))
     weights = ["--inception-weights", weights_file(), "--metrics", "sfid"]
-    sample(tmp_path / "out", *JOB[2:4], "--num-images", "4", "--evaluate", str(tmp_path / "reference.npz"), *weights)
+    sample(tmp_path / "out", *JOB[2:4], "--num-images", "2", "--evaluate", str(tmp_path / "reference.npz"), *weights)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     files = ["--samples", str(tmp_path / "out" / "samples.npz"), "--reference", str(tmp_path / "reference.npz")]
     evaluate_command.main([*files, *weights, "--output", str(tmp_path / "metrics.json")])
