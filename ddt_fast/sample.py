@@ -12,13 +12,7 @@ from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
-from ddt_fast.sampling_options import (
-    add_checkpoint_options,
-    add_sampling_options,
-    add_solver_options,
-    chosen_checkpoint,
-    given_settings,
-)
+from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_options, chosen_checkpoint, given_settings
 
 if TYPE_CHECKING:
     from ddt_fast.generation.background import OnImages
@@ -30,12 +24,10 @@ def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sample", description=__doc__)
     add_checkpoint_options(parser)
-    add_solver_options(parser)
-    add = parser.add_argument
     parser.add_options(Draws)
-    add_sampling_options(parser, "refresh_every")
+    add = parser.add_argument
+    add_sampling_options(parser, without=("refresh_steps",))
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
-    add_sampling_options(parser, "num_refreshes", "guidance_every", "guidance_forecast", "cuda_graphs")
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
     parser.add_options(Engine, without=("device", "dtype"))
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
