@@ -18,7 +18,7 @@ from ddt_fast.provenance import device_name, weights_sha256
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size
-from ddt_fast.sampling.refresh import resolve_refresh_steps, schedule_cache_path
+from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,11 @@ class LoadedEngine:
     """A model that is ready to draw.
 
     Attributes:
-        model: the model to run.
-        sampling: the sampling settings, with refresh steps chosen.
-        data: how samples become images.
+        sampling: with refresh steps chosen.
         size: height and width of the model's input.
-        batch_size: samples drawn at a time.
         description: the model in words.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model, or to write latents as they are.
         memory_budget: bytes that may be kept between steps, or None.
-        compile: whether to compile the model with torch.compile.
         settings: everything the images depend on, as plain JSON values.
     """
 

@@ -48,7 +48,7 @@ class Assignment:
     """The labels and seeds of a job, in the order of the file of samples.
 
     Attributes:
-        labels, seeds: (N,) int64; sample p is the image of seeds[p] and labels[p].
+        labels, seeds: (N,) int64, of sample p.
         order: (N,) int64; sample p is draw number order[p].
         words: what was asked for, in plain JSON values: part of a job's fingerprint.
         names: label → the class's name, for captions.

@@ -8,7 +8,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from ddt_fast.checks import require, require_path
+from ddt_fast.checks import require_path
+from ddt_fast.pipeline.component import check_loading
 from ddt_fast.weight_files import read_safetensors
 
 _PREFIX = "transformer."
@@ -41,7 +42,10 @@ class LoraPipeline(LoraBaseMixin):
         """
         _require_peft()
         given: Any = pretrained_model_name_or_path_or_dict
-        if not isinstance(given, dict):
+        if isinstance(given, dict):
+            _require_lora(given, "the dict")
+            given = dict(given)
+        else:
             given = require_path("pretrained_model_name_or_path_or_dict", given)
             local = given / (kwargs.get("subfolder") or "")
             if local.is_dir():
@@ -49,11 +53,7 @@ class LoraPipeline(LoraBaseMixin):
             if given.exists():
                 _require_lora(read_safetensors("LoRA", local, "a whole .safetensors file"), str(local))
             given = str(given)
-        else:
-            _require_lora(given, "the dict")
-            given = dict(given)
-        safe = kwargs.pop("use_safetensors", True)
-        require(safe is not False, "use_safetensors", safe, "True, because pickled weights may hold code")
+        check_loading(kwargs)
         options = {"use_safetensors": True, "adapter_name": adapter_name, "_pipeline": self, **kwargs}
         self.transformer.load_lora_adapter(given, prefix=self.transformer_name, **options)
 

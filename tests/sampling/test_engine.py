@@ -200,23 +200,16 @@ def test_encoder_modulations_are_computed_ahead_within_the_budget():
         fitting_batch_size(within.plan, model, 8, 8, 8, 10)
 
 
-def test_a_sampler_draws_one_batch_after_another():
+def test_a_sampler_draws_one_batch_after_another_and_nothing_of_a_broken_one_reaches_the_next():
     model = golden.model(NAME)
-    config = SamplingConfig(num_steps=6, solver="lms", order=3, refresh_every=2, state_forecast="linear")
+    config = SamplingConfig(num_steps=8, solver="lms", order=4, refresh_every=2, state_forecast="quadratic")
     sampler = Sampler(model, config, 3, 8, 8)
     for count in (3, 1, 3):
         noise, labels = torch.randn(count, 4, 8, 8), torch.randint(0, 10, (count,))
-        assert torch.equal(sampler(noise, labels), sample(model, noise, labels, config))
-
-
-def test_nothing_of_a_broken_batch_reaches_the_next():
-    model = golden.model(NAME)
-    config = SamplingConfig(num_steps=8, solver="lms", order=4, refresh_every=2, state_forecast="quadratic")
-    sampler, labels = Sampler(model, config, 2, 8, 8), torch.tensor([1, 2])
-    noise = torch.randn(2, 4, 8, 8)
-    first = sampler(noise, labels)
-    assert not sampler(noise * float("nan"), labels).isfinite().any()
-    assert torch.equal(sampler(noise, labels), first)
+        expected = sample(model, noise, labels, config)
+        assert torch.equal(sampler(noise, labels), expected)
+        assert not sampler(noise * float("nan"), labels).isfinite().any()
+        assert torch.equal(sampler(noise, labels), expected)
 
 
 def test_inference_mode_and_autocast_around_a_call_change_nothing():
