@@ -13,21 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddt_fast.command import run_command
-from ddt_fast.demo import __main__ as command
 from ddt_fast.demo.requests import EMBEDDED_NAME, load_models
 
 MAX_IMAGES, MAX_STEPS = 12, 40
-
-
-def error_line(capsys, *arguments: str) -> str:
-    """What the command says when it must fail, on its only line."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: command.main(arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def values(**changes: Any) -> list[Any]:

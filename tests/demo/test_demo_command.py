@@ -9,14 +9,15 @@ import urllib.request
 import pytest
 
 from ddt_fast.demo import __main__ as command
-from demo_cases import error_line, free_port, values, wait_until
+from demo_cases import free_port, values, wait_until
+from sample_jobs import error_line
 
 
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "ddt_fast.demo.page", raising=False)
     monkeypatch.delitem(sys.modules, "ddt_fast.demo.drawing", raising=False)
-    line = error_line(capsys)
+    line = error_line(capsys, command.main, [])
     assert line.startswith("error: the demo needs gradio (")
     assert line.endswith('; pip install ".[demo]" in the checkout')
 
@@ -34,7 +35,7 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     ],
 )
 def test_wrong_options_are_one_line(capsys, arguments, message):
-    assert message in error_line(capsys, *arguments)
+    assert message in error_line(capsys, command.main, arguments)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
     pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        line = error_line(capsys, *(argument.format(taken=taken) for argument in arguments))
+        line = error_line(capsys, command.main, [argument.format(taken=taken) for argument in arguments])
     assert message.format(taken=taken) in line
 
 
