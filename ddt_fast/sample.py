@@ -34,7 +34,8 @@ def build_parser() -> CommandParser:
     parser.add_options(Outputs)
     add("--evaluate", type=str, metavar="REFERENCE", help="score the samples against an npz or a folder of images")
     parser.add_options(Scoring, *_SCORING)
-    add("--evaluate-features", choices=get_args(Features), help="default: inception; pixels: images of up to 64x64")
+    kinds = "default: inception; pixels: images of up to 64x64"
+    add("--evaluate-features", dest="features", choices=get_args(Features), help=kinds)
     return parser
 
 
@@ -71,15 +72,12 @@ def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = 
 
 def _scoring(options: Any) -> Scoring | None:
     """The scoring that the options ask for; ValueError for a wrong value, or for options without a reference."""
-    given = {name: getattr(options, name) for name in _SCORING}
+    given = {name: getattr(options, name) for name in (*_SCORING, "features")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
-    if options.evaluate_features is not None:
-        given["features"] = options.evaluate_features
     if options.evaluate is not None:
         return Scoring(options.evaluate, **given)
     if given:
-        name = next(iter(given)).replace("features", "evaluate_features")
-        raise ValueError(f"`{name}` is for `evaluate`, which is not given")
+        raise ValueError(f"`{next(iter(given))}` is for `evaluate`, which is not given")
     return None
 
 

@@ -16,8 +16,8 @@ _PREFIX = "transformer."
 
 
 class LoraPipeline(LoraBaseMixin):
-    """The part of `DDTPipeline` that reads and writes LoRA adapters; `unload_lora_weights`, `set_adapters`, `fuse_lora`
-    and the others are diffusers'."""
+    """The part of `DDTPipeline` that reads and writes LoRA adapters. `unload_lora_weights`, after which the transformer
+    is as before and fused again, `set_adapters`, `fuse_lora` and the others are diffusers'."""
 
     _lora_loadable_modules = ["transformer"]  # noqa: RUF012, attributes of diffusers' class
     transformer_name = "transformer"
@@ -40,7 +40,8 @@ class LoraPipeline(LoraBaseMixin):
         Raises:
             ValueError: peft is missing, the file is damaged or not safetensors, or holds no LoRA of a transformer.
         """
-        _require_peft()
+        if not is_peft_available():
+            raise ValueError("LoRA adapters need peft: pip install peft")
         given: Any = pretrained_model_name_or_path_or_dict
         if isinstance(given, dict):
             _require_lora(given, "the dict")
@@ -89,16 +90,6 @@ class LoraPipeline(LoraBaseMixin):
             is_main_process=is_main_process,
             weight_name=weight_name or LORA_WEIGHT_NAME_SAFE,
         )
-
-    def unload_lora_weights(self) -> None:
-        """Remove all adapters: the transformer is as before, and fused again."""
-        _require_peft()
-        super().unload_lora_weights()
-
-
-def _require_peft() -> None:
-    if not is_peft_available():
-        raise ValueError("LoRA adapters need peft: pip install peft")
 
 
 def _require_lora(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -118,11 +118,8 @@ def test_parts_are_saved_as_diffusers_does(pipe, tmp_path, embedded):
     assert len(list(folder.glob("diffusion_pytorch_model.fp16-*.safetensors"))) > 3
     loaded = DDTTransformer2DModel.from_pretrained(folder, variant="fp16", torch_dtype=torch.float32)
     assert_same(loaded.state_dict(), embedded)
-    for part in (
-        pipe.transformer,
-        pipe.scheduler,
-    ):  # as diffusers' push_to_hub calls it, and with an upload's arguments
-        part.save_pretrained(tmp_path / "a", max_shard_size="5GB", safe_serialization=True, variant=None)
+    for part in (pipe.transformer, pipe.scheduler):
+        part.save_pretrained(tmp_path / "a", safe_serialization=True)  # so do diffusers' uploads
         upload = {"repo_id": "user/digits", "private": True, "token": None, "commit_message": "x"}
         part.save_pretrained(str(tmp_path / "a"), push_to_hub=False, **upload)
     assert {"config.json", "scheduler_config.json"} <= {path.name for path in (tmp_path / "a").iterdir()}
