@@ -40,12 +40,7 @@ def build_parser() -> CommandParser:
 
 
 def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = None) -> None:
-    """Parse, sample, write, report.
-
-    Args:
-        arguments: the command line; None takes this process's.
-        on_images: as for `generate`.
-    """
+    """Parse, sample, write, report; `on_images` as for `generate`."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():

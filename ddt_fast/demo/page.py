@@ -36,16 +36,11 @@ _CSS = """
 
 
 class Demo:
-    """Draws for the page's clients; each model draws one request at a time.
-
-    Args:
-        models: the models to choose from; the first is selected.
-        max_images, max_steps: limits of a request.
+    """Draws for the page's clients, each model one request at a time in a thread of its own; the first is selected.
 
     Attributes:
         page: the page to launch.
         fields: the components that a client sends, in this order: the fields of `SamplingConfig` under their names.
-        threads: one thread per model, which draws.
         reports: reports of the requests that draw or wait for their model.
     """
 

@@ -146,11 +146,7 @@ class JobFolder:
 
     def finish(self, assignment: Assignment, about: dict[str, Any]) -> dict[str, Any] | None:
         """Write samples.npz, grid.png, images/ and generation.json once the shards of all processes are there, and
-        return the record; None while other processes are still working.
-
-        Args:
-            assignment: labels and seeds of the samples.
-            about: plain JSON values for the record.
+        return the record, which holds `about`; None while other processes are still working.
 
         Raises:
             DamagedShardError: a shard of another process does not hold what was written; it is removed.

@@ -62,14 +62,8 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings. ValueError if
-        an argument is not a setting and would not be returned, or a value is not allowed.
-
-        Args:
-            config: the settings by name.
-            return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
-            kwargs: settings that override those in config.
-        """
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings, overridden by
+        kwargs. ValueError if one of these is not a setting and would not be returned, or a value is not allowed."""
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:
             require_arguments(cls.__name__, kwargs, list(signature(cls).parameters))

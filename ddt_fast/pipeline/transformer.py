@@ -156,12 +156,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
 
 
 def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
-    """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made.
-
-    Args:
-        folder: the folder of config.json and safetensors.
-        given: arguments of `from_pretrained`: settings that override those in the folder, and the variant.
-    """
+    """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made. Settings in
+    `given`, arguments of `from_pretrained`, override the folder's."""
     entries = {**read_json(folder / CONFIG_NAME), **given}
     if entries.get("quantization_config") and not given.get("quantization_config"):
         raise ValueError(f"{folder / CONFIG_NAME}: quantization_config is set; expected weights that are not quantised")

@@ -35,7 +35,7 @@ def models(*checkpoints: Path | str) -> dict[str, Any]:
 
 
 @contextmanager
-def served(models: dict[str, Any], folder: Path, concurrent: int) -> Iterator[Any]:
+def served(models: dict[str, Any], folder: Path) -> Iterator[Any]:
     """A `Demo` of these models, served on loopback with a queue of one; images go into the folder, and a comparison
     runs once."""
     from ddt_fast.demo import drawing, page
@@ -43,7 +43,6 @@ def served(models: dict[str, Any], folder: Path, concurrent: int) -> Iterator[An
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
         patch.setattr(drawing, "_TIMED_RUNS", 1)
-        patch.setattr(page, "CONCURRENT", concurrent)
         demo = page.Demo(models, MAX_IMAGES, MAX_STEPS)
         page.serve(demo, 1, server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True)
         yield demo

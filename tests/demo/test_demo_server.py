@@ -21,10 +21,7 @@ gradio_client = pytest.importorskip("gradio_client")
 import httpx  # noqa: E402
 
 from ddt_fast.demo import drawing  # noqa: E402
-from ddt_fast.demo.page import Demo  # noqa: E402
-
-CONCURRENT = 3
-"""Requests that draw or wait for their model here."""
+from ddt_fast.demo.page import CONCURRENT, Demo  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latent")
     DDTPipeline.from_pretrained(latent_folder(folder)).save_pretrained(folder / "saved")
     loaded = models(folder / "saved")
-    with served({"digits": loaded.pop("digits"), **loaded}, folder, CONCURRENT) as demo:
+    with served({"digits": loaded.pop("digits"), **loaded}, folder) as demo:
         yield demo
 
 
