@@ -122,8 +122,8 @@ def per_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
 ) -> list[torch.Generator]:
     """One generator per sample. A single generator serves the samples in turn, so that the first sample does not depend
-    on their number; None is torch's default generator on the CPU. ValueError unless there are `count`, all on the CPU or
-    all on `device`, where samples are drawn."""
+    on their number; None is torch's default generator on the CPU. ValueError unless there are `count` generators, all
+    on the CPU or all on `device`, where samples are drawn."""
     if generator is None:
         generator = torch.default_generator
     generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count
