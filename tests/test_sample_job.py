@@ -136,6 +136,13 @@ def test_published_ways_to_name_a_job(tmp_path, arguments, pairs):
         assert list(zip(saved["labels"].tolist(), saved["seeds"].tolist(), strict=True)) == pairs
 
 
+def test_a_flag_that_is_not_given_leaves_the_checkpoints_own_setting(tmp_path):
+    model = DDT(read_experiment(EMBEDDED_CHECKPOINT).model)
+    save_model(model, tmp_path / "model", DataConfig(), SamplingConfig(num_steps=1, cuda_graphs=True))
+    with pytest.warns(UserWarning, match="cuda_graphs is set, but the model is on cpu"):
+        sample(tmp_path / "out", "--checkpoint", str(tmp_path / "model"), "--device", "cpu", "--num-images", "1")
+
+
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory) -> str:
     return small_autoencoder(tmp_path_factory.mktemp("vae"))

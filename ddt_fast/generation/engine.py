@@ -30,7 +30,6 @@ class LoadedEngine:
         size: height and width of the model's input.
         description: the model in words.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model, or to write latents as they are.
-        memory_budget: bytes that may be kept between steps, or None.
         settings: everything the images depend on, as plain JSON values.
     """
 
@@ -41,8 +40,7 @@ class LoadedEngine:
     batch_size: int
     description: str
     decode: Decoder | None
-    memory_budget: int | None
-    compile: bool
+    asked: Engine
     settings: dict[str, Any]
 
     @property
@@ -67,8 +65,8 @@ class LoadedEngine:
             self.sampling,
             self.batch_size,
             *self.size,
-            memory_budget=self.memory_budget,
-            compile_model=self.compile,
+            memory_budget=self.asked.budget_bytes,
+            compile_model=self.asked.compile,
         )
 
     def made_with(self, sampler: Sampler, ranks: Ranks) -> dict[str, Any]:
@@ -112,7 +110,7 @@ def load_engine(
             fit in the memory budget.
         OSError: a file cannot be read.
     """
-    data, budget = experiment.data, engine.budget_bytes
+    data = experiment.data
     size = data.input_size(draws.height, draws.width, experiment.model.patch_size)
     # Between int8 GEMMs, float32 is faster.
     latents = data.in_latents(experiment.model.in_channels)
@@ -122,9 +120,9 @@ def load_engine(
     if sampling.refresh_steps == "dp":
         sampling = resolve_refresh_steps(reference, sampling, *size, schedule_cache_path(checkpoint))
     batch_size = min(engine.batch_size, count)
-    if budget is not None:
+    if engine.budget_bytes is not None:
         plan, asked = SamplingPlan.from_config(sampling), batch_size
-        batch_size = fitting_batch_size(plan, model, asked, *size, budget)
+        batch_size = fitting_batch_size(plan, model, asked, *size, engine.budget_bytes)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
     decode = decode or open_decoder(experiment, device)
@@ -136,8 +134,7 @@ def load_engine(
         batch_size,
         description,
         decode,
-        budget,
-        engine.compile,
+        engine,
         {
             "image_size": data.image_size,
             "model": asdict(experiment.model),

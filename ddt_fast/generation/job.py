@@ -172,7 +172,7 @@ class Job:
             self.scorer.begin(self.folder)
             hooks.append(self.scorer.take)
         if self.folder.todo:
-            compilation = CompilationNotice(self.engine.compile and self.folder.ranks.rank == 0)
+            compilation = CompilationNotice(self.engine.asked.compile and self.folder.ranks.rank == 0)
             sampler = self.engine.sampler()
             self._announce_sampler(sampler)
             self._draw(sampler, hooks, compilation)

@@ -71,9 +71,7 @@ class Assignment:
 
     def first_draws(self, count: int) -> IntArray:
         """The positions of the first `count` draws, or of all: they are balanced over the classes."""
-        positions = np.empty(len(self), dtype=np.int64)
-        positions[self.order] = np.arange(len(self))
-        return positions[:count]
+        return np.argsort(self.order)[:count]
 
 
 def assign(draws: Draws, names: ClassNames, default_count: int) -> Assignment:
