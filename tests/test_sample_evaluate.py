@@ -47,6 +47,10 @@ def expected(tmp_path_factory, reference) -> dict:
     return evaluated(tmp_path_factory.mktemp("expected"), whole(), reference)
 
 
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def scoring(reference: str) -> list[str]:
     return [*JOB, "--evaluate", reference, "--evaluate-features", "pixels"]
 
@@ -107,10 +111,7 @@ def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, referen
 def test_a_finished_job_is_scored_without_drawing(tmp_path, reference, expected, monkeypatch):
     sample(tmp_path, *JOB)
 
-    def none(*_: object, **__: object) -> None:
-        raise AssertionError("sampled again")
-
-    monkeypatch.setattr(Sampler, "__init__", none)
+    monkeypatch.setattr(Sampler, "__init__", lambda *_, **__: pytest.fail("sampled again"))
     as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
     assert not (tmp_path / "metrics.json").exists(), "one process scores, and that is rank 0"
     as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
@@ -182,9 +183,6 @@ def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expec
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while drawing", "before scoring"])
 def test_a_stopped_job_that_is_continued_has_the_same_scores(tmp_path, reference, expected, monkeypatch, moment):
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     if moment == "while drawing":
         begin(tmp_path, 3, *scoring(reference))
     else:
@@ -203,10 +201,6 @@ def test_a_process_continues_though_another_finishes_the_job_and_removes_the_sha
     tmp_path, reference, expected, monkeypatch, moment
 ):
     """All shards are there; rank 1 merges them while rank 0 looks through its own, the last of which is 6."""
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     for rank in (0, 1):
         with monkeypatch.context() as patch:
             patch.setattr(JobFolder, "finish", stop)
@@ -258,6 +252,9 @@ def test_inception_features(tmp_path):
     assert found["features"] == expected["features"]
 
 
+NO_WEIGHTS = ["--inception-weights", "no.pth"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -266,11 +263,8 @@ def test_inception_features(tmp_path):
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
         (["--metrics", "sfid"], "sfid cannot be computed: these features have no part for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
-        (
-            ["--evaluate-features", "inception", "--inception-weights", "no.pth"],
-            "Inception weights file no.pth does not exist",
-        ),
-        (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),
+        (["--evaluate-features", "inception", *NO_WEIGHTS], "Inception weights file no.pth does not exist"),
+        (NO_WEIGHTS, "--inception-weights is for inception features, not for pixels"),
         (["--center-crop", "8"], "--center-crop is for folders of images; "),
     ],
 )
@@ -298,14 +292,9 @@ def test_unreadable_images_of_the_reference_stop_the_job_or_are_listed(tmp_path,
 
 
 def test_options_without_evaluate_and_a_folder_in_the_way(tmp_path, reference, capsys):
-    for option in (
-        "--metrics=fid",
-        "--center-crop=8",
-        "--inception-weights=x.pth",
-        "--skip-unreadable",
-        "--evaluate-features=pixels",
-    ):
-        line = sample_error(capsys, tmp_path, *JOB, *option.split("="))
-        assert f"{option.split('=')[0]} is for --evaluate, which is not given" in line
+    alone = "--metrics fid, --center-crop 8, --inception-weights x.pth, --skip-unreadable, --evaluate-features pixels"
+    for words in map(str.split, alone.split(",")):
+        line = sample_error(capsys, tmp_path, *JOB, *words)
+        assert f"{words[0]} is for --evaluate, which is not given" in line
     (tmp_path / "metrics.json").mkdir()
     assert "metrics.json is a folder; a file of that name" in sample_error(capsys, tmp_path, *scoring(reference))
