@@ -138,13 +138,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             return super().to(*args, **kwargs)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if accelerate is
-        missing, or there is no GPU.
-
-        Args:
-            gpu_id: the number of the GPU; None for the first.
-            device: the device; None for the GPU.
-        """
+        """As in diffusers: keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if
+        accelerate is missing, or there is no GPU."""
         if not is_accelerate_available():
             raise ValueError("enable_model_cpu_offload needs accelerate: pip install accelerate")
         if device is None and get_device() == "cpu":
@@ -279,12 +274,10 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         count: int,
         shape: tuple[int, int, int],
     ) -> tuple[Tensor, list[torch.Generator], list[str]]:
-        """The noise to start from, `latents` if given, the generator of each sample, and what to call it in an
-        error."""
+        """The noise to start from, `latents` if given, each sample's generator, and what to call it in an error."""
         generators = per_sample(generator, count, self.transformer.device)
         whose = _sample_names(generators if latents is None and generator is not None else [], count)
-        if latents is None:
-            latents = normal(shape, generators)
+        latents = normal(shape, generators) if latents is None else latents
         _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
         return latents, generators, whose
 
@@ -297,8 +290,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         call: StepCallback | None,
         names: list[str],
     ) -> Tensor:
-        """The samples; every step advances the bar, passes the tensors of these names to `call`, diffusers'
-        callback_on_step_end, and takes back what it returns."""
+        """The samples; every step advances the bar and passes the tensors of these names to `call`, diffusers'
+        callback_on_step_end."""
         times = torch.tensor([step.t for step in sampler.plan.steps])
 
         def progress(done: int, x: Tensor) -> None:

@@ -12,6 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
+from ddt_fast.sampling.noise import normal
+
 
 @dataclass(frozen=True)
 class StepCoefficients:
@@ -20,6 +25,15 @@ class StepCoefficients:
     velocity_coefficients: tuple[float, ...]
     x_coefficient: float = 1.0
     noise_coefficient: float = 0.0
+
+    def advance(self, x: Tensor, velocities: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        """x at the next time, from the velocities, newest first, and noise of the generators, one per sample."""
+        after = self.x_coefficient * x
+        for weight, velocity in zip(self.velocity_coefficients, velocities, strict=False):
+            after = after + weight * velocity
+        if self.noise_coefficient:
+            after = after + self.noise_coefficient * normal(x.shape[1:], generators).to(x.device)
+        return after
 
 
 def euler(times: Sequence[float]) -> list[StepCoefficients]:

@@ -142,6 +142,9 @@ def test_every_plan_can_be_executed(config):
                 assert len(branch.state_weights) <= min(states[name], built.state_history)
                 assert sum(branch.state_weights) == pytest.approx(1, abs=1e-6)
         differences += step.uncond is not None and step.uncond.decode
+        if built.cached_branches == 2 and step.uncond is not None:  # refreshed together
+            assert step.uncond.encode == step.cond.encode
+            assert not step.uncond.decode or step.uncond.state_weights == step.cond.state_weights
         velocities += 1
         assert step.cond.decode
         assert len(step.coefficients.velocity_coefficients) <= min(velocities, built.velocity_history)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddt_fast.checks import require_int
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.sampling.noise import normal, seeded_noise
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.plan import SamplingPlan
 
 _STATE_BYTES = 2 * 2**30
@@ -124,10 +124,7 @@ def _run(
             found.append(state)
         torch.cat([state.flatten(0, 1) for state in found], out=states[i])
         velocities = [v, *velocities][: plan.velocity_history]
-        c = step.coefficients
-        x = c.x_coefficient * x + sum(w * v for w, v in zip(c.velocity_coefficients, velocities, strict=False))
-        if c.noise_coefficient:
-            x = x + c.noise_coefficient * normal(shape, generators).to(device)
+        x = step.coefficients.advance(x, velocities, generators)
         if progress is not None:
             progress()
     return states
