@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from ddt_fast.checks import require, require_choices_and_flags, require_int, require_name, require_number, require_pair
 
-Solver = Literal["euler", "lms", "sde"]
+Solver = Literal["euler", "lms", "pec", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
 StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]

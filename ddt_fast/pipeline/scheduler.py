@@ -121,7 +121,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             due = f"{steps[self._index].t:g}" if self._index < len(steps) else "none, call set_timesteps"
             raise ValueError(f"timestep is {float(timestep):g}; allowed at step {self._index}: {due}")
         coefficients = steps[self._index].coefficients
-        self._velocities = [model_output.float(), *self._velocities][: self._plan.velocity_history]
+        self._velocities = [model_output.float(), *self._velocities][: self._plan.velocity_history + 1]
         x = coefficients.x_coefficient * sample.float()
         for weight, velocity in zip(coefficients.velocity_coefficients, self._velocities, strict=False):
             x = x + weight * velocity
