@@ -26,7 +26,7 @@ from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling.refresh import resolve_refresh_steps
+from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_kernels import Cost
 
 TINY = DDTConfig(4, 2, 192, 6, 6, 4, num_classes=1000)

@@ -12,13 +12,7 @@ from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
 from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
-from ddt_fast.sampling_options import (
-    add_checkpoint_options,
-    add_sampling_options,
-    add_solver_options,
-    chosen_checkpoint,
-    given_settings,
-)
+from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_options, chosen_checkpoint, given_settings
 
 if TYPE_CHECKING:
     from ddt_fast.generation.background import OnImages
@@ -30,29 +24,23 @@ def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sample", description=__doc__)
     add_checkpoint_options(parser)
-    add_solver_options(parser)
-    add = parser.add_argument
     parser.add_options(Draws)
-    add_sampling_options(parser, "refresh_every")
+    add = parser.add_argument
+    add_sampling_options(parser, without=("refresh_steps",))
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
-    add_sampling_options(parser, "num_refreshes", "guidance_every", "guidance_forecast", "cuda_graphs")
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
     parser.add_options(Engine, without=("device", "dtype"))
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
     parser.add_options(Outputs)
     add("--evaluate", type=str, metavar="REFERENCE", help="score the samples against an npz or a folder of images")
     parser.add_options(Scoring, *_SCORING)
-    add("--evaluate-features", choices=get_args(Features), help="default: inception; pixels: images of up to 64x64")
+    kinds = "default: inception; pixels: images of up to 64x64"
+    add("--evaluate-features", dest="features", choices=get_args(Features), help=kinds)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = None) -> None:
-    """Parse, sample, write, report.
-
-    Args:
-        arguments: the command line; None takes this process's.
-        on_images: as for `generate`.
-    """
+    """Parse, sample, write, report; `on_images` as for `generate`."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
@@ -79,15 +67,12 @@ def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = 
 
 def _scoring(options: Any) -> Scoring | None:
     """The scoring that the options ask for; ValueError for a wrong value, or for options without a reference."""
-    given = {name: getattr(options, name) for name in _SCORING}
+    given = {name: getattr(options, name) for name in (*_SCORING, "features")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
-    if options.evaluate_features is not None:
-        given["features"] = options.evaluate_features
     if options.evaluate is not None:
         return Scoring(options.evaluate, **given)
     if given:
-        name = next(iter(given)).replace("features", "evaluate_features")
-        raise ValueError(f"`{name}` is for `evaluate`, which is not given")
+        raise ValueError(f"`{next(iter(given))}` is for `evaluate`, which is not given")
     return None
 
 

@@ -1,5 +1,6 @@
-"""Options that the commands `sample` and `sharing` share: the checkpoint, and how to integrate it."""
+"""Options that the commands `sample` and `sharing` share: the checkpoint, and the settings of sampling."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,6 @@ from ddt_fast.generation.settings import Engine
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, experiment_of, resolve_checkpoint
 from ddt_fast.presets import PRESETS
 
-_SOLVER = ("num_steps", "guidance_scale", "guidance_interval", "timeshift", "last_step", "solver")
-_SOLVER_DETAILS = ("order", "diffusion", "diffusion_scale", "state_forecast")
-
 
 def add_checkpoint_options(parser: CommandParser) -> None:
     """Add the checkpoint, the device and the dtype."""
@@ -22,15 +20,11 @@ def add_checkpoint_options(parser: CommandParser) -> None:
     parser.add_options(Engine, "device", "dtype")
 
 
-def add_solver_options(parser: CommandParser) -> None:
-    """Add how the model is integrated."""
-    add_sampling_options(parser, *_SOLVER, *_SOLVER_DETAILS)
-
-
-def add_sampling_options(parser: CommandParser, *names: str) -> None:
-    """Add options for fields of `SamplingConfig`; one that is not given is None, for the checkpoint's own setting."""
-    words = {"last_step": "length of the final step before the shift; 0: as long as the others"}
-    parser.add_options(SamplingConfig, *names, words=words, default=None)
+def add_sampling_options(parser: CommandParser, without: Collection[str] = (), **words: str) -> None:
+    """Add an option for every other field of `SamplingConfig`, described by `words` or its docstring; one that is not
+    given is None, for the checkpoint's own setting."""
+    words = {"last_step": "length of the final step before the shift; 0: as long as the others", **words}
+    parser.add_options(SamplingConfig, without=without, words=words, default=None)
 
 
 def chosen_checkpoint(options: Any) -> tuple[Path, Experiment]:
@@ -40,5 +34,6 @@ def chosen_checkpoint(options: Any) -> tuple[Path, Experiment]:
 
 
 def given_settings(options: Any) -> dict[str, Any]:
-    """The options that are fields of `SamplingConfig`, for `SamplingConfig.override`."""
-    return {setting.name: getattr(options, setting.name, None) for setting in fields(SamplingConfig)}
+    """The options that are fields of `SamplingConfig`, for `SamplingConfig.override`; None, if not given."""
+    given = {setting.name: getattr(options, setting.name, None) for setting in fields(SamplingConfig)}
+    return {name: None if value is False else value for name, value in given.items()}

@@ -9,7 +9,7 @@ from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
-from ddt_fast.sampling_options import add_checkpoint_options, add_solver_options, chosen_checkpoint, given_settings
+from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_options, chosen_checkpoint, given_settings
 
 if TYPE_CHECKING:
     from ddt_fast.work.sharing import Study
@@ -19,10 +19,10 @@ def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
     add_checkpoint_options(parser)
-    add_solver_options(parser)
+    unread = ("refresh_every", "refresh_steps", "num_refreshes", "guidance_forecast", "cuda_graphs")
+    rare = "above 1, the unconditional branch shares no states and is not compared"
+    add_sampling_options(parser, unread, guidance_every=rare)
     parser.add_options(study_refreshes, "num_refreshes", "num_samples", "output_dir")
-    words = {"guidance_every": "above 1, the unconditional branch shares no states and is not compared"}
-    parser.add_options(SamplingConfig, "guidance_every", words=words, default=None)
     return parser
 
 

@@ -21,12 +21,6 @@ JOB = ["--num-images", "123", "--num-steps", "1", "--shard-size", "20", "--batch
 OUTPUTS = ["generation.json", "grid.png", "images", "samples.npz"]
 
 
-def without_ranks(monkeypatch) -> None:
-    """As if no launcher had started this process."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def as_rank(monkeypatch, rank: int, world_size: int, folder: Path, *arguments: str) -> None:
     """Run the command as one of several processes."""
     with monkeypatch.context() as patch:
@@ -98,6 +92,7 @@ def begin(folder: Path, count: int, *arguments: str) -> list[Path]:
 
 def drawn(monkeypatch) -> list[int]:
     """A list that gets the size of every batch drawn from now on."""
+    whole()  # what a test compares with is not counted
     sizes: list[int] = []
     call = Sampler.__call__
 

@@ -20,14 +20,9 @@ from ddt_fast.generation.folder import JobFolder
 from ddt_fast.generation.images import to_uint8
 from ddt_fast.sampling.engine import Sampler
 from inception_cases import smooth_images, weights_file
-from sample_jobs import JOB, as_rank, begin, drawn, sample, sample_error, whole, without_ranks
+from sample_jobs import JOB, as_rank, begin, drawn, sample, sample_error, whole
 
 OUTPUTS = ["generation.json", "grid.png", "images", "metrics.json", "samples.npz"]
-
-
-@pytest.fixture(autouse=True)
-def _no_ranks(monkeypatch):
-    without_ranks(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +45,10 @@ def evaluated(folder: Path, samples: Path, reference: str) -> dict:
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, reference) -> dict:
     return evaluated(tmp_path_factory.mktemp("expected"), whole(), reference)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def scoring(reference: str) -> list[str]:
@@ -112,10 +111,7 @@ def test_a_folder_of_several_sizes_is_a_reference_when_cropped(tmp_path, referen
 def test_a_finished_job_is_scored_without_drawing(tmp_path, reference, expected, monkeypatch):
     sample(tmp_path, *JOB)
 
-    def none(*_: object, **__: object) -> None:
-        raise AssertionError("sampled again")
-
-    monkeypatch.setattr(Sampler, "__init__", none)
+    monkeypatch.setattr(Sampler, "__init__", lambda *_, **__: pytest.fail("sampled again"))
     as_rank(monkeypatch, 1, 2, tmp_path, *scoring(reference))
     assert not (tmp_path / "metrics.json").exists(), "one process scores, and that is rank 0"
     as_rank(monkeypatch, 0, 2, tmp_path, *scoring(reference))
@@ -187,9 +183,6 @@ def test_a_process_that_saves_too_late_leaves_nothing(tmp_path, reference, expec
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while drawing", "before scoring"])
 def test_a_stopped_job_that_is_continued_has_the_same_scores(tmp_path, reference, expected, monkeypatch, moment):
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     if moment == "while drawing":
         begin(tmp_path, 3, *scoring(reference))
     else:
@@ -208,10 +201,6 @@ def test_a_process_continues_though_another_finishes_the_job_and_removes_the_sha
     tmp_path, reference, expected, monkeypatch, moment
 ):
     """All shards are there; rank 1 merges them while rank 0 looks through its own, the last of which is 6."""
-
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
     for rank in (0, 1):
         with monkeypatch.context() as patch:
             patch.setattr(JobFolder, "finish", stop)
@@ -254,13 +243,16 @@ def test_features_are_kept_only_for_metrics_that_need_them(tmp_path, reference, 
 def test_inception_features(tmp_path):
     np.savez(tmp_path / "reference.npz", arr_0=smooth_images(2, 0, size=8))
     weights = ["--inception-weights", weights_file(), "--metrics", "sfid"]
-    sample(tmp_path / "out", *JOB[2:4], "--num-images", "4", "--evaluate", str(tmp_path / "reference.npz"), *weights)
+    sample(tmp_path / "out", *JOB[2:4], "--num-images", "2", "--evaluate", str(tmp_path / "reference.npz"), *weights)
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     files = ["--samples", str(tmp_path / "out" / "samples.npz"), "--reference", str(tmp_path / "reference.npz")]
     evaluate_command.main([*files, *weights, "--output", str(tmp_path / "metrics.json")])
     expected = json.loads((tmp_path / "metrics.json").read_text())
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
     assert found["features"] == expected["features"]
+
+
+NO_WEIGHTS = ["--inception-weights", "no.pth"]
 
 
 @pytest.mark.parametrize(
@@ -271,11 +263,8 @@ def test_inception_features(tmp_path):
         (["--evaluate", "{statistics}", "--metrics", "recall"], "recall cannot be computed: reference: "),
         (["--metrics", "sfid"], "sfid cannot be computed: these features have no part for sFID"),
         (["--num-images", "1"], "fid cannot be computed: samples: 1 image; 2 or more are needed"),
-        (
-            ["--evaluate-features", "inception", "--inception-weights", "no.pth"],
-            "Inception weights file no.pth does not exist",
-        ),
-        (["--inception-weights", "no.pth"], "--inception-weights is for inception features, not for pixels"),
+        (["--evaluate-features", "inception", *NO_WEIGHTS], "Inception weights file no.pth does not exist"),
+        (NO_WEIGHTS, "--inception-weights is for inception features, not for pixels"),
         (["--center-crop", "8"], "--center-crop is for folders of images; "),
     ],
 )
@@ -303,14 +292,9 @@ def test_unreadable_images_of_the_reference_stop_the_job_or_are_listed(tmp_path,
 
 
 def test_options_without_evaluate_and_a_folder_in_the_way(tmp_path, reference, capsys):
-    for option in (
-        "--metrics=fid",
-        "--center-crop=8",
-        "--inception-weights=x.pth",
-        "--skip-unreadable",
-        "--evaluate-features=pixels",
-    ):
-        line = sample_error(capsys, tmp_path, *JOB, *option.split("="))
-        assert f"{option.split('=')[0]} is for --evaluate, which is not given" in line
+    alone = "--metrics fid, --center-crop 8, --inception-weights x.pth, --skip-unreadable, --evaluate-features pixels"
+    for words in map(str.split, alone.split(",")):
+        line = sample_error(capsys, tmp_path, *JOB, *words)
+        assert f"{words[0]} is for --evaluate, which is not given" in line
     (tmp_path / "metrics.json").mkdir()
     assert "metrics.json is a folder; a file of that name" in sample_error(capsys, tmp_path, *scoring(reference))

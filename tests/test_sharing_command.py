@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from ddt_fast import sharing
 from ddt_fast.model import DDT
 from ddt_fast.presets import PRESETS
-from ddt_fast.sampling.refresh import optimal_refresh_steps, uniform_refresh_steps
+from ddt_fast.sampling.refresh.search import optimal_refresh_steps, uniform_refresh_steps
 from sample_jobs import error_line
 
 
@@ -84,18 +84,21 @@ def test_any_budget_and_weights_without_config(tmp_path, monkeypatch, arguments,
     assert len(run(tmp_path, *arguments)["chosen"]["refresh_steps"]) == refreshes
 
 
-@pytest.mark.slow
-def test_every_option_reaches_the_probe_or_the_search(tmp_path):
-    plain = ["--num-steps", "10", "--num-refreshes", "4", "--num-samples", "2", "--solver", "euler"]
-    variants = [
-        *("", "--num-refreshes 6", "--num-samples 3", "--num-steps 11", "--guidance-scale 4"),
-        *("--guidance-interval 0.1 0.6", "--timeshift 2", "--last-step 0.3", "--solver lms", "--solver lms --order 4"),
-        *("--solver sde", "--solver sde --diffusion constant", "--solver sde --diffusion-scale 0.5"),
-        *("--state-forecast linear", "--state-forecast quadratic", "--guidance-every 3", "--dtype bfloat16"),
-    ]
-    found = [run(tmp_path, *plain, *variant.split()) for variant in variants]
-    outcomes = {json.dumps([content["similarity"], content["chosen"]]) for content in found}
-    assert len(outcomes) == len(variants)
+def test_every_option_reaches_the_study(tmp_path):
+    integrated = "--num-steps 10 --guidance-scale 4 --guidance-interval 0.1 0.6 --timeshift 2 --last-step 0.3"
+    solved = "--solver sde --order 4 --diffusion constant --diffusion-scale 0.5 --state-forecast linear"
+    rare = "--guidance-every 3 --num-refreshes 4 --num-samples 2"
+    found = run(tmp_path, *integrated.split(), *solved.split(), *rare.split())["sampling"]
+    assert len(found.pop("refresh_steps")) == 4
+    assert found == {
+        **{"num_steps": 10, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.6], "timeshift": 2.0, "last_step": 0.3},
+        **{"solver": "sde", "order": 4, "diffusion": "constant", "diffusion_scale": 0.5, "state_forecast": "linear"},
+        **{"guidance_every": 3, "refresh_every": 1, "num_refreshes": None},
+        **{"guidance_forecast": "hold", "cuda_graphs": False},
+    }
+    small = ("--num-steps", "4", "--num-refreshes", "2", "--num-samples", "2", "--dtype")
+    exact, coarse = (run(tmp_path, *small, dtype)["similarity"] for dtype in ("float32", "bfloat16"))
+    assert exact != coarse
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import gradio as gr
 
 from ddt_fast.config import Solver, StateForecast
 from ddt_fast.demo.drawing import TRAJECTORY_IMAGES, Report, Stopped, compare, generate, trajectory
-from ddt_fast.demo.requests import FIELDS, MAX_SEED, Models, class_choices, default_values, read_request
+from ddt_fast.demo.requests import MAX_SEED, Models, class_choices, default_values, read_request
 
 CONCURRENT = 4
 """Requests that draw or wait for their model; others wait in the queue."""
@@ -36,16 +36,11 @@ _CSS = """
 
 
 class Demo:
-    """Draws for the page's clients; each model draws one request at a time.
-
-    Args:
-        models: the models to choose from; the first is selected.
-        max_images, max_steps: limits of a request.
+    """Draws for the page's clients, each model one request at a time in a thread of its own; the first is selected.
 
     Attributes:
         page: the page to launch.
-        fields: the components of `FIELDS`.
-        threads: one thread per model, which draws.
+        fields: the components that a client sends, in this order: the fields of `SamplingConfig` under their names.
         reports: reports of the requests that draw or wait for their model.
     """
 
@@ -119,22 +114,23 @@ class Demo:
         dice = gr.Button("Random", size="sm", render=False)
         number("seed", "Seed", 0, MAX_SEED, buttons=[dice])
         with gr.Accordion("Solver and more", open=False):
+            add(gr.Dropdown, "state_forecast", "State between refreshes", choices=get_args(StateForecast))
             with gr.Row():
                 add(gr.Dropdown, "solver", "Solver", choices=get_args(Solver))
                 number("order", "Order of lms", 1, 4)
             number("timeshift", "Timeshift", 0.1, 10, 0.1, info="Above 1: more steps near the noise")
-            add(gr.Dropdown, "state_forecast", "State between refreshes", choices=get_args(StateForecast))
         dice.click(None, outputs=self.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 31)")
-        changed = [field for name, field in self.fields.items() if name not in ("model", "seed")]
-        event = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self.fields["model"].input(self._choose, self.fields["model"], changed, **event)
-        self._number = number
+        changed = {name: field for name, field in self.fields.items() if name not in ("model", "seed")}
 
-    def _choose(self, name: str) -> list[Any]:
-        """The classes and settings of another model."""
-        values = default_values(self.models[name])
-        values["classes"] = gr.Dropdown(choices=class_choices(self.models[name]), value=[])
-        return [values[field] for field in self.fields if field not in ("model", "seed", "frames")]
+        def choose(name: str) -> list[Any]:
+            """The classes and settings of another model."""
+            values = default_values(self.models[name])
+            values["classes"] = gr.Dropdown(choices=class_choices(self.models[name]), value=[])
+            return [values[field] for field in changed]
+
+        event = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        self.fields["model"].input(choose, self.fields["model"], list(changed.values()), **event)
+        self._number = number
 
     def _tabs(self) -> None:
         with gr.Tab("Generate"):
@@ -164,7 +160,7 @@ class Demo:
         def connect(outputs: list[Any]) -> None:
             event = start.click(
                 partial(self.answer, tab, len(outputs)),
-                [self.fields[field] for field in FIELDS if field != "frames" or tab is trajectory],
+                list(self.fields.values()),  # with `frames` once the last tab has added it
                 [status, *outputs],
                 preprocess=False,  # `read_request` checks whatever a client sends
                 show_progress="minimal",

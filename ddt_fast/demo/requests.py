@@ -25,12 +25,6 @@ MAX_SEED = 2**53 - 1
 
 _LONGEST_NAME = 100
 
-FIELDS = (
-    *("model", "classes", "num_images", "num_steps", "guidance_scale", "guidance_low", "guidance_high"),
-    *("refresh_every", "seed", "state_forecast", "solver", "order", "timeshift", "frames"),
-)
-"""What a client sends, in this order; `frames` only for trajectories."""
-
 
 @dataclass(frozen=True)
 class Request:
@@ -51,20 +45,21 @@ class Request:
 
 
 def read_request(values: Sequence[Any], models: Models, fields: Mapping[str, Any]) -> Request:
-    """Make a request from a client's values, in the order of `FIELDS`; ValueError if one is not allowed. Classes are a
-    list of labels or names, empty for all; `fields` are the page's components."""
+    """Make a request from a client's values, in the order of the page's components, `fields`; ValueError if one is not
+    allowed. Classes are a list of labels or names, empty for all; `frames`, the last, is only sent for trajectories."""
     name = values[0]
     if not isinstance(name, str) or name not in models:
         raise ValueError(f"model {reprlib.repr(name)} is not available; allowed: {', '.join(models)}")
     pipe = models[name]
-    given = default_values(pipe) | dict(zip(FIELDS, values, strict=False))
+    given = default_values(pipe) | dict(zip(fields, values, strict=False))
     numbers = {part: _read_number(given[part], field) for part, field in fields.items() if hasattr(field, "minimum")}
     count, seed, frames = (numbers.pop(part) for part in ("num_images", "seed", "frames"))
     if seed + count - 1 > MAX_SEED:
         raise ValueError(f"the last of {count} seeds from {seed} is too large; allowed: up to {MAX_SEED}")
     numbers["guidance_interval"] = numbers.pop("guidance_low"), numbers.pop("guidance_high")
-    choices = {field: given[field] for field in ("solver", "state_forecast")}
-    sampling = replace(_own_sampling(pipe), **numbers, **choices)
+    own = _own_sampling(pipe)
+    choices = {part: given[part] for part in fields if hasattr(own, part)}
+    sampling = replace(own, **choices | numbers)
     labels = assign_labels(count, pipe.class_names.num_classes, _read_classes(given["classes"], pipe))
     request = Request(name, pipe, tuple(labels.tolist()), tuple(range(seed, seed + count)), sampling, frames)
     _ = request.plan  # ValueError for settings that cannot be run

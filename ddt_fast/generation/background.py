@@ -22,10 +22,8 @@ OnImages = Callable[[IntArray, Images], object]
 
 
 class Background:
-    """Runs tasks in order in one thread, with at most `depth` of them waiting.
-
-    A task's error is raised by a later `submit`, or on leaving the context; tasks after it do not run.
-    """
+    """Runs tasks in order in one thread, with at most `depth` of them waiting. A task's error is raised by a later
+    `submit`, or on leaving the context; tasks after it do not run."""
 
     def __init__(self, depth: int) -> None:
         self._depth = depth
@@ -83,26 +81,22 @@ class PixelConverter:
 
     def __call__(self, samples: Tensor, seeds: IntArray) -> Images:
         """Finished samples (n, C, h, w) → images (n, H, W, 3) uint8; ValueError if one is not finite."""
-        if self._stream is None:
-            return self._convert(samples, seeds)
-        with torch.cuda.stream(self._stream):
-            samples.record_stream(self._stream)
-            return self._convert(samples, seeds)
-
-    def _convert(self, samples: Tensor, seeds: IntArray) -> Images:
         parts, finite = [], []
-        for part in samples.split(self._batch_size):
-            images = part if self._decode is None else self._decode(part)
-            finite.append(images.isfinite().flatten(1).all(1))
-            pixels = quantize_pixels(images) if self._quantize else images
+        with torch.cuda.stream(self._stream):  # does nothing without a GPU
             if self._stream is not None:
-                # Only a copy to page-locked memory does not make the host, and with it the other stream, wait.
-                host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-                pixels = host.copy_(pixels, non_blocking=True)
-            parts.append(pixels)
-        if self._stream is not None:
-            self._stream.synchronize()
-        broken = (~torch.cat(finite).cpu()).nonzero()
+                samples.record_stream(self._stream)
+            for part in samples.split(self._batch_size):
+                images = part if self._decode is None else self._decode(part)
+                finite.append(images.isfinite().flatten(1).all(1))
+                pixels = quantize_pixels(images) if self._quantize else images
+                if self._stream is not None:
+                    # Only a copy to page-locked memory does not make the host, and with it the other stream, wait.
+                    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+                    pixels = host.copy_(pixels, non_blocking=True)
+                parts.append(pixels)
+            if self._stream is not None:
+                self._stream.synchronize()
+            broken = (~torch.cat(finite).cpu()).nonzero()
         if len(broken):
             seed = seeds[int(broken[0])]
             raise ValueError(f"the sample of seed {seed} is not finite; check the weights and the settings")
@@ -111,12 +105,7 @@ class PixelConverter:
 
 @dataclass
 class Timings:
-    """Seconds spent by this process.
-
-    Attributes:
-        sampling: from the first batch to the last image.
-        decoding, writing, hook: in the background thread, during sampling.
-    """
+    """Seconds spent by this process: from the first batch to the last image, and meanwhile in the background thread."""
 
     sampling: float = 0.0
     decoding: float = 0.0
@@ -126,15 +115,8 @@ class Timings:
 
 @dataclass
 class ShardWriter:
-    """Takes samples batch by batch, in the order of their positions, and writes each shard when it is complete.
-
-    Args:
-        folder: the shards.
-        converter: samples → images.
-        made_with: plain JSON values to record with each shard.
-        hooks: called with positions (n,) and images (n, H, W, 3) of every batch.
-        timings: the sums of the seconds.
-    """
+    """Takes samples batch by batch, in the order of their positions, and writes each shard when it is complete, with
+    `made_with` (plain JSON values). `hooks` are called with positions (n,) and images (n, H, W, 3) of every batch."""
 
     folder: ShardFolder
     converter: PixelConverter

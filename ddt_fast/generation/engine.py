@@ -18,7 +18,7 @@ from ddt_fast.provenance import device_name, weights_sha256
 from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size
-from ddt_fast.sampling.refresh import resolve_refresh_steps, schedule_cache_path
+from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,10 @@ class LoadedEngine:
     """A model that is ready to draw.
 
     Attributes:
-        model: the model to run.
-        sampling: the sampling settings, with refresh steps chosen.
-        data: how samples become images.
+        sampling: with refresh steps chosen.
         size: height and width of the model's input.
-        batch_size: samples drawn at a time.
         description: the model in words.
         decode: latents → pixels in [-1, 1]; None for a pixel-space model, or to write latents as they are.
-        memory_budget: bytes that may be kept between steps, or None.
-        compile: whether to compile the model with torch.compile.
         settings: everything the images depend on, as plain JSON values.
     """
 
@@ -45,8 +40,7 @@ class LoadedEngine:
     batch_size: int
     description: str
     decode: Decoder | None
-    memory_budget: int | None
-    compile: bool
+    asked: Engine
     settings: dict[str, Any]
 
     @property
@@ -71,8 +65,8 @@ class LoadedEngine:
             self.sampling,
             self.batch_size,
             *self.size,
-            memory_budget=self.memory_budget,
-            compile_model=self.compile,
+            memory_budget=self.asked.budget_bytes,
+            compile_model=self.asked.compile,
         )
 
     def made_with(self, sampler: Sampler, ranks: Ranks) -> dict[str, Any]:
@@ -116,7 +110,7 @@ def load_engine(
             fit in the memory budget.
         OSError: a file cannot be read.
     """
-    data, budget = experiment.data, engine.budget_bytes
+    data = experiment.data
     size = data.input_size(draws.height, draws.width, experiment.model.patch_size)
     # Between int8 GEMMs, float32 is faster.
     latents = data.in_latents(experiment.model.in_channels)
@@ -126,9 +120,9 @@ def load_engine(
     if sampling.refresh_steps == "dp":
         sampling = resolve_refresh_steps(reference, sampling, *size, schedule_cache_path(checkpoint))
     batch_size = min(engine.batch_size, count)
-    if budget is not None:
+    if engine.budget_bytes is not None:
         plan, asked = SamplingPlan.from_config(sampling), batch_size
-        batch_size = fitting_batch_size(plan, model, asked, *size, budget)
+        batch_size = fitting_batch_size(plan, model, asked, *size, engine.budget_bytes)
         if batch_size < asked:
             ranks.say(f"memory budget {engine.memory_budget}: batches of {batch_size} instead of {asked}")
     decode = decode or open_decoder(experiment, device)
@@ -140,8 +134,7 @@ def load_engine(
         batch_size,
         description,
         decode,
-        budget,
-        engine.compile,
+        engine,
         {
             "image_size": data.image_size,
             "model": asdict(experiment.model),

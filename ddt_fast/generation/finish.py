@@ -55,7 +55,9 @@ def finish(
     with _only_process(shards.path) as alone:
         if not alone or (record := finished_record(output_dir, shards.settings)) is not None:
             return record
-        _remove_temporaries(output_dir)
+        for entry in list(output_dir.iterdir()):  # left by processes that were killed while merging
+            if re.fullmatch(_TEMPORARY, entry.name):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
         began = time.perf_counter()
         makers: list[dict[str, Any]] = []
         first = shards.read(0)[0]
@@ -69,7 +71,8 @@ def finish(
             arrays = {"labels": assignment.labels, "seeds": assignment.seeds}
             write_npz(samples, shape, _stream(shards, makers), latents=latents, **arrays)
             if pictures is None:  # an earlier job's would be taken for these samples'
-                _remove_pictures(output_dir)
+                shutil.rmtree(output_dir / "images", ignore_errors=True)
+                (output_dir / "grid.png").unlink(missing_ok=True)
             else:
                 _draw(open_images(samples), assignment, *pictures, num_png)
             record = {
@@ -80,7 +83,7 @@ def finish(
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "process_seconds": sum(maker["seconds"] for maker in makers),
                 "merge_seconds": time.perf_counter() - began,
-                "made_with": [{**maker, "img_per_second": _speed(maker)} for maker in makers],
+                "made_with": makers,
                 **about,
                 "settings": shards.settings,
             }
@@ -107,11 +110,6 @@ def _pictures(output_dir: Path) -> Iterator[tuple[Path, Path]]:
         yield folder, grid
 
 
-def _remove_pictures(output_dir: Path) -> None:
-    shutil.rmtree(output_dir / "images", ignore_errors=True)
-    (output_dir / "grid.png").unlink(missing_ok=True)
-
-
 def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_png: int) -> None:
     labels = assignment.labels.tolist()
 
@@ -127,7 +125,8 @@ def _draw(images: Images, assignment: Assignment, folder: Path, grid: Path, num_
 
 
 def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Images]:
-    """All images, shard by shard; `makers` gets what they were made with, their number and the time."""
+    """All images, shard by shard; `makers` gets what they were made with, their number, the time, and their speed over
+    all processes."""
     for shard in range(shards.num_shards):
         try:
             images, made_with = shards.read(shard)
@@ -141,12 +140,9 @@ def _stream(shards: ShardFolder, makers: list[dict[str, Any]]) -> Iterator[Image
             makers.append(maker)
         maker["images"] += len(images)
         maker["seconds"] += seconds
+        speed = maker["images"] / maker["seconds"] * maker.get("processes", 1) if maker["seconds"] else None
+        maker["img_per_second"] = speed
         yield images
-
-
-def _speed(maker: dict[str, Any]) -> float | None:
-    """Images per second over all processes."""
-    return maker["images"] / maker["seconds"] * maker.get("processes", 1) if maker["seconds"] else None
 
 
 @contextmanager
@@ -167,10 +163,3 @@ def _only_process(folder: Path) -> Iterator[bool]:
             # No locks on this file system: two processes that finish at once write the same files, each in one move.
             pass
         yield True
-
-
-def _remove_temporaries(output_dir: Path) -> None:
-    """Remove the temporary files of processes that were killed while merging."""
-    for entry in list(output_dir.iterdir()):
-        if re.fullmatch(_TEMPORARY, entry.name):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

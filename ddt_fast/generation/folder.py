@@ -34,8 +34,6 @@ class JobFolder:
         settings: everything the images depend on; shards with other settings are never mixed in.
         num_images: images of the job.
         default_shard_size: images per shard of a new job, unless `outputs` gives a number.
-        outputs: what to write, and whether to drop an earlier job.
-        ranks: this process's rank among those that share the job.
 
     Attributes:
         record: generation.json of the finished job, else None.
@@ -54,9 +52,8 @@ class JobFolder:
         ranks: Ranks,
     ) -> None:
         check_output(path, outputs.overwrite)
-        settings = plain(settings)
+        settings, overwrite = plain(settings), outputs.overwrite
         self.path, self.settings, self.outputs, self.ranks = path, settings, outputs, ranks
-        overwrite = outputs.overwrite
         if overwrite:
             (path / RECORD).unlink(missing_ok=True)
             if ranks.world_size == 1:
@@ -65,26 +62,22 @@ class JobFolder:
         self.wrote = False
         self.record = None if overwrite else finished_record(path, settings)
         self.was_finished = self.record is not None
-        self._found = list(range(ranks.rank, self.shards.num_shards, ranks.world_size))
+        self._found = own = list(range(ranks.rank, self.shards.num_shards, ranks.world_size))
         self.todo: list[int] = []
-        if not self.was_finished:
-            self._look(self._found)
-
-    def _look(self, own: list[int]) -> None:
-        """Make room for the job, and sort this process's shards into found and missing ones."""
-        self._make_way()
-        overwrite = self.outputs.overwrite
+        if self.was_finished:
+            return
+        self._make_way(overwrite)
         if overwrite:
             for shard in own:
                 self.shards.discard(shard)
         found = [shard for shard in own if self._is_whole(shard)]
-        if overwrite or (record := finished_record(self.path, self.settings)) is None:
+        # Meanwhile, another process may have finished the job and removed its shards.
+        self.record = None if overwrite else finished_record(path, settings)
+        if self.record is None:
             self._found, self.todo = found, sorted({*own} - {*found})
-        else:  # meanwhile, another process has finished the job and removed its shards
-            self.record = record
 
-    def _make_way(self) -> None:
-        overwrite = self.outputs.overwrite
+    def _make_way(self, overwrite: bool) -> None:
+        """Remove other jobs' folders, or refuse to replace what they hold."""
         for other in other_jobs(self.path, self.shards):
             if not overwrite:
                 raise ValueError(
@@ -153,11 +146,7 @@ class JobFolder:
 
     def finish(self, assignment: Assignment, about: dict[str, Any]) -> dict[str, Any] | None:
         """Write samples.npz, grid.png, images/ and generation.json once the shards of all processes are there, and
-        return the record; None while other processes are still working.
-
-        Args:
-            assignment: labels and seeds of the samples.
-            about: plain JSON values for the record.
+        return the record, which holds `about`; None while other processes are still working.
 
         Raises:
             DamagedShardError: a shard of another process does not hold what was written; it is removed.

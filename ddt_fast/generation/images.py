@@ -31,13 +31,8 @@ def grid_columns(num_classes: int) -> int:
 
 
 def labelled_grid(images: Images, captions: Sequence[str], columns: int = 10) -> Image.Image:
-    """A grid of (N, H, W, 3) uint8 images, each above its caption; small images are enlarged to about 64 pixels.
-
-    Args:
-        images: at least one image.
-        captions: one per image.
-        columns: images per row.
-    """
+    """A grid of (N, H, W, 3) uint8 images, one or more, each above its caption; small images are enlarged to about 64
+    pixels."""
     count, height, width, _ = images.shape
     zoom = max(1, 64 // height)
     columns = min(columns, count)

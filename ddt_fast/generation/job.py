@@ -89,16 +89,7 @@ def generate(
 
 @dataclass
 class Job:
-    """A job: samples from seeds to files.
-
-    Attributes:
-        assignment: labels and seeds.
-        engine: draws the samples.
-        folder: what is there already, and what is left for this process to do.
-        scorer: scores the samples, or None.
-        about: plain JSON values for generation.json.
-        timings: seconds spent by `run`.
-    """
+    """A job: samples from seeds to files. `about` are plain JSON values for generation.json."""
 
     assignment: Assignment
     engine: LoadedEngine
@@ -181,7 +172,7 @@ class Job:
             self.scorer.begin(self.folder)
             hooks.append(self.scorer.take)
         if self.folder.todo:
-            compilation = CompilationNotice(self.engine.compile and self.folder.ranks.rank == 0)
+            compilation = CompilationNotice(self.engine.asked.compile and self.folder.ranks.rank == 0)
             sampler = self.engine.sampler()
             self._announce_sampler(sampler)
             self._draw(sampler, hooks, compilation)
@@ -202,11 +193,8 @@ class Job:
         if record is None:
             print(f"{ranks.who}finished its shards; the last process to finish writes {path / 'samples.npz'}")
         elif record is not earlier:
-            what = (
-                "latents, not pictures (no autoencoder is named): "
-                if self.engine.draws_latents
-                else "images/, grid.png, "
-            )
+            latents = self.engine.draws_latents
+            what = "latents, not pictures (no autoencoder is named): " if latents else "images/, grid.png, "
             print(f"{ranks.who}wrote {what}samples.npz and generation.json to {path}")
         if self.scorer is not None:
             self.scorer.finish(self.folder)

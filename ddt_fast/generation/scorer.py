@@ -38,14 +38,8 @@ _BATCH = 64
 
 class Scorer:
     """Scores a job's samples against a reference; made before the job begins, so that a mistake costs nothing.
-    ValueError if the reference cannot be read, the weights are missing, or no metric can be computed.
-
-    Args:
-        scoring: the reference and the metrics.
-        output_dir: the job's folder.
-        count, size: number of samples, and their height and width in pixels.
-        device: where features are computed.
-        ranks: this process's rank among those that share the job.
+    ValueError if the reference cannot be read, the weights are missing, or no metric can be computed. The job in
+    `output_dir` has `count` samples of `size`, height and width in pixels.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ Inception Score) need the classes mixed: a fixed permutation gives every draw it
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -48,7 +48,7 @@ class Assignment:
     """The labels and seeds of a job, in the order of the file of samples.
 
     Attributes:
-        labels, seeds: (N,) int64; sample p is the image of seeds[p] and labels[p].
+        labels, seeds: (N,) int64, of sample p.
         order: (N,) int64; sample p is draw number order[p].
         words: what was asked for, in plain JSON values: part of a job's fingerprint.
         names: label → the class's name, for captions.
@@ -61,21 +61,17 @@ class Assignment:
     names: dict[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of_draws(
-        cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, words: dict[str, Any] | None = None
-    ) -> Self:
-        """Draws with these labels (N,) and N seeds, in this order or in `shuffled_order`."""
+    def of_draws(cls, labels: Tensor, seeds: Sequence[int], *, shuffle: bool, **more: Any) -> Self:
+        """Draws with these labels (N,) and N seeds, in this order or in `shuffled_order`; `more`: words and names."""
         order = shuffled_order(len(labels)) if shuffle else np.arange(len(labels), dtype=np.int64)
-        return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, words or {})
+        return cls(labels.numpy()[order], np.asarray(seeds, dtype=np.int64)[order], order, **more)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def first_draws(self, count: int) -> IntArray:
         """The positions of the first `count` draws, or of all: they are balanced over the classes."""
-        positions = np.empty(len(self), dtype=np.int64)
-        positions[self.order] = np.arange(len(self))
-        return positions[:count]
+        return np.argsort(self.order)[:count]
 
 
 def assign(draws: Draws, names: ClassNames, default_count: int) -> Assignment:
@@ -108,5 +104,5 @@ def assign(draws: Draws, names: ClassNames, default_count: int) -> Assignment:
     if draws.class_seeds:
         words["seeds"] = {"of every class": list(draws.class_seeds)}
     seeds = seeds or range(first_seed, first_seed + count)
-    drawn = Assignment.of_draws(labels, seeds, shuffle=shuffle, words=words)
-    return replace(drawn, names={label: names.short(label) for label in names.id2label})
+    captions = {label: names.short(label) for label in names.id2label}
+    return Assignment.of_draws(labels, seeds, shuffle=shuffle, words=words, names=captions)

@@ -157,15 +157,11 @@ class Scoring:
 
 def _classes(given: object) -> tuple[str | int, ...] | None:
     """Labels and names; a number written as text is a label."""
-    allowed = "a list of labels or names, at least one"
-    require(
-        given is None or (isinstance(given, Iterable) and not isinstance(given, (str, bytes))),
-        "classes",
-        given,
-        allowed,
-    )
     if given is None:
         return None
+    allowed = "a list of labels or names, at least one"
+    listed = isinstance(given, Iterable) and not isinstance(given, (str, bytes))
+    require(listed, "classes", given, allowed)
     classes = [int(one) if isinstance(one, str) and one.isascii() and one.isdecimal() else one for one in given]  # type: ignore[attr-defined]
     valid = all(isinstance(one, (Integral, str)) and not isinstance(one, bool) for one in classes)
     require(bool(classes) and valid, "classes", given, allowed)

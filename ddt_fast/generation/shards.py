@@ -46,11 +46,6 @@ class ShardFolder:
         settings: everything its images depend on, as plain JSON values.
         num_images: images of the job.
         shard_size: images per shard; None takes the size of shards that exist, else `default`.
-        default: shard size of a new job.
-
-    Attributes:
-        path: the folder of the shards.
-        shard_size: images per shard.
     """
 
     def __init__(
@@ -90,13 +85,8 @@ class ShardFolder:
 
     def write(self, shard: int, images: Images, made_with: dict[str, Any]) -> None:
         """Write a shard; it is finished when this returns. OSError if no space is left, or the file system fails
-        otherwise; finished shards are unchanged.
-
-        Args:
-            shard: its number.
-            images: (n, H, W, 3) uint8, or latents (n, C, h, w) float32.
-            made_with: plain JSON values that `read` returns.
-        """
+        otherwise; finished shards are unchanged. Images are (n, H, W, 3) uint8, or latents (n, C, h, w) float32;
+        `made_with` are plain JSON values that `read` returns."""
         target = self.file(shard)
         for stale in self.path.glob(f".{target.stem}.*"):
             stale.unlink(missing_ok=True)

@@ -8,15 +8,16 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import is_peft_available
 from torch import Tensor
 
-from ddt_fast.checks import require, require_path
+from ddt_fast.checks import require_path
+from ddt_fast.pipeline.component import check_loading
 from ddt_fast.weight_files import read_safetensors
 
 _PREFIX = "transformer."
 
 
 class LoraPipeline(LoraBaseMixin):
-    """The part of `DDTPipeline` that reads and writes LoRA adapters; `unload_lora_weights`, `set_adapters`, `fuse_lora`
-    and the others are diffusers'."""
+    """The part of `DDTPipeline` that reads and writes LoRA adapters. `unload_lora_weights`, after which the transformer
+    is as before and fused again, `set_adapters`, `fuse_lora` and the others are diffusers'."""
 
     _lora_loadable_modules = ["transformer"]  # noqa: RUF012, attributes of diffusers' class
     transformer_name = "transformer"
@@ -39,9 +40,13 @@ class LoraPipeline(LoraBaseMixin):
         Raises:
             ValueError: peft is missing, the file is damaged or not safetensors, or holds no LoRA of a transformer.
         """
-        _require_peft()
+        if not is_peft_available():
+            raise ValueError("LoRA adapters need peft: pip install peft")
         given: Any = pretrained_model_name_or_path_or_dict
-        if not isinstance(given, dict):
+        if isinstance(given, dict):
+            _require_lora(given, "the dict")
+            given = dict(given)
+        else:
             given = require_path("pretrained_model_name_or_path_or_dict", given)
             local = given / (kwargs.get("subfolder") or "")
             if local.is_dir():
@@ -49,11 +54,7 @@ class LoraPipeline(LoraBaseMixin):
             if given.exists():
                 _require_lora(read_safetensors("LoRA", local, "a whole .safetensors file"), str(local))
             given = str(given)
-        else:
-            _require_lora(given, "the dict")
-            given = dict(given)
-        safe = kwargs.pop("use_safetensors", True)
-        require(safe is not False, "use_safetensors", safe, "True, because pickled weights may hold code")
+        check_loading(kwargs)
         options = {"use_safetensors": True, "adapter_name": adapter_name, "_pipeline": self, **kwargs}
         self.transformer.load_lora_adapter(given, prefix=self.transformer_name, **options)
 
@@ -89,16 +90,6 @@ class LoraPipeline(LoraBaseMixin):
             is_main_process=is_main_process,
             weight_name=weight_name or LORA_WEIGHT_NAME_SAFE,
         )
-
-    def unload_lora_weights(self) -> None:
-        """Remove all adapters: the transformer is as before, and fused again."""
-        _require_peft()
-        super().unload_lora_weights()
-
-
-def _require_peft() -> None:
-    if not is_peft_available():
-        raise ValueError("LoRA adapters need peft: pip install peft")
 
 
 def _require_lora(tensors: Mapping[str, Tensor], where: str) -> None:

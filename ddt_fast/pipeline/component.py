@@ -24,16 +24,12 @@ def check_loading(options: dict[str, Any]) -> None:
 
 
 def check_saving(save_directory: object, given: Mapping[str, Any], *allowed: str) -> Path:
-    """Check the arguments of `save_pretrained`; return the folder. ValueError if an argument is unknown, or a value is
-    not allowed.
-
-    Args:
-        save_directory: a path.
-        given: the other arguments.
-        allowed: their names, besides those of an upload.
-    """
+    """Check the arguments of `save_pretrained`, which are `allowed` besides those of an upload; return the folder.
+    ValueError if an argument is unknown, a value is not allowed, or there is a file of that name."""
     require_arguments("save_pretrained", given, (*allowed, *UPLOAD_OPTIONS))
     folder = require_path("save_directory", save_directory)
+    if folder.is_file():
+        raise ValueError(f"save_directory {folder} is a file; expected a folder")
     safe = given.get("safe_serialization", True)
     require(bool(safe), "safe_serialization", safe, "True, because only safetensors are written")
     _require_variant(given.get("variant"))
@@ -66,14 +62,8 @@ class Component(ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings. ValueError if
-        an argument is not a setting and would not be returned, or a value is not allowed.
-
-        Args:
-            config: the settings by name.
-            return_unused_kwargs: return a pair of the object and the keyword arguments that are not settings.
-            kwargs: settings that override those in config.
-        """
+        """As `ConfigMixin.from_config`, which `from_pretrained` calls too: an object with these settings, overridden by
+        kwargs. ValueError if one of these is not a setting and would not be returned, or a value is not allowed."""
         require_kind("config", config, Mapping)
         if not return_unused_kwargs:
             require_arguments(cls.__name__, kwargs, list(signature(cls).parameters))

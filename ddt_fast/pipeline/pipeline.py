@@ -138,13 +138,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             return super().to(*args, **kwargs)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if accelerate is
-        missing, or there is no GPU.
-
-        Args:
-            gpu_id: the number of the GPU; None for the first.
-            device: the device; None for the GPU.
-        """
+        """As in diffusers: keep the models on the CPU, and move each to the GPU for as long as it runs. ValueError if
+        accelerate is missing, or there is no GPU."""
         if not is_accelerate_available():
             raise ValueError("enable_model_cpu_offload needs accelerate: pip install accelerate")
         if device is None and get_device() == "cpu":
@@ -195,7 +190,9 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             ValueError: a class is unknown or ambiguous, a setting, a size or the generators are not allowed, or a
                 sample is not finite.
         """
-        self._check_output(output_type)
+        require_choice("output_type", output_type, OutputType)
+        if self.lacks_vae and output_type != "latent":
+            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
         require_int("num_images_per_label", num_images_per_label, 1)
         config = self._config(sampling, num_inference_steps, {"guidance_scale": guidance_scale, **settings})
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -204,7 +201,10 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         offloaded = _move_in("transformer", self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
-        latents, generators, whose = self._start(latents, generator, count, shape)
+        generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
+        latents = normal(shape, generators) if latents is None else latents
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
         samples = self._draw(sampler, latents, labels, generators, callback_on_step_end, names)
         if offloaded:
             del sampler
@@ -212,11 +212,6 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_output(self, output_type: str) -> None:
-        require_choice("output_type", output_type, OutputType)
-        if self.lacks_vae and output_type != "latent":
-            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
 
     @property
     def lacks_vae(self) -> bool:
@@ -272,22 +267,6 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             self._engine = key, model, plain
         return self._engine[1:]
 
-    def _start(
-        self,
-        latents: Tensor | None,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-        count: int,
-        shape: tuple[int, int, int],
-    ) -> tuple[Tensor, list[torch.Generator], list[str]]:
-        """The noise to start from, `latents` if given, the generator of each sample, and what to call it in an
-        error."""
-        generators = per_sample(generator, count, self.transformer.device)
-        whose = _sample_names(generators if latents is None and generator is not None else [], count)
-        if latents is None:
-            latents = normal(shape, generators)
-        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
-        return latents, generators, whose
-
     def _draw(
         self,
         sampler: Sampler,
@@ -297,8 +276,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         call: StepCallback | None,
         names: list[str],
     ) -> Tensor:
-        """The samples; every step advances the bar, passes the tensors of these names to `call`, diffusers'
-        callback_on_step_end, and takes back what it returns."""
+        """The samples; every step advances the bar and passes the tensors of these names to `call`, diffusers'
+        callback_on_step_end."""
         times = torch.tensor([step.t for step in sampler.plan.steps])
 
         def progress(done: int, x: Tensor) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ddt_fast.checks import require_arguments
 from ddt_fast.config import SamplingConfig
 from ddt_fast.pipeline.component import Component, check_saving, takes_fields_of
-from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.wording import kind_of
 
@@ -56,22 +55,11 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         self.set_timesteps(self.sampling_config.num_steps)
 
     def save_pretrained(self, save_directory: str | PathLike[Any], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As diffusers' `SchedulerMixin.save_pretrained`: write scheduler_config.json into the folder.
-
-        Args:
-            save_directory: the folder.
-            push_to_hub: also upload the folder.
-            kwargs: repo_id, private, token, commit_message, create_pr and subfolder of an upload.
-
-        Raises:
-            ValueError: an argument is unknown, or there is a file of that name.
-            OSError: the folder cannot be written.
-        """
+        """As diffusers' `SchedulerMixin.save_pretrained`: write scheduler_config.json into the folder. ValueError if an
+        argument is unknown, or there is a file of that name; OSError if the folder cannot be written."""
         # diffusers' push_to_hub passes safe_serialization, which is for weights.
         allowed = ("save_directory", "push_to_hub", "subfolder", "safe_serialization")
         folder = check_saving(save_directory, kwargs, *allowed)
-        if folder.is_file():
-            raise ValueError(f"save_directory {folder} is a file; expected a folder")
         super().save_pretrained(str(folder), push_to_hub, **kwargs)
 
     @property
@@ -80,16 +68,10 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
         return SamplingConfig(**{name: self.config[name] for name in _SETTINGS})
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
-        """Start a run: set `timesteps` to its times, (num_inference_steps,) float32, on the device.
-
-        Args:
-            num_inference_steps: the number of steps; None for the scheduler's own.
-            device: None for the CPU.
-        """
-        # Refreshes may be for another number of steps; `step` uses neither them nor guidance.
-        names = ("timeshift", "last_step", "solver", "order", "diffusion", "diffusion_scale")
-        steps = self.config["num_steps"] if num_inference_steps is None else num_inference_steps
-        config = SamplingConfig(num_steps=steps, **{name: self.config[name] for name in names})
+        """Start a run of so many steps (None: the scheduler's own number): set `timesteps` to its times,
+        (num_inference_steps,) float32, on the device (None: the CPU)."""
+        # `step` uses no refreshes, which may be for another number of steps.
+        config = self.sampling_config.override(num_steps=num_inference_steps, refresh_every=1)
         self._plan = SamplingPlan.from_config(config)
         self.timesteps = torch.tensor([step.t for step in self._plan.steps], device=device)
         self._index, self._velocities = 0, []
@@ -122,12 +104,8 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             raise ValueError(f"timestep is {float(timestep):g}; allowed at step {self._index}: {due}")
         coefficients = steps[self._index].coefficients
         self._velocities = [model_output.float(), *self._velocities][: self._plan.velocity_history + 1]
-        x = coefficients.x_coefficient * sample.float()
-        for weight, velocity in zip(coefficients.velocity_coefficients, self._velocities, strict=False):
-            x = x + weight * velocity
-        if coefficients.noise_coefficient:
-            generators = per_sample(generator, len(sample), sample.device)
-            x = x + coefficients.noise_coefficient * normal(sample.shape[1:], generators).to(x.device)
+        generators = per_sample(generator, len(sample), sample.device) if coefficients.noise_coefficient else []
+        x = coefficients.advance(sample.float(), self._velocities, [], generators)
         self._index += 1
         return DDTSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
@@ -144,14 +122,8 @@ def per_sample(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int, device: torch.device
 ) -> list[torch.Generator]:
     """One generator per sample. A single generator serves the samples in turn, so that the first sample does not depend
-    on their number; None is torch's default generator on the CPU. ValueError if the number of generators is wrong, or
-    they are on other devices or not all on one.
-
-    Args:
-        generator: on the CPU, or on the device.
-        count: number of samples.
-        device: where samples are drawn.
-    """
+    on their number; None is torch's default generator on the CPU. ValueError unless there are `count` generators, all
+    on the CPU or all on `device`, where samples are drawn."""
     if generator is None:
         generator = torch.default_generator
     generators: list[Any] = list(generator) if isinstance(generator, (list, tuple)) else [generator] * count

@@ -113,28 +113,13 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
     ) -> None:
         """As diffusers' `ModelMixin.save_pretrained`: config.json and safetensors, which `load_model` reads.
 
-        Args:
-            save_directory: the folder.
-            safe_serialization: True; pickles are not written.
-            variant: part of the weights' file names, such as "fp16".
-            max_shard_size: larger weights are split.
-            kwargs: is_main_process and save_function as in diffusers; push_to_hub, to upload the folder too, with
-                repo_id, private, token, commit_message and create_pr.
-
-        Raises:
-            ValueError: an argument is unknown, or there is a file of that name.
-            OSError: the folder cannot be written.
+        ValueError if an argument is unknown, safe_serialization is False or there is a file of that name; OSError if
+        the folder cannot be written.
         """
-        options: dict[str, Any] = {
-            "safe_serialization": safe_serialization,
-            "variant": variant,
-            "max_shard_size": max_shard_size,
-        }
-        allowed = (*SAVING_OPTIONS, "is_main_process", "save_function")
-        folder = check_saving(save_directory, {**options, **kwargs}, *allowed)
-        if folder.is_file():
-            raise ValueError(f"save_directory {folder} is a file; expected a folder")
-        super().save_pretrained(str(folder), **options, **kwargs)
+        options: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size, **kwargs}
+        options["safe_serialization"] = safe_serialization
+        folder = check_saving(save_directory, options, *SAVING_OPTIONS, "is_main_process", "save_function")
+        super().save_pretrained(str(folder), **options)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
         """As `torch.nn.Module.to`."""
@@ -171,12 +156,8 @@ class DDTTransformer2DModel(ModelMixin, Component, PeftAdapterMixin):  # type: i
 
 
 def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
-    """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made.
-
-    Args:
-        folder: the folder of config.json and safetensors.
-        given: arguments of `from_pretrained`: settings that override those in the folder, and the variant.
-    """
+    """ValueError unless the weights in a folder fit its settings, before a model of the wrong size is made. Settings in
+    `given`, arguments of `from_pretrained`, override the folder's."""
     entries = {**read_json(folder / CONFIG_NAME), **given}
     if entries.get("quantization_config") and not given.get("quantization_config"):
         raise ValueError(f"{folder / CONFIG_NAME}: quantization_config is set; expected weights that are not quantised")

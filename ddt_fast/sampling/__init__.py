@@ -8,7 +8,7 @@ from ddt_fast.lazy import lazy_names
 if TYPE_CHECKING:
     from ddt_fast.sampling.engine import Sampler, sample
     from ddt_fast.sampling.plan import SamplingPlan
-    from ddt_fast.sampling.refresh import optimal_refresh_steps
+    from ddt_fast.sampling.refresh.search import optimal_refresh_steps
 
 __all__ = ["Sampler", "SamplingPlan", "optimal_refresh_steps", "sample"]
 
@@ -17,6 +17,6 @@ __getattr__, __dir__ = lazy_names(
     {
         "ddt_fast.sampling.engine": ["Sampler", "sample"],
         "ddt_fast.sampling.plan": ["SamplingPlan"],
-        "ddt_fast.sampling.refresh": ["optimal_refresh_steps"],
+        "ddt_fast.sampling.refresh.search": ["optimal_refresh_steps"],
     },
 )

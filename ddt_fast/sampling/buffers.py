@@ -164,21 +164,20 @@ def check_memory(
     plan: SamplingPlan, model: DDT | FusedDDT, batch_size: int, height: int, width: int, memory_budget: int | None
 ) -> None:
     """ValueError if a batch keeps more than the budget (None: the device's memory) between steps."""
-    needed = needed_bytes(plan, model, batch_size, height, width)
-    limit = _device_memory(next(model.parameters()).device) if memory_budget is None else memory_budget
-    if needed > limit:
-        owner = "the device has" if memory_budget is None else "the memory budget is"
-        fitting = fitting_batch_size(plan, model, batch_size, height, width, limit, owner)
+    device = next(model.parameters()).device
+    if memory_budget is not None:
+        limit, owner = memory_budget, "the memory budget is"
+    elif device.type == "cuda":
+        limit, owner = torch.cuda.get_device_properties(device).total_memory, "the device has"
+    else:
+        limit, owner = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "the device has"
+    fitting = fitting_batch_size(plan, model, batch_size, height, width, limit, owner)
+    if fitting < batch_size:
+        needed = format_bytes(needed_bytes(plan, model, batch_size, height, width))
         raise ValueError(
-            f"batches of {batch_size} keep {format_bytes(needed)} between steps, {owner} {format_bytes(limit)}; "
+            f"batches of {batch_size} keep {needed} between steps, {owner} {format_bytes(limit)}; "
             f"allowed: batches of up to {fitting}"
         )
-
-
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def format_bytes(count: int) -> str:

@@ -20,7 +20,7 @@ from ddt_fast.sampling.buffers import Buffers, check_memory
 from ddt_fast.sampling.graphs import CapturedSteps
 from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
-from ddt_fast.sampling.refresh import resolve_refresh_steps
+from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
 from ddt_fast.wording import kind_of
 from ddt_kernels import guided_step_
@@ -50,7 +50,7 @@ def sample(
         noise: (B, in_channels, height, width), standard normal.
         labels: (B,) int64, 0 to num_classes - 1.
         config: the sampling settings. refresh_steps "dp" costs a probe of the model at every call;
-            `refresh.resolve_refresh_steps` keeps its result.
+            `refresh.schedules.resolve_refresh_steps` keeps its result.
         generators: one per sample, all on the CPU or all on the model's device, for the "sde" solver; other solvers
             ignore them.
         progress: called after every step with the number of steps done and the current x (B, ..) float32. The next step
@@ -107,8 +107,7 @@ class Sampler:
         require_kind("config", config, SamplingConfig)
         model.config.num_tokens(height, width)
         parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.model = model
+        self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
         if compile_model and not isinstance(model, FusedDDT):
             raise ValueError("compile_model needs a FusedDDT; pass FusedDDT.from_reference(model)")
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
@@ -117,14 +116,11 @@ class Sampler:
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget
-        self.kinds = step_kinds(self.plan)
-        self.tables = step_tables(self.plan, self.device)
+        self.kinds, self.tables = step_kinds(self.plan), step_tables(self.plan, self.device)
         graphs = config.cuda_graphs and self.device.type == "cuda"
         if config.cuda_graphs and not graphs:
-            warnings.warn(
-                f"cuda_graphs is set, but the model is on {self.device.type}, not on CUDA; sampling eagerly",
-                stacklevel=3,
-            )
+            place = f"the model is on {self.device.type}, not on CUDA"
+            warnings.warn(f"cuda_graphs is set, but {place}; sampling eagerly", stacklevel=3)
         # A compiled model and a captured graph have one shape: smaller batches are filled up.
         self.fixed_shape = graphs or compile_model
         self.buffers = self._make_buffers(batch_size)

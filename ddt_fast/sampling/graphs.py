@@ -12,16 +12,8 @@ class CapturedSteps:
     """One graph for every kind of step; a call with a kind replays its graph on the current stream.
 
     All graphs share one memory pool: no tensor made in a step is read after it, so graphs may overwrite each other's
-    tensors, in any order of replays.
-
-    Args:
-        advance: runs a step of a kind, on buffers at fixed addresses.
-        kinds: the kinds to capture; repeated ones are captured once.
-        rewind: sets the step counter to 0.
-        device: the CUDA device.
-
-    Attributes:
-        seconds: time to warm up and capture.
+    tensors, in any order of replays. `advance` runs a step of a kind on buffers at fixed addresses, `rewind` sets the
+    step counter to 0; `seconds` is the time to warm up and capture.
     """
 
     def __init__(

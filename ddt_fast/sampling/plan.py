@@ -15,7 +15,7 @@ unconditional branch that is evaluated more rarely has a fresh state each time a
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Self
 
 import numpy as np
@@ -101,7 +101,7 @@ class SamplingPlan:
     @classmethod
     def from_config(cls, config: SamplingConfig) -> Self:
         """The plan for a sampling configuration; ValueError for refresh_steps "dp", which a probe of the model has to
-        resolve first (`refresh.resolve_refresh_steps`)."""
+        resolve first (`refresh.schedules.resolve_refresh_steps`)."""
         if config.refresh_steps == "dp":
             raise ValueError(
                 'refresh_steps is "dp"; resolve_refresh_steps(model, config, ...) turns it into step numbers'
@@ -192,21 +192,15 @@ def _solver_steps(config: SamplingConfig, times: tuple[float, ...]) -> list[Step
 
 def _every(active: list[bool], period: int) -> list[bool]:
     """The first active step, then every period-th."""
-    count = 0
-    chosen = []
-    for is_active in active:
-        chosen.append(is_active and count % period == 0)
-        count += is_active
-    return chosen
+    numbers = accumulate(active)
+    return [is_active and (number - 1) % period == 0 for is_active, number in zip(active, numbers, strict=True)]
 
 
 def _forecast(
     times: tuple[float, ...], needed: list[bool], measured: list[bool], history: int
 ) -> list[tuple[float, ...]]:
-    """For every needed step, the weights of the last `history` measured values, newest first; () for other steps.
-
-    A step that measures uses its own value; while there are fewer values, the order is lower.
-    """
+    """For every needed step, the weights of the last `history` measured values, or of as many as there are, newest
+    first; () for other steps. A step that measures uses its own value."""
     weights: list[tuple[float, ...]] = []
     nodes: list[float] = []
     for t, is_needed, is_measured in zip(times, needed, measured, strict=False):

@@ -15,6 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
+from torch import Tensor
+
+from ddt_fast.sampling.noise import normal
+
 
 @dataclass(frozen=True)
 class StepCoefficients:
@@ -24,6 +29,26 @@ class StepCoefficients:
     difference_coefficients: tuple[float, ...] = ()
     x_coefficient: float = 1.0
     noise_coefficient: float = 0.0
+
+    def advance(
+        self,
+        x: Tensor,
+        velocities: Sequence[Tensor],
+        differences: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """x at the next time, from velocities and guidance differences, newest first, and noise of the generators, one
+        per sample."""
+        after = self.x_coefficient * x
+        for weights, values in (
+            (self.velocity_coefficients, velocities),
+            (self.difference_coefficients, differences),
+        ):
+            for weight, value in zip(weights, values, strict=False):
+                after = after + weight * value
+        if self.noise_coefficient:
+            after = after + self.noise_coefficient * normal(x.shape[1:], generators).to(x.device)
+        return after
 
 
 def euler(times: Sequence[float]) -> list[StepCoefficients]:

@@ -58,19 +58,16 @@ def step_kinds(plan: SamplingPlan) -> list[StepKind]:
     """The kind of every step of a plan."""
     kinds = []
     for step, newest in zip(plan.steps, _newest_slots(plan), strict=True):
-        cond, uncond = step.cond, step.uncond
-        together = plan.cached_branches == 2 and uncond is not None
-        if together and uncond is not None:  # branches that are refreshed together agree
-            assert uncond.encode == cond.encode
-            assert not uncond.decode or uncond.state_weights == cond.state_weights
-        forecast = len(cond.state_weights) > 1
+        # Branches that are refreshed together read their states with the same weights.
+        together, decoded = plan.cached_branches == 2, step.uncond is not None and step.uncond.decode
+        forecast = len(step.cond.state_weights) > 1
         kinds.append(
             StepKind(
-                encode=cond.encode * (1 + together),
+                encode=step.cond.encode * (2 if together and step.uncond is not None else 1),
                 slot=0 if forecast else newest,
-                decode=2 if together and uncond is not None and uncond.decode else 1,
+                decode=2 if together and decoded else 1,
                 forecast=forecast,
-                fresh_uncond=uncond is not None and not together,
+                fresh_uncond=step.uncond is not None and not together,
                 guided=step.guided,
             )
         )

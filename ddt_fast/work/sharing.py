@@ -20,14 +20,8 @@ from ddt_fast.files import atomic_file, check_no_folder, output_folder
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import experiment_of, resolve_checkpoint
 from ddt_fast.model.weights import load_model
-from ddt_fast.sampling.refresh import (
-    Probe,
-    optimal_refresh_schedule,
-    probe_calls,
-    probe_states,
-    step_errors,
-    uniform_refresh_steps,
-)
+from ddt_fast.sampling.refresh.probe import Probe, probe_calls, probe_states
+from ddt_fast.sampling.refresh.search import optimal_refresh_schedule, step_errors, uniform_refresh_steps
 from ddt_fast.wording import plural
 
 _PICTURE, _DATA = "similarity.png", "similarity.json"

@@ -13,21 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddt_fast.command import run_command
-from ddt_fast.demo import __main__ as command
-from ddt_fast.demo.requests import EMBEDDED_NAME, FIELDS, load_models
+from ddt_fast.demo.requests import EMBEDDED_NAME, load_models
 
 MAX_IMAGES, MAX_STEPS = 12, 40
-
-
-def error_line(capsys, *arguments: str) -> str:
-    """What the command says when it must fail, on its only line."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: command.main(arguments))
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 def values(**changes: Any) -> list[Any]:
@@ -38,7 +26,6 @@ def values(**changes: Any) -> list[Any]:
         **{"guidance_low": 0.3, "guidance_high": 1, "refresh_every": 1, "seed": 0, "state_forecast": "hold"},
         **{"solver": "euler", "order": 2, "timeshift": 1},
     }
-    assert (*fields, "frames") == FIELDS
     return list((fields | changes).values())
 
 
@@ -49,13 +36,15 @@ def models(*checkpoints: Path | str) -> dict[str, Any]:
 
 @contextmanager
 def served(models: dict[str, Any], folder: Path) -> Iterator[Any]:
-    """A `Demo` of these models, served on loopback with a queue of one; images go into the folder."""
-    from ddt_fast.demo.page import Demo, serve
+    """A `Demo` of these models, served on loopback with a queue of one; images go into the folder, and a comparison
+    runs once."""
+    from ddt_fast.demo import drawing, page
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder))
-        demo = Demo(models, MAX_IMAGES, MAX_STEPS)
-        serve(demo, 1, server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True)
+        patch.setattr(drawing, "_TIMED_RUNS", 1)
+        demo = page.Demo(models, MAX_IMAGES, MAX_STEPS)
+        page.serve(demo, 1, server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True)
         yield demo
         demo.page.close(verbose=False)
         demo.close()

@@ -1,7 +1,6 @@
 """The demo's command: mistakes are one line, and it serves on loopback until it is interrupted."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,14 +9,15 @@ import urllib.request
 import pytest
 
 from ddt_fast.demo import __main__ as command
-from demo_cases import error_line, free_port, values, wait_until
+from demo_cases import free_port, values, wait_until
+from sample_jobs import error_line
 
 
 def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "ddt_fast.demo.page", raising=False)
     monkeypatch.delitem(sys.modules, "ddt_fast.demo.drawing", raising=False)
-    line = error_line(capsys)
+    line = error_line(capsys, command.main, [])
     assert line.startswith("error: the demo needs gradio (")
     assert line.endswith('; pip install ".[demo]" in the checkout')
 
@@ -35,7 +35,7 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
     ],
 )
 def test_wrong_options_are_one_line(capsys, arguments, message):
-    assert message in error_line(capsys, *arguments)
+    assert message in error_line(capsys, command.main, arguments)
 
 
 @pytest.mark.parametrize(
@@ -53,42 +53,31 @@ def test_what_cannot_be_served_is_one_line(capsys, arguments, message):
     pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
     with socket.create_server(("127.0.0.1", 0)) as other:
         taken = other.getsockname()[1]
-        line = error_line(capsys, *(argument.format(taken=taken) for argument in arguments))
+        line = error_line(capsys, command.main, [argument.format(taken=taken) for argument in arguments])
     assert message.format(taken=taken) in line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "drawing", "proxy"),
-    [
-        (signal.SIGTERM, True, {}),
-        (signal.SIGINT, False, {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}),
-    ],
-    ids=["drawing", "proxy"],
-)
-def test_the_command_serves_on_loopback_until_interrupted(tmp_path, number, drawing, proxy):
+def test_the_command_serves_on_loopback_until_it_is_ended_even_behind_a_proxy_and_while_drawing(tmp_path):
     gradio_client = pytest.importorskip("gradio_client", reason='pip install ".[demo]" in the checkout')
     port = free_port()
+    proxy = {f"{kind}_proxy": "http://127.0.0.1:9" for kind in ("http", "https", "all")}
     with subprocess.Popen(
         [sys.executable, "-m", "ddt_fast.demo", "--port", str(port)],
         env=os.environ | {"TMPDIR": str(tmp_path)} | proxy,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell's background jobs are started deaf to interrupts, and so are their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         try:
             wait_until(lambda: run.poll() is not None or answers(port))
-            assert "Decoupled Diffusion Transformer" in page(port)
             with pytest.raises(ConnectionRefusedError):  # another address of this machine than loopback's usual one
                 socket.create_connection(("127.0.0.2", port), timeout=5)
-            if drawing:
-                client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
-                job = client.submit(*values(num_images=64, num_steps=1000), api_name="/generate")
-                wait_until(lambda: len(job.outputs()) > 0)
+            client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+            job = client.submit(*values(num_images=64, num_steps=1000), api_name="/generate")
+            wait_until(lambda: len(job.outputs()) > 0)
         finally:
-            run.send_signal(number)
+            run.terminate()
             try:
                 output, _ = run.communicate(timeout=60)
             except subprocess.TimeoutExpired:
@@ -115,13 +104,9 @@ def test_loopback_needs_no_proxy_beside_what_the_user_excepts(monkeypatch, given
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == kept
 
 
-def page(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
-        return answer.read().decode()
-
-
 def answers(port: int) -> bool:
     try:
-        return bool(page(port))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            return "Decoupled Diffusion Transformer" in answer.read().decode()
     except OSError:
         return False

@@ -21,7 +21,6 @@ if CHROMIUM is None:
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: tests/demo/run_in_chromium.sh")
 pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 
-from ddt_fast.demo.page import CONCURRENT  # noqa: E402
 from demo_cases import held, models, served, wait_until  # noqa: E402
 
 FLAGS = [
@@ -137,7 +136,6 @@ def test_wrong_input_is_answered_in_the_page_and_the_next_request_served(opened)
     page.locator("#classes button[aria-label*='emove'], #classes .token-remove").first.click()
     for field, value, message in (
         ("num_images", "1000000", "Images is 1000000; allowed: a whole number, 1 to 12"),
-        ("num_steps", "-3", "Steps is -3; allowed"),
         ("guidance_low", "2", "Guided from t is 2; allowed: 0 to 1"),
     ):
         before = page.locator(f"#{field} input[type=number]").input_value()
@@ -150,24 +148,17 @@ def test_wrong_input_is_answered_in_the_page_and_the_next_request_served(opened)
     pictures(page, "images", 2)
 
 
-def test_pages_wait_and_get_their_own_images_and_a_full_queue_says_so(opened, demo):
-    pages = [opened() for _ in range(CONCURRENT + 2)]
-    for seed, page in enumerate(pages):
-        set_number(page, "num_images", "1")
-        set_number(page, "seed", str(seed))
+def test_pages_wait_and_get_their_own_images(opened, demo):
+    pages = [opened() for _ in range(2)]
     with held(demo):
-        for count, page in enumerate(pages[:CONCURRENT], start=1):  # each passes through the queue, which one fills
+        for seed, page in enumerate(pages):
+            set_number(page, "num_images", "1")
+            set_number(page, "seed", str(seed))
             page.click("#generate-run")
-            wait_until(lambda count=count: len(demo.reports) == count)
             page.wait_for_function("() => document.querySelector('#generate-status').innerText.includes('waiting')")
-        pages[-2].click("#generate-run")
-        wait_until(lambda: len(demo.page._queue) == 1)
-        pages[-1].click("#generate-run")
-        pages[-1].get_by_text("This application is currently busy. Please try again.").wait_for()
-    for seed, page in enumerate(pages[:-1]):
+    for seed, page in enumerate(pages):
         pictures(page, "images", 1)
         assert captions(page, "images") == [f"0 · seed {seed}"]
-    assert pages[-1].locator("#images img").count() == 0
 
 
 def test_another_model_brings_its_classes_and_settings(opened, demo):
@@ -238,12 +229,9 @@ def test_stop_ends_a_request(opened, demo):
 
 
 def test_a_random_seed_is_another_one(opened):
-    page = opened()
-    seeds = [page.input_value("#seed input")]
+    page, seed = opened(), "0"
     for _ in range(2):
         page.get_by_role("button", name="Random").click()
-        page.wait_for_function("before => document.querySelector('#seed input').value !== before", arg=seeds[-1])
-        seeds.append(page.input_value("#seed input"))
-    assert seeds[0] == "0"
-    assert all(0 <= int(seed) < 2**31 for seed in seeds)
-    assert len(set(seeds)) == 3
+        page.wait_for_function("before => document.querySelector('#seed input').value !== before", arg=seed)
+        seed = page.input_value("#seed input")
+        assert 0 < int(seed) < 2**31

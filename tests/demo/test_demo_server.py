@@ -25,25 +25,18 @@ from ddt_fast.demo.page import CONCURRENT, Demo  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def latent_names(tmp_path_factory):
-    """One model twice: as a run's model folder, and as a saved pipeline."""
+def demo(tmp_path_factory):
+    """The digits, and a saved pipeline of latents."""
     folder = tmp_path_factory.mktemp("latent")
-    names = [str(latent_folder(folder)), str(folder / "saved")]
-    DDTPipeline.from_pretrained(names[0]).save_pretrained(names[1])
-    return names
-
-
-@pytest.fixture(scope="module")
-def demo(latent_names, tmp_path_factory):
-    loaded = models(*latent_names)
-    loaded = {"digits": loaded.pop("digits"), **loaded}
-    with served(loaded, tmp_path_factory.mktemp("gradio")) as demo:
+    DDTPipeline.from_pretrained(latent_folder(folder)).save_pretrained(folder / "saved")
+    loaded = models(folder / "saved")
+    with served({"digits": loaded.pop("digits"), **loaded}, folder) as demo:
         yield demo
 
 
-@pytest.fixture
-def client(demo, tmp_path):
-    return gradio_client.Client(demo.page.local_url, verbose=False, download_files=tmp_path)
+@pytest.fixture(scope="module")
+def client(demo, tmp_path_factory):
+    return gradio_client.Client(demo.page.local_url, verbose=False, download_files=tmp_path_factory.mktemp("files"))
 
 
 def call(client, name="/generate", *more, **changes):
@@ -158,8 +151,8 @@ def test_errors_are_told_and_the_next_request_is_served(client, monkeypatch, err
 
 
 @pytest.mark.slow
-def test_a_client_is_served_while_another_one_waits_for_its_model(client, demo, latent_names):
-    busy, free = latent_names
+def test_a_client_is_served_while_another_one_waits_for_its_model(client, demo):
+    free, busy = demo.models
     other = gradio_client.Client(demo.page.local_url, verbose=False, download_files=False)
     with held(demo, busy):
         waiting = other.submit(*values(model=busy), api_name="/generate")

@@ -15,7 +15,7 @@ from ddt_fast.generation.images import to_uint8
 from ddt_fast.generation.job import Job
 from ddt_fast.generation.npz import open_images
 from ddt_fast.generation.seeds import Assignment, assign_labels
-from ddt_fast.generation.settings import Outputs
+from ddt_fast.generation.settings import Engine, Outputs
 from ddt_fast.model.reference import DDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT, read_experiment
 from ddt_fast.model.weights import load_model
@@ -40,7 +40,7 @@ class Colours:
 
 def job(folder, model, sampling, assignment, batch_size, decode=None) -> Job:
     outputs = Outputs(num_png=0, shard_size=8)
-    engine = LoadedEngine(model, sampling, DataConfig(), (8, 8), batch_size, "model", decode, None, False, {})
+    engine = LoadedEngine(model, sampling, DataConfig(), (8, 8), batch_size, "model", decode, Engine(), {})
     return Job(assignment, engine, JobFolder(folder, {}, len(assignment), 8, outputs, Ranks()))
 
 

@@ -21,12 +21,12 @@ def test_a_quantised_transformer_is_sampled_from():
     assert 0 < error < 0.05
 
 
-def test_a_lora_adapter_is_sampled_from_and_can_be_switched_off(tmp_path):
+def test_a_lora_adapter_is_sampled_from_switched_off_saved_loaded_and_unloaded(tmp_path):
     peft = pytest.importorskip("peft", reason="needs peft, which is not installed")
     torch.manual_seed(0)
     pipe = digits()
     exact = latents(pipe)
-    config = peft.LoraConfig(r=2, target_modules=["qkv", "w2"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["qkv", "w2"], init_lora_weights=False)
     pipe.transformer.add_adapter(config)
     adapted = latents(pipe)
     with pytest.raises(ValueError, match="the transformer is adapted or quantised"):
@@ -36,16 +36,6 @@ def test_a_lora_adapter_is_sampled_from_and_can_be_switched_off(tmp_path):
     torch.testing.assert_close(latents(pipe), exact, rtol=1e-4, atol=1e-4)
     pipe.transformer.enable_adapters()
     assert torch.equal(latents(pipe), adapted)
-
-
-def test_lora_weights_are_saved_loaded_and_unloaded(tmp_path):
-    peft = pytest.importorskip("peft", reason="needs peft, which is not installed")
-    torch.manual_seed(0)
-    pipe = digits()
-    exact = latents(pipe)
-    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["qkv", "w2"], init_lora_weights=False)
-    pipe.transformer.add_adapter(config)
-    adapted = latents(pipe)
     layers = peft.get_peft_model_state_dict(pipe.transformer)
     settings = pipe.transformer.peft_config["default"].to_dict()
     DDTPipeline.save_lora_weights(tmp_path, layers, transformer_lora_adapter_metadata=settings)

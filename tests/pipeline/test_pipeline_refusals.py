@@ -26,6 +26,9 @@ class Elsewhere(torch.Generator):
     device = torch.device("cuda:1")
 
 
+NOISE = torch.ones(2, 1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -46,27 +49,18 @@ class Elsewhere(torch.Generator):
         ({"num_steps": 2}, "DDTPipeline has no argument 'num_steps'; nearest: num_inference_steps"),
         ({"sampling": {"order": 3}}, "sampling is a dict; expected SamplingConfig"),
         ({"sampling": SamplingConfig(9, refresh_steps=(0, 7))}, "refresh_steps are for 9 steps, not for 2; give"),
-        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents are \(1, 1, 8, 8\); expected \(2, 1, 8, 8\)"),
+        ({"latents": NOISE[:1]}, r"latents are \(1, 1, 8, 8\); expected \(2, 1, 8, 8\)"),
         ({"latents": [1.0]}, r"latents are a list; expected a tensor \(2, 1, 8, 8\) for 2 images"),
-        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.bool)}, "latents are torch.bool, .* expected dense floats"),
-        ({"latents": torch.zeros(2, 1, 8, 8).to_sparse()}, r"latents are .*torch\.sparse_coo, .*; expected dense"),
-        (
-            {"latents": torch.full((2, 1, 8, 8), math.nan)},
-            "latents are not finite: they hold NaN or infinity",
-        ),
-        ({"latents": torch.full((2, 1, 8, 8), -math.inf)}, "latents are not finite"),
+        ({"latents": NOISE > 0}, "latents are torch.bool, .* expected dense floats"),
+        ({"latents": NOISE.to_sparse()}, r"latents are .*torch\.sparse_coo, .*; expected dense"),
+        ({"latents": NOISE * math.nan}, "latents are not finite: they hold NaN or infinity"),
+        ({"latents": NOISE / 0}, "latents are not finite"),
         ({"callback_on_step_end": 3}, "callback_on_step_end is an int; expected a function"),
         ({"callback_on_step_end_tensor_inputs": ["embeds"]}, "names 'embeds'; allowed: latents"),
         ({"callback_on_step_end_tensor_inputs": "latents"}, "tensor_inputs is 'latents'; expected a list of names"),
         ({"callback_on_step_end": lambda *_: 3}, "callback_on_step_end returned an int; expected None or a dict"),
-        (
-            {"callback_on_step_end": lambda *_: {"latents": torch.zeros(2, 2)}},
-            r"returned latents \(2, 2\); expected \(2, 1, 8, 8\)",
-        ),
-        (
-            {"callback_on_step_end": lambda *_: {"latents": torch.full((2, 1, 8, 8), math.nan)}},
-            "callback_on_step_end returned latents not finite",
-        ),
+        ({"callback_on_step_end": lambda *_: {"latents": NOISE[0]}}, r"returned latents \(1, 8, 8\); expected \(2, 1"),
+        ({"callback_on_step_end": lambda *_: {"latents": NOISE * math.nan}}, "end returned latents not finite"),
     ],
 )
 def test_wrong_calls(pipe, arguments, message):

@@ -51,8 +51,7 @@ def captured_on_cpu(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> Captur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [golden.DDT, FusedDDT])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("name", "kind"), [*((name, FusedDDT) for name in PLANS), ("forecasts", golden.DDT)])
 def test_replayed_graphs_equal_eager_steps(name, kind, monkeypatch):
     config = SamplingConfig(num_steps=11, last_step=None, **PLANS[name])
     model = model_on("cpu", kind)

@@ -146,6 +146,9 @@ def test_every_plan_can_be_executed(config):
                 assert sum(branch.state_weights) == pytest.approx(1, abs=1e-6)
         evaluated = step.uncond is not None and step.uncond.decode
         differences += evaluated
+        if built.cached_branches == 2 and step.uncond is not None:  # refreshed together
+            assert step.uncond.encode == step.cond.encode
+            assert not step.uncond.decode or step.uncond.state_weights == step.cond.state_weights
         assert step.cond.decode
         c = step.coefficients
         assert len(c.velocity_coefficients) <= min(i, built.velocity_history) + 1

@@ -18,20 +18,17 @@ from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
-from ddt_fast.sampling.refresh import (
-    Probe,
+from ddt_fast.sampling.refresh import probe, schedules
+from ddt_fast.sampling.refresh.probe import Probe, probe_calls, probe_states
+from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
+from ddt_fast.sampling.refresh.search import (
+    _Costs,
+    _search_triples,
     optimal_refresh_schedule,
     optimal_refresh_steps,
-    probe,
-    probe_calls,
-    probe_states,
-    resolve_refresh_steps,
-    schedule_cache_path,
-    schedules,
     step_errors,
     uniform_refresh_steps,
 )
-from ddt_fast.sampling.refresh.search import _Costs, _search_triples
 from ddt_fast.sampling.solvers import lagrange_weights
 
 SHARING = "tiny_sharing_h32"

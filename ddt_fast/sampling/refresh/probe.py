@@ -12,7 +12,7 @@ from torch import Tensor
 from ddt_fast.checks import require_int
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
-from ddt_fast.sampling.noise import normal, seeded_noise
+from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.plan import SamplingPlan
 
 _STATE_BYTES = 2 * 2**30
@@ -115,7 +115,7 @@ def _run(
     for i, step in enumerate(plan.steps):
         x_in, t = x.to(dtype), torch.full((len(x),), step.t, device=device)
         v, state = model(x_in, t, labels)
-        found, c = [state], step.coefficients
+        found = [state]
         velocities = [v.float(), *velocities][: plan.velocity_history + 1]
         if step.uncond is not None:
             unguided, state = model(x_in, t, null)
@@ -125,11 +125,7 @@ def _run(
         if both:
             found.append(state)
         torch.cat([state.flatten(0, 1) for state in found], out=states[i])
-        x = c.x_coefficient * x
-        for coefficients, values in ((c.velocity_coefficients, velocities), (c.difference_coefficients, differences)):
-            x = x + sum(weight * value for weight, value in zip(coefficients, values, strict=False))
-        if c.noise_coefficient:
-            x = x + c.noise_coefficient * normal(shape, generators).to(device)
+        x = step.coefficients.advance(x, velocities, differences, generators)
         if progress is not None:
             progress()
     return states

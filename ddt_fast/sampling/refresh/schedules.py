@@ -95,15 +95,9 @@ def _resolved(config: SamplingConfig, entry: dict[str, Any], source: str, report
 
 
 def schedule_cache_path(checkpoint: Path, report: Report = print) -> Path:
-    """Where the schedules of a checkpoint are kept.
-
-    This is refresh_schedules.json in a checkpoint folder, or NAME.refresh_schedules.json beside a file. If that place
-    cannot be written or belongs to the installed package, it is in the user's cache (XDG_CACHE_HOME, or ~/.cache).
-
-    Args:
-        checkpoint: the local folder or file of a checkpoint.
-        report: called with one line if the place is in the user's cache.
-    """
+    """Where the schedules of a local checkpoint are kept: refresh_schedules.json in its folder, or
+    NAME.refresh_schedules.json beside a file. If that place cannot be written or belongs to the installed package, in
+    the user's cache (XDG_CACHE_HOME, or ~/.cache), and one line of `report` says so."""
     beside = checkpoint / CACHE_NAME if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{CACHE_NAME}")
     package = Path(__file__).resolve().parents[2]
     in_package = package in checkpoint.resolve().parents
@@ -164,10 +158,7 @@ def _read(cache: Path, report: Report) -> dict[str, Any]:
 
 def _store(cache: Path, key: str, entry: dict[str, Any], report: Report) -> None:
     """Add an entry to the cache, whole or not at all; a cache that cannot be written is reported, and is not an error.
-
-    If two processes store at the same moment, the later file may lack the other's entry, which then costs another
-    probe.
-    """
+    If two processes store at the same moment, one entry may be lost, which costs another probe."""
     try:
         # Read again: during the probe, another process may have added entries.
         schedules = {**_read(cache, lambda _: None), key: entry}

@@ -30,11 +30,8 @@ def optimal_refresh_steps(similarity: ArrayLike | Tensor, num_refreshes: int) ->
     """The refresh steps that minimise the sum over segments [j, i) of sum_{k=j..i-1} (1 - similarity[k][j]), ascending.
 
     Exact, in O(M T^2). Among equal schedules, the one with the earliest last refresh wins, then the one before it.
-    ValueError if similarity is not square and finite, or num_refreshes is out of range.
-
-    Args:
-        similarity: (T, T), the mean cosine similarity of the states of steps i and j.
-        num_refreshes: M, 1 to T.
+    `similarity` (T, T) is the mean cosine similarity of the states of steps i and j. ValueError if it is not square and
+    finite, or num_refreshes is not 1 to T.
     """
     matrix = _square(similarity)
     num_steps = len(matrix)
@@ -63,12 +60,7 @@ def optimal_refresh_schedule(probe: Probe, num_refreshes: int, forecast: StateFo
     The sum of `step_errors` is minimal. "hold" is `optimal_refresh_steps`. With a forecast, the error of a segment also
     depends on the one or two refreshes before it: "linear" is an exact search over pairs, in O(M T^3); "quadratic"
     searches over triples, and is exact among schedules whose segments have at most L steps. L is T if that takes a few
-    seconds, and at least one and a half mean segments. ValueError if num_refreshes is out of range.
-
-    Args:
-        probe: the result of `probe_states`.
-        num_refreshes: M, 1 to T.
-        forecast: state_forecast of the run.
+    seconds, and at least one and a half mean segments. ValueError if num_refreshes is not 1 to T.
     """
     require(forecast in STATES_IN_FORECAST, "forecast", forecast, ", ".join(STATES_IN_FORECAST))
     if forecast == "hold":
@@ -90,7 +82,7 @@ def uniform_refresh_steps(num_steps: int, num_refreshes: int) -> tuple[int, ...]
 
 
 def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast = "hold") -> Array:
-    """The predicted error of the state at every step, (T,) float64, 0 at the refreshes.
+    """The predicted error of the state at every step, (T,) float64, 0 at the refreshes, which ascend from 0.
 
     It is |sum_i w_i u_i - u_k|^2 / 2 + drift (sum_i w_i^2 - 1), averaged over tokens, where w are the weights of the
     forecast and u are unit states: a token's state divided by its norm. For held states, this is 1 - similarity[k][j],
@@ -100,23 +92,13 @@ def step_errors(probe: Probe, refreshes: Sequence[int], forecast: StateForecast 
 
     On the digits model, with 250 steps and "linear", this gave smaller errors of the final sample than the relative
     squared error of the states, and than leaving out the second term.
-
-    Args:
-        probe: the result of `probe_states`.
-        refreshes: ascending steps, the first 0.
-        forecast: what fills the steps between refreshes, as SamplingConfig.state_forecast.
     """
     return _Costs(probe, forecast, len(refreshes)).of(refreshes)
 
 
 class _Costs:
-    """The cost of a forecast through refreshes at other steps, as `step_errors` defines it.
-
-    Args:
-        probe: the result of `probe_states`.
-        forecast: state_forecast of the run.
-        num_refreshes: M, for the drift; None leaves the drift at 0.
-    """
+    """The cost of a forecast through refreshes at other steps, as `step_errors` defines it; without num_refreshes, the
+    drift is 0."""
 
     def __init__(self, probe: Probe, forecast: StateForecast, num_refreshes: int | None = None) -> None:
         similarity = _square(probe.similarity)
