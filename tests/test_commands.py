@@ -83,6 +83,8 @@ def test_every_sampling_option_changes_the_images(tmp_path):
         ["--last-step", "0.3"],
         ["--solver", "lms"],
         ["--solver", "lms", "--order", "4"],
+        ["--solver", "pec"],
+        ["--solver", "pec", "--order", "3"],
         ["--solver", "sde"],
         ["--solver", "sde", "--diffusion", "constant"],
         ["--solver", "sde", "--diffusion-scale", "0.5"],
