@@ -140,8 +140,8 @@ class SamplingConfig:
             fits = self.num_steps == 1 or self.last_step < 1
             require(fits, "last_step", self.last_step, "below 1 when there is more than one step")
         most = 3 if self.solver == "pec" else 4
-        valid = type(self.order) is int and 1 <= self.order <= most
-        require(valid, "order", self.order, f"1 to {most} with solver {self.solver}")
+        possible = type(self.order) is int and 1 <= self.order <= most
+        require(possible, "order", self.order, f"1 to {most} with solver {self.solver}")
         self._check_refreshes()
 
     def _check_refreshes(self) -> None:
