@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from ddt_fast.checks import require, require_choices_and_flags, require_int, require_name, require_number, require_pair
 
-Solver = Literal["euler", "lms", "sde"]
+Solver = Literal["euler", "lms", "pec", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
 StateForecast = Literal["hold", "linear", "quadratic"]
 GuidanceForecast = Literal["hold", "linear"]
@@ -87,9 +87,10 @@ class SamplingConfig:
         guidance_scale: w in v = v_uncond + w (v_cond - v_uncond); 1 needs no unconditional branch.
         guidance_interval: (low, high): guided where low < t < high; elsewhere the velocity is the conditional one.
         timeshift: times are t / (t + (1 - t) timeshift); above 1, more steps are near the noise.
-        last_step: length of the final step before the shift; None is 1 / num_steps.
-        solver: "euler"; "lms", the linear multistep solver; "sde", Euler-Maruyama.
-        order: velocities the "lms" solver combines, 1 to 4; other solvers ignore it.
+        last_step: length of the final step before the shift; None is 1 / num_steps. "pec" ignores it.
+        solver: "euler"; "lms", the linear multistep solver; "pec", a multistep solver that predicts, evaluates and
+            corrects, with steps that end at the bounds of the guidance interval; "sde", Euler-Maruyama.
+        order: velocities that "lms" combines, 1 to 4, and that "pec" predicts with, 1 to 3; other solvers ignore it.
         diffusion: w(t) of the "sde" solver: "constant" 1, "sigma" (1 - t), "sigma_squared" (1 - t)^2,
             "sine" sin(pi t)^2; other solvers ignore it.
         diffusion_scale: factor on w(t); 0 is the ODE.
@@ -101,7 +102,8 @@ class SamplingConfig:
             ("linear") or three ("quadratic") states.
         guidance_every: evaluate the unconditional branch, with a fresh state, at every M-th guided step; in between,
             the guidance difference v_cond - v_uncond comes from guidance_forecast.
-        guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear").
+        guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear"); "pec"
+            extrapolates differences as it does velocities, and ignores it.
         cuda_graphs: replay the loop as CUDA graphs.
     """
 
@@ -137,7 +139,9 @@ class SamplingConfig:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
             fits = self.num_steps == 1 or self.last_step < 1
             require(fits, "last_step", self.last_step, "below 1 when there is more than one step")
-        require(type(self.order) is int and 1 <= self.order <= 4, "order", self.order, "1, 2, 3 or 4")
+        most = 3 if self.solver == "pec" else 4
+        possible = type(self.order) is int and 1 <= self.order <= most
+        require(possible, "order", self.order, f"1 to {most} with solver {self.solver}")
         self._check_refreshes()
 
     def _check_refreshes(self) -> None:

@@ -71,7 +71,14 @@ def test_every_sampling_option_changes_the_images(tmp_path):
     plain = "--num-images 4 --num-steps 8 --refresh-every 2 --guidance-scale 3 --solver euler"
     variants = [
         *("", "--num-steps 9", "--guidance-scale 5", "--guidance-interval 0.1 0.6", "--timeshift 2", "--last-step 0.3"),
-        *("--solver lms", "--solver lms --order 4", "--solver sde", "--solver sde --diffusion constant"),
+        *(
+            "--solver lms",
+            "--solver lms --order 4",
+            "--solver pec",
+            "--solver pec --order 3",
+            "--solver sde",
+            "--solver sde --diffusion constant",
+        ),
         *("--solver sde --diffusion-scale 0.5", "--refresh-every 4", "--refresh-every 1 --refresh-steps 0 5"),
         *("--state-forecast linear", "--guidance-every 3", "--guidance-every 3 --guidance-forecast linear"),
         *("--fast", "--classes 5", "--first-seed 9", "--dtype bfloat16", "--quantize int8"),

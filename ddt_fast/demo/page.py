@@ -116,7 +116,7 @@ class Demo:
             add(gr.Dropdown, "state_forecast", "State between refreshes", choices=get_args(StateForecast))
             with gr.Row():
                 add(gr.Dropdown, "solver", "Solver", choices=get_args(Solver))
-                number("order", "Order of lms", 1, 4)
+                number("order", "Order", 1, 4)
             number("timeshift", "Timeshift", 0.1, 10, 0.1, info="Above 1: more steps near the noise")
         dice.click(None, outputs=self.fields["seed"], js="() => Math.floor(Math.random() * 2 ** 31)")
         changed = {name: field for name, field in self.fields.items() if name not in ("model", "seed")}

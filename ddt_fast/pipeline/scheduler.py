@@ -103,9 +103,9 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             due = f"{steps[self._index].t:g}" if self._index < len(steps) else "none, call set_timesteps"
             raise ValueError(f"timestep is {float(timestep):g}; allowed at step {self._index}: {due}")
         coefficients = steps[self._index].coefficients
-        self._velocities = [model_output.float(), *self._velocities][: self._plan.velocity_history]
+        self._velocities = [model_output.float(), *self._velocities][: self._plan.velocity_history + 1]
         generators = per_sample(generator, len(sample), sample.device) if coefficients.noise_coefficient else []
-        x = coefficients.advance(sample.float(), self._velocities, generators)
+        x = coefficients.advance(sample.float(), self._velocities, [], generators)
         self._index += 1
         return DDTSchedulerOutput(prev_sample=x) if return_dict else (x,)
 

@@ -55,10 +55,8 @@ class Buffers:
         tokens = config.num_tokens(height, width)
         kept = plan.cached_branches * batch_size
         self.modulations = zeros(plan.state_history, kept, tokens, model.modulation_size, like=dtype)
-        past = plan.velocity_history - 1
-        self.velocities = zeros(past, *shape) if past else None
-        keeps_differences = plan.cached_branches == 1 and plan.difference_history > 0
-        self.differences = zeros(plan.difference_history, *shape) if keeps_differences else None
+        depths = plan.velocity_history, plan.difference_history
+        self.velocities, self.differences = (zeros(depth, *shape) if depth else None for depth in depths)
         stochastic = any(step.coefficients.noise_coefficient for step in plan.steps)
         self.noise = zeros(*shape) if stochastic else None
         self.rotary = model.rotary(self.x)

@@ -23,14 +23,16 @@ import torch
 
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model.flops import model_flops
-from ddt_fast.sampling.schedule import timesteps
+from ddt_fast.sampling.schedule import edged_timesteps, timesteps
 from ddt_fast.sampling.solvers import (
     DIFFUSIONS,
     StepCoefficients,
+    corrected_multistep,
     euler,
     euler_maruyama,
     lagrange_weights,
     linear_multistep,
+    with_guidance,
 )
 
 STATES_IN_FORECAST = {"hold": 1, "linear": 2, "quadratic": 3}
@@ -57,23 +59,19 @@ class PlanStep:
 
     Attributes:
         t: time of the evaluation, in [0, 1).
-        coefficients: the solver's coefficients.
+        coefficients: the solver's coefficients, with guidance.
         cond, uncond: the two branches; uncond is None if the branch is idle.
-        guidance_scale: w; 1 if the step is not guided.
-        difference_weights: v = v_cond + (w - 1) sum_k difference_weights[k] * (k-th newest guidance difference);
-            empty if the step is not guided. If uncond.decode is set, the newest difference is this step's own.
     """
 
     t: float
     coefficients: StepCoefficients
     cond: BranchStep
     uncond: BranchStep | None
-    guidance_scale: float
-    difference_weights: tuple[float, ...]
 
     @property
     def guided(self) -> bool:
-        return bool(self.difference_weights)
+        """Whether the step reads a guidance difference. If uncond.decode is set, the newest is this step's own."""
+        return bool(self.coefficients.difference_coefficients)
 
     @property
     def branches(self) -> list[BranchStep]:
@@ -88,8 +86,8 @@ class SamplingPlan:
     Attributes:
         steps: in order of execution.
         state_history: the most cached states (or what is affine in them) that a branch needs.
-        velocity_history: the most velocities that the solver needs, with this step's.
-        difference_history: the most guidance differences that are needed.
+        velocity_history: the most earlier velocities that a step needs.
+        difference_history: the most earlier guidance differences that a step needs.
         cached_branches: branches whose modulations are kept from step to step: 2 if the unconditional one is refreshed
             together with the conditional one, else 1.
     """
@@ -108,39 +106,28 @@ class SamplingPlan:
             raise ValueError(
                 'refresh_steps is "dp"; resolve_refresh_steps(model, config, ...) turns it into step numbers'
             )
-        times = timesteps(config.num_steps, config.last_step, config.timeshift)
+        times, guided = _times(config)
         refreshes = config.refresh_steps or tuple(range(0, config.num_steps, config.refresh_every))
-        guided = [_is_guided(config, t) for t in times[:-1]]
         decoding = _branch(times, [True] * config.num_steps, refreshes, config.state_forecast)
         cond = [branch for branch in decoding if branch is not None]
+        evaluated = _every(guided, config.guidance_every)
         if config.guidance_every == 1:
-            uncond = _branch(times, guided, refreshes, config.state_forecast, warm_up=True)
-            differences: list[tuple[float, ...]] = [(1.0,) if g else () for g in guided]
+            uncond = _branch(times, evaluated, refreshes, config.state_forecast, warm_up=True)
         else:
             # A held or extrapolated difference tolerates no unconditional state that is older than its velocity: if
             # this branch is evaluated rarely, its encoder runs each time.
-            evaluated = _every(guided, config.guidance_every)
             uncond = _branch(times, evaluated, [i for i, e in enumerate(evaluated) if e], "hold")
-            history = 2 if config.guidance_forecast == "linear" else 1
-            differences = _forecast(times, guided, evaluated, history)
-        solver = _solver_steps(config, times)
-        steps = tuple(
-            PlanStep(
-                t=times[i],
-                coefficients=solver[i],
-                cond=cond[i],
-                uncond=uncond[i],
-                guidance_scale=config.guidance_scale if guided[i] else 1.0,
-                difference_weights=differences[i],
-            )
-            for i in range(config.num_steps)
-        )
+        coefficients = _coefficients(config, times, guided, evaluated)
+        steps = tuple(map(PlanStep, times, coefficients, cond, uncond))
         branches = [branch for step in steps for branch in step.branches]
         return cls(
             steps=steps,
             state_history=max(len(branch.state_weights) for branch in branches),
-            velocity_history=max(len(step.coefficients.velocity_coefficients) for step in steps),
-            difference_history=max(len(step.difference_weights) for step in steps),
+            velocity_history=max(len(step.velocity_coefficients) for step in coefficients) - 1,
+            difference_history=max(
+                max(len(step.difference_coefficients) - is_evaluated, 0)
+                for step, is_evaluated in zip(coefficients, evaluated, strict=True)
+            ),
             cached_branches=2 if any(guided) and config.guidance_every == 1 else 1,
         )
 
@@ -165,9 +152,33 @@ class SamplingPlan:
         return self.encoder_evaluations * (cost.encoder + cost.modulations) + self.network_evaluations * cost.decoder
 
 
-def _is_guided(config: SamplingConfig, t: float) -> bool:
+def _times(config: SamplingConfig) -> tuple[tuple[float, ...], list[bool]]:
+    """The times of the steps and the end, and which steps are guided."""
     low, high = (float(np.float32(bound)) for bound in config.guidance_interval)
-    return config.guidance_scale != 1 and low < t < high
+    has_guidance = config.guidance_scale != 1
+    if config.solver == "pec":
+        times = edged_timesteps(config.num_steps, (low, high) if has_guidance else None, config.timeshift)
+        return times, [has_guidance and low <= t < high for t in times[:-1]]
+    times = timesteps(config.num_steps, config.last_step, config.timeshift)
+    return times, [has_guidance and low < t < high for t in times[:-1]]
+
+
+def _coefficients(
+    config: SamplingConfig, times: tuple[float, ...], guided: list[bool], evaluated: list[bool]
+) -> list[StepCoefficients]:
+    """The solver's steps, with guidance."""
+    if config.solver == "pec":
+        always = [True] * config.num_steps
+        velocities = corrected_multistep(times, config.order, always, always)
+        differences = corrected_multistep(times, config.order, evaluated, guided)
+        strength = config.guidance_scale - 1
+        return [
+            StepCoefficients(cond, tuple(strength * weight for weight in difference))
+            for cond, difference in zip(velocities, differences, strict=True)
+        ]
+    history = 2 if config.guidance_forecast == "linear" else 1
+    differences = _forecast(times, guided, evaluated, history)
+    return with_guidance(_solver_steps(config, times), differences, evaluated, config.guidance_scale)
 
 
 def _solver_steps(config: SamplingConfig, times: tuple[float, ...]) -> list[StepCoefficients]:

@@ -2,14 +2,17 @@
 
 Every solver here is linear in x, the velocities and the noise, so one rule executes them all:
 
-    x_{i+1} = x_coefficient * x_i + sum_k velocity_coefficients[k] * v_{i-k} + noise_coefficient * n,   n ~ N(0, I)
+    x_{i+1} = x_coefficient * x_i + sum_k velocity_coefficients[k] * v_{i-k}
+              + sum_k difference_coefficients[k] * d_k + noise_coefficient * n,   n ~ N(0, I)
 
-where v_{i-k} is the velocity of k steps ago (k = 0: now).
+where v_{i-k} is the conditional velocity of k steps ago (k = 0: now), and d_k the k-th newest guidance difference
+v_cond - v_uncond. `euler`, `linear_multistep` and `euler_maruyama` know one velocity; `with_guidance` makes it of both.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -20,17 +23,29 @@ from ddt_fast.sampling.noise import normal
 
 @dataclass(frozen=True)
 class StepCoefficients:
-    """One solver step, as in the module's equation; velocity_coefficients are newest first."""
+    """One solver step, as in the module's equation; coefficients are newest first."""
 
     velocity_coefficients: tuple[float, ...]
+    difference_coefficients: tuple[float, ...] = ()
     x_coefficient: float = 1.0
     noise_coefficient: float = 0.0
 
-    def advance(self, x: Tensor, velocities: Sequence[Tensor], generators: Sequence[torch.Generator]) -> Tensor:
-        """x at the next time, from the velocities, newest first, and noise of the generators, one per sample."""
+    def advance(
+        self,
+        x: Tensor,
+        velocities: Sequence[Tensor],
+        differences: Sequence[Tensor],
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """x at the next time, from velocities and guidance differences, newest first, and noise of the generators, one
+        per sample."""
         after = self.x_coefficient * x
-        for weight, velocity in zip(self.velocity_coefficients, velocities, strict=False):
-            after = after + weight * velocity
+        for weights, values in (
+            (self.velocity_coefficients, velocities),
+            (self.difference_coefficients, differences),
+        ):
+            for weight, value in zip(weights, values, strict=False):
+                after = after + weight * value
         if self.noise_coefficient:
             after = after + self.noise_coefficient * normal(x.shape[1:], generators).to(x.device)
         return after
@@ -69,8 +84,69 @@ def euler_maruyama(times: Sequence[float], diffusion: Callable[[float], float]) 
         dt, w = after - t, diffusion(t)
         pull = 0.5 * w * dt / (1 - t)
         noise = math.sqrt(w * dt) if after < 1 else 0.0
-        steps.append(StepCoefficients((dt + pull * t,), 1 - pull, noise))
+        steps.append(StepCoefficients((dt + pull * t,), (), 1 - pull, noise))
     return steps
+
+
+def with_guidance(
+    steps: Sequence[StepCoefficients], weights: Sequence[Sequence[float]], evaluated: Sequence[bool], scale: float
+) -> list[StepCoefficients]:
+    """The steps, with the velocity of step i being v_cond + (scale - 1) sum_k weights[i][k] d_k, d_k as of step i.
+
+    Args:
+        steps: the solver's, with at most four velocities each.
+        weights: for every step, of the newest differences; () without guidance.
+        evaluated: for every step, whether it evaluates a difference.
+        scale: w.
+    """
+    guided, count = [], 0
+    shares: list[dict[int, float]] = []  # of the velocities, newest first: of the differences, numbered from the first
+    for step, own, is_evaluated in zip(steps, weights, evaluated, strict=True):
+        count += is_evaluated
+        shares.insert(0, {count - 1 - k: (scale - 1) * weight for k, weight in enumerate(own)})
+        total: dict[int, float] = {}
+        for coefficient, share in zip(step.velocity_coefficients, shares, strict=False):
+            for number, weight in share.items():
+                total[number] = total.get(number, 0.0) + coefficient * weight
+        newest_first = tuple(total.get(number, 0.0) for number in range(count - 1, min(total, default=count) - 1, -1))
+        guided.append(replace(step, difference_coefficients=newest_first))
+    return guided
+
+
+def corrected_multistep(
+    times: Sequence[float], order: int, evaluated: Sequence[bool], used: Sequence[bool]
+) -> list[tuple[float, ...]]:
+    """Predict, evaluate, correct: the coefficients of one quantity's values, newest first, () where it has none.
+
+    A step predicts as Adams-Bashforth of `order` does: it integrates the polynomial through the last values. The next
+    evaluation corrects that: it adds the integral of the parabola through the newest three values (Adams-Moulton), less
+    what was predicted. The evaluation is at the predicted x, and no value is computed twice.
+
+    Args:
+        times: of the steps, and the end of the last one; they may be uneven.
+        order: values the prediction uses, 1 to 3; fewer at the beginning.
+        evaluated: for every step, whether it has a new value.
+        used: for every step, whether the quantity moves x there.
+    """
+    rows: list[tuple[float, ...]] = []
+    nodes: list[float] = []  # times of the values, newest first
+    predicted: list[tuple[list[float], tuple[float, float]]] = []  # not corrected yet: nodes, and the step's span
+    for span, is_evaluated, is_used in zip(pairwise(times), evaluated, used, strict=True):
+        integrals = []  # sign, nodes, span
+        if is_evaluated:
+            nodes = [span[0], *nodes][:4]
+            for before, earlier in predicted:
+                integrals += [(1, nodes[:3], earlier), (-1, before, earlier)]
+            predicted = []
+        if is_used:
+            integrals.append((1, nodes[:order], span))
+            predicted.append((nodes[:order], span))
+        row: dict[float, float] = defaultdict(float)
+        for sign, through, (start, end) in integrals:
+            for node, weight in zip(through, lagrange_integrals(through, start, end), strict=True):
+                row[node] += sign * weight
+        rows.append(tuple(row[node] for node in nodes[: len(row)]))
+    return rows
 
 
 DIFFUSIONS: dict[str, Callable[[float], float]] = {

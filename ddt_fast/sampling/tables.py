@@ -45,7 +45,7 @@ class StepTables:
 
     Attributes:
         times: (steps,) float32.
-        coefficients: (steps, 8) float32, `ddt_kernels.guided_step`'s.
+        coefficients: (steps, 10) float32, `ddt_kernels.guided_step`'s.
         slot_weights: (steps, slots) float32: decode with sum_k slot_weights[step, k] * (modulations in slot k).
     """
 
@@ -83,7 +83,7 @@ def step_tables(plan: SamplingPlan, device: torch.device) -> StepTables:
     coefficients = [
         guided_step_coefficients(
             step.coefficients.velocity_coefficients,
-            [(step.guidance_scale - 1) * weight for weight in step.difference_weights],
+            step.coefficients.difference_coefficients,
             step.coefficients.x_coefficient,
             step.coefficients.noise_coefficient,
         )

@@ -52,7 +52,7 @@ def costs() -> Iterator[tuple[str, str, Cost]]:
         yield "qkv_attention", f"N {TOKENS}, {direction}", ops.qkv_attention_cost(*heads, dtype, backward)
     latents = (BATCH, 4, 32, 32)
     yield "guided_step", "Euler, guided", ops.guided_step_cost(*latents, dtype)
-    yield "guided_step", "4 velocities, 2 differences", ops.guided_step_cost(*latents, dtype, True, 3, 2)
+    yield "guided_step", "4 velocities, 4 differences", ops.guided_step_cost(*latents, dtype, True, 3, 3)
 
 
 def table() -> str:

@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
 """One sampling step after the network: unpatchify, guidance and a linear solver's update, in one pass.
 
-    d  = v_cond - v_uncond                            unpatchified, where the unconditional branch was evaluated
-    v  = v_cond + Σ_k c_d[k] · d_k                    d_k the k-th newest guidance difference
-    x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise     v_0 = v, v_k the velocity of k steps ago
+    x' = c_x · x + Σ_k c_v[k] · v_k + Σ_k c_d[k] · d_k + c_n · noise
 
-A row of eight coefficients (c_x, c_n, c_d[0..1], c_v[0..3]) describes any solver and any guidance of a sampling plan.
-What a step remembers is two small tensors, newest first; the op shifts them itself, since it reads their elements for
+v_0 = v_cond, unpatchified, and v_k is that of k steps ago; d = v_cond - v_uncond is the guidance difference, and d_k
+the k-th newest. Each has its own coefficients, because differences begin where guidance does and may be evaluated more
+rarely. A row of ten (c_x, c_n, c_v[0..3], c_d[0..3]) describes any solver and any guidance of a sampling plan. What a
+step remembers is two small tensors, newest first; the op shifts them itself, since it reads their elements for
 the sum anyway. So nothing on the host depends on the step: with a table of rows and a step counter on the device, one
 launch with fixed arguments serves every step of its kind, inside a CUDA graph too.
 
@@ -27,8 +27,8 @@ from ddt_kernels.compilation import AotCase
 from ddt_kernels.cost import Cost
 from ddt_kernels.runtime import cdiv, launch, tl, triton
 
-MAX_VELOCITIES, MAX_DIFFERENCES = 4, 2  # for which a row has coefficients, including the newest
-ROW = 2 + MAX_DIFFERENCES + MAX_VELOCITIES
+TERMS = 4  # velocities, and differences, for which a row has coefficients, including the newest
+ROW = 2 + 2 * TERMS
 _BLOCK = 512
 
 
@@ -43,6 +43,18 @@ def _term(coefficient, value):
 
 
 @triton.jit
+def _remember(history_ptr, newest, row_ptr, FIRST: tl.constexpr, known, entry, offset, mask, DEPTH: tl.constexpr):
+    """Σ_k c[FIRST + k] · (k-th entry of the history), which moves down by one, with `newest` in front."""
+    total = tl.zeros_like(newest)
+    for k in tl.static_range(DEPTH):
+        older = tl.load(history_ptr + (k * entry + offset), mask=mask)
+        total += _term(_coefficient(row_ptr, FIRST + k, known), older)
+        tl.store(history_ptr + (k * entry + offset), newest, mask=mask)
+        newest = older
+    return total
+
+
+@triton.jit
 def _load_tokens(ptr, b, stride_b, n, stride_n, feature, mask):
     return tl.load(ptr + (b * stride_b + n * stride_n + feature), mask=mask, other=0.0).to(tl.float32)
 
@@ -52,7 +64,7 @@ def guided_step_kernel(
     x_ptr,  # (B, C, HEIGHT, WIDTH) fp32 contiguous, as are noise, out and every entry of a history
     cond_ptr,  # (B, N, C·P·P), last dimension contiguous
     uncond_ptr,  # the same or None
-    coefficients_ptr,  # (steps, 8) fp32 contiguous
+    coefficients_ptr,  # (steps, 10) fp32 contiguous
     step_ptr,  # one integer, or None: the first row
     velocity_ptr,  # (VELOCITIES, ...), updated
     difference_ptr,  # (DIFFERENCES, ...), updated where uncond is given
@@ -87,33 +99,20 @@ def guided_step_kernel(
     if step_ptr is not None:
         step = tl.load(step_ptr).to(tl.int64)
         known = (step >= 0) & (step < steps)
-    row_ptr = coefficients_ptr + step * 8
+    row_ptr = coefficients_ptr + step * 10
 
     velocity = _load_tokens(cond_ptr, b, cond_sb, n, cond_sn, feature, mask)
-    correction = tl.zeros([BLOCK], tl.float32)
+    total = _term(_coefficient(row_ptr, 0, known), tl.load(x_ptr + offset, mask=mask))
+    total += _term(_coefficient(row_ptr, 2, known), velocity)
+    total += _remember(velocity_ptr, velocity, row_ptr, 3, known, entry_64, offset, mask, VELOCITIES)
     if uncond_ptr is not None:
         difference = velocity - _load_tokens(uncond_ptr, b, uncond_sb, n, uncond_sn, feature, mask)
-        correction += _term(_coefficient(row_ptr, 2, known), difference)
-        if DIFFERENCES == 2:
-            previous = tl.load(difference_ptr + offset, mask=mask)
-            correction += _term(_coefficient(row_ptr, 3, known), previous)
-            tl.store(difference_ptr + (entry_64 + offset), previous, mask=mask)
-        if DIFFERENCES > 0:
-            tl.store(difference_ptr + offset, difference, mask=mask)
+        total += _term(_coefficient(row_ptr, 6, known), difference)
+        total += _remember(difference_ptr, difference, row_ptr, 7, known, entry_64, offset, mask, DIFFERENCES)
     else:
         for k in tl.static_range(DIFFERENCES):
             difference = tl.load(difference_ptr + (k * entry_64 + offset), mask=mask)
-            correction += _term(_coefficient(row_ptr, 2 + k, known), difference)
-    velocity += correction
-
-    total = _term(_coefficient(row_ptr, 4, known), velocity)
-    newer = velocity
-    for k in tl.static_range(VELOCITIES):
-        older = tl.load(velocity_ptr + (k * entry_64 + offset), mask=mask)
-        total += _term(_coefficient(row_ptr, 5 + k, known), older)
-        tl.store(velocity_ptr + (k * entry_64 + offset), newer, mask=mask)
-        newer = older
-    total += _term(_coefficient(row_ptr, 0, known), tl.load(x_ptr + offset, mask=mask))
+            total += _term(_coefficient(row_ptr, 6 + k, known), difference)
     if noise_ptr is not None:
         total += _term(_coefficient(row_ptr, 1, known), tl.load(noise_ptr + offset, mask=mask))
     tl.store(out_ptr + offset, total, mask=mask)
@@ -158,13 +157,13 @@ def aot_cases() -> list[AotCase]:
     x = torch.empty(B, 4, 32, 32, device="meta")
     tokens = torch.empty(2 * B, N, 16, dtype=torch.bfloat16, device="meta")
     table, step = torch.empty(250, ROW, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
-    velocities, differences = (torch.empty(depth, *x.shape, device="meta") for depth in (3, 2))
+    velocities = differences = torch.empty(TERMS - 1, *x.shape, device="meta")
     cond, uncond = tokens.chunk(2)
     return [
         AotCase("bf16", lambda: launch_guided_step(x, cond, None, table, step, None, None, None, x, 2)),
         AotCase("bf16 guided", lambda: launch_guided_step(x, cond, uncond, table, step, None, None, None, x, 2)),
         AotCase(
-            "fp32 guided, 4 velocities, 2 differences, noise",
+            "fp32 guided, 4 velocities, 4 differences, noise",
             lambda: launch_guided_step(x, cond.float(), uncond.float(), table, step, velocities, differences, x, x, 2),
         ),
     ]
@@ -182,7 +181,7 @@ def guided_step(
     *,
     patch_size: int,
 ) -> Tensor:
-    """x' = c_x · x + Σ_k c_v[k] · v_k + c_n · noise, where v_0 = v_cond + Σ_k c_d[k] · d_k and d_0 = v_cond - v_uncond.
+    """x' = c_x · x + Σ_k c_v[k] · v_k + Σ_k c_d[k] · d_k + c_n · noise, where v_0 = v_cond and d_0 = v_cond - v_uncond.
 
     A tensor whose coefficient is 0 is ignored, whatever it holds: histories may start uninitialised.
 
@@ -191,15 +190,15 @@ def guided_step(
         v_cond: (B, H/p · W/p, C·p·p), the final layer's tokens, features in (channel, row, column) order; bf16, fp16 or
             fp32; any strides except in the last dimension.
         v_uncond: like v_cond, if this step evaluated the unconditional branch; else None.
-        coefficients: (8,) fp32 without `step`, (steps, 8) with it, contiguous; rows made by guided_step_coefficients.
+        coefficients: (10,) fp32 without `step`, (steps, 10) with it, contiguous; rows of guided_step_coefficients.
         step: int32 or int64, shape () or (1,), on x's device: the row to use. The host never reads it; outside the
             table, every result is NaN on a GPU and an IndexError on a CPU.
         patch_size: p, which divides H and W.
-        velocity_history: (1 to 3, B, C, H, W) fp32, contiguous: earlier velocities, newest first. Updated: this
-            step's velocity is put in front, the oldest dropped. None: only c_v[0] is used.
-        difference_history: (1 or 2, B, C, H, W) fp32, contiguous: guidance differences, newest first. Updated if
-            v_uncond is given: this step's difference is put in front, the oldest dropped; its entries are then d_0,
-            d_1. None: d_0 is this step's difference, or nothing without v_uncond.
+        velocity_history: (1 to 3, B, C, H, W) fp32, contiguous: v_1, v_2, ..; earlier conditional velocities, newest
+            first. Updated: v_0 is put in front, the oldest dropped. None: only c_v[0] is used.
+        difference_history: (1 to 3, B, C, H, W) fp32, contiguous: earlier guidance differences, newest first. With
+            v_uncond they are d_1, d_2, .., and are updated: d_0 is put in front, the oldest dropped. Without it they
+            are d_0, d_1, .., and stay. None: only c_d[0] is used, and not without v_uncond.
         noise: (B, C, H, W) fp32, contiguous, or None.
 
     Returns: x', a new tensor. Not differentiable.
@@ -239,24 +238,22 @@ def guided_step_coefficients(
     x_coefficient: float = 1.0,
     noise_coefficient: float = 0.0,
 ) -> tuple[float, ...]:
-    """A step's row for guided_step, (c_x, c_n, c_d[0..1], c_v[0..3]).
+    """A step's row for guided_step, (c_x, c_n, c_v[0..3], c_d[0..3]).
 
     Args:
         velocity_coefficients: c_v, 1 to 4, newest first; (dt,) for Euler.
-        difference_coefficients: c_d, up to 2, newest first: (w - 1) times the weights of the guidance differences;
-            (w - 1,) for plain guidance of scale w.
+        difference_coefficients: c_d, up to 4, newest first; ((w - 1) dt,) for Euler and guidance of scale w.
         x_coefficient, noise_coefficient: c_x and c_n.
 
     Raises: ValueError for too many coefficients, or no velocity coefficient.
     """
-    c_v, c_d = tuple(velocity_coefficients), tuple(difference_coefficients)
-    op = "guided_step_coefficients"
-    if not 1 <= len(c_v) <= MAX_VELOCITIES:
-        fail(op, "velocity_coefficients", f"has length {len(c_v)}", f"1 to {MAX_VELOCITIES}")
-    if len(c_d) > MAX_DIFFERENCES:
-        fail(op, "difference_coefficients", f"has length {len(c_d)}", f"at most {MAX_DIFFERENCES}")
-    padding = (0.0,) * (MAX_DIFFERENCES - len(c_d)), (0.0,) * (MAX_VELOCITIES - len(c_v))
-    return (x_coefficient, noise_coefficient, *c_d, *padding[0], *c_v, *padding[1])
+    row = [x_coefficient, noise_coefficient]
+    named = {"velocity_coefficients": velocity_coefficients, "difference_coefficients": difference_coefficients}
+    for (name, given), least in zip(named.items(), (1, 0), strict=True):
+        if not least <= len(given) <= TERMS:
+            fail("guided_step_coefficients", name, f"has length {len(given)}", f"{least} to {TERMS}")
+        row += [*given, *[0.0] * (TERMS - len(given))]
+    return tuple(row)
 
 
 def guided_step_cost(
@@ -273,11 +270,11 @@ def guided_step_cost(
     """Bytes and FLOPs of one call on tokens of `dtype`. guided: with v_uncond; velocities, differences: the depths of
     the histories given."""
     tensors = 2 + 2 * velocities + noise  # x, x', every past velocity read and written
-    tensors += max(2 * differences - 1, 0) if guided else differences
-    terms = 1 + velocities + noise + max(differences, guided)
+    tensors += differences * (1 + guided)
+    terms = 2 + velocities + noise + differences + guided
     elements = batch * channels * height * width
     bytes_moved = (4 * tensors + (1 + guided) * dtype.itemsize) * elements + 4 * ROW
-    return Cost(bytes_moved, (2 * terms + 1 + guided) * elements)
+    return Cost(bytes_moved, (2 * terms - 1 + guided) * elements)
 
 
 def _check(
@@ -321,11 +318,11 @@ def _check(
         if step.dtype not in (torch.int32, torch.int64):
             fail(op, "step", f"is {step.dtype}", "torch.int32 or torch.int64")
         _check_tensor(op, "step", step, x, () if step.ndim == 0 else (1,), step.dtype)
-    histories = (("velocity_history", velocity_history, 3), ("difference_history", difference_history, 2))
-    for name, history, depth in histories:
+    for name, history in (("velocity_history", velocity_history), ("difference_history", difference_history)):
         if history is not None:
-            if history.ndim != 5 or not 1 <= history.shape[0] <= depth:
-                fail(op, name, f"has shape {tuple(history.shape)}", f"(1 to {depth}, {', '.join(map(str, x.shape))})")
+            if history.ndim != 5 or not 1 <= history.shape[0] < TERMS:
+                shape = f"(1 to {TERMS - 1}, {', '.join(map(str, x.shape))})"
+                fail(op, name, f"has shape {tuple(history.shape)}", shape)
             _check_tensor(op, name, history, x, (history.shape[0], *x.shape))
     if noise is not None:
         _check_tensor(op, "noise", noise, x, x.shape)

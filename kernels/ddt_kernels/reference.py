@@ -230,20 +230,19 @@ def guided_step(
     """A sampling step from the final layer's tokens to the next x; updates the histories in place."""
     height, width = x.shape[2:]
     row = coefficients if step is None else coefficients.index_select(0, step.reshape(1)).squeeze(0)
-    velocity = unpatchify(v_cond, height, width, patch_size)
+    v_0 = unpatchify(v_cond, height, width, patch_size)
+    velocities = [v_0, *([] if velocity_history is None else velocity_history.unbind())]
     differences = [] if difference_history is None else list(difference_history.unbind())
     if v_uncond is not None:
-        differences = [velocity - unpatchify(v_uncond, height, width, patch_size), *differences[:-1]]
+        differences = [v_0 - unpatchify(v_uncond, height, width, patch_size), *differences]
+    after = _combine(row[:1], [x]) + _combine(row[2:6], velocities)
     if differences:
-        velocity = velocity + _combine(row[2:4], differences)
-    velocities = [velocity, *([] if velocity_history is None else velocity_history.unbind())]
-    after = _combine(row[:1], [x]) + _combine(row[4:8], velocities)
+        after = after + _combine(row[6:10], differences)
     if noise is not None:
         after = after + _combine(row[1:2], [noise])
-    if difference_history is not None:
-        difference_history.copy_(torch.stack(differences))
-    if velocity_history is not None:
-        velocity_history.copy_(torch.stack(velocities[:-1]))
+    for history, newest_first in ((velocity_history, velocities), (difference_history, differences)):
+        if history is not None:
+            history.copy_(torch.stack(newest_first[: len(history)]))
     return after
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
+from ddt_kernels.guided_step import ROW
 from kernel_testing import assert_as_accurate, seeded
 
 Inputs = dict[str, Tensor | None]
@@ -32,7 +33,7 @@ def make_inputs(
         "x": randn(*shape),
         "v_cond": cond,
         "v_uncond": uncond if guided else None,
-        "coefficients": randn(8) if steps is None else randn(steps, 8),
+        "coefficients": randn(ROW) if steps is None else randn(steps, ROW),
         "step": None if steps is None else torch.tensor([1], device=device),
         "velocity_history": randn(velocities, *shape) if velocities else None,
         "difference_history": randn(differences, *shape) if differences else None,

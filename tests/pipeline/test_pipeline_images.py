@@ -189,15 +189,18 @@ def test_changed_weights_are_sampled_from():
     assert torch.equal(draw(pipe, [3], 3), before)
 
 
-@pytest.mark.parametrize("settings", [{"solver": "euler", "timeshift": 2.0}, {"solver": "lms", "order": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"solver": "euler", "timeshift": 2.0}, {"solver": "lms", "order": 3}, {"solver": "pec", "order": 3}]
+)
 def test_the_scheduler_alone_takes_the_same_steps(pipe, settings):
+    settings = {"guidance_scale": 1.0, **settings}
     scheduler = type(pipe.scheduler)(**{**pipe.scheduler.config, **settings})
     scheduler.set_timesteps(6)
     x, y = seeded_noise([0], (1, 8, 8))[0], torch.tensor([3])
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(pipe.transformer(x, t.expand(1), y)[0], t, x).prev_sample
-    expected = draw(pipe, [3], 6, guidance_scale=1.0, **settings)
+    expected = draw(pipe, [3], 6, **settings)
     torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="allowed at step 6: none, call set_timesteps"):
         scheduler.step(x, 0.0, x)

@@ -19,6 +19,7 @@ from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
 from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
+from ddt_fast.sampling.solvers import lagrange_integrals
 from golden_data import relative_error
 
 NAME = "tiny_h48_d24"
@@ -68,6 +69,42 @@ def test_left_out_evaluations_do_not_change_the_sample(forecast, refresh):
         expected = evaluate_everything(model, io["xT"], io["y"], config)
     for either in (model, FusedDDT.from_reference(model)):
         assert relative_error(sample(either, io["xT"], io["y"], config), expected) < 1e-5
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_pec_predicts_evaluates_and_corrects(order):
+    """Against the textbook's form, which keeps the corrected x beside the predicted one, at which it evaluates."""
+    model, io = golden.model(NAME), golden.tensors(NAME)
+    config = SamplingConfig(num_steps=9, guidance_scale=3.0, guidance_interval=(0.3, 0.8), solver="pec", order=order)
+    steps = SamplingPlan.from_config(config).steps
+    times, labels = [*(step.t for step in steps), 1.0], io["y"]
+    first, last = (times.index(float(torch.tensor(bound))) for bound in (0.3, 0.8))
+    null = torch.full_like(labels, model.config.num_classes)
+    corrected = predicted = io["xT"]
+    conds, differences, ahead = [], [], 0.0
+
+    def moved(values, count, i):
+        nodes = [times[now - k] for k in range(count)]
+        weights = lagrange_integrals(nodes, times[i], times[i + 1])
+        return sum(w * v for w, v in zip(weights, values, strict=False))
+
+    with torch.no_grad():
+        for now, t in enumerate(times[:-1]):
+            at = torch.full((len(labels),), t)
+            conds.insert(0, model(predicted, at, labels)[0])
+            if first <= now < last:
+                differences.insert(0, 2.0 * (conds[0] - model(predicted, at, null)[0]))
+            if now:
+                corrected = corrected + moved(conds, min(3, len(conds)), now - 1)
+                if first < now < last:
+                    corrected = corrected + moved(differences, min(3, len(differences)), now - 1)
+                elif now == last:  # no evaluation corrects the last guided step
+                    corrected = corrected + ahead
+            predicted = corrected + moved(conds, min(order, len(conds)), now)
+            if first <= now < last:
+                ahead = moved(differences, min(order, len(differences)), now)
+                predicted = predicted + ahead
+    assert relative_error(sample(model, io["xT"], labels, config), predicted) < 1e-5
 
 
 @pytest.mark.slow

@@ -21,6 +21,11 @@ PLANS = {
     "rare guidance": {"refresh_every": 2, "guidance_every": 3},
     "forecasts": {"refresh_every": 3, "state_forecast": "linear", "guidance_every": 3, "guidance_forecast": "linear"},
     "multistep": {"solver": "lms", "order": 3, "refresh_every": 2},
+    "corrected": {"solver": "pec", "order": 3, "guidance_interval": (0.3, 0.8)},
+    "corrected, shared": {
+        **{"solver": "pec", "refresh_every": 2, "state_forecast": "quadratic"},
+        **{"guidance_every": 2, "guidance_interval": (0.0, 1.0)},
+    },
     "stochastic": {"solver": "sde"},
     "unguided": {"guidance_scale": 1.0, "refresh_every": 4},
 }

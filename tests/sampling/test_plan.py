@@ -15,6 +15,7 @@ from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.solvers import (
     DIFFUSIONS,
+    corrected_multistep,
     euler,
     euler_maruyama,
     lagrange_integrals,
@@ -106,20 +107,22 @@ def test_rare_guidance_evaluates_a_fresh_unconditional_branch():
     for i in evaluated:
         assert sparse.steps[i].uncond.encode
         assert sparse.steps[i].uncond.decode
-        assert sparse.steps[i].difference_weights == (1.0,)
-    assert sparse.steps[evaluated[0] + 1].difference_weights == (1.0,)
-    assert sparse.steps[evaluated[1] + 1].difference_weights == pytest.approx((4 / 3, -1 / 3), abs=1e-5)
+    # Steps of 0.05 at guidance 2.
+    differences = [step.coefficients.difference_coefficients for step in sparse.steps]
+    assert all(differences[i] == pytest.approx((0.05,), abs=1e-6) for i in evaluated)
+    assert differences[evaluated[0] + 1] == pytest.approx((0.05,), abs=1e-6)
+    assert differences[evaluated[1] + 1] == pytest.approx((0.05 * 4 / 3, -0.05 / 3), abs=1e-6)
 
 
 configs = st.builds(
     SamplingConfig,
-    num_steps=st.integers(1, 40),
+    num_steps=st.integers(3, 40),
     guidance_scale=st.sampled_from([1.0, 2.0, 4.0]),
     guidance_interval=st.sampled_from([(0.0, 1.0), (0.3, 1.0), (0.2, 0.5)]),
     timeshift=st.sampled_from([0.5, 1.0, 3.0]),
     last_step=st.sampled_from([None, 0.04, 0.5]),
-    solver=st.sampled_from(["euler", "lms", "sde"]),
-    order=st.integers(1, 4),
+    solver=st.sampled_from(["euler", "lms", "pec", "sde"]),
+    order=st.integers(1, 3),
     refresh_every=st.integers(1, 50),
     state_forecast=st.sampled_from(["hold", "linear", "quadratic"]),
     guidance_every=st.integers(1, 12),
@@ -129,11 +132,11 @@ configs = st.builds(
 
 @given(configs)
 def test_every_plan_can_be_executed(config):
-    """What a step reads was made before, histories suffice, weights sum to one."""
+    """What a step reads was made before, histories suffice, weights sum to one, velocities to the step's length."""
     built = SamplingPlan.from_config(config)
     states = {"cond": 0, "uncond": 0}
-    velocities = differences = 0
-    for step in built.steps:
+    differences = 0
+    for i, step in enumerate(built.steps):
         for name, branch in (("cond", step.cond), ("uncond", step.uncond)):
             if branch is None:
                 continue
@@ -141,16 +144,21 @@ def test_every_plan_can_be_executed(config):
             if branch.decode:
                 assert len(branch.state_weights) <= min(states[name], built.state_history)
                 assert sum(branch.state_weights) == pytest.approx(1, abs=1e-6)
-        differences += step.uncond is not None and step.uncond.decode
+        evaluated = step.uncond is not None and step.uncond.decode
+        differences += evaluated
         if built.cached_branches == 2 and step.uncond is not None:  # refreshed together
             assert step.uncond.encode == step.cond.encode
             assert not step.uncond.decode or step.uncond.state_weights == step.cond.state_weights
-        velocities += 1
         assert step.cond.decode
-        assert len(step.coefficients.velocity_coefficients) <= min(velocities, built.velocity_history)
-        if step.guided:
-            assert len(step.difference_weights) <= min(differences, built.difference_history)
-            assert sum(step.difference_weights) == pytest.approx(1, abs=1e-6)
+        c = step.coefficients
+        assert len(c.velocity_coefficients) <= min(i, built.velocity_history) + 1
+        assert len(c.difference_coefficients) <= min(differences, built.difference_history + evaluated)
+        assert max(len(c.velocity_coefficients), len(c.difference_coefficients)) <= 4
+        if config.solver != "sde":
+            length = (*(step.t for step in built.steps), 1.0)[i + 1] - step.t
+            assert sum(c.velocity_coefficients) == pytest.approx(length, abs=1e-6)
+            if config.solver == "pec" and step.guided:
+                assert sum(c.difference_coefficients) == pytest.approx((config.guidance_scale - 1) * length, abs=1e-6)
     assert built.encoder_evaluations <= built.network_evaluations + states["uncond"]
     assert built.network_evaluations <= 2 * config.num_steps
 
@@ -186,6 +194,77 @@ def test_multistep_of_order_k_is_exact_for_polynomial_velocities_of_degree_below
             x += sum(c * v for c, v in zip(step.velocity_coefficients, velocities, strict=False))
         assert len(step.velocity_coefficients) == min(order, i + 1)
     assert x == pytest.approx(1.0, abs=1e-12)
+
+
+def corrected(times, order):
+    always = [True] * (len(times) - 1)
+    return corrected_multistep(times, order, always, always)
+
+
+@pytest.mark.parametrize(("order", "factor"), [(1, 3.7), (2, 7), (3, 4)])
+def test_half_the_step_divides_the_error_of_pec_and_a_linear_velocity_is_exact(order, factor):
+    """On x' = x from x(0) = 1, with uneven steps; the third order's errors are 1e-7 there, and change sign."""
+
+    def end(count: int) -> float:
+        times = [(i / count) ** 1.3 for i in range(count + 1)]
+        x, velocities = 1.0, []
+        for row in corrected(times, order):
+            velocities.insert(0, x)
+            x += sum(c * v for c, v in zip(row, velocities, strict=False))
+        return x
+
+    coarse, fine = (abs(end(count) - math.e) for count in (80, 160))
+    assert coarse > factor * fine
+    assert coarse < (1e-3, 1e-5, 2e-7)[order - 1]
+    times = [0.0, 0.1, 0.25, 0.3, 0.5, 0.8, 1.0]
+    x = sum(c * times[i - k] for i, row in enumerate(corrected(times, max(order, 2))) for k, c in enumerate(row))
+    assert x == pytest.approx(0.5, abs=1e-12)
+
+
+def test_rows_of_pec_by_hand():
+    """Even steps of 1: Adams-Bashforth (3/2, -1/2), Adams-Moulton (5, 8, -1) / 12."""
+    rows = corrected([0, 1, 2, 3, 4], 2)
+    assert rows[0] == pytest.approx((1,))
+    assert rows[1] == pytest.approx((3 / 2 + 1 / 2, -1 / 2 + 1 / 2 - 1))
+    assert rows[2] == pytest.approx((3 / 2 + 5 / 12, -1 / 2 + 8 / 12 - 3 / 2, -1 / 12 + 1 / 2))
+    assert rows[3] == pytest.approx(rows[2])
+    # Evaluated at every second step and used from step 1 on: step 1 waits for the correction of step 3.
+    rows = corrected_multistep([0, 1, 2, 3, 4, 5], 2, [i in (1, 3) for i in range(5)], [i > 0 for i in range(5)])
+    assert rows[:3] == [(), pytest.approx((1,)), pytest.approx((1,))]
+    # Steps 1 and 2 with the line through times 1 and 3, and the prediction of step 3 with the same line.
+    assert rows[3] == pytest.approx((1 + 5 / 4, 1 - 2 - 1 / 4))
+    assert rows[4] == pytest.approx((7 / 4, -3 / 4))
+
+
+def test_pec_divides_the_times_at_the_bounds_of_guidance():
+    parts = {(0.3, 1.0): [5, 16], (0.3, 0.8): [5, 11, 5], (0.0, 1.0): [21], (0.0, 0.5): [11, 10]}
+    for interval, counts in parts.items():
+        built = plan(num_steps=21, solver="pec", guidance_interval=interval)
+        times = np.array([*(step.t for step in built.steps), 1.0])
+        bounds = sorted({0.0, *np.float32(interval).tolist(), 1.0})
+        assert set(bounds) <= set(times.tolist())
+        assert np.histogram(times[:-1], [*bounds[:-1], 1.0])[0].tolist() == counts
+        low, high = np.float32(interval)
+        assert [step.guided for step in built.steps] == [low <= t < high for t in times[:-1]]
+        lengths = np.diff(times)
+        ordinary = lengths[-3]
+        assert lengths[-2:] == pytest.approx(np.array([0.55, 0.35]) * ordinary, abs=1e-6)
+        first = built.steps.index(next(step for step in built.steps if step.guided))
+        assert lengths[first] == pytest.approx(0.8 * lengths[first + 1], abs=1e-6)
+        # The differences' history begins at the bound; that of the velocities does not.
+        assert len(built.steps[first].coefficients.difference_coefficients) == 1
+        assert len(built.steps[first].coefficients.velocity_coefficients) == min(first + 1, 3)
+
+
+def test_pec_with_timeshift_keeps_the_bounds_and_too_few_steps_are_refused():
+    shifted = [step.t for step in plan(num_steps=10, solver="pec", timeshift=3.0).steps]
+    assert np.float32(0.3) in np.float32(shifted)
+    even = [step.t for step in plan(num_steps=10, solver="pec").steps]
+    assert sum(t < 0.3 for t in shifted) > sum(t < 0.3 for t in even)
+    with pytest.raises(ValueError, match="num_steps is 2; expected 3 or more, one for each part of the times"):
+        plan(num_steps=2, solver="pec", guidance_interval=(0.3, 0.8))
+    with pytest.raises(ValueError, match=r"timeshift 1e-12 and guidance_interval .* leave some of 9 steps no time"):
+        plan(num_steps=9, solver="pec", timeshift=1e-12)
 
 
 def test_lagrange_weights_interpolate_and_integrate():

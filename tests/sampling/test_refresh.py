@@ -213,7 +213,7 @@ def test_probe_counts_the_branches_that_share(model, small):
     np.testing.assert_array_equal(probe_states(model, shared, 8, 8).similarity, small)
 
 
-@pytest.mark.parametrize("solver", ["euler", "lms", "sde"])
+@pytest.mark.parametrize("solver", ["euler", "lms", "pec", "sde"])
 def test_probe_runs_every_solver_as_the_sampler_does(model, solver, monkeypatch):
     """The probe's last x, read where the model sees it, is the sampler's."""
     config = replace(SMALL, solver=solver)

@@ -111,20 +111,21 @@ def _run(
     tokens = (1 + both) * len(x) * model.config.num_tokens(*shape[1:])
     states = torch.empty(len(plan.steps), tokens, model.config.hidden_size, dtype=dtype, device=device)
     velocities: list[Tensor] = []
+    differences: list[Tensor] = []
     for i, step in enumerate(plan.steps):
         x_in, t = x.to(dtype), torch.full((len(x),), step.t, device=device)
-        velocity, state = model(x_in, t, labels)
-        v, found = velocity.float(), [state]
-        if step.guided:
+        v, state = model(x_in, t, labels)
+        found = [state]
+        velocities = [v.float(), *velocities][: plan.velocity_history + 1]
+        if step.uncond is not None:
             unguided, state = model(x_in, t, null)
-            v = torch.lerp(unguided.float(), v, step.guidance_scale)
+            differences = [v.float() - unguided.float(), *differences][: plan.difference_history + 1]
         elif both:
             state = model.encode(x_in, t, null)
         if both:
             found.append(state)
         torch.cat([state.flatten(0, 1) for state in found], out=states[i])
-        velocities = [v, *velocities][: plan.velocity_history]
-        x = step.coefficients.advance(x, velocities, generators)
+        x = step.coefficients.advance(x, velocities, differences, generators)
         if progress is not None:
             progress()
     return states
