@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -98,10 +97,6 @@ def test_names_go_from_the_image_folder_to_samples(tmp_path, capsys, monkeypatch
     pipe = DDTPipeline.from_pretrained(model)
     assert pipe.id2label == {0: "cat", 1: "dog", 2: "horse, brown"}
     assert pipe.get_label_ids(["dog", 2]) == [1, 2]
-    if find_spec("gradio"):
-        from ddt_fast.demo.requests import class_choices
-
-        assert class_choices(pipe)[1] == ("1 · dog", "1")
     pipe.save_pretrained(tmp_path / "pipeline")
     assert json.loads((tmp_path / "pipeline" / "model_index.json").read_text())["id2label"]["1"] == "dog"
     for source in (model, tmp_path / "pipeline"):

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -109,10 +108,6 @@ def test_what_training_does_to_latents_is_undone_everywhere(normalised, tmp_path
         assert np.abs(images.astype(int) - expected).max() <= 1
 
     close(np.stack(pipe(labels, generator=seeded(0, 1, 2)).images))
-    if find_spec("gradio"):
-        from ddt_fast.demo.drawing import _pixels
-
-        close(_pixels(type("Request", (), {"pipe": pipe}), x))
     pipe.save_pretrained(tmp_path / "pipeline")
     sources = {"run": folder, "pipeline": tmp_path / "pipeline"}
     for name, source in sources.items():
