@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ddt_fast import evaluate as command
-from ddt_fast.data.image_folder import read_image
+from ddt_fast.data.image_file import read_pixels
 from ddt_fast.work import evaluate as work
 from inception_cases import smooth_images, weights_file
 from sample_jobs import error_line
@@ -122,7 +122,7 @@ def test_mixed_sizes_are_refused_before_any_features_are_computed(tmp_path, file
 
 
 def test_a_folder_of_photos_is_a_reference_when_cropped(tmp_path, files, photos):
-    crops = [read_image(Path(photos, f"{i:03d}.png"), 8).permute(1, 2, 0).numpy() for i in range(30)]
+    crops = [read_pixels(Path(photos, f"{i:03d}.png"), 8) for i in range(30)]
     np.savez(tmp_path / "cropped.npz", arr_0=np.stack(crops))
     options = ("--features", "pixels", "--metrics", "fid", "kid")
     expected = run(tmp_path, *files[:2], "--reference", str(tmp_path / "cropped.npz"), *options)

@@ -23,7 +23,7 @@ from ddt_fast.weight_files import read_pickle, refusal
 from ddt_fast.wording import one_line
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
-_LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no madvise
+_LIBC = ctypes.CDLL(None)
 
 
 class Shard:
@@ -45,14 +45,12 @@ class Shard:
                 self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise refusal("shard", path, error, "a whole .safetensors file") from error
-        for tensor in self.tensors.values() if _LIBC else ():
+        for tensor in self.tensors.values():
             # Rows are visited in random order: reading ahead would fetch what is not needed.
             _advise(mmap.MADV_RANDOM, tensor.data_ptr(), tensor.nbytes)
 
     def prefetch(self, name: str, row: int) -> None:
         """Ask the operating system to read a row of a tensor, without waiting for it."""
-        if _LIBC is None:
-            return
         tensor = self.tensors[name]
         length = tensor.stride(0) * tensor.itemsize
         _advise(mmap.MADV_WILLNEED, tensor.data_ptr() + row * length, length)
@@ -61,7 +59,6 @@ class Shard:
 def _advise(advice: int, address: int, length: int) -> None:
     """Tell the operating system how mapped memory will be read."""
     before = address % _PAGE
-    assert _LIBC is not None
     _LIBC.madvise(ctypes.c_void_p(address - before), ctypes.c_size_t(length + before), advice)
 
 

@@ -14,11 +14,10 @@ from pathlib import Path
 import latent_cases
 import pytest
 import torch
-from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images
+from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images, read_image
 from safetensors.torch import load_file
 
 from ddt_fast.data import latent_cache
-from ddt_fast.data.image_folder import read_image
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.ranks import Ranks
 

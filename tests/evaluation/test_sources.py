@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddt_fast.data.image_folder import read_image
+from ddt_fast.data.image_file import read_pixels
 from ddt_fast.evaluation.sources import open_source, open_sources
 from ddt_fast.evaluation.statistics import RunningStatistics, load_statistics, save_statistics
 from inception_cases import smooth_images
@@ -134,7 +134,7 @@ def test_images_of_a_folder_are_cropped_as_those_of_a_cache(tmp_path):
         image.save(tmp_path / "photos" / f"{i}.png")
     source = open_source(tmp_path / "photos", crop=16).images
     assert source.size == (16, 16)
-    expected = np.stack([read_image(tmp_path / "photos" / f"{i}.png", 16).permute(1, 2, 0).numpy() for i in range(3)])
+    expected = np.stack([read_pixels(tmp_path / "photos" / f"{i}.png", 16) for i in range(3)])
     np.testing.assert_array_equal(np.concatenate(list(source.batches(2))), expected)
     np.savez(tmp_path / "whole.npz", arr_0=smooth_images(2, 0, size=20))
     assert open_source(tmp_path / "whole.npz", crop=16).images.size == (20, 20)
