@@ -1,8 +1,8 @@
 """`python -m ddt_fast.evaluate`: what it prints and writes, and its answers to mistakes."""
 
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ddt_fast import evaluate as command
+from ddt_fast.command import run_command
 from ddt_fast.data.image_file import read_pixels
 from ddt_fast.work import evaluate as work
 from inception_cases import smooth_images, weights_file
@@ -209,25 +210,24 @@ def test_unreadable_images_are_listed_when_skipped(tmp_path, files, photos, caps
     assert "unreadable" not in report["samples"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, encoding):
+def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, monkeypatch, encoding):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     for i, image in enumerate(smooth_images(12, 0, size=8)):
         Image.fromarray(image).save(os.fsdecode(folder + b"/\xf6%d.png" % i))
-    report = tmp_path / "metrics.json"
-    options = ["--reference", files[3], "--features", "pixels", "--output", str(report)]
-    words = [sys.executable, "-m", "ddt_fast.evaluate", "--samples", folder, *options]
-    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
-    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 0, done.stderr
-    assert rb"/caf\xe9: 12 images of 8x8" in done.stdout
-    assert ("±" if encoding == "utf-8" else r"\xb1").encode() in done.stdout
-    assert os.fsencode(json.loads(report.read_text())["samples"]["source"]) == folder
-    (tmp_path / "metrics.png").unlink()
-    os.rename(os.path.join(folder, b"\xf60.png"), os.path.join(folder, b"\xf60.txt"))
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    arguments = ["--samples", os.fsdecode(folder), *files[2:], "--features", "pixels"]
+    run_command(lambda: run(tmp_path, *arguments))
+    out.flush()
+    shown = out.buffer.getvalue()
+    assert rb"/caf\xe9: 12 images of 8x8" in shown
+    assert ("±" if encoding == "utf-8" else r"\xb1").encode() in shown
+    assert os.fsencode(json.loads((tmp_path / "metrics.json").read_text())["samples"]["source"]) == folder
     Path(os.fsdecode(folder + b"/\xf61.png")).write_bytes(b"")
-    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 2
-    assert rb"/caf\xe9/\xf61.png cannot be read" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: run(tmp_path, *arguments))
+    errors.flush()
+    assert rb"/caf\xe9/\xf61.png cannot be read" in errors.buffer.getvalue()
