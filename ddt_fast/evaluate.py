@@ -66,7 +66,7 @@ def score_samples(
             `reference`, nothing else is done.
 
     Returns:
-        The report of `ddt_fast.evaluation.evaluate`; None if only statistics were saved.
+        The report of `ddt_fast.evaluation.scoring.evaluate`; None if only statistics were saved.
 
     Raises:
         ValueError: a setting is not allowed, a file is wrong or damaged, or nothing can be computed.

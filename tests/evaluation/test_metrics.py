@@ -6,15 +6,15 @@ import torch
 from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
-from ddt_fast.evaluation import (
+from ddt_fast.evaluation import manifold
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.evaluation.manifold import precision_recall
+from ddt_fast.evaluation.metrics import (
     frechet_distance,
+    gaussian_statistics,
     inception_score,
     kernel_inception_distance,
-    manifold,
-    precision_recall,
 )
-from ddt_fast.evaluation.digits_score import score_digits
-from ddt_fast.evaluation.metrics import gaussian_statistics
 
 
 def random_gaussian(rng, dims):

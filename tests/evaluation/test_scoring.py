@@ -9,8 +9,10 @@ import torch
 from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
-from ddt_fast.evaluation import FeatureAccumulator, InceptionExtractor, PixelExtractor, evaluate, scoring
+from ddt_fast.evaluation import scoring
+from ddt_fast.evaluation.features import FeatureAccumulator, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.metrics import gaussian_statistics
+from ddt_fast.evaluation.scoring import evaluate
 from ddt_fast.evaluation.statistics import save_statistics
 from ddt_fast.generation.images import to_uint8
 from inception_cases import smooth_images, weights_file
