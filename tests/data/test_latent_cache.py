@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import latent_cases
+import numpy as np
 import pytest
 import torch
 from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images, read_image
@@ -184,18 +186,18 @@ def test_a_folder_that_holds_something_else_is_refused(images, tmp_path, name):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
 
 
-class LoudEncoder(MeanPoolEncoder):
-    def __call__(self, images):
-        mean, logvar = super().__call__(images)
-        return mean * 1e6, logvar
+def scaled(kind: type, scale: float) -> Any:
+    """An encoder whose means, or whose features, are so many times as large."""
+
+    class Scaled(kind):
+        def __call__(self, images):
+            found = super().__call__(images)
+            return (found[0] * scale, found[1]) if isinstance(found, tuple) else found * scale
+
+    return Scaled()
 
 
-class ScaledFeatures(PatchMeanFeatures):
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __call__(self, images):
-        return super().__call__(images) * self.scale
+LOUD, LOUD_FEATURES = scaled(MeanPoolEncoder, 1e6), scaled(PatchMeanFeatures, 1e6)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +206,12 @@ class ScaledFeatures(PatchMeanFeatures):
         ({"dtype": "float32"}, "allowed: float16, bfloat16"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"encoder": LoudEncoder()}, "latents up to .* do not fit float16; use bfloat16"),
-        ({"repa_encoder": ScaledFeatures(1e6)}, "features up to .* do not fit float16; use bfloat16"),
-        ({"repa_encoder": ScaledFeatures(float("nan"))}, "the features are not finite"),
+        ({"encoder": LOUD}, "latents up to .* do not fit float16; use bfloat16"),
+        ({"repa_encoder": LOUD_FEATURES}, "features up to .* do not fit float16; use bfloat16"),
+        ({"encoder": scaled(MeanPoolEncoder, np.nan)}, "the latents are not finite"),
+        ({"repa_encoder": scaled(PatchMeanFeatures, np.nan)}, "the features are not finite"),
     ],
-    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan features"],
+    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan latents", "nan features"],
 )
 def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -216,5 +219,5 @@ def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
 
 
 def test_bfloat16_takes_large_latents_and_features(images, tmp_path):
-    loud = {"encoder": LoudEncoder(), "repa_encoder": ScaledFeatures(1e6)}
-    assert encode(images, tmp_path, dtype="bfloat16", **loud)["count"] == 24
+    manifest = encode(images, tmp_path, LOUD, dtype="bfloat16", repa_encoder=LOUD_FEATURES)
+    assert manifest["count"] == 24
