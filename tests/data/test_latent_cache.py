@@ -165,11 +165,7 @@ def test_a_cache_of_other_settings_or_images_is_refused(images, unbroken, tmp_pa
     fewer = make_images(tmp_path / "fewer", {"a": 7, "b": 9, "c": 9})
     repa = {"repa_encoder": PatchMeanFeatures()}
     for folder, options, message in (
-        (
-            images,
-            repa | {"dtype": "bfloat16", "flips": False},
-            'float16", now "bfloat16"; flips true, now false; use',
-        ),
+        (images, repa | {"dtype": "bfloat16", "flips": False}, 'now "bfloat16"; flips true, now false; use'),
         (fewer, repa, "num_images 26, now 25; images_sha256"),
         (images, {}, r'repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null'),
     ):
