@@ -94,15 +94,13 @@ def test_scores_do_not_depend_on_batches_or_order_of_arrival():
 def test_ranks_merge_in_memory_and_through_files(tmp_path):
     images = smooth_images(60, 0, size=8)
     expected = accumulated(images)
-    ranks = []
-    for rank in range(3):
-        accumulator = FeatureAccumulator(PixelExtractor())
-        indices = range(rank, 60, 3)
-        accumulator.add(images[rank::3], indices)
+    ranks = [FeatureAccumulator(PixelExtractor()) for _ in range(4)]  # the last has no images
+    for rank, accumulator in enumerate(ranks):
+        if rank < 3:
+            accumulator.add(images[rank::3], range(rank, 60, 3))
         accumulator.save(tmp_path / f"{rank}.pt")
-        ranks.append(accumulator)
     loaded = FeatureAccumulator(PixelExtractor())
-    for rank in (2, 0, 1):
+    for rank in (3, 2, 0, 1):
         loaded.load(tmp_path / f"{rank}.pt")
     for other in ranks[1:]:
         ranks[0].merge(other)

@@ -157,21 +157,6 @@ def test_batches_do_not_matter(batch):
     np.testing.assert_allclose(gaussian.sigma, np.cov(data.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-9)
 
 
-def test_parts_merge():
-    data = rows()
-    merged = running([data[:100]])
-    for part in (data[100:101], data[101:101], data[101:]):
-        merged.merge(running([part] if len(part) else []))
-    whole = running([data]).gaussian()
-    np.testing.assert_allclose(merged.gaussian().mu, whole.mu, rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose(merged.gaussian().sigma, whole.sigma, rtol=1e-12, atol=1e-13)
-    empty = RunningStatistics()
-    empty.merge(merged)
-    merged.add(data)
-    assert empty.count == 500  # a copy, which later rows do not reach
-    np.testing.assert_allclose(empty.gaussian().sigma, whole.sigma, rtol=1e-12, atol=1e-13)
-
-
 def test_files_have_adms_names(tmp_path):
     pool, spatial = (running([rows(dims=dims)]).gaussian() for dims in (4, 6))
     save_statistics(tmp_path / "both.npz", pool, spatial, 500)
