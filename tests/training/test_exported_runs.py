@@ -116,8 +116,10 @@ def test_a_checkpoint_of_any_python_is_read(ten, tmp_path, names):
     """Debian 12's 3.11.2 pickles an enum's member through getattr; 3.13 has another module for paths."""
     file = ten / "checkpoints" / "step_0000010" / "state" / ".metadata"
     found, content = pickle.loads(file.read_bytes()), io.BytesIO()
-    pickler = PicklerOfPython3112 if names == "getattr" else pickle.Pickler
-    pickler(content, 2).dump(found)
+    if names == "getattr":
+        PicklerOfPython3112(content).dump(found)
+    else:  # protocol 2 spells names out
+        pickle.dump(found, content, 2)
     own = f"c{type(Path()).__module__}\nPosixPath".encode()
     file.write_bytes(content.getvalue().replace(own, b"cpathlib._local\nPosixPath"))
     assert names.encode() in file.read_bytes()
@@ -130,7 +132,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(ten, tmp_path):
     metadata = pickle.loads(file.read_bytes())
     metadata.state_dict_metadata["weights.code"] = BytesStorageMetadata()
     for content, message in (
-        (Touch(mark), r"metadata names pathlib\.Path\.touch, which was not executed"),
+        (Touch(mark), r"metadata names pathlib[._a-z]*\.Path\.touch, which was not executed"),
         (Attribute(), r"metadata names builtins\.getattr, which was not executed"),
         (metadata, r"weights\.code is not a tensor, and was not opened"),
         ({}, "metadata is a dict"),
