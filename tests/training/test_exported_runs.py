@@ -118,8 +118,8 @@ def test_a_checkpoint_of_any_python_is_read(ten, tmp_path, names):
     found, content = pickle.loads(file.read_bytes()), io.BytesIO()
     if names == "getattr":
         PicklerOfPython3112(content).dump(found)
-    else:  # protocol 2 spells names out
-        pickle.dump(found, content, 2)
+    else:  # protocol 3 spells names out
+        pickle.dump(found, content, 3)
     own = f"c{type(Path()).__module__}\nPosixPath".encode()
     file.write_bytes(content.getvalue().replace(own, b"cpathlib._local\nPosixPath"))
     assert names.encode() in file.read_bytes()
