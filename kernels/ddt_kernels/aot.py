@@ -18,7 +18,10 @@ from multiprocessing import get_context
 import ddt_kernels
 from ddt_kernels.compilation import ARCHITECTURES, AotCase, Compiled, compile_case
 
-HEADER = ("kernel", "configuration", "arch", "regs", "stack", "shared", "tensor core", "bulk", "verdict")
+HEADER = (
+    *("kernel", "configuration", "arch", "regs", "stack", "shared", "tensor core", "bulk", "per SM", "waves"),
+    *("phases", "barriers", "copies", "drains", "B/ns", "verdict"),
+)
 
 
 def op_modules() -> list[str]:
@@ -56,14 +59,20 @@ def compile_all(modules: Sequence[str], archs: Sequence[int], jobs: int, kernel:
 
 def table(rows: Sequence[Compiled]) -> str:
     """The rows under HEADER, columns aligned."""
-    cells = [HEADER]
-    for row in rows:
-        numbers = (str(row.registers), str(row.stack), str(row.shared))
-        verdict = "; ".join(row.problems) or "ok"
-        bulk = "yes" if row.bulk_copies else "-"
-        cells.append((row.kernel, row.configuration, f"sm_{row.arch}", *numbers, row.tensor_core, bulk, verdict))
+    cells = [HEADER, *map(_cells, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER) - 1)]
     return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in cells)
+
+
+def _cells(row: Compiled) -> tuple[str, ...]:
+    waits = ["-"] * 4
+    if row.waits is not None:
+        waits = [str(row.waits.phases), str(row.waits.barriers), str(row.waits.copies), str(row.waits.drains)]
+    return (
+        *(row.kernel, row.configuration, f"sm_{row.arch}", str(row.registers), str(row.stack), str(row.shared)),
+        *(row.tensor_core, "yes" if row.bulk_copies else "-", str(row.per_sm), f"{row.waves:.2f}", *waits),
+        *("-" if row.bandwidth is None else f"{row.bandwidth:.1f}", "; ".join(row.problems) or "ok"),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
