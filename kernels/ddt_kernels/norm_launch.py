@@ -246,7 +246,7 @@ def _heaviest(cases: list[AotCase]) -> list[AotCase]:
 
 
 def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[AotCase]:
-    B, N = 4, 256
+    B, N = 128, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
     weight = torch.empty(channels, dtype=dtype, device="meta")
     modulations = torch.empty(B, N if per_token else 1, 6 * channels, dtype=dtype, device="meta").chunk(6, dim=-1)
@@ -265,7 +265,7 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
 
 
 def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history: int) -> list[AotCase]:
-    B, N = 4, 256
+    B, N = 128, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
     weight = torch.empty(channels, dtype=dtype, device="meta")
     cached = torch.empty(history, B, N if per_token else 1, 38 * channels, dtype=dtype, device="meta")
