@@ -14,7 +14,7 @@ from ddt_kernels.attention_kernels import (
     attention_key_value_gradient_kernel,
     attention_query_gradient_kernel,
 )
-from ddt_kernels.compilation import ARCHITECTURES, AotCase
+from ddt_kernels.compilation import ARCHITECTURES, AotCase, Budget
 from ddt_kernels.runtime import cdiv, descriptor_fits, launch, next_power_of_2, target_arch, tensor_descriptor
 from ddt_kernels.tuning import choose
 
@@ -254,6 +254,13 @@ def aot_cases() -> list[AotCase]:
     return cases + _cases(128, torch.float32)
 
 
+_BUDGETS = {
+    attention_kernel.__name__: Budget(barriers=8, copies=3, drains=4),
+    attention_query_gradient_kernel.__name__: Budget(barriers=8, copies=7, drains=4),
+    attention_key_value_gradient_kernel.__name__: Budget(barriers=10, copies=5, drains=4),
+}
+
+
 def _cases(
     head_dim: int,
     dtype: torch.dtype,
@@ -271,7 +278,8 @@ def _cases(
     def case(run: Callable[[], object], *kernels: Any) -> AotCase:
         label = f"D {head_dim} {str(dtype).removeprefix('torch.')} N {tokens}"
         names = tuple(kernel.__name__ for kernel in kernels)
-        return AotCase(label, run, names if half else (), names if described else (), archs, ones)
+        budgets = {name: _BUDGETS[name] for name in names} if half and tokens > 1 else {}
+        return AotCase(label, run, names if half else (), names if described else (), archs, ones, budgets)
 
     return [
         case(lambda: launch_forward(q, k, v, 0.1), attention_kernel),

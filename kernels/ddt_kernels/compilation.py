@@ -76,9 +76,9 @@ class Compiled:
     """One kernel binary, launched with the case's grid.
 
     registers: per thread; stack: bytes per thread, above 0 if it spills; shared: bytes per block; per_sm: programs that
-    fit on an SM; waves: programs of the grid over those that all SMs hold; waits: on sm_90; bandwidth: bytes per ns
-    that an SM's programs reach by its waits, where the budget gives bytes; problems: why it must not ship, empty if it
-    may.
+    fit on an SM; waves: programs of the grid over those that all SMs hold; waits: on sm_90, of kernels with a budget;
+    bandwidth: bytes per ns that an SM's programs reach by those waits, where the budget gives bytes; problems: why it
+    must not ship, empty if it may.
     """
 
     kernel: str
@@ -216,9 +216,9 @@ def _inspect(
     if name in case.bulk_copies and arch >= 90 and not bulk_copies:
         problems.append(f"no {BULK_COPY_INSTRUCTION}")
     per_sm = programs_per_sm(arch, registers, shared, binary.metadata.num_warps)
-    seen, bandwidth = (waits(disassemble(cubin)) if arch == 90 else None), None
-    if seen is not None and name in case.budgets:
-        budget = case.budgets[name]
+    seen = bandwidth = None
+    if arch == 90 and name in case.budgets:
+        seen, budget = waits(disassemble(cubin)), case.budgets[name]
         problems += over_budget(seen, budget)
         if budget.bytes:
             bandwidth = budget.bytes * per_sm / (seen.phases * ROUND_TRIP + seen.barriers * BARRIER)

@@ -1,12 +1,13 @@
 """Launching the norm family's kernels: tile configurations, grids, outputs, the two-stage parameter gradients."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ddt_kernels.compilation import AotCase
+from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
 from ddt_kernels.runtime import cdiv, launch, next_power_of_2, target_arch
@@ -245,6 +246,34 @@ def _heaviest(cases: list[AotCase]) -> list[AotCase]:
     return [case for case in cases if case.configuration.startswith("gated rms")]
 
 
+# Of C 1152 in bf16, on triton 3.6 or 3.8, whichever waits more: (phases, barriers, rows moved per sample, per token).
+_FORWARD_WAITS = {"rms": (4, 0, 2, 4), "gated rms": (6, 0, 4, 7), "gated layer": (7, 0, 3, 6), "gated": (2, 0, 3, 4)}
+_BACKWARD_WAITS = {
+    "rms": (2, 12, 3, 5),
+    "gated rms": (4, 12, 6, 10),
+    "gated layer": (2, 24, 5, 9),
+    "gated": (2, 0, 3, 5),
+}
+_LATENCY_BOUND = "a program's warps wait together, for rows loaded in several round trips and for sums over them"
+
+
+def _budgets(
+    op: str, channels: int, dtype: torch.dtype, per_token: bool
+) -> tuple[dict[str, Budget], dict[str, Budget]]:
+    """Of the forward and of the backward pass; none for widths that no model here has."""
+    if channels != 1152 or dtype != torch.bfloat16:
+        return {}, {}
+    row = channels * dtype.itemsize
+    phases, barriers, *rows = _FORWARD_WAITS[op]
+    forward = Budget(phases, barriers, bytes=rows[per_token] * row)
+    phases, barriers, *rows = _BACKWARD_WAITS[op]
+    backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=_LATENCY_BOUND)
+    return {norm_modulate_forward_kernel.__name__: forward}, {
+        norm_modulate_backward_kernel.__name__: backward,
+        modulation_gradients_kernel.__name__: Budget(phases=4),
+    }
+
+
 def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[AotCase]:
     B, N = 128, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
@@ -252,16 +281,38 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
     modulations = torch.empty(B, N if per_token else 1, 6 * channels, dtype=dtype, device="meta").chunk(6, dim=-1)
     shift, scale, gate = modulations[:3]
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
-    return [
-        AotCase(f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False)),
-        AotCase(f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True)),
-        AotCase(f"gated layer {label}", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False)),
-        AotCase(f"gated {label}", lambda: launch_forward(x, x, gate, None, None, None, 0.0, "none", True)),
-        AotCase(f"rms {label}", lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms")),
-        AotCase(f"gated rms {label}", lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms")),
-        AotCase(f"gated layer {label}", lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer")),
-        AotCase(f"gated {label}", lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none")),
-    ]
+
+    def case(op: str, forward: Callable[[], object], backward: Callable[[], object]) -> tuple[AotCase, AotCase]:
+        budgets = _budgets(op, channels, dtype, per_token)
+        ones = ("rows_per_program",) if per_token else ()
+        return (
+            AotCase(f"{op} {label}", forward, ones=ones, budgets=budgets[0]),
+            AotCase(f"{op} {label}", backward, budgets=budgets[1]),
+        )
+
+    pairs = (
+        case(
+            "rms",
+            lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False),
+            lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms"),
+        ),
+        case(
+            "gated rms",
+            lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True),
+            lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms"),
+        ),
+        case(
+            "gated layer",
+            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False),
+            lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer"),
+        ),
+        case(
+            "gated",
+            lambda: launch_forward(x, x, gate, None, None, None, 0.0, "none", True),
+            lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none"),
+        ),
+    )
+    return [passes[direction] for direction in (0, 1) for passes in pairs]
 
 
 def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history: int) -> list[AotCase]:
@@ -273,15 +324,16 @@ def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history:
     forecast = torch.empty(250, history, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
     label = f"{label}, forecast from {history}"
+    ones = ("rows_per_program",) if per_token else ()
+    budgets = {}
+    if (channels, dtype) == (1152, torch.bfloat16):
+        budgets = {norm_modulate_forward_kernel.__name__: Budget(phases=7)}
+
+    def case(op: str, run: Callable[[], object]) -> AotCase:
+        return AotCase(f"{op} {label}", run, ones=ones, budgets=budgets)
+
     return [
-        AotCase(
-            f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)
-        ),
-        AotCase(
-            f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)
-        ),
-        AotCase(
-            f"gated layer {label}",
-            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast),
-        ),
+        case("rms", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)),
+        case("gated rms", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)),
+        case("gated layer", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast)),
     ]
