@@ -267,7 +267,8 @@ def _budgets(
     phases, barriers, *rows = _FORWARD_WAITS[op]
     forward = Budget(phases, barriers, bytes=rows[per_token] * row)
     phases, barriers, *rows = _BACKWARD_WAITS[op]
-    backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=_LATENCY_BOUND)
+    waits = op != "gated" and not (op == "gated layer" and per_token)
+    backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=_LATENCY_BOUND if waits else "")
     return {norm_modulate_forward_kernel.__name__: forward}, {
         norm_modulate_backward_kernel.__name__: backward,
         modulation_gradients_kernel.__name__: Budget(phases=4),
