@@ -4,14 +4,14 @@ Under torchrun the processes share the work. A job that was stopped or killed co
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ddt_fast.command import CommandParser, read_options, run_command
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
-from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
+from ddt_fast.ranks import process_ranks
+from ddt_fast.sampling.budgets import FAST_SUMMARY, fast_settings, settings_within
 from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_options, chosen_checkpoint, given_settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ def build_parser() -> CommandParser:
     add_sampling_options(parser, without=("refresh_steps",))
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
+    words = "the nearest to the ODE's solution for so many TFLOP an image; says which and what to expect"
+    add("--budget", type=float, metavar="TFLOP", help=f"{words}; other options override it")
     parser.add_options(Engine, without=("device", "dtype"))
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
     parser.add_options(Outputs)
@@ -80,8 +82,15 @@ def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     """The sampling settings that the options ask for; ValueError for a wrong value."""
     given, sampling = given_settings(options), experiment.sampling
     given["refresh_steps"] = _steps(options.refresh_steps)
+    if options.fast and options.budget is not None:
+        raise ValueError("`fast` and `budget` both choose the steps; give one of them")
     if options.fast:
-        sampling = fast_settings(replace(sampling, num_steps=options.num_steps or sampling.num_steps))
+        sampling = fast_settings(sampling)
+    if options.budget is not None:
+        guided = sampling.override(**{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")})
+        size = experiment.data.input_size(options.height, options.width, experiment.model.patch_size)
+        sampling, words = settings_within(guided, experiment.model, *size, options.budget)
+        process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")
     return sampling.override(**given)
 
 

@@ -1,0 +1,80 @@
+"""Settings for a budget of FLOPs: as many steps of solver "pec" as it affords, by a table measured on the digits model.
+
+`python -m benchmarks.pareto` measures the table, and `python -m benchmarks.report --write-readme` puts it into
+assets/budgets.json. With this solver, sharing states or guidance differences buys nothing at any budget measured: steps
+that evaluate everything are nearer to the ODE's solution at the same cost.
+"""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ddt_fast.config import DDTConfig, SamplingConfig
+from ddt_fast.sampling.plan import SamplingPlan
+
+FAST_SUMMARY = "21 steps of solver pec, order 3, about 10 TFLOP an image at XL/2, 256 px, in place of 111"
+
+
+def fast_settings(config: SamplingConfig) -> SamplingConfig:
+    """`config` with what the table has for 10 TFLOP at XL/2, 256 px; guidance and timeshift stay.
+
+    Tested on the digits model (`budget_table`); there is no ImageNet FID yet.
+    """
+    return _settings(config, {"num_steps": 21, "order": 3})
+
+
+def settings_within(
+    config: SamplingConfig, model: DDTConfig, height: int, width: int, tflop: float
+) -> tuple[SamplingConfig, str]:
+    """`config` with the steps that have the least error of those within a budget, and what to expect of them, in words.
+
+    The error is the one measured at the nearest guidance scale of the table; costs are this model's.
+
+    Args:
+        config: guidance and timeshift are kept.
+        model: the model that samples.
+        height, width: size of the model's input.
+        tflop: the most TFLOP per image.
+
+    Raises:
+        ValueError: the budget affords nothing in the table.
+    """
+    table = budget_table()
+    nearest = min({row["guidance_scale"] for row in table["rows"]}, key=lambda scale: abs(scale - config.guidance_scale))
+    costs = []
+    for row in table["rows"]:
+        if row["guidance_scale"] == nearest:
+            plan = SamplingPlan.from_config(_settings(config, row))
+            costs.append((plan.flops(model, height, width) / 1e12, row))
+    affordable = [(cost, row) for cost, row in costs if cost <= tflop]
+    if not affordable:
+        least = min(cost for cost, _ in costs)
+        raise ValueError(f"budget is {tflop:g} TFLOP an image; allowed: {least:.3g} or more with this model and guidance")
+    cost, row = min(affordable, key=lambda option: (option[1]["error"], option[0]))
+    chosen = _settings(config, row)
+    return chosen, (
+        f"{describe(chosen)}: {cost:.3g} TFLOP an image. On the digits model at guidance {nearest:g}: error "
+        f"{row['error']:.2g} of all samples, {row['error_median']:.2g} in median ({table['evidence']})"
+    )
+
+
+@cache
+def budget_table() -> dict[str, Any]:
+    """rows: guidance_scale, num_steps and order of runs in (0.3, 1), with their errors against the ODE's solution, as
+    `benchmarks.sampler_errors` defines them; evidence: how they were measured, in words."""
+    return json.loads((files("ddt_fast") / "assets/budgets.json").read_text())
+
+
+def describe(config: SamplingConfig) -> str:
+    """The steps of solver "pec" in words."""
+    low, high = config.guidance_interval
+    edges = [f"{bound:g}" for bound in (low, high) if 0 < bound < 1 and config.guidance_scale != 1]
+    return f"{config.num_steps} steps of solver pec, order {config.order}" + (
+        f", with an edge at {' and '.join(edges)}, encoder and guidance at every step" if edges else ""
+    )
+
+
+def _settings(config: SamplingConfig, row: dict[str, Any]) -> SamplingConfig:
+    everything = {"refresh_every": 1, "state_forecast": "hold", "guidance_every": 1, "guidance_forecast": "hold"}
+    return config.override(solver="pec", num_steps=row["num_steps"], order=row["order"], **everything)
