@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.harness import Ceilings, measure, randn
 from benchmarks.peers import attention_backends, function_case, packed
-from benchmarks.report.text import table
+from benchmarks.report.tables import table
 from ddt_fast.checks import require, require_int
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.device import DTYPES, choose_device
@@ -68,7 +68,6 @@ def compare(device: torch.device, dtype: torch.dtype, shape: Shape, rounds: int)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Verify, time, print."""
     parser = CommandParser(prog="python -m benchmarks.attention", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtypes", type=list[str], default=["float32", "bfloat16"], help=f"of {', '.join(DTYPES)}")

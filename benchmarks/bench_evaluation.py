@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward
 from benchmarks.peers import COMPILE
@@ -21,15 +22,13 @@ PLAIN, OURS = "batch norms apart, NCHW", "ddt_fast, batch norms folded"
 
 
 def inception_case(batch: int) -> Case:
-    """Features of 256 px images."""
-
     def inputs() -> Inputs:
         generator, size = torch.Generator(DEVICE).manual_seed(0), (batch, 3, 256, 256)
         return Inputs((torch.randint(256, size, generator=generator, device=DEVICE, dtype=torch.uint8),))
 
     def build() -> Workload:
         exact = random_inception()
-        cost = Cost(4 * 24_000_000, batch * convolution_flops(exact))
+        cost = Cost(4 * 24_000_000, batch * flops_per_image(exact))
 
         def variant(make: Callable[[Inception], Callable[..., Any]], ours: bool = False) -> Variant:
             return Variant(lambda: features_of(make(copy.deepcopy(exact).to(DEVICE, torch.float32))), ours)
@@ -67,20 +66,11 @@ def random_inception() -> Inception:
     return network
 
 
-def convolution_flops(network: Inception) -> int:
-    """Of one image, a multiply-add being 2."""
-    flops = 0
-
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal flops
-        assert isinstance(module, nn.Conv2d)
-        flops += 2 * output[0].numel() * module.weight[0].numel()
-
-    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d)]
-    network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
-    return flops
+def flops_per_image(network: Inception) -> int:
+    """A multiply-add being 2."""
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, 299, 299, dtype=torch.uint8))
+    return counter.get_total_flops()
 
 
 def features(number: int, count: int, dims: int) -> Tensor:
@@ -100,7 +90,6 @@ def all_distances(samples: Tensor, real: Tensor) -> Tensor:
 
 
 def precision_recall_case(count: int, dims: int) -> Case:
-    """Of as many samples as reference images."""
     names = ("all distances in float64, at once", "ddt_fast")
 
     def inputs() -> Inputs:

@@ -8,6 +8,7 @@ fp32 at a small shape. Backward passes are timed together with their forward. Th
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -55,36 +56,31 @@ SHAPES = (
 
 def kernel_cases(
     name: str,
-    size: str,
+    shape: Shape,
     make: Callable[[torch.Generator], tuple[Tensor, ...]],
     plain: Function,
     fused: Function,
-    peers: Mapping[str, Peer],
     forward: Cost | None = None,
     both: Cost | None = None,
+    peers: Mapping[str, Peer] | None = None,
+    detail: str = "",
     dtype: torch.dtype = DTYPE,
     fixed: int = 0,
 ) -> Iterator[Case]:
     """A case of an op, `fused`, for each cost that is given: of its forward pass, and of both passes together. See
-    `function_case` for the other arguments."""
-    ways = {OURS: lambda: fused, **peers}
+    `function_case` for the rest; peers are by default `plain` by torch.compile, at the first shape."""
+    if peers is None:
+        peers = compiled(plain) if shape is SHAPES[0] else {}
     for words, cost in (("forward", forward), ("forward+backward", both)):
         if cost is not None:
-            names = ("kernels", f"{name} {words}", size)
+            names, ways = ("kernels", f"{name} {words}", f"{shape}{detail}"), {OURS: lambda: fused, **peers}
             yield function_case(names, make, plain, ways, DEVICE, dtype, cost, cost is both, fixed, seconds=0.5)
 
 
-def compiled_once(plain: Function, shape: Shape) -> Mapping[str, Peer]:
-    """`plain` by torch.compile, at the first shape."""
-    return compiled(plain) if shape is SHAPES[0] else {}
-
-
-NORMS = {
-    "rms_norm_modulate": ("x", "weight", "shift", "scale"),
-    "gated_residual_rms_norm_modulate": ("x", "branch", "gate", "weight", "shift", "scale"),
-    "gated_residual_layer_norm_modulate": ("x", "branch", "gate", "shift", "scale"),
-    "gated_residual": ("x", "branch", "gate"),
-}
+NORMS = (
+    *("rms_norm_modulate", "gated_residual_rms_norm_modulate"),
+    *("gated_residual_layer_norm_modulate", "gated_residual"),
+)
 MODULATIONS = ("shift", "scale", "gate")
 
 
@@ -107,33 +103,32 @@ def norm_tensors(
 
 
 def plain_forecast(plain: Function, names: tuple[str, ...], *tensors: Tensor) -> Any:
-    """`plain` on combined modulations."""
     *rest, weights, step = tensors
     named = zip(names, rest, strict=True)
     return plain(*(reference.forecast(t, weights, step) if name in MODULATIONS else t for name, t in named))
 
 
 def fused_forecast(fused: Function, *tensors: Tensor) -> Any:
-    """`fused` on cached modulations."""
     *rest, weights, step = tensors
     return fused(*rest, forecast=(weights, step))
 
 
 def norm_cases(shape: Shape) -> Iterator[Case]:
     """The norm family, at both granularities of modulation, and reading modulations forecast from two."""
-    for name, names in NORMS.items():
+    for name in NORMS:
         plain, fused = getattr(reference, name), getattr(ops, name)
+        names = tuple(parameter for parameter in signature(plain).parameters if parameter != "eps")
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
         for per_token in (True, False):
-            size = f"{shape}, modulated per {'token' if per_token else 'sample'}"
             make = partial(norm_tensors, shape, names, per_token, 1)
             costs = cost(per_token), cost(per_token) + cost(per_token, backward=True)
-            yield from kernel_cases(name, size, make, plain, fused, compiled_once(plain, shape), *costs)
+            detail = f", modulated per {'token' if per_token else 'sample'}"
+            yield from kernel_cases(name, shape, make, plain, fused, *costs, detail=detail)
         if name != "gated_residual":
-            forecast, size = partial(plain_forecast, plain, names), f"{shape}, modulated per token"
-            make, peers = partial(norm_tensors, shape, names, True, 2), compiled_once(forecast, shape)
-            work, name = cost(True, history=2), f"{name}, forecast from 2,"
-            yield from kernel_cases(name, size, make, forecast, partial(fused_forecast, fused), peers, work)
+            make = partial(norm_tensors, shape, names, True, 2)
+            ways = partial(plain_forecast, plain, names), partial(fused_forecast, fused)
+            work, title = cost(True, history=2), f"{name}, forecast from 2,"
+            yield from kernel_cases(title, shape, make, *ways, work, detail=", modulated per token")
 
 
 def packed_projection(shape: Shape, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -153,11 +148,10 @@ def qk_norm_rope_cases(shape: Shape) -> Iterator[Case]:
         k.copy_(reference.norm_rope(k, k_weight, cos, sin))
         return qkv
 
-    plain, both = reference.qk_norm_rope, cost() + cost(backward=True)
-    peers = compiled_once(plain, shape)
-    yield from kernel_cases("qk_norm_rope", str(shape), make, plain, ops.qk_norm_rope, peers, cost(), both, fixed=2)
-    name, peers = "qk_norm_rope_, in place,", compiled_once(in_place, shape)
-    yield from kernel_cases(name, str(shape), make, in_place, ops.qk_norm_rope_, peers, cost(in_place=True))
+    functions, costs = (reference.qk_norm_rope, ops.qk_norm_rope), (cost(), cost() + cost(backward=True))
+    yield from kernel_cases("qk_norm_rope", shape, make, *functions, *costs, fixed=2)
+    name = "qk_norm_rope_, in place,"
+    yield from kernel_cases(name, shape, make, in_place, ops.qk_norm_rope_, cost(in_place=True))
 
 
 def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
@@ -171,7 +165,7 @@ def qkv_attention_cases(shape: Shape) -> Iterator[Case]:
     plain, make = reference.qkv_attention, partial(packed_projection, shape)
     cost = partial(ops.qkv_attention_cost, *shape.packed_heads, DTYPE)
     peers, both = {"qk_norm_rope, attention": lambda: two, **compiled(plain)}, cost() + cost(backward=True)
-    yield from kernel_cases("qkv_attention", str(shape), make, plain, ops.qkv_attention, peers, both=both, fixed=2)
+    yield from kernel_cases("qkv_attention", shape, make, plain, ops.qkv_attention, None, both, peers, fixed=2)
 
 
 def swiglu_cases(shape: Shape) -> Iterator[Case]:
@@ -187,7 +181,7 @@ def swiglu_cases(shape: Shape) -> Iterator[Case]:
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost = partial(getattr(ops, f"{name}_cost"), B, N, C, shape.width, DTYPE)
         costs = cost(), cost(training=True) + cost(backward=True)
-        yield from kernel_cases(name, str(shape), partial(make, whole), plain, fused, compiled(plain), *costs)
+        yield from kernel_cases(name, shape, partial(make, whole), plain, fused, *costs, compiled(plain))
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:
@@ -201,7 +195,7 @@ def attention_cases(shape: Shape) -> Iterator[Case]:
     del peers["triton"]  # ddt_kernels' own
     cost, backward = (ops.attention_cost(*shape.packed_heads, DTYPE, b) for b in (False, True))
     plain, fused = partial(packed, reference.attention), partial(packed, ops.attention)
-    yield from kernel_cases("attention", str(shape), make, plain, fused, peers, cost, cost + backward)
+    yield from kernel_cases("attention", shape, make, plain, fused, cost, cost + backward, peers)
 
 
 def guided_step_cases(shape: Shape) -> Iterator[Case]:
@@ -229,8 +223,7 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
         ("guided_step, 4 velocities and 2 differences,", most, plain, fused, cost(True, 3, 2)),
         ("guided_step_, Euler, in place,", euler, plain_in_place, in_place, cost()),
     ):
-        peers = compiled_once(baseline, shape)
-        yield from kernel_cases(name, str(shape), inputs, baseline, ours, peers, work, dtype=torch.float32)
+        yield from kernel_cases(name, shape, inputs, baseline, ours, work, dtype=torch.float32)
 
 
 OPS = (swiglu_cases, attention_cases, qkv_attention_cases, norm_cases, qk_norm_rope_cases, guided_step_cases)

@@ -63,7 +63,6 @@ def model_case(
         return Inputs((x, t, y), (gradient,) if backward else ())
 
     def checked(model: Any, run: Run, x: Inputs) -> list[Tensor]:
-        """The output, and all gradients end to end, where they are computed."""
         outputs = list(run(x))
         return [*outputs, as_vector(released_gradients(model))] if backward else outputs
 

@@ -89,7 +89,6 @@ class Runs:
 
 
 def added(run: Run, x: Inputs) -> Sequence[Tensor]:
-    """What a run added to the noise."""
     return [samples - x.tensors[0] for samples in run(x)]
 
 

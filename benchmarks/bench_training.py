@@ -55,8 +55,6 @@ class PlainStep(Step):
 
 
 def training_case(name: str, model: DDTConfig, batch: int, variants: tuple[str, ...] = ALL) -> Case:
-    """A step on `batch` latents of 256 px images."""
-
     def build() -> Workload:
         stack = contextlib.ExitStack()
         # One process talks to nobody, but asks for its rank: the CPU's group does, and starts no NCCL.

@@ -10,30 +10,19 @@ real digits, in pixels, where the same seeds make differences visible that are f
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.report.tables import candidates as candidates_tables
-from benchmarks.sampler_errors import (
-    BASE,
-    PUBLISHED,
-    DigitsRuns,
-    command_parser,
-    kept_samples,
-    sample_errors,
-    write_record,
-    xl2_tflop,
-)
-from ddt_fast.checks import require_int
+from benchmarks.report import tables
+from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
-from ddt_fast.files import output_folder
 from ddt_fast.sampling.fast import fast_settings
 
 # By name: scale and interval.
@@ -77,13 +66,11 @@ BLOCKS = 10  # of the many samples: differences between blocks are the standard 
 
 
 def guided(config: SamplingConfig, name: str) -> SamplingConfig:
-    """Settings with the guidance of that name."""
     scale, interval = GUIDANCE[name]
     return replace(config, guidance_scale=scale, guidance_interval=interval)
 
 
 def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
-    """Every candidate at every guidance setting."""
     rows = []
     for name in GUIDANCE:
         truth = runs(guided(TRUTH, name))
@@ -123,25 +110,27 @@ def _standard_error(blocks: Any) -> float:
     return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
-    parser = command_parser("candidates", __doc__)
-    parser.add_argument("--samples", type=int, default=256, help="samples whose errors are measured")
-    parser.add_argument("--frechet-samples", type=int, default=5_120, help="of the Fréchet distances; 650 or more")
-    options = parser.parse_args(arguments)
-    require_int("--samples", options.samples, 1)
-    require_int("--frechet-samples", options.frechet_samples, 65 * BLOCKS)
-    path, keep = output_folder(options.output_dir) / "candidates.json", kept_samples(options.keep)
-    record: dict[str, Any] = {
-        "environment": environment(),
-        "samples": options.samples,
-        "frechet_samples": options.frechet_samples,
+def measure(samples: int, frechet_samples: int, keep: str | None) -> dict[str, Any]:
+    """All that candidates.json holds beside the environment."""
+    return {
+        "samples": samples,
+        "frechet_samples": frechet_samples,
         "frechet_guidance": FRECHET_GUIDANCE,
-        "errors": error_rows(DigitsRuns(options.samples, keep)),
-        "frechet": frechet_rows(DigitsRuns(options.frechet_samples, keep)),
+        "errors": error_rows(DigitsRuns(samples, keep)),
+        "frechet": frechet_rows(DigitsRuns(frechet_samples, keep)),
     }
-    write_record(path, record)
-    print("\n\n".join(candidates_tables(record)))
+
+
+NUMBERS = {
+    "--samples": (256, 1, "samples whose errors are measured"),
+    "--frechet-samples": (5_120, 65 * BLOCKS, "of the Fréchet distances; 650 or more"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = read_options("candidates", __doc__, arguments, NUMBERS)
+    record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
+    print("\n\n".join(tables.candidates(record)))
 
 
 if __name__ == "__main__":

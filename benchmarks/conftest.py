@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import Case, Recorder
+from benchmarks.harness import Case, Recorder, Result
+from benchmarks.report.tables import suite_group, suite_groups
 
 
 class PlaybackClock:
@@ -96,8 +97,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The report's tables of what this process measured."""
     recorder = config.stash[RECORDER]
-    if recorder.results or recorder.session["not_measured"]:
-        terminalreporter.section("ratios, shares of the ceiling, and what is missing")
-        for line in recorder.summary():
-            terminalreporter.write_line(line)
+    cases = [result.record for result in recorder.results.values() if isinstance(result, Result)]
+    record = recorder.content | {"sessions": [recorder.session], "cases": cases}
+    for group in suite_groups(record):
+        terminalreporter.section(f"{group}: ratios, shares of the ceiling, and what is missing")
+        for paragraph in suite_group(record, group):
+            terminalreporter.write_line(f"{paragraph}\n")

@@ -4,17 +4,15 @@
 
 XL/2 at 256 px with random weights. Three tables:
 
-- forward: one guidance pair (batch 2), the reference in fp32 eager against FusedDDT in each precision, eager and
-  compiled, with the velocity's error against the reference;
-- sampling: 250 steps, time per image. A run is a sequence of steps of a few kinds; each kind is timed, and the run's
-  time is put together from the medians by how often the plan has each. The published way is the reference in fp32,
-  eager, both branches at every step;
+- forward: one guidance pair (batch 2), FusedDDT in each precision, eager and compiled, against the reference in fp32
+  eager, with the velocity's error;
+- sampling: 250 steps, time per image, put together from the medians of the few kinds of steps by how often the plan has
+  each. The published way is the reference in fp32, eager, both branches at every step;
 - runs: whole runs of fewer steps, timed from end to end against the same composition, and how far their results are
-  from the reference's. With random weights and few steps, refreshes are far apart for a velocity that is not smooth in
-  t: these errors compare precisions, they do not say what a shortcut costs a trained model.
+  from the reference's. With random weights and refreshes so far apart, these errors compare precisions; they do not say
+  what a shortcut costs a trained model.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,6 +27,7 @@ from torch import Tensor
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, relative_error, timed
 from benchmarks.models import PUBLISHED, Model, compiled_copy, published_run, random_model
+from benchmarks.report import tables
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import SamplingConfig
 from ddt_fast.files import write_json
@@ -52,12 +51,8 @@ SETTINGS = {
 
 
 class StepCosts:
-    """The parts a sampler's run is made of, to be timed or profiled one by one; a part is named by a string.
-
-    Args:
-        sampler: its buffers are written to.
-        noise, labels: of a batch.
-    """
+    """The parts that a sampler's run on a batch is made of, to be timed or profiled one by one, by name. The sampler's
+    buffers are written to."""
 
     def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
         self.sampler, self.noise, self.labels = sampler, noise, labels
@@ -175,7 +170,6 @@ class SamplingRuns:
                 yield engine, setting, costs, {part: self.timings[key] for part, key in keys.items()}
 
     def sampling(self) -> dict[str, Any]:
-        """The table "sampling"."""
         step = self.timings[REFERENCE]
         published = PUBLISHED.num_steps * step["median"] / self.batch_size
         settings = []
@@ -196,7 +190,6 @@ class SamplingRuns:
         return {"published": {"seconds_per_image": published, "step": step}, "settings": settings}
 
     def runs(self) -> Iterator[dict[str, Any]]:
-        """The table "runs"."""
         names = ("engine", "setting", "num_steps", "seconds", "composed_seconds", "relative_error")
         steps, results = self.run_steps, list[Tensor]()
         config = replace(PUBLISHED, num_steps=steps)
@@ -213,8 +206,9 @@ class SamplingRuns:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu_sampling", description=__doc__.splitlines()[0])
+    from ddt_fast.command import CommandParser  # needs jsonargparse, which a GPU machine may lack
+
+    parser = CommandParser(prog="python -m benchmarks.cpu_sampling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu_sampling.json"))
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time, for the published way too")
     parser.add_argument("--calls", type=int, default=5, help="of everything that is timed")
@@ -236,20 +230,12 @@ def main(arguments: list[str] | None = None) -> None:
     reference, size = random_model(preset.model), preset.data.sample_size
     models = {k: m for k, m in variants(reference).items() if k in (REFERENCE, *(options.only or names))}
     record["forward"] = measure_forward(models, size, options.calls)
-    for row in record["forward"]:
-        print("{variant:28} {of_reference:.3f} of the reference's time, error {relative_error:.2g}".format(**row))
     engines: dict[str, Model] = {name: models[name] for name in ("int8 compiled", "bf16 compiled") if name in models}
     del models
     runs = SamplingRuns(reference, engines, size, options.batch_size, options.calls, options.run_steps)
-    record["sampling"] = runs.sampling()
-    print("published: {seconds_per_image:.0f} s per image".format(**record["sampling"]["published"]))
-    for row in record["sampling"]["settings"]:
-        print("{engine}, {setting}: {seconds_per_image:.1f} s, {times_faster_than_published:.2f}x".format(**row))
-    record["runs"] = list(runs.runs())
-    for row in record["runs"]:
-        words = "{engine}, {setting}, {num_steps} steps: {seconds:.1f} s, composed {composed_seconds:.1f} s"
-        print((words + ", error {relative_error:.2g}").format(**row))
+    record |= {"sampling": runs.sampling(), "runs": list(runs.runs())}
     write_json(options.output, record)
+    print("\n\n".join(tables.cpu_sampling(record)))
 
 
 if __name__ == "__main__":

@@ -10,21 +10,16 @@ digits' scores and the FLOPs the same plan would take at XL/2, 256 px.
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.report.figures import draw
-from benchmarks.report.files import ResultsFile
-from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, command_parser, kept_samples, sample_errors, xl2_tflop
+from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
 from ddt_fast import SamplingConfig
-from ddt_fast.checks import require_int
 from ddt_fast.command import run_command
 from ddt_fast.config import GuidanceForecast, StateForecast
-from ddt_fast.files import output_folder, write_json
 from ddt_fast.sampling.fast import fast_settings
 
 LINEAR = replace(PUBLISHED, state_forecast="linear", guidance_forecast="linear")
@@ -54,7 +49,7 @@ def settings() -> Iterator[tuple[str, str, float, SamplingConfig]]:
         yield "guidance scale", "--fast", scale, fast_settings(config)
 
 
-def measure(num_samples: int, keep: Path | None) -> list[dict[str, Any]]:
+def measure(num_samples: int, keep: str | None) -> dict[str, Any]:
     """Every setting, and every truth it is compared with (series "everything")."""
     runs = DigitsRuns(num_samples, keep)
     truths: dict[SamplingConfig, torch.Tensor] = {}
@@ -66,24 +61,14 @@ def measure(num_samples: int, keep: Path | None) -> list[dict[str, Any]]:
         for name, run in [("everything", everything)] * new + [(series, config)]:
             samples = runs(run)
             truth = truths.setdefault(everything, samples)
-            score = runs.score(samples)
-            result = {"group": group, "series": name, "at": at, **sample_errors(samples, truth)}
-            result |= {"accuracy": score.accuracy, "frechet": score.frechet}
+            result = {"group": group, "series": name, "at": at, **sample_errors(samples, truth), **runs.scores(samples)}
             results.append(result | {"tflop_per_image_xl2_256": xl2_tflop(run), "settings": asdict(run)})
-    return results
+    return {"num_samples": num_samples, "results": results}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, plot."""
-    parser = command_parser("forecast", __doc__)
-    parser.add_argument("--num-samples", type=int, default=256, help="65 or more")
-    options = parser.parse_args(arguments)
-    require_int("--num-samples", options.num_samples, 65)
-    folder = output_folder(options.output_dir)
-    record = {"environment": environment(), "num_samples": options.num_samples}
-    record["results"] = measure(options.num_samples, kept_samples(options.keep))
-    write_json(folder / "forecast.json", record)
-    draw(ResultsFile(folder / "forecast.json"))
+    options = read_options("forecast", __doc__, arguments, {"--num-samples": (256, 65, "65 or more")})
+    run_study("forecast", options, partial(measure, options.num_samples))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,9 @@ network needed. In this order, each step in a process of its own, so that what b
     training_step  benchmarks.training_step, nothing compiled          training_step.json
     suite          every bench_*.py, by pytest                         results.json, suite.txt (output of all but tests)
 
-steps.json says how each step ended. All files are under --output-dir (default: $OUT, else benchmarks/results/gpu) and
-are written as the run goes: one that is cut off leaves what it had. A step that takes longer than its share of
---minutes is stopped. What is not installed is listed first: without pytest-benchmark the suite has no tables in its
-output, without jsonargparse training_step and some tests fail. Wheels brought along are installed, for this run alone,
-from the folder that --wheels names.
-
---dry-run does the same on a machine without a GPU, on small shapes.
+steps.json says how each step ended. All files are written as the run goes: one that is cut off leaves what it had. A
+step that takes longer than its share of --minutes is stopped. What is not installed is listed first: without
+pytest-benchmark the suite prints the report's tables alone, without jsonargparse training_step and some tests fail.
 """
 
 import argparse
@@ -45,13 +41,8 @@ WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensor
 
 
 class Steps:
-    """Runs commands, and keeps steps.json.
-
-    Args:
-        folder: where it is.
-        seconds: that all of them may take, the stopping of the last one included.
-        packages: a folder of packages that they find first; or None.
-    """
+    """Runs commands, which find the packages of a folder first, and keeps steps.json. `seconds` are all that they may
+    take, the stopping of the last one included."""
 
     def __init__(self, folder: Path, seconds: float, packages: Path | None = None) -> None:
         self.folder, self.deadline = folder, time.monotonic() + seconds - STOP_SECONDS
@@ -82,13 +73,11 @@ class Steps:
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """How it ended, in words."""
     try:
         code = process.wait(seconds)
         return "done" if code == 0 else f"exit code {code}"
     except subprocess.TimeoutExpired:
-        # An interrupted pytest still says what it has done.
-        for sign in (signal.SIGINT, signal.SIGKILL):
+        for sign in (signal.SIGINT, signal.SIGKILL):  # an interrupted pytest still says what it has done
             with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, sign)
                 process.wait(STOP_SECONDS / 2)
@@ -97,20 +86,17 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 
 def install(wheels: Path, target: Path) -> None:
-    """Install the wheels of a folder, without their dependencies, into another folder, for this process too.
-
-    Raises:
-        ValueError: there are none, or pip does not take them.
-    """
-    files = [str(file.resolve()) for file in sorted(wheels.glob("*.whl"))]
+    """Install the wheels of a folder, without their dependencies, into another folder, for this process too; ValueError
+    where there are none, or pip does not take them."""
+    files = sorted(wheels.glob("*.whl"))
     if not files:
         raise ValueError(f"--wheels is {wheels}, which holds no .whl file")
     options = ("--quiet", "--no-index", "--no-deps", "--no-compile", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *files]
+    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        reason = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ValueError(f"the wheels in {wheels} cannot be installed: {reason[-1]}")
+        reason = (done.stderr or done.stdout or f"exit code {done.returncode}").strip().splitlines()[-1]
+        raise ValueError(f"the wheels in {wheels} cannot be installed: {reason}")
     sys.path.insert(0, str(target))
     importlib.invalidate_caches()
 
@@ -120,11 +106,7 @@ def installed(name: str) -> bool:
 
 
 def preflight(folder: Path, dry_run: bool) -> None:
-    """Say what this machine has.
-
-    Raises:
-        ValueError: it has no torch, or no GPU and this is not a dry run.
-    """
+    """Say what this machine has; ValueError where it has no torch, or no GPU and this is not a dry run."""
     if not installed("torch"):
         raise ValueError("torch is not installed; expected torch 2.11 or later")
     import torch
@@ -138,7 +120,6 @@ def preflight(folder: Path, dry_run: bool) -> None:
 
 
 def run_steps(steps: Steps, options: argparse.Namespace) -> None:
-    """All of them, one after the other."""
     folder, seconds, cores = steps.folder, 60 * options.minutes, os.cpu_count() or 1
     tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
     if installed("xdist") and cores >= 8:

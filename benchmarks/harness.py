@@ -1,22 +1,12 @@
-"""The harness of all bench_*.py: cases are verified, timed in turn, and written to one results file.
-
-- A case is a piece of work and the ways to do it, of which the first is the baseline.
-- Verified: outputs, and gradients where they are timed, against the right result in higher precision. A variant that is
-  wrong gets no time.
-- Timed: the variants take turns, so that whatever else the machine does falls on all of them alike, and the median
-  counts. On a GPU short calls are timed by `triton.testing.do_bench` (CUDA events, the L2 cache cleared before every
-  call), long ones by PyTorch's `timer` on the host's clock, launches included.
-- Ceilings: a large GEMM and a large copy, measured in the same run.
-
-The results file is described in README.md.
+"""The harness of all bench_*.py: cases are verified, timed in turn, and written to one results file. README.md says how
+it times, what it refuses to time, and what the file holds.
 """
 
 import gc
 import math
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -29,7 +19,6 @@ from torch.utils.benchmark import timer
 from benchmarks.environment import environment, gpu_state, load_average, now
 from ddt_fast.device import cpu_has_bf16, dtype_name
 from ddt_fast.files import read_json, write_json
-from ddt_fast.wording import plural
 from ddt_kernels import Cost
 
 FORMAT = 1
@@ -61,8 +50,6 @@ class Inputs:
     gradients: tuple[Tensor, ...] = ()
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        """A copy with floating-point tensors in `dtype`."""
-
         def copy(tensor: Tensor) -> Tensor:
             made = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
             return made.clone().requires_grad_(tensor.requires_grad)
@@ -76,9 +63,7 @@ class Variant:
 
     make: Callable[[], Any]  # prepares the run (imports, compilation); not timed
     ours: bool = False  # this repository's; otherwise a peer, which may not work on this machine
-    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = (
-        None  # of what was made; None: compare what the run returns
-    )
+    check: Callable[[Any, Inputs], Sequence[Tensor]] | None = None  # of what was made; None: what the run returns
     expected: Run | None = None  # the right result, where it differs from the case's
     cost: Cost | None = None  # where it differs from the case's
     note: str = ""  # for the results
@@ -100,8 +85,6 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A piece of work to be measured."""
-
     group: str  # "kernels", "model", ...
     name: str
     size: str
@@ -241,22 +224,17 @@ class Result:
     wrong: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
-    def note_failure(self, name: str, ours: bool, error: Exception) -> None:
+    def note_failure(self, name: str, variant: Variant, error: Exception) -> None:
         """A peer that fails counts as missing; ours counts as wrong."""
-        (self.wrong if ours else self.missing)[name] = f"failed: {words_of(error)}"
+        (self.wrong if variant.ours else self.missing)[name] = f"failed: {words_of(error)}"
 
 
 def words_of(error: Exception) -> str:
-    """On one line, cut where it is long."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Result:
-    """Verify and time a case's variants.
-
-    Raises:
-        ValueError: its workload has other variants than the case names.
-    """
+    """Verify and time a case's variants; ValueError where its workload has others than the case names."""
     workload = case.build()
     try:
         if tuple(workload.variants) != case.variants:
@@ -286,8 +264,6 @@ def measure(case: Case, ceilings: Ceilings, device: torch.device = DEVICE) -> Re
 
 @dataclass
 class _Right:
-    """A variant that was found right."""
-
     name: str
     variant: Variant
     run: Run
@@ -297,7 +273,6 @@ class _Right:
 
 
 def _entry(workload: Workload, right: _Right, result: Result, ceilings: Ceilings) -> dict[str, Any]:
-    """A variant's record."""
     baseline, cost = next(iter(workload.variants)), right.variant.cost or workload.cost
     seconds, base = timing(result.rounds[right.name]), result.rounds.get(baseline)
     floor, bound = ceilings.floor(cost, workload.dtype) or (None, None)
@@ -333,7 +308,7 @@ def _verify(workload: Workload, result: Result) -> dict[str, _Right]:
             run = variant.make()
             outputs = run(workload.inputs()) if variant.check is None else variant.check(run, workload.inputs())
         except Exception as error:  # of any package or compiler: reported, and the run continues
-            result.note_failure(name, variant.ours, error)
+            result.note_failure(name, variant, error)
             continue
         errors = relative_errors(outputs, expected_of(variant.expected or workload.expected))
         del outputs
@@ -379,7 +354,7 @@ def _time(case: Case, right: Mapping[str, _Right], inputs: Inputs, result: Resul
         try:
             first[name] = timed(call)
         except Exception as error:  # memory that sufficed to verify one after the other, for example
-            result.note_failure(name, right[name].variant.ours, error)
+            result.note_failure(name, right[name].variant, error)
     short = device.type == "cuda" and max(first.values(), default=0.0) < SHORT_SECONDS
     clocks: dict[str, Callable[[], float]] = {}
     total = 0.0
@@ -399,43 +374,31 @@ def _time(case: Case, right: Mapping[str, _Right], inputs: Inputs, result: Resul
 
 
 class Recorder:
-    """Measures cases, each once, and writes the results file after every one.
+    """Measures cases, each once, and writes the results file, if `path` names one, after every one.
 
-    Args:
-        path: of the file; None writes none.
-        append: keep the cases of an existing file, except those measured again.
-        time_limit: seconds from now after which no case is started.
-        ceilings: what measures them.
-
-    Raises:
-        ValueError: the file to append to is of another format or another machine.
+    append: keep the cases of an existing file, except those measured again; ValueError where it is of another format or
+    another machine. time_limit: seconds from now after which no case is started.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        append: bool = False,
-        time_limit: float = math.inf,
-        ceilings: Callable[[], Ceilings] = measure_ceilings,
-    ) -> None:
-        self.path, self._measure_ceilings = path, ceilings
-        self._started, self._time_limit = time.monotonic(), time_limit
+    def __init__(self, path: Path | None, append: bool = False, time_limit: float = math.inf) -> None:
+        self.path, self._started, self._time_limit = path, time.monotonic(), time_limit
         self.results: dict[str, Result | Exception] = {}
+        self._ceilings: Ceilings | None = None
         here = environment()
-        self._content: dict[str, Any] = {"format": FORMAT, "environment": here, "sessions": [], "cases": []}
+        self.content: dict[str, Any] = {"format": FORMAT, "environment": here, "sessions": [], "cases": []}
         if append and path is not None and path.exists():
-            self._content = read_json(path)
-            if self._content.get("format") != FORMAT:
-                raise ValueError(f"{path} has format {self._content.get('format')!r}; allowed: {FORMAT}")
+            self.content = read_json(path)
+            if self.content.get("format") != FORMAT:
+                raise ValueError(f"{path} has format {self.content.get('format')!r}; allowed: {FORMAT}")
             for name in ("commit", "cpu", "gpus", "torch"):
-                there = self._content["environment"].get(name)
+                there = self.content["environment"].get(name)
                 if there != here[name]:
                     raise ValueError(f"{path} holds results of {name} {there}, here it is {here[name]}; name another")
-        self.session: dict[str, Any] = {"started": now(), "finished": None, "command": here["command"]}
-        self.session |= {"load_average": here["load_average"], "ceilings": None, "ceilings_after": None}
-        self.session["not_measured"] = []
-        self._content["sessions"].append(self.session)
-        self._ceilings: Ceilings | None = None
+        self.session: dict[str, Any] = {
+            **{"started": now(), "finished": None, "command": here["command"], "load_average": here["load_average"]},
+            **{"ceilings": None, "ceilings_after": None, "not_measured": []},
+        }
+        self.content["sessions"].append(self.session)
 
     def measure(self, case: Case) -> Result | None:
         """The case's result, measured at the first call; None where time is out; raises what building it raised, at
@@ -452,17 +415,17 @@ class Recorder:
 
     def _measure(self, case: Case) -> Result | Exception:
         if self._ceilings is None:
-            self._ceilings = self._measure_ceilings()
+            self._ceilings = measure_ceilings()
             self.session["ceilings"] = asdict(self._ceilings)
         try:
             result = measure(case, self._ceilings)
         except Exception as error:
             self._skip(case, words_of(error))
             return error
-        result.record["session"] = len(self._content["sessions"]) - 1
+        result.record["session"] = len(self.content["sessions"]) - 1
         key = ("group", "case", "size")
-        others = [c for c in self._content["cases"] if any(c[name] != result.record[name] for name in key)]
-        self._content["cases"] = [*others, result.record]
+        others = [c for c in self.content["cases"] if any(c[name] != result.record[name] for name in key)]
+        self.content["cases"] = [*others, result.record]
         self._write()
         return result
 
@@ -475,26 +438,10 @@ class Recorder:
     def finish(self) -> None:
         """Measure the ceilings again, and close the session, if anything was measured."""
         if self._ceilings is not None:
-            self.session["ceilings_after"] = asdict(self._measure_ceilings())
+            self.session["ceilings_after"] = asdict(measure_ceilings())
             self.session["finished"] = now()
             self._write()
 
     def _write(self) -> None:
         if self.path is not None:
-            write_json(self.path, self._content)
-
-    def summary(self) -> Iterator[str]:
-        """What pytest-benchmark's table does not say, line by line."""
-        results = {title: result for title, result in self.results.items() if isinstance(result, Result)}
-        for title, result in results.items():
-            yield title
-            for variant in result.record["variants"]:
-                ratio, share = variant["ratio"], variant["share_of_ceiling"]
-                parts = [f"{variant['seconds']['median'] * 1e3:10.4f} ms", "" if ratio is None else f"x{ratio:.3f}"]
-                parts.append("" if share is None else f"{share:.0%} of {variant['bound_by']}")
-                yield f"  {variant['name']:44s} {' '.join(parts)}  error {variant['error']:.1e}"
-            yield from (f"  {name}: {reason}" for name, reason in result.wrong.items())
-        for (name, reason), count in Counter(m for r in results.values() for m in r.missing.items()).items():
-            yield f"missing in {plural(count, 'case')}: {name}: {reason}"
-        yield from (f"not measured: {entry['case']}: {entry['reason']}" for entry in self.session["not_measured"])
-        yield f"ceilings: {self.session['ceilings']}"
+            write_json(self.path, self.content)

@@ -81,5 +81,4 @@ def as_vector(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of all parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

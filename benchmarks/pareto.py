@@ -4,60 +4,42 @@
 
 writes pareto.json and pareto.png and prints what to take for a budget.
 
-The truth is the solution of the guided ODE, a fine multistep run that evaluates everything, from the same noise. So the
-solver's error, from too few steps, and the shortcuts', from states and guidance differences that are held or forecast,
-are on one scale. (`benchmarks.forecast` compares with the run of the same steps that evaluates everything: it sees the
-shortcuts' error alone.) Another guidance interval is another ODE with other samples, so intervals are judged by the
-Fréchet distance and the class accuracy.
-
-One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative L2
-error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
-
-- The grid is screened with a few samples: the error of all, and the median.
-- Whatever is near the front there by either, and the settings that have a name, are run again with many samples:
-  errors, pixel Fréchet distance, class accuracy. Fronts and recommendations are of these.
-
-A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from the
-real ones' spread. Near the front it differs by little more than noise.
-
-Where guidance sets in between two steps, a solver is off by up to one step's length, right by luck where the bound lies
-well. Step counts of the grid (except 10) put the bound 0.3 midway between two steps, where a multistep solver is right.
-With the published 250 steps it lies beside one.
+- The truth is the solution of the guided ODE: a fine multistep run that evaluates everything, from the same noise. So
+  the solver's error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.) Another
+  guidance interval is another ODE: intervals are judged by the Fréchet distance and the class accuracy.
+- One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative
+  L2 error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
+- The grid is screened with a few samples. Whatever is near the front there by the error of all or the median, and the
+  settings that have a name, are run again with many: fronts and recommendations are of these.
+- A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from
+  the real ones' spread. Near the front it differs by little more than noise.
+- Where guidance sets in between two steps, a solver is off by up to one step's length. Step counts of the grid (except
+  10) put the bound 0.3 midway between two steps, where a multistep solver is right; with 250 it lies beside one.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.environment import environment
-from benchmarks.report.figures import draw
-from benchmarks.report.files import ResultsFile
-from benchmarks.report.tables import pareto as pareto_tables
+from benchmarks.report import tables
+from benchmarks.report.tables import MEASURES, label
 from benchmarks.sampler_errors import (
     BASE,
-    MEASURES,
     PUBLISHED,
     DigitsRuns,
-    command_parser,
     digits_mflop,
-    dominating,
-    front,
-    kept_samples,
-    label,
-    recommend,
+    read_options,
+    run_study,
     sample_errors,
-    write_record,
     xl2_tflop,
 )
 from ddt_fast.checks import require_int
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig, Solver, StateForecast
-from ddt_fast.files import output_folder
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.fast import fast_settings
 
@@ -130,16 +112,18 @@ def other_intervals() -> Iterator[SamplingConfig]:
             yield replace(config, guidance_interval=interval)
 
 
-# Fields of a point's settings, beside the solver's order.
-SETTINGS = ("num_steps", "solver", "last_step", "refresh_every", "state_forecast", "guidance_every")
+# Fields of a point's settings, beside a multistep solver's order.
+SETTINGS = (
+    *("num_steps", "solver", "last_step", "guidance_interval"),
+    *("refresh_every", "state_forecast", "guidance_every", "guidance_forecast"),
+)
 
 
-def point(config: SamplingConfig, name: str = "") -> Point:
-    """What pareto.json says of settings before they are run."""
+def point(name: str, config: SamplingConfig) -> Point:
+    """What pareto.json says of settings before they are run; "" is no name."""
     plan = SamplingPlan.from_config(config)
-    names = (*SETTINGS, "guidance_forecast", "guidance_interval", *["order"] * (config.solver == "lms"))
-    values = {"name": name} if name else {}
-    return values | {
+    names = (*SETTINGS, "order") if config.solver == "lms" else SETTINGS
+    return ({"name": name} if name else {}) | {
         "network_evaluations": plan.network_evaluations,
         "tflop_xl2": xl2_tflop(config),
         "mflop_digits": digits_mflop(plan),
@@ -147,60 +131,81 @@ def point(config: SamplingConfig, name: str = "") -> Point:
     }
 
 
-def screened(configs: Sequence[SamplingConfig], points: Sequence[Point], runs: DigitsRuns, truth: Tensor) -> list[int]:
-    """Add the errors of few samples to the points; the numbers of those that are near a front by any."""
-    for config, values in tqdm(list(zip(configs, points, strict=True)), unit="setting", desc="screening"):
-        errors = sample_errors(runs(config), truth)
-        values |= {f"screening_{name}": error for name, error in errors.items()}
-    chosen: set[int] = set()
-    for cost, loss in product(COSTS, ("screening_error", "screening_error_median")):
-        chosen.update(front(column(points, cost), column(points, loss), NEAR))
-    return sorted(chosen)
-
-
-def add_scores(values: Point, samples: Tensor, runs: DigitsRuns) -> None:
-    score = runs.score(samples)
-    values |= {"frechet": score.frechet, "accuracy": score.accuracy}
+def near_fronts(points: Sequence[Point]) -> set[int]:
+    """The numbers of those that are near a front of the screening, by either cost and error."""
+    pairs = product(COSTS, ("screening_error", "screening_error_median"))
+    return {i for cost, loss in pairs for i in front(column(points, cost), column(points, loss), NEAR)}
 
 
 def column(points: Sequence[Point], name: str) -> list[float]:
-    """A value of every point."""
     return [point[name] for point in points]
 
 
-def measure(steps: Sequence[int], few: int, samples: int, truth_steps: int, keep: Path | None) -> dict[str, Any]:
+# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
+
+
+def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
+    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
+    near it, which lose less than `factor` times the least of those that cost at most as much."""
+    chosen, least = [], float("inf")
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
+        if losses[i] < factor * least:
+            chosen.append(i)
+        least = min(least, losses[i])
+    return chosen
+
+
+def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
+    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
+    other = (costs[point], losses[point])
+    pairs = list(zip(costs, losses, strict=True))
+    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
+
+
+def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
+    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
+    affords nothing. A tolerance of 1 buys the last percent at any price."""
+    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
+    least = min((losses[i] for i in affordable), default=0.0)
+    enough = (i for i in affordable if losses[i] <= tolerance * least)
+    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)
+
+
+def measure(steps: Sequence[int], few: int, samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
     """All that pareto.json holds beside the environment."""
     screen, final = DigitsRuns(few, keep), DigitsRuns(samples, keep)
     fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
     half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
-    configs = [*grid(steps), *(config for _, config in named())]
-    points = [*map(point, grid(steps)), *(point(config, name) for name, config in named())]
-    truth, size = screen(fine), len(points) - len(list(named()))
-    finalists = screened(configs[:size], points[:size], screen, truth) + list(range(size, len(points)))
+    truth = screen(fine)
     own_error = sample_errors(screen(half), truth)["error"]
+    configs = list(grid(steps))
+    points = [point("", config) for config in configs]
+    for config, values in tqdm(list(zip(configs, points, strict=True)), unit="setting", desc="screening"):
+        errors = sample_errors(screen(config), truth)
+        values |= {f"screening_{name}": error for name, error in errors.items()}
+    finalists = sorted(near_fronts(points))
+    for name, config in named():
+        finalists.append(len(points))
+        configs.append(config)
+        points.append(point(name, config))
     truth = final(fine)
     for number in tqdm(finalists, unit="setting", desc="finalists"):
         drawn = final(configs[number])
-        points[number] |= sample_errors(drawn, truth)
-        add_scores(points[number], drawn, final)
-    intervals = [point(config) for config in other_intervals()]
-    for config, values in tqdm(list(zip(other_intervals(), intervals, strict=True)), unit="setting", desc="intervals"):
-        add_scores(values, final(config), final)
-    score = final.score(truth)
-    about_truth: dict[str, Any] = {
-        "what": f"{label(fine)}, everything evaluated",
-        "own_error": own_error,
-        "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
-    }
-    about_truth |= {name: getattr(score, name) for name in ("frechet", "accuracy", "frechet_real", "accuracy_real")}
+        points[number] |= sample_errors(drawn, truth) | final.scores(drawn)
+    others = tqdm(list(other_intervals()), unit="setting", desc="intervals")
     return {
         "screen_samples": few,
         "samples": samples,
         "guidance_scale": BASE.guidance_scale,
-        "truth": about_truth,
+        "truth": {
+            "what": f"{label(fine)}, everything evaluated",
+            "own_error": own_error,
+            "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
+            **final.scores(truth, "frechet_real", "accuracy_real"),
+        },
         "points": points,
         **choices(points, finalists),
-        "intervals": intervals,
+        "intervals": [point("", config) | final.scores(final(config)) for config in others],
     }
 
 
@@ -231,26 +236,20 @@ def choices(points: Sequence[Point], finalists: Sequence[int]) -> dict[str, Any]
     }
 
 
+TRUTH_HELP = "steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two"
+NUMBERS = {
+    "--steps": (list(STEPS), 1, "numbers of steps of the grid"),
+    "--screen-samples": (32, 1, "samples that the grid is screened with"),
+    "--samples": (256, 65, "samples of what is run again; 65 or more"),
+    "--truth-steps": (305, 1, TRUTH_HELP),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, plot, print."""
-    parser = command_parser("pareto", __doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="numbers of steps of the grid")
-    parser.add_argument("--screen-samples", type=int, default=32, help="samples that the grid is screened with")
-    parser.add_argument("--samples", type=int, default=256, help="samples of what is run again; 65 or more")
-    words = "steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two"
-    parser.add_argument("--truth-steps", type=int, default=305, help=words)
-    options = parser.parse_args(arguments)
-    require_int("--screen-samples", options.screen_samples, 1)
-    require_int("--samples", options.samples, 65)
-    for steps in options.steps:
-        require_int("--steps", steps, 1)
+    options = read_options("pareto", __doc__, arguments, NUMBERS)
     require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
-    path, record = output_folder(options.output_dir) / "pareto.json", {"environment": environment()}
-    counts = options.screen_samples, options.samples, options.truth_steps
-    record |= measure(options.steps, *counts, kept_samples(options.keep))
-    write_record(path, record)
-    draw(ResultsFile(path))
-    print("\n\n".join(pareto_tables(record)))
+    counts = options.steps, options.screen_samples, options.samples, options.truth_steps
+    print("\n\n".join(tables.pareto(run_study("pareto", options, partial(measure, *counts)))))
 
 
 if __name__ == "__main__":

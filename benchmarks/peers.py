@@ -22,7 +22,6 @@ Peer = Callable[[], Function | str]  # makes a function, or says why it is missi
 
 
 def compiled(function: Function) -> dict[str, Peer]:
-    """`function` by torch.compile."""
     return {COMPILE: lambda: torch.compile(function, fullgraph=True, dynamic=False)}
 
 
@@ -32,8 +31,6 @@ def packed(function: Callable[..., Tensor], qkv: Tensor) -> Tensor:
 
 
 def attention_backends(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Peer]:
-    """Every backend on a packed qkv."""
-
     def peer(name: Any) -> Function | str:
         return available_backends(device, dtype, head_dim)[name] or partial(packed, partial(attention, backend=name))
 
@@ -52,16 +49,10 @@ def function_case(
     fixed: int = 0,
     **options: Any,
 ) -> Case:
-    """A case of one function.
+    """A case (group, name and size, other options of `Case`) of one function, whose arguments `make` draws.
 
-    Args:
-        name: group, name and size.
-        make: the arguments of a call.
-        plain: the baseline, and in higher precision the right result.
-        peers: the others, by name.
-        dtype: of the results.
-        backward: differentiate in all arguments but the last `fixed`.
-        options: of the case.
+    plain: the baseline, and in higher precision the right result. peers: the others. dtype: of the results.
+    backward: differentiate in all arguments but the last `fixed`.
     """
     wrap: Callable[[Function], Run] = forward_backward if backward else forward
 

@@ -1,9 +1,9 @@
 """What `benchmarks.forecast`, `.pareto` and `.candidates` share: runs of the digits model that comes with the package,
-how far their samples are from the true ones, what settings cost, and which are worth having."""
+how far their samples are from the true ones, what settings cost; options, and the results file."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,11 +15,14 @@ from torch import Tensor
 
 import ddt_fast
 import ddt_kernels
+from benchmarks.environment import environment
 from benchmarks.harness import relative_error
+from benchmarks.report.files import ResultsFile
 from ddt_fast import SamplingConfig, load_model
+from ddt_fast.checks import require_int
 from ddt_fast.command import CommandParser
-from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
-from ddt_fast.files import atomic_file, output_folder
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.files import atomic_file, file_sha256, output_folder
 from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
@@ -32,21 +35,16 @@ PUBLISHED = PRESETS["xl2_256"].sampling
 # Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone.
 BASE = replace(PUBLISHED, last_step=None)
 
-# Names of `sample_errors`, and what tables call them.
-MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
-
 
 class DigitsRuns:
     """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
 
-    Args:
-        num_samples: of every run; scores need 65 or more.
-        keep: as `kept_samples` returns it: samples are written there, and read instead of drawn again.
+    num_samples: scores need 65 or more. keep: folder in which samples are kept, to be read instead of drawn again.
     """
 
-    def __init__(self, num_samples: int, keep: Path | None = None) -> None:
+    def __init__(self, num_samples: int, keep: str | None = None) -> None:
         # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
-        self.model, self.num_samples, self._keep = digits_model(), num_samples, keep
+        self.model, self.num_samples, self._keep = digits_model(), num_samples, kept_samples(keep)
         self.labels = assign_labels(num_samples, self.model.config.num_classes)
         self.noise, _ = seeded_noise(range(num_samples), (self.model.config.in_channels, SIZE, SIZE))
 
@@ -56,12 +54,10 @@ class DigitsRuns:
         return torch.cat([self._batch(config, start, min(start + BATCH, self.num_samples)) for start in starts])
 
     def _batch(self, config: SamplingConfig, start: int, end: int) -> Tensor:
-        file = None
-        if self._keep is not None:
-            settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
-            file = self._keep / f"{settings}_{start}_{end}.safetensors"
-            if file.is_file():
-                return load_file(file)["samples"]
+        settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
+        file = self._keep and self._keep / f"{settings}_{start}_{end}.safetensors"
+        if file is not None and file.is_file():
+            return load_file(file)["samples"]
         sampler = Sampler(self.model, config, end - start, SIZE, SIZE)
         samples = sampler(self.noise[start:end], self.labels[start:end])
         if file is not None:
@@ -69,9 +65,24 @@ class DigitsRuns:
                 save_file({"samples": samples}, temporary)
         return samples
 
-    def score(self, samples: Tensor) -> DigitsScore:
-        """Of samples that a run drew."""
-        return score_digits(samples, self.labels)
+    def scores(self, samples: Tensor, *names: str) -> dict[str, float]:
+        """Fréchet distance and class accuracy of samples that a run drew, and other fields of their DigitsScore."""
+        score = score_digits(samples, self.labels)
+        return {name: getattr(score, name) for name in ("frechet", "accuracy", *names)}
+
+
+def kept_samples(folder: str | None) -> Path | None:
+    """The part of the folder of --keep that holds what this code draws; None without one. Samples depend on the two
+    packages' files, the weights among them, and on PyTorch: another version of any is another part."""
+    if folder is None:
+        return None
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (ddt_fast, ddt_kernels):
+        root = Path(str(package.__file__)).parent
+        for file in sorted(root.rglob("*")):
+            if file.suffix in (".py", ".safetensors", ".json"):
+                digest.update(f"{file.relative_to(root)} {file_sha256(file)}".encode())
+    return output_folder(Path(folder) / digest.hexdigest()[:16])
 
 
 @cache
@@ -92,46 +103,42 @@ def sample_errors(samples: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def xl2_tflop(config: SamplingConfig) -> float:
-    """TFLOP per image that these settings take at XL/2, 256 px."""
     preset = PRESETS["xl2_256"]
     return SamplingPlan.from_config(config).flops(preset.model, preset.data.sample_size, preset.data.sample_size) / 1e12
 
 
 def digits_mflop(plan: SamplingPlan) -> float:
-    """MFLOP per image that a plan takes with the digits model."""
     return plan.flops(digits_model().config, SIZE, SIZE) / 1e6
 
 
-def label(config: SamplingConfig) -> str:
-    """Settings in a few words."""
-    words = ["Euler" if config.solver == "euler" else f"multistep {config.order}", f"{config.num_steps} steps"]
-    if config.refresh_every > 1:
-        words.append(f"K {config.refresh_every} {config.state_forecast}")
-    if config.guidance_every > 1:
-        words.append(f"M {config.guidance_every} {config.guidance_forecast}")
-    return ", ".join(words)
+def read_options(
+    name: str, description: str | None, arguments: list[str] | None, numbers: Mapping[str, tuple[Any, int, str]]
+) -> Any:
+    """The options of `benchmarks.NAME`, as attributes; ValueError for a number that is not allowed.
 
-
-def kept_samples(folder: str | None) -> Path | None:
-    """The part of the folder of --keep that holds what this code draws; None without one. Samples depend on the two
-    packages' files, the weights among them, and on PyTorch: another version of any is another part."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256(torch.__version__.encode())
-    for package in (ddt_fast, ddt_kernels):
-        root = Path(str(package.__file__)).parent
-        for file in sorted(root.rglob("*")):
-            if file.suffix in (".py", ".safetensors", ".json"):
-                digest.update(f"{file.relative_to(root)} {hashlib.sha256(file.read_bytes()).hexdigest()}".encode())
-    return output_folder(Path(folder) / digest.hexdigest()[:16])
-
-
-def command_parser(name: str, description: str | None) -> CommandParser:
-    """With the options that all three commands have."""
+    numbers: by option the default, a list where it takes several, the least that is allowed, and the help.
+    """
     parser = CommandParser(prog=f"python -m benchmarks.{name}", description=(description or "").splitlines()[0])
     parser.add_argument("--output-dir", default="benchmarks/results")
     parser.add_argument("--keep", help="folder in which samples are kept, for a command that was stopped to continue")
-    return parser
+    for option, (default, _, words) in numbers.items():
+        nargs = "+" if isinstance(default, list) else None
+        parser.add_argument(option, type=int, default=default, help=words, nargs=nargs)
+    options = parser.parse_args(arguments)
+    for option, (_, least, _) in numbers.items():
+        given = options[option[2:].replace("-", "_")]
+        for number in given if isinstance(given, list) else [given]:
+            require_int(option, number, least)
+    return options
+
+
+def run_study(name: str, options: Any, measure: Callable[[str | None], dict[str, Any]]) -> dict[str, Any]:
+    """Write what `measure` returns for --keep to NAME.json, and draw its picture."""
+    path = output_folder(options.output_dir) / f"{name}.json"
+    record = {"environment": environment(), **measure(options.keep)}
+    write_record(path, record)
+    ResultsFile(path).draw()
+    return record
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
@@ -143,33 +150,3 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         lines.append(f" {json.dumps(name)}: {text}")
     with atomic_file(path) as file:
         file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
-
-
-def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
-    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
-    near it, which lose less than `factor` times the least of those that cost at most as much."""
-    chosen, least = [], float("inf")
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
-        if losses[i] < factor * least:
-            chosen.append(i)
-        least = min(least, losses[i])
-    return chosen
-
-
-def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
-    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
-    other = (costs[point], losses[point])
-    pairs = list(zip(costs, losses, strict=True))
-    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
-
-
-def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
-    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
-    affords nothing. A tolerance of 1 buys the last percent at any price."""
-    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
-    least = min((losses[i] for i in affordable), default=0.0)
-    enough = (i for i in affordable if losses[i] <= tolerance * least)
-    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)

@@ -13,7 +13,6 @@ features.
   pass on, and the peak over forward and backward, gradients included. bf16 copies of weights count, in both.
 """
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks.environment import environment
 from benchmarks.harness import interleave, relative_error, timed
 from benchmarks.models import as_vector, random_model, released_gradients, weight_bytes
+from benchmarks.report import tables
 from ddt_fast.checks import require, require_int
 from ddt_fast.config import DataConfig, DDTConfig, Experiment, TrainingConfig
 from ddt_fast.data.loader import LatentBatch
@@ -75,13 +75,8 @@ VARIANTS = (
 
 
 class Setup:
-    """What all variants share.
-
-    Attributes:
-        batch: seeded latents, labels and, with REPA, features, on the host as a loader leaves them.
-        objective: the loss.
-        state: what training changes, by engine; made at the first call.
-    """
+    """What all variants share: a seeded batch, on the host as a loader leaves it; the objective; by engine, made at the
+    first call, the state that training changes."""
 
     def __init__(self, reference: DDT, batch_size: int, repa: bool, device: torch.device) -> None:
         config, generator = reference.config, torch.Generator().manual_seed(0)
@@ -123,7 +118,6 @@ class Step:
 
     @property
     def copied_bytes(self) -> int:
-        """Of the weights' copy in another dtype."""
         compute = self.replica.compute
         return 0 if compute is self.replica.masters else weight_bytes(compute)
 
@@ -143,7 +137,6 @@ class Step:
             return self.setup.objective.backward(self.replica, self.setup.batch, step=1)
 
     def __call__(self, *_: object) -> list[Tensor]:
-        """The losses of a whole step."""
         losses = self.backward()
         nn.utils.get_total_norm([p.grad for p in self.state.masters.parameters() if p.grad is not None])
         self.state.optimizer.step()
@@ -185,11 +178,7 @@ def measure_memory(run: Callable[[], object], device: torch.device) -> tuple[int
 def measure(
     config: DDTConfig, batch_size: int, calls: int, repa: bool, device: torch.device, variants: tuple[Variant, ...]
 ) -> Iterator[dict[str, Any]]:
-    """A row for every variant, the baseline first.
-
-    Raises:
-        ValueError: a variant's gradients are wrong.
-    """
+    """A row for every variant, the baseline first; ValueError where a variant's gradients are wrong."""
     setup = Setup(random_model(config, device=device), batch_size, repa, device)
     steps: dict[Variant, Step] = {}
     errors, first = {}, {}
@@ -229,8 +218,9 @@ def measure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, write, print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__.splitlines()[0])
+    from ddt_fast.command import CommandParser  # needs jsonargparse, which a GPU machine may lack
+
+    parser = CommandParser(prog="python -m benchmarks.training_step", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.json"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 32 on a GPU")
@@ -253,15 +243,12 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": environment(),
         "model": "XL/2, 256 px, REPA" if gpu else "B-shaped: 12 blocks, C 384, 32x32 latents, no REPA",
         "batch_size": batch_size,
-        "rows": [],
     }
     with process_group(device):
         config = PRESETS["xl2_256"].model if gpu else B_SHAPED
-        for row in measure(config, batch_size, options.calls, gpu, device, chosen):
-            record["rows"].append(row)
-            words = "{variant:36} {times_faster:.2f}x, kept {kept_of_reference:.2f}, peak {peak_of_reference:.2f}"
-            print((words + ", gradients off by {gradient_error:.2g}").format(**row))
+        record["rows"] = list(measure(config, batch_size, options.calls, gpu, device, chosen))
     write_json(options.output, record)
+    print("\n\n".join(tables.training_step(record)))
 
 
 if __name__ == "__main__":

@@ -59,10 +59,9 @@ class CommandParser(jsonargparse.ArgumentParser):
         """Add an option for each parameter of a function or settings class, with its type, default and description.
 
         A sequence takes several values, a bool is a flag, and a union takes its first type. A parameter without a
-        default is required.
+        default is required. In the function's docstring, a name in `backticks` is a parameter.
 
         Args:
-            function: has annotations, and a docstring in which a name in `backticks` is a parameter.
             names: the parameters; default: all.
             without: parameters to leave out.
             positional: parameters that are given by their place, not as options.

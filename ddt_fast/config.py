@@ -239,9 +239,8 @@ class DataConfig:
             for name in ("autoencoder", "folder", "images", *latents):
                 value = getattr(self, name)
                 require(value is None, name, value, "null for the digits, which are pixels and come with the package")
-        factor = self._factor
-        rule = f"a multiple of pixels_per_latent ({factor})"
-        require(self.image_size % factor == 0, "image_size", self.image_size, rule)
+        rule = f"a multiple of pixels_per_latent ({self._factor})"
+        require(self.image_size % self._factor == 0, "image_size", self.image_size, rule)
 
     def without_places(self) -> Self:
         """The settings to save with a model: the paths of its training data mean nothing to others."""
@@ -393,16 +392,12 @@ class Experiment:
             require(model.num_classes == 10, "num_classes", model.num_classes, "10 for the digits")
             require(repa_weight == 0, "repa_weight", repa_weight, "0 for the digits")
         if isinstance(stats := self.data.channel_stats, tuple):
-            require(
-                len(stats[0]) == model.in_channels,
-                "in_channels",
-                model.in_channels,
-                f"{len(stats[0])}, the channels of channel_stats",
-            )
+            count = len(stats[0])
+            rule = f"{count}, the channels of channel_stats"
+            require(count == model.in_channels, "in_channels", model.in_channels, rule)
         count = len(self.data.class_names or ())
-        require(
-            count <= model.num_classes, "num_classes", model.num_classes, f"{count} or more, as many as class_names"
-        )
+        rule = f"{count} or more, as many as class_names"
+        require(count <= model.num_classes, "num_classes", model.num_classes, rule)
         if repa_weight:
             encoder, block = model.num_encoder_blocks, self.training.repa_block
             require(block <= encoder, "repa_block", block, f"1 to num_encoder_blocks ({encoder})")

@@ -116,13 +116,8 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_folder(path: Path, owned: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed. ValueError if
-    `path` holds something else.
-
-    Args:
-        path: the folder; an older one is replaced only if `check_replaceable` allows it.
-        owned: regular expression for the names that such a folder may hold.
-    """
+    """Yield a temporary folder beside `path`; on success it replaces `path`, on an error it is removed. ValueError
+    unless `check_replaceable` allows that."""
     path = path.resolve()
     check_replaceable(path, owned)
     path.parent.mkdir(parents=True, exist_ok=True)

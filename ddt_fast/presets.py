@@ -11,12 +11,7 @@ _EPOCH = 1_281_167 / 256
 
 
 def _imagenet(
-    size: tuple[int, int, int, int],
-    *,
-    epochs: int = 80,
-    repa: bool = True,
-    image_size: int = 256,
-    guidance: float = 2.0,
+    size: tuple[int, int, int, int], epochs: int = 80, repa: bool = True, image_size: int = 256, guidance: float = 2.0
 ) -> Experiment:
     """The paper's settings for a model of size (hidden_size, num_heads, num_blocks, num_encoder_blocks)."""
     return Experiment(

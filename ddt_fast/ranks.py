@@ -6,12 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of this process and the number of processes.
-
-    Attributes:
-        rank, world_size: over all machines.
-        local_rank, local_size: on this machine.
-    """
+    """The rank of this process and the number of processes, over all machines and (local) on this one."""
 
     rank: int = 0
     world_size: int = 1

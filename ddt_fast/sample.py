@@ -87,7 +87,9 @@ def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     if options.fast:
         sampling = fast_settings(sampling)
     if options.budget is not None:
-        guided = sampling.override(**{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")})
+        guided = sampling.override(
+            **{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")}
+        )
         size = experiment.data.input_size(options.height, options.width, experiment.model.patch_size)
         sampling, words = settings_within(guided, experiment.model, *size, options.budget)
         process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Module
 
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.model.reference import DDT
@@ -36,6 +37,13 @@ def model(name: str) -> DDT:
     ddt = DDT(model_config(name))
     ddt.load_state_dict(weights(name))
     return ddt.eval()
+
+
+def flow_matching_loss(ddt: Module, io: dict[str, Tensor]) -> Tensor:
+    """The loss of a model on `tensors`."""
+    t = io["t"].view(-1, 1, 1, 1)
+    velocity, _ = ddt(t * io["data"] + (1 - t) * io["noise"], io["t"], io["y"])
+    return torch.nn.functional.mse_loss(velocity, io["data"] - io["noise"])
 
 
 def sampling_runs() -> list[tuple[str, str]]:

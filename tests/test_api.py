@@ -161,12 +161,9 @@ def test_a_notebooks_day(tmp_path, capsys):
     [
         (Draws, {"num_images": 2.5}, r"num_images is 2\.5; allowed: a whole number, 1 or more"),
         (Draws, {"classes": [1.5]}, r"classes is \[1\.5\]; allowed: a list of labels or names, at least one"),
-        (Draws, {"classes": 3}, "classes is 3"),
-        (Draws, {"classes": []}, r"classes is \[\]"),
         (Draws, {"classes": "38"}, "classes is '38'"),
         (Draws, {"seeds": [0.5]}, r"seeds is \[0\.5\]"),
         (Draws, {"class_seeds": ["a"]}, r"class_seeds is \['a'\]"),
-        (Draws, {"first_seed": 1.5}, r"first_seed is 1\.5; allowed: a whole number"),
         (Draws, {"seeds_per_class": 2, "num_images": 20}, "`seeds_per_class` and `num_images` are both given; give"),
         (Engine, {"batch_size": 1.5}, r"batch_size is 1\.5"),
         (Engine, {"quantize": "int4"}, "quantize is 'int4'; allowed: int8"),
@@ -191,9 +188,7 @@ def test_wrong_settings_are_refused(kind, arguments, message):
         ("generate", {"engine": Engine(device=None)}, "device None cannot be used here"),
         ("generate", {"draws": [1]}, r"draws is a list; \w+ Draws"),
         ("generate", {"sampling": {}}, r"sampling is a dict; expected SamplingConfig"),
-        ("generate", {"draws": Draws(seeds=[1, 2], num_images=3)}, "`seeds` holds 2 seeds for 3 images"),
         ("generate", {"scoring": Scoring(3)}, "a source of images is an int; expected a path"),
-        ("score_samples", {"features": "vgg"}, "features is 'vgg'; allowed: inception, pixels"),
         ("score_samples", {"batch_size": "x"}, "batch_size is 'x'; allowed: a whole number, 1 or more"),
         ("convert_checkpoint", {"weights": "best"}, "weights is 'best'; allowed: ema, raw, both"),
         ("convert_checkpoint", {"skip": "package"}, r"skip is 'package'; allowed: a list of packages"),
@@ -211,38 +206,29 @@ def test_wrong_arguments_are_refused(tmp_path, monkeypatch, function, arguments,
     assert [path for path in tmp_path.rglob("*.*") if path.name != "images.npz"] == []
 
 
-@pytest.mark.parametrize("wrong", [3, b"place", ["place"], ""], ids=repr)
-@pytest.mark.parametrize(
-    ("function", "argument", "name"),
-    [
-        ("load_model", "path", "checkpoint"),
-        ("generate", "checkpoint", "checkpoint"),
-        ("generate", "output_dir", "the output folder"),
-        ("score_samples", "samples", "a source of images"),
-        ("score_samples", "reference", "a source of images"),
-        ("score_samples", "output", "output"),
-        ("score_samples", "save_statistics", "save_statistics"),
-        ("convert_checkpoint", "source", "source"),
-        ("convert_checkpoint", "out", "out"),
-        ("convert_checkpoint", "config", "config"),
-        ("encode_image_folder", "images", "images"),
-        ("encode_image_folder", "output", "output"),
-        ("encode_image_folder", "autoencoder", "autoencoder"),
-        ("encode_image_folder", "repa_encoder", "repa_encoder"),
-        ("study_refreshes", "checkpoint", "checkpoint"),
-        ("study_refreshes", "output_dir", "the output folder"),
-        ("write_model_card", "folder", "folder"),
-        ("train_model", "output_dir", "the output folder"),
-        ("train_model", "resume", "resume"),
-    ],
-)
-def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argument, name, wrong):
+PATHS = {
+    "load_model": ["path"],
+    "generate": ["checkpoint", "output_dir"],
+    "score_samples": ["samples", "reference", "output", "save_statistics"],
+    "convert_checkpoint": ["source", "out", "config"],
+    "encode_image_folder": ["images", "output", "autoencoder", "repa_encoder"],
+    "study_refreshes": ["checkpoint", "output_dir"],
+    "write_model_card": ["folder"],
+    "train_model": ["output_dir", "resume"],
+}
+SAID = {"path": "checkpoint", "output_dir": "the output folder"}
+SAID |= dict.fromkeys(("samples", "reference"), "a source of images")
+
+
+@pytest.mark.parametrize("wrong", [["place"], ""], ids=repr)
+@pytest.mark.parametrize(("function", "argument"), [(name, path) for name, paths in PATHS.items() for path in paths])
+def test_anything_but_a_path_is_refused(tmp_path, monkeypatch, function, argument, wrong):
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").touch()
     monkeypatch.chdir(tmp_path)
     said = "is empty; expected a path" if wrong == "" else f"is {kind_of(wrong)}; expected a path"
-    with pytest.raises(ValueError, match=f"{name} {said}"):
+    with pytest.raises(ValueError, match=f"{SAID.get(argument, argument)} {said}"):
         getattr(ddt_fast, function)(**PLACES[function] | {argument: wrong})
     assert {path.name for path in tmp_path.iterdir()} <= {"images.npz", "images", "out", "latents", "run"}
 

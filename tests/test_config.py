@@ -12,7 +12,6 @@ IMPOSSIBLE = {
         ({"num_heads": 3}, r"num_heads is 3; allowed: a divisor of hidden_size \(64\)"),
         ({"hidden_size": 36, "num_heads": 2}, r"hidden_size / num_heads is 18; allowed: .* multiple of 4"),
         ({"num_encoder_blocks": 4}, "num_encoder_blocks is 4; allowed: 1 to 3"),
-        ({"num_encoder_blocks": 9}, "num_encoder_blocks is 9"),
         ({"num_blocks": 0}, "num_blocks is 0; allowed: a whole number, 1 or more"),
         ({"in_channels": 1.5}, "in_channels is 1.5"),
         ({"num_classes": True}, "num_classes is True"),
@@ -21,24 +20,18 @@ IMPOSSIBLE = {
         ({"num_steps": -1}, "num_steps is -1; allowed: a whole number, 1 or more"),
         ({"num_steps": 100_001}, "num_steps is 100001; allowed: a whole number, 1 to 100000"),
         ({"guidance_scale": -0.5}, "guidance_scale is -0.5; allowed: a number from 0"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is .* 0 <= low < high <= 1"),
         ({"guidance_interval": (0.2,)}, "guidance_interval"),
-        ({"guidance_interval": (0.2, 1.2)}, "guidance_interval"),
         ({"guidance_interval": ("a", "b")}, "guidance_interval"),
         ({"timeshift": 0}, "timeshift is 0; allowed: a number above 0"),
         ({"last_step": 1.0}, "last_step is 1.0; allowed: below 1"),
-        ({"last_step": 0.0}, "last_step is 0.0"),
         ({"solver": "heun"}, "solver is 'heun'; allowed: euler, lms, pec, sde"),
         ({"order": 5}, "order is 5; allowed: 1 to 4 with solver lms"),
         ({"solver": "pec", "order": 4}, "order is 4; allowed: 1 to 3 with solver pec"),
-        ({"order": 2.0}, r"order is 2\.0"),
         ({"diffusion": "none"}, "diffusion is 'none'; allowed: constant, sigma"),
         ({"diffusion_scale": -1}, "diffusion_scale is -1"),
         ({"refresh_every": 0}, "refresh_every is 0"),
         ({"refresh_steps": (1, 2)}, "refresh_steps is .* the first 0"),
-        ({"refresh_steps": (-1, 0)}, "refresh_steps"),
-        ({"refresh_steps": ()}, "refresh_steps"),
         ({"refresh_steps": (0, 2, 2)}, "refresh_steps"),
         ({"refresh_steps": (0, 1.5)}, "refresh_steps"),
         ({"refresh_steps": (0, 25)}, "below 25"),
@@ -59,7 +52,6 @@ IMPOSSIBLE = {
         ({"max_grad_norm": 0}, "max_grad_norm is 0; allowed: a number above 0"),
         ({"weight_decay": -1}, "weight_decay is -1"),
         ({"adam_betas": (0.9, 1.0)}, "adam_betas"),
-        ({"adam_betas": 0.9}, "adam_betas is 0.9"),
         ({"adam_betas": ("a", "b")}, "adam_betas"),
         ({"ema_decay": 1.5}, "ema_decay is 1.5; allowed: a number from 0 up to 1"),
         ({"label_dropout": -0.1}, "label_dropout"),
@@ -74,10 +66,7 @@ IMPOSSIBLE = {
         ({"dataset": "cifar"}, "dataset is 'cifar'; allowed: digits, latents"),
         ({"image_size": 16}, "image_size is 16; allowed: 8"),
         ({"folder": "x"}, "folder is 'x'; allowed: null for the digits"),
-        (
-            {"dataset": "latents", "image_size": 250, "autoencoder": "some/vae"},
-            r"a multiple of pixels_per_latent \(8\)",
-        ),
+        ({"dataset": "latents", "image_size": 250, "autoencoder": "x"}, r"a multiple of pixels_per_latent \(8\)"),
         ({"dataset": "latents", "autoencoder": ""}, "autoencoder is ''; allowed: a hub id or a folder"),
         ({"dataset": "latents", "scaling_factor": 0}, "scaling_factor is 0; allowed: a number above 0"),
         ({"dataset": "latents", "pixels_per_latent": 0}, "pixels_per_latent is 0; allowed: a whole number, 1 or more"),
@@ -87,7 +76,6 @@ IMPOSSIBLE = {
         ),
         ({"dataset": "latents", "channel_stats": [[0.0, 1.0], [1.0]]}, "channel_stats is"),
         ({"dataset": "latents", "channel_stats": [[float("nan")], [1.0]]}, "channel_stats is"),
-        ({"dataset": "latents", "channel_stats": ""}, "channel_stats is ''; allowed: a path, null, or means"),
         ({"dataset": "latents", "class_names": ["cat", 3]}, "class_names is .*; allowed: a list of names, or null"),
         ({"class_names": ["cat"]}, "class_names is .*; allowed: null for the digits"),
     ],
@@ -110,12 +98,7 @@ def test_impossible_settings_are_refused(part, settings, message):
         (DIGITS, "model", {"num_classes": 1000}, "num_classes is 1000"),
         (DIGITS, "training", {"repa_weight": 0.5}, "repa_weight is 0.5; allowed: 0 for the digits"),
         (B2, "training", {"repa_block": 9}, r"repa_block is 9; allowed: 1 to num_encoder_blocks \(8\)"),
-        (
-            B2,
-            "data",
-            {"channel_stats": ((0.0,), (1.0,))},
-            "in_channels is 4; allowed: 1, the channels of channel_stats",
-        ),
+        (B2, "data", {"channel_stats": ((0.0,), (1.0,))}, "in_channels is 4; allowed: 1, the channels of channel_st"),
         (B2, "data", {"class_names": ("a",) * 1001}, "num_classes is 1000; allowed: 1001 or more"),
         (B2, "training", {"score_samples": 100}, "score_samples is 100; allowed: 0: only digits can be scored"),
     ],
@@ -126,27 +109,18 @@ def test_model_data_and_training_must_agree(preset, part, settings, message):
         replace(preset, **{part: changed})
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "steps", "repa_weight"),
-    [
-        ("b2_256", (768, 12, 12, 8), 400_000, 0.5),
-        ("b2_256_without_repa", (768, 12, 12, 8), 400_000, 0),
-        ("l2_256", (1024, 16, 24, 20), 400_000, 0.5),
-        ("l2_256_without_repa", (1024, 16, 24, 20), 400_000, 0),
-        ("xl2_256", (1152, 16, 28, 22), 400_000, 0.5),
-        ("xl2_256_without_repa", (1152, 16, 28, 22), 400_000, 0),
-        ("xl2_256_256_epochs", (1152, 16, 28, 22), 1_280_000, 0.5),
-        ("xl2_256_400_epochs", (1152, 16, 28, 22), 2_000_000, 0.5),
-        ("xl2_512", (1152, 16, 28, 22), 100_000, 0.5),
-    ],
-)
-def test_presets_have_the_papers_values(name, shape, steps, repa_weight):
+SIZES = {"b2": (768, 12, 12, 8), "l2": (1024, 16, 24, 20), "xl2": (1152, 16, 28, 22)}
+STEPS = {"xl2_256_256_epochs": 1_280_000, "xl2_256_400_epochs": 2_000_000, "xl2_512": 100_000}
+
+
+@pytest.mark.parametrize("name", [f"{size}_256{repa}" for size in SIZES for repa in ("", "_without_repa")] + [*STEPS])
+def test_presets_have_the_papers_values(name):
     size, scale = (512, 3.0) if name == "xl2_512" else (256, 2.0)
     # The other settings' defaults are the paper's, which test_defaults_are_the_papers pins.
     assert PRESETS[name] == Experiment(
-        DDTConfig(4, 2, *shape, num_classes=1000),
+        DDTConfig(4, 2, *SIZES[name.partition("_")[0]], num_classes=1000),
         DataConfig("latents", size, "stabilityai/sd-vae-ft-ema"),
-        TrainingConfig(max_steps=steps, repa_weight=repa_weight),
+        TrainingConfig(max_steps=STEPS.get(name, 400_000), repa_weight=0 if "without" in name else 0.5),
         SamplingConfig(guidance_scale=scale),
     )
     assert len(PRESETS) == 10

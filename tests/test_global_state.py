@@ -25,19 +25,17 @@ def cudnn():
 def test_generate_is_deterministic_and_leaves_cudnn_as_it_was(tmp_path, unusual_cudnn):
     within = []
 
-    def look(*_):
+    def look_and_stop_the_second(*_):
         within.append(cudnn())
+        if len(within) == 2:
+            raise RuntimeError("stopped")
 
     settings = {"draws": ddt_fast.Draws(num_images=4), "sampling": ddt_fast.SamplingConfig(num_steps=2)}
-    ddt_fast.generate(output_dir=tmp_path / "a", on_images=look, **settings)
-    assert set(within) == {(False, True)}
+    ddt_fast.generate(output_dir=tmp_path / "a", on_images=look_and_stop_the_second, **settings)
     assert cudnn() == unusual_cudnn
-
-    def fail(*_):
-        raise RuntimeError("stopped")
-
     with pytest.raises(RuntimeError, match="stopped"):
-        ddt_fast.generate(output_dir=tmp_path / "b", on_images=fail, **settings)
+        ddt_fast.generate(output_dir=tmp_path / "b", on_images=look_and_stop_the_second, **settings)
+    assert within == [(False, True)] * 2
     assert cudnn() == unusual_cudnn
     with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
         ddt_fast.generate(output_dir=tmp_path / "c", engine=ddt_fast.Engine(device="gpu"))

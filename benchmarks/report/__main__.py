@@ -1,12 +1,7 @@
-"""Tables and figures from results files; every number in the pages.
+"""Tables and figures from results files, every number in the pages: `python -m benchmarks.report [FILES]`.
 
-    python -m benchmarks.report                           every table, printed
-    python -m benchmarks.report FILES --output-dir out    report.md and figures of these files
-    python -m benchmarks.report --write-readme            fill the marked blocks of the pages, draw their figures
-    python -m benchmarks.report --check                   exit code 2 where those are not what the files say
-
-Without FILES: all of benchmarks/results/*.json. A block stands between `<!-- results: NAME -->` and
-`<!-- end of results -->`, in any of PAGES. A figure is a picture beside its file.
+A block stands between `<!-- results: NAME -->` and `<!-- end of results -->`, in any of PAGES. A figure is a picture
+beside its file.
 """
 
 import re
@@ -15,7 +10,6 @@ from pathlib import Path
 from textwrap import TextWrapper
 
 from benchmarks.report import floors, tables
-from benchmarks.report.figures import draw, is_current
 from benchmarks.report.files import FOLDER, KINDS, ROOT, ResultsFile
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.files import atomic_file, output_folder
@@ -48,7 +42,6 @@ def missing(kind: str) -> str:
 
 
 def suite(files: Files) -> Iterator[str]:
-    """Every group of every suite."""
     if not any(file.gpu for file in files):
         yield NO_GPU
     suites = [file for file in files if file.kind == "suite"]
@@ -74,11 +67,8 @@ BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
 
 
 def block_text(name: str, files: Files) -> str:
-    """A block's text, its prose in lines as long as the pages' own.
-
-    Raises:
-        ValueError: a file lacks what the block needs, or has it in another shape.
-    """
+    """A block's text, its prose in lines as long as the pages' own; ValueError where a file lacks what it needs, or has
+    it in another shape."""
     try:
         paragraphs = [p if p[:1] in "|#!" else PROSE.fill(p) for p in BLOCKS[name](files)]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -88,11 +78,8 @@ def block_text(name: str, files: Files) -> str:
 
 
 def updated(page: Path, files: Files) -> tuple[str, list[str]]:
-    """A page with its blocks as the files say, and the names of those that were not.
-
-    Raises:
-        ValueError: a marker without its counterpart, or an unknown name.
-    """
+    """A page with its blocks as the files say, and the names of those that were not; ValueError for a marker without
+    its counterpart, or an unknown name."""
     content, stale = page.read_text(encoding="utf-8"), []
     openings, endings = content.count("<!-- results:"), content.count(END)
     found = list(BLOCK.finditer(content))
@@ -118,10 +105,9 @@ def pages() -> list[Path]:
 
 
 def write_readme(files: Files) -> None:
-    """Bring the pages and their figures up to date."""
     for file in files:
-        if not is_current(file):
-            draw(file)
+        if not file.picture_is_current():
+            file.draw()
     for page in pages():
         content, stale = updated(page, files)
         if stale:
@@ -133,7 +119,7 @@ def write_readme(files: Files) -> None:
 def check(files: Files) -> None:
     """ValueError where a page or a figure is not what the results say."""
     wrong = [f"{page.relative_to(ROOT)} ({name})" for page in pages() for name in updated(page, files)[1]]
-    wrong += [file.picture.name for file in files if not is_current(file)]
+    wrong += [file.picture.name for file in files if not file.picture_is_current()]
     if wrong:
         raise ValueError(
             f"not what the results files say: {', '.join(wrong)}; run python -m benchmarks.report --write-readme"
@@ -141,7 +127,6 @@ def check(files: Files) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read, then print, write or check."""
     parser = CommandParser(prog="python -m benchmarks.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", help="results files; default: benchmarks/results/*.json")
     parser.add_argument("--output-dir", help="folder for report.md and the figures")
@@ -166,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         folder = output_folder(options.output_dir)
         for file in files:
-            draw(file, folder)
+            file.draw(folder)
         with atomic_file(folder / "report.md") as temporary:
             temporary.write_text(text, encoding="utf-8")
         print(f"{folder / 'report.md'}: written")

@@ -1,11 +1,15 @@
-"""Results files, told apart by what they hold."""
+"""Results files, told apart by what they hold, and the figures of those that have something to show."""
 
-import hashlib
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import FORMAT
-from ddt_fast.files import read_json
+from ddt_fast.files import atomic_file, file_sha256, read_json
 from ddt_fast.wording import plural
+
+Record = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results"
@@ -22,17 +26,9 @@ KINDS = {
 
 
 class ResultsFile:
-    """A file of any kind.
+    """A file of one of KINDS, and the record it holds; ValueError where it is of none, or of another format.
 
-    Attributes:
-        path: of the file; name: within the repository, else its name alone; picture: beside it.
-        kind: one of KINDS.
-        record: all that it holds.
-        gpu: whether it was made on one.
-
-    Raises:
-        ValueError: it is of no kind, or of another format.
-        OSError: it cannot be read.
+    name: within the repository, else of the file alone. picture: beside it. gpu: whether it was made on one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -46,10 +42,6 @@ class ResultsFile:
         if self.kind == "suite" and self.record["format"] != FORMAT:
             raise ValueError(f"{self.name} has format {self.record['format']}; allowed: {FORMAT}")
         self.gpu = bool(self.record["environment"]["gpus"])
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
     def provenance(self, group: str | None = None) -> str:
         """One line: file, hardware, versions, commit, command; of a suite's group, the commands that measured it."""
@@ -71,3 +63,68 @@ class ResultsFile:
             f"From `{self.name}`: {hardware}; {load}{', '.join(versions)}; commit {commit}; {env['date'][:10]}; "
             f"{commands}."
         )
+
+    def picture_is_current(self) -> bool:
+        """Whether its picture, if it should have one, was drawn from the file as it is."""
+        from PIL import Image
+
+        if self.kind not in FIGURES:
+            return True
+        if not self.picture.is_file():
+            return False
+        with Image.open(self.picture) as image:
+            return bool(image.info.get("Description") == file_sha256(self.path))
+
+    def draw(self, folder: Path | None = None) -> None:
+        """Draw its picture, if it should have one, beside it or into another folder. The picture carries the file's
+        digest, so that one drawn from other results is found out."""
+        from matplotlib.figure import Figure
+
+        if self.kind not in FIGURES:
+            return
+        title, fill = FIGURES[self.kind]
+        figure = Figure(figsize=(8, 6), layout="constrained")
+        axis = figure.subplots()
+        fill(axis, self.record)
+        axis.set(xlabel="TFLOP per image at XL/2, 256 px", ylabel="median relative error", yscale="log", title=title)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small")
+        with atomic_file((folder or self.path.parent) / self.picture.name) as temporary:
+            figure.savefig(temporary, dpi=90, metadata={"Description": file_sha256(self.path)})
+
+
+def _draw_forecast(axis: Any, record: Record) -> None:
+    """Median error over cost, by what is held or forecast."""
+    lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in record["results"]:
+        if row["group"] in ("encoder, w 2", "guidance", "both") and row["error"] > 0:
+            name = f"{row['group'].split(',')[0]}: {row['series'].split(', ')[-1]}"
+            lines[name].append((row["tflop_per_image_xl2_256"], row["error_median"]))
+    for name, points in lines.items():
+        axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+
+
+def _draw_pareto(axis: Any, record: Record) -> None:
+    """Median error over cost, the front, and the settings that have a name."""
+
+    def place(points: list[Record]) -> tuple[list[float], list[float]]:
+        return [p["tflop_xl2"] for p in points], [p["error_median"] for p in points]
+
+    points = [p for p in record["points"] if "error_median" in p]
+    edge = [record["points"][i] for i in record["fronts"]["error_median over tflop_xl2"]]
+    axis.scatter(*place(points), s=16, color="grey", label=f"near the front, {record['samples']} samples")
+    axis.plot(*place(edge), color="crimson", drawstyle="steps-post", label="front")
+    named = [p for p in points if "name" in p]
+    for i, (x, y, name) in enumerate(sorted(zip(*place(named), (p["name"] for p in named), strict=True))):
+        axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
+        where = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
+        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **where)
+    axis.set_xscale("log")
+
+
+# By kind of file: title, and what draws it.
+FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
+    "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
+    "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
+}

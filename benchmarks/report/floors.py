@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 import ddt_kernels as ops
-from benchmarks.report.text import table
+from benchmarks.report.tables import table
 from ddt_fast.config import DDTConfig
 from ddt_fast.presets import PRESETS
 from ddt_kernels import Cost
@@ -93,7 +93,6 @@ def step_table(name: str, preset: str, batch: int) -> str:
 
 
 def paragraphs() -> Iterator[str]:
-    """The tables, said to be what they are."""
     yield (
         "**Arithmetic, not a measurement:** each piece at its floor on one H200, "
         f"{GEMM_FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s and {COPY_BYTES_PER_SECOND / 1e12:g} TB/s, one after the other. A "

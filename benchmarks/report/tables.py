@@ -1,20 +1,60 @@
 """Markdown from the record of a results file: a function for every kind of table, which yields its paragraphs."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.report.text import ratio, relative, table
-from benchmarks.sampler_errors import MEASURES, label
 from ddt_fast.config import SamplingConfig
 from ddt_fast.wording import plural
 
 Record = dict[str, Any]
 
+# The measures of `sampler_errors.sample_errors`, and what tables call them.
+MEASURES = {"error": "error", "error_median": "median", "error_p90": "90%"}
+
 ABOVE = (
     "Shares above 100%: caches serve a case so small, or its GEMMs have a better shape than the square one that the "
     "ceiling was measured with."
 )
+
+
+def table(head: str, rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table whose columns line up; the head's cells stand between " | ", floats have 3 significant digits,
+    None is "-"."""
+    cells = [head.split(" | "), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return significant(value) if isinstance(value, float) else str(value)
+
+
+def significant(value: float) -> str:
+    """Three significant digits, never in powers of ten from 0.0001 to a million."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str | None:
+    """Of two times: two decimals, or two digits below 0.1."""
+    return None if value is None else f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+
+
+def relative(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
+
+
+def label(config: SamplingConfig) -> str:
+    """Settings in a few words."""
+    words = ["Euler" if config.solver == "euler" else f"multistep {config.order}", f"{config.num_steps} steps"]
+    if config.refresh_every > 1:
+        words.append(f"K {config.refresh_every} {config.state_forecast}")
+    if config.guidance_every > 1:
+        words.append(f"M {config.guidance_every} {config.guidance_forecast}")
+    return ", ".join(words)
 
 
 def suite_group(record: Record, group: str) -> Iterator[str]:
@@ -76,7 +116,6 @@ def suite_groups(record: Record) -> list[str]:
 
 
 def training_step(record: Record) -> Iterator[str]:
-    """Time and memory of every variant against the reference's; on a GPU img/s too."""
     gpu = bool(record["environment"]["gpus"])
     rows: list[list[object]] = []
     for row in record["rows"]:
@@ -170,7 +209,6 @@ def forecast(record: Record) -> Iterator[str]:
 
 
 def pareto(record: Record) -> Iterator[str]:
-    """What to take for a budget, by each measure of the error, and what people run."""
     points, truth = record["points"], record["truth"]
 
     def words(point: Record) -> str:
@@ -202,7 +240,6 @@ def pareto(record: Record) -> Iterator[str]:
 
 
 def candidates(record: Record) -> Iterator[str]:
-    """Errors by candidate and guidance setting, and Fréchet distances."""
     errors: dict[str, list[str]] = defaultdict(list)
     costs: dict[str, float] = defaultdict(float)
     for row in record["errors"]:

@@ -10,10 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["DDT", "FusedDDT"]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "ddt_fast.model.fused": ["FusedDDT"],
-        "ddt_fast.model.reference": ["DDT"],
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, {"ddt_fast.model.fused": ["FusedDDT"], "ddt_fast.model.reference": ["DDT"]})

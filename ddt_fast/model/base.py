@@ -26,28 +26,23 @@ class DDTBase(nn.Module):
 
     The decoder sees t and y only through the state, so everything it derives from the state (`decoder_modulations`)
     can be kept as long as the state; the encoder's own modulations (`condition`) depend only on t and y.
-
-    Attributes:
-        gradient_checkpointing: with gradients, keep only the inputs of the blocks, and run each block again in the
-            backward pass: less memory, a third more work.
     """
 
     config: DDTConfig
     t_embedder: nn.Module
     gradient_checkpointing: bool = False
+    """With gradients, keep only the inputs of the blocks, and run each block again in the backward pass: less memory, a
+    third more work."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The velocity at (x, t) for the labels y, and the encoder's state. ValueError if x or state has the wrong
-        shape.
+        """The velocity at (x, t) for the labels y, shaped like x, and the encoder's state, (B, N, C). ValueError if x
+        or state has the wrong shape.
 
         Args:
             x: (B, in_channels, height, width), in the model's dtype; patch_size divides height and width.
             t: (B,) times in [0, 1], 0 noise, 1 data.
             y: (B,) int64 labels, num_classes for the null class.
-            state: (B, N, C) from an earlier call: the encoder is skipped, and t and y are not read.
-
-        Returns:
-            velocity, shaped like x, and state (B, N, C).
+            state: from an earlier call: the encoder is skipped, and t and y are not read.
         """
         if state is None:
             state = self.encode(x, t, y)
@@ -58,15 +53,8 @@ class DDTBase(nn.Module):
     def forward_with_features(
         self, x: Tensor, t: Tensor, y: Tensor, block: int | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`forward`, and the features for representation alignment (REPA, arXiv 2410.06940).
-
-        Args:
-            x, t, y: as for `forward`.
-            block: the encoder block whose output to return, 1 to num_encoder_blocks; None for none.
-
-        Returns:
-            velocity, state, and that output, (B, N, C).
-        """
+        """`forward`, and the output of an encoder block, (B, N, C), for representation alignment (REPA, arXiv
+        2410.06940). block: 1 to num_encoder_blocks, or None for none."""
         state, features = self._encode_image(x, t, y, block)
         return self.decode(x, self.decoder_modulations(state)), state, features
 
@@ -100,13 +88,8 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def condition(self, t_embedding: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-        """What the encoder derives from t and y alone, (B, 1, W_e).
-
-        Args:
-            t_embedding: (B, 1, C), from `t_embedder`.
-            y: (B,) labels.
-            out: (B, 1, W_e), written and returned; for inference.
-        """
+        """What the encoder derives from t and y alone: t_embedding (B, 1, C), from `t_embedder`, y (B,) → (B, 1, W_e),
+        written to `out`, for inference, if given."""
 
     def encode_tokens(self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary) -> Tensor:
         """The condition encoder on `patchify`'s tokens (B, N, in_channels p p), t_embedding (B or 1, 1, C) and
@@ -121,26 +104,19 @@ class DDTBase(nn.Module):
 
     @abstractmethod
     def decoder_modulations(self, state: Tensor, out: Tensor | None = None) -> Tensor:
-        """All that the decoder derives from the state, and affine in it: (B, N, W_d), six chunks per block and then two
-        for the final layer, which may be kept and used many times.
-
-        Args:
-            state: (B, N, C).
-            out: (B, N, W_d), contiguous, written and returned; for inference.
-        """
+        """All that the decoder derives from the state (B, N, C), and affine in it: (B, N, W_d), six chunks per block
+        and then two for the final layer, which may be kept and used many times. Written to `out`, contiguous, for
+        inference, if given."""
 
     @abstractmethod
     def decode_tokens(
         self, tokens: Tensor, modulations: Tensor, rotary: Rotary, forecast: Forecast | None = None
     ) -> Tensor:
-        """The velocity decoder on `patchify`'s tokens (B, N, in_channels p p) → the velocity's tokens, of equal shape.
+        """The velocity decoder on `patchify`'s tokens of x (B, N, in_channels p p) and modulations (B, N, W_d) → the
+        velocity's tokens, shaped like x's.
 
-        Args:
-            tokens: the tokens of x.
-            modulations: (B, N, W_d); with forecast, K kept ones (K, B, N, W_d).
-            rotary: the rotary tables.
-            forecast: decode with sum_k weights[step, k] modulations[k], without terms of weight 0; for inference. If
-                the weights sum to 1, these are the modulations of the same combination of states.
+        forecast: decode with sum_k weights[step, k] modulations[k], of K kept ones (K, B, N, W_d), without terms of
+        weight 0; for inference. If the weights sum to 1, these are the modulations of the same combination of states.
         """
 
     def _call(self, block: nn.Module, *arguments: Any) -> Any:

@@ -83,12 +83,8 @@ Settings:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from; unknown parts are empty.
-
-    Attributes:
-        training: training.json of its run, with the training settings as `recipe`.
-        metrics: metrics.json of `ddt_fast.evaluate`.
-    """
+    """Where a model comes from: training.json of its run, with the training settings as `recipe`, and metrics.json of
+    `ddt_fast.evaluate`; unknown parts are empty."""
 
     training: Mapping[str, Any]
     metrics: Mapping[str, Any]
@@ -101,16 +97,6 @@ class Provenance:
 
 
 UNKNOWN = Provenance({}, {})
-
-
-def recipe_of(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The training settings that a result depends on."""
-    recipe = {name: training[name] for name in _RECIPE if name in training}
-    if not recipe.get("repa_weight"):
-        return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
-    if not _on_hub(encoder := str(recipe.get("repa_encoder", ""))):
-        recipe["repa_encoder"] = Path(encoder).name
-    return recipe
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -128,7 +114,7 @@ def read_provenance(folder: Path) -> Provenance:
     _require_objects(training, known, ("versions", "recipe", "scores"))
     _require_objects(training, known.get("scores") or {}, known.get("scores") or ())
     if recipe and training and "recipe" not in known:
-        known["recipe"] = recipe_of(_read_recipe(recipe))
+        known["recipe"] = _read_recipe(recipe)
     found = read_json(metrics) if metrics else {}
     _require_objects(metrics, found, ("metrics", "samples", "reference"))
     count = (found.get("samples") or {}).get("num_images")
@@ -144,13 +130,18 @@ def _require_objects(file: Path | None, content: Mapping[str, Any], names: Itera
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:
+    """The training settings that a result depends on."""
     content = read_yaml(file)
     training = content.get("training") if isinstance(content, dict) else None
-    training = training if isinstance(training, dict) else {}
-    for name, value in training.items():
+    recipe = {name: training[name] for name in _RECIPE if name in training} if isinstance(training, dict) else {}
+    for name, value in recipe.items():
         if any(isinstance(part, list | dict) for part in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{file}: training.{name} is nested; expected a value or a list of values")
-    return training
+    if not recipe.get("repa_weight"):
+        return {name: value for name, value in recipe.items() if not name.startswith("repa_")}
+    if not _on_hub(encoder := str(recipe.get("repa_encoder", ""))):
+        recipe["repa_encoder"] = Path(encoder).name
+    return recipe
 
 
 def write_model_card(folder: str | Path, *, license: str | None = None) -> Path:

@@ -7,18 +7,14 @@ from ddt_fast.config import DDTConfig
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs per image of each part of the model, per run of the part.
-
-    Attributes:
-        encoder: patch embedding, (t, y) embedding and the encoder blocks.
-        modulations: what the decoder derives from a state: per token, six chunks for a block and two for the final
-            layer.
-        decoder: patch embedding, the decoder blocks and the final layer, without the modulations.
-    """
+    """FLOPs per image of each part of the model, per run of the part."""
 
     encoder: int
+    """Patch embedding, (t, y) embedding and the encoder blocks."""
     modulations: int
+    """What the decoder derives from a state: per token, six chunks for a block and two for the final layer."""
     decoder: int
+    """Patch embedding, the decoder blocks and the final layer, without the modulations."""
 
     @property
     def total(self) -> int:

@@ -106,10 +106,9 @@ class FusedFinalLayer(nn.Module):
 
 class FusedDDT(DDTBase):
     """`reference.DDT` on fused operations, with the same arguments and state_dict, and the same results up to rounding.
+    ValueError if head_dim is above 128, the attention kernel's limit.
 
-    Args:
-        config: the shape; head_dim is at most 128, the attention kernel's limit; ValueError otherwise.
-        attention_backend: one of `ATTENTION_BACKENDS`; "auto" suits device, dtype and head dimension.
+    attention_backend: one of `ATTENTION_BACKENDS`; "auto" suits device, dtype and head dimension.
     """
 
     def __init__(self, config: DDTConfig, attention_backend: AttentionBackend = "auto") -> None:
@@ -145,12 +144,8 @@ class FusedDDT(DDTBase):
         # Beyond dynamo's limit, 8, a function runs eagerly, and a single plan may call a block in 8 ways.
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, 128)
-        parts: list[tuple[str, Sequence[nn.Module]]] = [
-            ("forward", self._blocks(slice(None))),
-            ("forward", [self.final_layer]),
-            ("decoder_modulations", [self]),
-            ("_state", [self]),
-        ]
+        parts: list[tuple[str, Any]] = [("forward", self.blocks), ("forward", [self.final_layer])]
+        parts += [(name, [self]) for name in ("decoder_modulations", "_state")]
         for name, modules in parts:
             compiled = torch.compile(getattr(type(modules[0]), name), dynamic=False, fullgraph=True)
             for module in modules:
@@ -201,13 +196,12 @@ class FusedDDT(DDTBase):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run blocks on x (B, N, C), with six modulations each; return (x, branch, gate), whose sum x + gate * branch
         is part of the next norm."""
-        branch = gate = None
+        branch: Any = None
+        gate: Any = None
         for i, block in enumerate(blocks):
             *parts, next_gate = modulation[6 * i : 6 * i + 6]
             x, branch = self._call(block, x, branch, gate, parts, rotary, forecast)
             gate = next_gate
-        assert branch is not None
-        assert gate is not None
         return x, branch, gate
 
     def _blocks(self, part: slice) -> list[FusedBlock]:

@@ -25,7 +25,6 @@ _PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser.", "projector": "diffusion
 # Parts of names that torch.compile, DDP, FSDP and activation checkpointing insert.
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PROJECTOR_NAMES = [f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
-_LIGHTNING_VERSION = "2.5.0.post0"
 
 # The usual content of hyperparameters and callbacks, which is passed over.
 _PASSED_OVER = re.compile(
@@ -68,9 +67,7 @@ def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeigh
     """Read a Lightning .ckpt. No code in it runs: only tensors are rebuilt, memory-mapped, in their own dtype;
     everything else is passed over.
 
-    Args:
-        path: the file.
-        skip: packages or "package.name" of further objects to pass over, if the file is refused because of them.
+    skip: packages or "package.name" of further objects to pass over, if the file is refused because of them.
 
     Raises:
         ValueError: the file is missing or corrupt, holds objects that no checkpoint needs (none is created), or is not
@@ -102,22 +99,18 @@ def read_lightning(path: str | Path, skip: Iterable[str] = ()) -> LightningWeigh
 def write_lightning(
     path: Path, ema: dict[str, Tensor], raw: dict[str, Tensor] | None = None, projector: dict[str, Tensor] | None = None
 ) -> None:
-    """Write a .ckpt that the original code loads for sampling and training, whole or not at all.
+    """Write a .ckpt that the original code loads for sampling and training, whole or not at all; an older one is
+    replaced. OSError if the file cannot be written.
 
-    Training resumes from it at step 0 with a new optimiser. OSError if the file cannot be written.
-
-    Args:
-        path: the file; an older one is replaced.
-        ema: averaged weights by the model's own names, in any dtype.
-        raw: trained weights; without them, the averaged ones take their place.
-        projector: REPA's projector; without it, the original code starts a new one.
+    Weights have the model's own names, in any dtype. Training resumes at step 0 with a new optimiser, from the averaged
+    weights if the trained ones (`raw`) are not given, and with a new REPA projector if that is not.
     """
     ema = own_storages(ema)
     sets = {"raw": own_storages(raw) if raw else ema, "ema": ema, "projector": own_storages(projector or {})}
     content = {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": _LIGHTNING_VERSION,
+        "pytorch-lightning_version": "2.5.0.post0",
         "state_dict": {_PREFIXES[kind] + name: tensor for kind, part in sets.items() for name, tensor in part.items()},
         "optimizer_states": [],
         "lr_schedulers": [],
@@ -167,8 +160,6 @@ class _PassedOver:
     def __new__(cls, *_: Any) -> Any:
         return super().__new__(cls)
 
-    def __init__(self, *_: Any) -> None: ...
-
     def __setstate__(self, state: Any) -> None: ...
 
 
@@ -197,9 +188,8 @@ def _unpickle(file: Path, skip: list[str]) -> Any:
 
 
 def _may_pass_over(name: str, skip: list[str]) -> bool:
-    return bool(_PASSED_OVER.fullmatch(name)) or (
-        not _is_python(name) and any(name == part or name.startswith(f"{part}.") for part in skip)
-    )
+    asked = any(name == part or name.startswith(f"{part}.") for part in skip)
+    return bool(_PASSED_OVER.fullmatch(name)) or (asked and not _is_python(name))
 
 
 def _is_python(name: str) -> bool:

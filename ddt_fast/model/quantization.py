@@ -26,26 +26,11 @@ from ddt_kernels import reference
 ZERO_POINT = 128
 """The value of 0 in the packed GEMM's activations."""
 
-_ZERO_ROW = 1e-30
-"""The least largest magnitude of a row: a row of zeros would have scale 0."""
-
-_CHUNK = 2**18
-"""Numbers to scale at a time: they stay in the second-level cache between passes."""
-
 
 def quantize_int8(model: FusedDDT) -> FusedDDT:
-    """A copy of a FusedDDT for int8 inference on a CPU; `model` itself stays unchanged.
-
-    Args:
-        model: the model, on a CPU, in the dtype to compute with outside the GEMMs. Without int8 units (`cpu_has_int8`)
-            the result is correct but slow.
-
-    Returns:
-        A FusedDDT that can be called and sampled from. It cannot be trained, saved or loaded into: keep the original.
-
-    Raises:
-        ValueError: the model is not a FusedDDT, is already quantised, or is on another device.
-    """
+    """A copy of a FusedDDT on a CPU for int8 inference, which keeps its dtype outside the GEMMs. Without int8 units
+    (`cpu_has_int8`) it is correct but slow. It can be called and sampled from, and not trained, saved or loaded into:
+    keep the original. ValueError if the model is not a FusedDDT, is already quantised, or is on another device."""
     if not isinstance(model, FusedDDT):
         raise ValueError(f"int8 is for FusedDDT, not {type(model).__name__}; use FusedDDT.from_reference(model)")
     if isinstance(model.encoder_modulation, Int8Linear):
@@ -74,13 +59,8 @@ def quantization_error(model: FusedDDT, quantized: FusedDDT, x: Tensor, t: Tenso
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear in int8, for inference on a CPU.
-
-    Args:
-        weight: (N, K).
-        bias: (N,) or None.
-        dtype: the result's dtype; None takes the weight's.
-    """
+    """nn.Linear in int8, for inference on a CPU, from a weight (N, K) and a bias (N,); the result has `dtype`, or else
+    the weight's."""
 
     packed: Tensor | None
     weight: Tensor | None
@@ -107,7 +87,7 @@ class Int8Linear(nn.Module):
             y = self._scaled(sums, row_scale)
         else:
             y = x.new_empty(sums.shape, dtype=self.dtype)
-            step = max(1, _CHUNK // sums.shape[1])
+            step = max(1, 2**18 // sums.shape[1])  # what stays in the second-level cache between passes
             parts = zip(sums.split(step), row_scale.split(step), y.split(step), strict=True)
             for part, part_scale, target in parts:
                 target.copy_(self._scaled(part, part_scale))
@@ -116,7 +96,8 @@ class Int8Linear(nn.Module):
     def _sums(self, rows: Tensor) -> Tensor:
         """(M, K) → (M, N): with packed weights, scaled by `scale` and in `dtype`; else in int32."""
         if self.packed is not None:
-            return packed_int8_gemm(rows, self.packed, self.scale, self.dtype)
+            sums: Tensor = torch.ops.ddt_fast.packed_int8_gemm(rows, self.packed, self.scale, self.dtype)
+            return sums
         assert self.weight is not None
         if 1 in rows.shape:
             # The stride of a dimension of 1 is arbitrary, but torch._int_mm (2.13) reads it: with any other stride than
@@ -203,7 +184,7 @@ def quantize_rows(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
         signed: int8 from -127 to 127; else uint8 from 1 to 255, with ZERO_POINT for 0.
     """
     wide = x.float()
-    largest = wide.abs().amax(-1, keepdim=True).clamp_min(_ZERO_ROW)
+    largest = wide.abs().amax(-1, keepdim=True).clamp_min(1e-30)  # a row of zeros would have scale 0
     numbers = (wide * (127 / largest)).round()
     return numbers.to(torch.int8) if signed else (numbers + ZERO_POINT).to(torch.uint8), largest / 127
 
@@ -228,20 +209,9 @@ _library.define("packed_int8_gemm(Tensor x, Tensor weight, Tensor scale, ScalarT
 _ZERO = torch.zeros(1, dtype=torch.int32)
 
 
-def packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32: (M, N).
-
-    Args:
-        x: (M, K) uint8, contiguous.
-        weight: (N, K), from `pack_int8_weight`.
-        scale: (N,) float32.
-        dtype: the result's dtype, float32 or bfloat16.
-    """
-    result: Tensor = torch.ops.ddt_fast.packed_int8_gemm(x, weight, scale, dtype)
-    return result
-
-
 def _packed_int8_gemm(x: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale[n] * sum_k (x[m, k] - ZERO_POINT) * weight[n, k], summed in int32: (M, N), in float32 or bfloat16, from x
+    (M, K) uint8, contiguous, weight (N, K), from `pack_int8_weight`, and scale (N,) float32."""
     result: Tensor = torch.ops.onednn.qlinear_pointwise.default(
         x, 1.0, ZERO_POINT, weight, scale, _ZERO, None, 1.0, 0, dtype, "none", [], ""
     )

@@ -64,11 +64,7 @@ class TimestepEmbedder(nn.Module):
         half = self.sinusoids // 2
         exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
         angles = t.float()[:, None] * torch.exp(-math.log(self.max_period) * exponents)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -175,10 +171,6 @@ class DDT(DDTBase):
             nn.init.zeros_(parameter)
 
     @property
-    def encoder_blocks(self) -> list[Block]:
-        return cast(list[Block], self.blocks[: self.config.num_encoder_blocks])
-
-    @property
     def decoder_blocks(self) -> list[Block]:
         return cast(list[Block], self.blocks[self.config.num_encoder_blocks :])
 
@@ -194,7 +186,8 @@ class DDT(DDTBase):
         self, tokens: Tensor, t_embedding: Tensor, condition: Tensor, rotary: Rotary, features_after: int | None
     ) -> tuple[Tensor, Tensor | None]:
         s, features = self.s_embedder(tokens), None
-        for count, block in enumerate(self.encoder_blocks, start=1):
+        encoder_blocks = cast(list[Block], self.blocks[: self.config.num_encoder_blocks])
+        for count, block in enumerate(encoder_blocks, start=1):
             s = self._call(block, s, block.adaLN_modulation(condition), *rotary)
             if count == features_after:
                 features = s
@@ -214,9 +207,8 @@ class DDT(DDTBase):
             # Modulations of weight 0 may be anything that an earlier run left there, even NaN.
             combined = torch.where(weights == 0, 0, weights * modulations).sum(0)
             modulations = combined.to(modulations.dtype)
-        *blocks, final = modulations.split(
-            [6 * self.config.hidden_size] * self.config.num_decoder_blocks + [2 * self.config.hidden_size], dim=-1
-        )
+        c = self.config.hidden_size
+        *blocks, final = modulations.split([6 * c] * self.config.num_decoder_blocks + [2 * c], dim=-1)
         h = self.x_embedder(tokens)
         for block, modulation in zip(self.decoder_blocks, blocks, strict=True):
             h = self._call(block, h, modulation, *rotary)

@@ -141,9 +141,8 @@ def _read_sets(source: Path) -> LightningWeights:
         return read_lightning(source)
     if not source.is_dir():
         return LightningWeights(_read_safetensors(source), {}, {}, [])
-    raw, projector = (
-        _read_safetensors(source / name) if (source / name).is_file() else {} for name in (RAW_NAME, PROJECTOR_NAME)
-    )
+    others = (source / RAW_NAME, source / PROJECTOR_NAME)
+    raw, projector = (_read_safetensors(file) if file.is_file() else {} for file in others)
     return LightningWeights(read_folder(source), raw, projector, [])
 
 
@@ -161,10 +160,9 @@ def read_folder(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Read the weights of a folder, memory-mapped. diffusers splits large weights into several files, and adds the name
     of a variant to the file names. ValueError if weights are missing or damaged, or an index names anything but
     safetensors in the folder."""
-    whole, index = WEIGHTS_NAME, INDEX_NAME
-    if variant is not None:
-        whole = whole.replace(".safetensors", f".{variant}.safetensors")
-        index = index.replace(".json", f".{variant}.json")
+    marked = "" if variant is None else f".{variant}"
+    whole = WEIGHTS_NAME.replace(".safetensors", f"{marked}.safetensors")
+    index = INDEX_NAME.replace(".json", f"{marked}.json")
     if not (folder / index).is_file():
         return _read_safetensors(folder / whole)
     parts = [_read_safetensors(folder / file) for file in shard_names(folder / index)]
@@ -244,9 +242,9 @@ def _check_tensors(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]
         "unexpected tensor": sorted(weights.keys() - expected.keys()),
         "integer tensor": [f"{n}: {t.dtype}" for n, t in sorted(weights.items()) if not t.is_floating_point()],
         "wrongly shaped tensor": [
-            f"{name}: {tuple(weights[name].shape)}, expected {tuple(expected[name].shape)}"
-            for name in sorted(expected.keys() & weights.keys())
-            if weights[name].shape != expected[name].shape
+            f"{n}: {tuple(weights[n].shape)}, expected {tuple(expected[n].shape)}"
+            for n in sorted(expected.keys() & weights.keys())
+            if weights[n].shape != expected[n].shape
         ],
     }
     _disagree(source, [f"{plural(len(found), what)} (such as {found[0]})" for what, found in wrong.items() if found])

@@ -41,7 +41,9 @@ def settings_within(
         ValueError: the budget affords nothing in the table.
     """
     table = budget_table()
-    nearest = min({row["guidance_scale"] for row in table["rows"]}, key=lambda scale: abs(scale - config.guidance_scale))
+    nearest = min(
+        {row["guidance_scale"] for row in table["rows"]}, key=lambda scale: abs(scale - config.guidance_scale)
+    )
     costs = []
     for row in table["rows"]:
         if row["guidance_scale"] == nearest:
@@ -50,7 +52,9 @@ def settings_within(
     affordable = [(cost, row) for cost, row in costs if cost <= tflop]
     if not affordable:
         least = min(cost for cost, _ in costs)
-        raise ValueError(f"budget is {tflop:g} TFLOP an image; allowed: {least:.3g} or more with this model and guidance")
+        raise ValueError(
+            f"budget is {tflop:g} TFLOP an image; allowed: {least:.3g} or more with this model and guidance"
+        )
     cost, row = min(affordable, key=lambda option: (option[1]["error"], option[0]))
     chosen = _settings(config, row)
     return chosen, (

@@ -8,18 +8,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 class EMA:
     """Float32 copies of a model's parameters, updated as ema = d * ema + (1 - d) * weights.
 
-    After n updates, d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights quickly.
-
-    Attributes:
-        weights: the averages by parameter name, sharded as the parameters are.
-        decay: the constant decay.
-        num_updates: n.
+    After n = `num_updates` updates, d is min(decay, (1 + n) / (10 + n)): a young average forgets the initial weights
+    quickly. `weights` are the averages by parameter name, sharded as the parameters are.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.weights: dict[str, Tensor] = {
-            name: parameter.detach().clone() for name, parameter in model.named_parameters()
-        }
+        self.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         self.decay = decay
         self.num_updates = 0
 

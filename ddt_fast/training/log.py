@@ -17,8 +17,6 @@ from ddt_fast.wording import one_line, warn
 LOG_NAMES = ("log.jsonl", "samples", "tensorboard", "wandb", "wandb_run.txt")
 """Everything that a TrainingLog writes into its folder."""
 
-_FINISH_SECONDS = 60.0
-
 
 class TrainingLog:
     """The log of one run, in its folder; construct it in the first process only, and use it as a context manager.
@@ -45,9 +43,9 @@ class TrainingLog:
     def __init__(
         self,
         folder: Path,
-        *,
         tensorboard: bool = False,
         wandb: str | None = None,
+        *,
         settings: dict[str, Any],
         first_step: int = 0,
     ) -> None:
@@ -60,10 +58,8 @@ class TrainingLog:
             self._watchers.append(_TensorBoard(folder, first_step))
         if wandb is not None and _wandb().setup().settings.mode != "disabled":
             self._watchers.append(_WandB(folder, wandb, settings, first_step))
-        text = "".join(map(_line, kept))
-        if not path.exists() or text != path.read_text(errors="replace"):
-            with atomic_file(path) as file:
-                file.write_text(text)
+        with atomic_file(path) as file:
+            file.write_text("".join(map(_line, kept)))
         self._file = path.open("a")
         self._started = time.perf_counter() - (kept[-1].get("seconds", 0.0) if kept else 0.0)
 
@@ -170,7 +166,7 @@ class _WandB:
             "allow_val_change": True,
             # Never the run that a caller has open, nor the global one.
             "reinit": "create_new",
-            "settings": wandb.Settings(finish_timeout=own.finish_timeout or _FINISH_SECONDS),
+            "settings": wandb.Settings(finish_timeout=own.finish_timeout or 60.0),
         }
         try:
             # wandb.init would ask for the key, and nobody is there to answer a job.

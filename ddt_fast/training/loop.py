@@ -17,17 +17,14 @@ from ddt_fast.training.run import open_run
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a run.
-
-    Attributes:
-        step: the last step: max_steps, or less if the run was told to stop.
-        model: the averaged model, on the CPU; None in processes other than the first, and after an early stop.
-        scores: scores of its samples, by kind of sampling; empty without scoring.
-    """
+    """The result of a run."""
 
     step: int
+    """The last step: max_steps, or less if the run was told to stop."""
     model: DDT | None
+    """The averaged model, on the CPU; None in processes other than the first, and after an early stop."""
     scores: dict[str, DigitsScore]
+    """Scores of its samples, by kind of sampling; empty without scoring."""
 
 
 def train(experiment: Experiment, output_dir: Path, device: torch.device, resume: str | None = None) -> TrainingResult:
@@ -37,13 +34,9 @@ def train(experiment: Experiment, output_dir: Path, device: torch.device, resume
     (`training.checkpoint`), samples/ (grids), and at the end model/ (the averaged weights), samples.png, curves.png and
     training.json (provenance and scores). Progress goes to stderr. SIGTERM saves a checkpoint and ends the run.
 
-    Args:
-        experiment: every setting.
-        output_dir: the run's folder.
-        device: this process's device.
-        resume: None starts from scratch and removes an earlier run in the folder; "auto" continues from its latest
-            checkpoint, if any; else the folder of a checkpoint. A continued run ends as an uninterrupted one would: on
-            a CPU, with the same number of processes and threads, bit for bit.
+    resume: None starts from scratch and removes an earlier run in the folder; "auto" continues from its latest
+    checkpoint, if any; else the folder of a checkpoint. A continued run ends as an uninterrupted one would: on a CPU,
+    with the same number of processes and threads, bit for bit.
 
     Raises:
         ValueError: the data cannot be trained on, the checkpoint cannot be continued, the sampling settings cannot be

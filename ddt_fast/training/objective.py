@@ -16,19 +16,16 @@ from ddt_fast.training.repa import repa_loss
 
 
 class FlowMatchingBatch(NamedTuple):
-    """Points on straight paths from noise to data, and the velocities there.
-
-    Attributes:
-        x: (B, channels, height, width) float32, t data + (1 - t) noise.
-        t: (B,) float32 in (0, 1), logit-normal: sigmoid(N(0, 1)).
-        labels: (B,) int64, some replaced with the null class.
-        target: as x, data - noise.
-    """
+    """Points on straight paths from noise to data, and the velocities there."""
 
     x: Tensor
+    """(B, channels, height, width) float32, t data + (1 - t) noise."""
     t: Tensor
+    """(B,) float32 in (0, 1), logit-normal: sigmoid(N(0, 1))."""
     labels: Tensor
+    """(B,) int64, some replaced with the null class."""
     target: Tensor
+    """As x, data - noise."""
 
 
 def flow_matching_batch(
@@ -58,27 +55,16 @@ def flow_matching_batch(
     noise = torch.randn((parts * batch, *data.shape[1:]), generator=generator, device=device)[own]
     dropped = torch.rand(parts * batch, generator=generator, device=device)[own] < label_dropout
     along = t.view(-1, 1, 1, 1)
-    return FlowMatchingBatch(
-        x=along * data + (1 - along) * noise, t=t, labels=labels.masked_fill(dropped, num_classes), target=data - noise
-    )
-
-
-def flow_matching_loss(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of the velocities, a float32 scalar."""
-    return F.mse_loss(velocity.float(), target)
+    x = along * data + (1 - along) * noise
+    return FlowMatchingBatch(x, t, labels.masked_fill(dropped, num_classes), data - noise)
 
 
 class Objective:
     """The gradients of an experiment's loss: flow matching, plus repa_weight times REPA's. ValueError if REPA's encoder
     cannot be loaded.
 
-    Args:
-        experiment: the settings.
-        device: where to compute.
-        feature_shape: (N', F) of the data's features, if any.
-
-    Attributes:
-        feature_size: size F of the features that REPA compares with; None without REPA.
+    `feature_size` is the size F of the features that REPA compares with, None without REPA; `feature_shape` is (N', F)
+    of the data's own, if any.
     """
 
     def __init__(self, experiment: Experiment, device: torch.device, feature_shape: tuple[int, int] | None) -> None:
@@ -98,16 +84,9 @@ class Objective:
         return None if self._encoder is None else self._encoder.sha256()
 
     def backward(self, replica: MixedPrecisionReplica, batch: LatentBatch, step: int) -> Tensor:
-        """Leave the gradients of one step in the replica's masters.
-
-        Args:
-            replica: what is trained.
-            batch: this process's share of the step's batch.
-            step: the number of the step; the random numbers depend only on it and on the seed.
-
-        Returns:
-            (2,) float32, the losses of flow matching and of REPA (0 without REPA), means over this process's share.
-        """
+        """Leave the gradients of one step in the replica's masters, from this process's share of its batch; return the
+        losses of flow matching and of REPA (0 without REPA), (2,) float32, means over this share. Random numbers depend
+        only on the step and the seed."""
         settings = self._settings
         # Neighbouring seeds and steps give distant seeds, which also differ from torch's and the data's.
         self._generator.manual_seed((settings.seed * 0x9E3779B97F4A7C15 + step) % 2**63)
@@ -126,7 +105,7 @@ class Objective:
         for part, (x, t, labels, target, aligned) in enumerate(chunks, start=1):
             with replica.part(last=part == parts):
                 velocity, projected = replica.compute(x, t, labels)
-                flow = flow_matching_loss(velocity, target)
+                flow = F.mse_loss(velocity.float(), target)
                 repa = flow.new_zeros(()) if projected is None else repa_loss(projected, aligned, self._grid)
                 ((flow + settings.repa_weight * repa) / parts).backward()
             losses += torch.stack([flow, repa]).detach() / parts

@@ -36,10 +36,9 @@ def process_group(device: torch.device) -> Iterator[None]:
         # FSDP puts its shards on the current GPU, which by default is the first one in every process.
         torch.cuda.set_device(own)
     hook = sys.excepthook  # torch installs its own, and leaves it there
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, device_id=own)
-    else:
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), device_id=own)
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    alone: dict[str, Any] = {} if launched else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    dist.init_process_group(backend, device_id=own, **alone)
     try:
         yield
     finally:
@@ -76,27 +75,24 @@ class MixedPrecisionReplica:
         device = next(masters.parameters()).device
         self.masters = masters
         masters.dtype = dtype
-        world_size = dist.get_world_size()
-        self._copied = parallel == "ddp" and dtype != torch.float32
+        copied = parallel == "ddp" and dtype != torch.float32
         if parallel == "fsdp":
             if compile and not isinstance(masters.denoiser, FusedDDT):
                 raise ValueError("compile with fsdp needs the fused engine; use it or ddp, or leave compile out")
             _shard(masters, dtype, device)
-        module = copy.deepcopy(masters).to(dtype) if self._copied else masters
+        module = copy.deepcopy(masters).to(dtype) if copied else masters
         if compile:
             module.compile_parts()
         self.compute: nn.Module = module
-        self._module = module
-        if parallel == "ddp" and world_size > 1:
+        if parallel == "ddp" and dist.get_world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
             ddp = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-            if self._copied:
+            if copied:
                 ddp.register_comm_hook(None, self._average_hook)
             self.compute = ddp
         # For a copy: where its gradients go, and the averages in progress.
-        self._master_of: dict[Tensor, Tensor] = {}
-        if self._copied:
-            self._master_of.update(zip(module.parameters(), masters.parameters(), strict=True))
+        pairs = zip(module.parameters(), masters.parameters(), strict=True) if copied else ()
+        self._master_of: dict[Tensor, Tensor] = dict(pairs)
         self._averages: list[dist.Work] = []
 
     @contextmanager
@@ -139,8 +135,8 @@ class MixedPrecisionReplica:
     @torch.no_grad()
     def copy_master_weights(self) -> None:
         """Copy the masters' weights to the module that computes; call it after every optimiser step."""
-        if self._copied:
-            torch._foreach_copy_(list(self._module.parameters()), list(self.masters.parameters()))
+        if self._master_of:
+            torch._foreach_copy_(list(self._master_of), list(self._master_of.values()))
 
 
 def _shard(model: TrainingModel, dtype: torch.dtype, device: torch.device) -> None:

@@ -20,10 +20,6 @@ _PANELS = {
     "learning_rate": "learning rate",
     "images_per_second": "img/s",
 }
-_EXACT = ("learning_rate",)
-"""Drawn as logged, because it has no noise."""
-_LOGARITHMIC = ("grad_norm",)
-"""Spikes far above the usual value must be visible without pulling the mean up."""
 _COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7e22ce", "#b91c1c", "#0e7490", "#a16207", "#475569")
 
 _FEW = 20
@@ -81,14 +77,12 @@ def _columns(log: Path) -> dict[str, tuple[Curve, Curve]]:
 
 
 def _draw(axes: Axes, metric: str, steps: Curve, values: Curve, colour: str, name: str) -> None:
-    if metric in _EXACT:
-        smoothed = values
-    elif metric in _LOGARITHMIC:
+    noisy = metric != "learning_rate"
+    smoothed = _smoothed(values) if noisy else values
+    if metric == "grad_norm":  # spikes far above the usual value must not pull the mean up
         values = np.where(values > 0, values, np.nan)
         smoothed = np.exp(_smoothed(np.log(values)))
-    else:
-        smoothed = _smoothed(values)
-    if len(steps) >= _FEW and metric not in _EXACT:
+    if len(steps) >= _FEW and noisy:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     # A line through one point, or between two gaps, would be invisible.
     marker = "." if len(steps) < _FEW else None
@@ -103,10 +97,8 @@ def _smoothed(values: Curve) -> Curve:
     offsets = np.arange(-int(3 * deviation), int(3 * deviation) + 1)
     kernel = np.exp(-0.5 * (offsets / deviation) ** 2)
     known = np.isfinite(values)
-    # The middle of the full convolution: "same" would have the kernel's length if that is the longer one.
-    middle = slice(len(offsets) // 2, len(offsets) // 2 + len(values))
-    total = np.convolve(np.where(known, values, 0), kernel)[middle]
-    weight = np.convolve(known.astype(np.float64), kernel)[middle]
+    total = np.convolve(np.where(known, values, 0), kernel, "same")
+    weight = np.convolve(known.astype(np.float64), kernel, "same")
     return np.divide(total, weight, out=np.full_like(values, np.nan), where=weight > 0)
 
 
@@ -120,7 +112,7 @@ def _dress(axes: Axes, metric: str, curves: list[Curve]) -> None:
     axes.grid(color="#e2e8f0", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    if metric in _LOGARITHMIC:
+    if metric == "grad_norm":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")

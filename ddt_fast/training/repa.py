@@ -7,23 +7,14 @@ from torch.nn import functional
 
 
 class Projector(nn.Sequential):
-    """The MLP from a block's tokens to DINOv2's: (B, N, C) → (B, N, features).
+    """The MLP from a block's tokens to DINOv2's: (B, N, hidden_size) → (B, N, features).
 
     Its state_dict holds {0,2,4}.{weight,bias}, as released checkpoints do below `diffusion_trainer.proj.0.`.
-
-    Args:
-        hidden_size: C.
-        features: size of a DINOv2 token.
     """
 
     def __init__(self, hidden_size: int, features: int = 768) -> None:
-        super().__init__(
-            nn.Linear(hidden_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.SiLU(),
-            nn.Linear(hidden_size, features),
-        )
+        first, second = nn.Linear(hidden_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        super().__init__(first, nn.SiLU(), second, nn.SiLU(), nn.Linear(hidden_size, features))
 
 
 def repa_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -31,10 +22,9 @@ def repa_loss(projected: Tensor, features: Tensor, grid: tuple[int, int]) -> Ten
     not match.
 
     Args:
-        projected: (B, N, F) from `Projector`.
+        projected: (B, N, F) from `Projector`, of N tokens in a grid of (rows, columns).
         features: (B, N', F) from `ddt_fast.dinov2.DinoV2`, a square grid row by row; resized bilinearly if it differs
             from the grid of the tokens.
-        grid: (rows, columns) of the N tokens.
     """
     rows, columns = grid
     side = math.isqrt(features.shape[1])

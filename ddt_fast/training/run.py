@@ -22,10 +22,9 @@ from ddt_fast.data.verification import verify_together
 from ddt_fast.device import DTYPES
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.base import DDTBase
 from ddt_fast.model.card import write_model_card
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
 from ddt_fast.model.weights import save_model
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.training import run_folder
@@ -45,11 +44,7 @@ from ddt_fast.wording import CompilationNotice, tell
 
 class Run:
     """One process's part of a run: data, model and outputs. All processes construct one and call its methods together;
-    the first process writes.
-
-    Args:
-        experiment, folder, device, resume: as for `loop.train`.
-        stack: closes what the run opens.
+    the first process writes. Arguments are those of `loop.train`; `stack` closes what the run opens.
 
     Attributes:
         loader: this process's share of the batches.
@@ -93,7 +88,7 @@ class Run:
 
     def _build_model(self, resume: str | None) -> None:
         """Take the weights of a checkpoint or of another model, or initialise them."""
-        settings = self.experiment.training
+        settings, self._dtype = self.experiment.training, DTYPES[self.experiment.training.dtype]
         checkpoint, numbers = run_folder.open_checkpoint(self.folder, resume, self._given, self._frozen, self._group)
         torch.default_generator.manual_seed(settings.seed)  # the CPU's, where weights are initialised
         masters = build_model(self.experiment, self.device, self.objective.feature_size)
@@ -125,17 +120,13 @@ class Run:
             closing(Checkpoints(self.folder, settings.keep_checkpoints, self._continued))
         )
         self._log: TrainingLog | None = None
+        step = self.state.step
         if self._first:
-            self._log = TrainingLog(
-                self.folder,
-                tensorboard=settings.tensorboard,
-                wandb=settings.wandb,
-                settings=run_folder.settings_of(self._given),
-                first_step=self.state.step,
+            given = run_folder.settings_of(self._given)
+            self._log = stack.enter_context(
+                TrainingLog(self.folder, settings.tensorboard, settings.wandb, settings=given, first_step=step)
             )
-            stack.enter_context(self._log)
-        total, done = settings.max_steps, self.state.step
-        bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not self._first)
+        bar = tqdm(total=settings.max_steps, initial=step, unit="step", dynamic_ncols=True, disable=not self._first)
         self._progress = stack.enter_context(bar)
         flops = training_flops(self.experiment.model, size, size, self.state.masters.projector is not None)
         self.throughput = Throughput(flops, self.device, self._dtype, dist.get_world_size())
@@ -165,8 +156,8 @@ class Run:
                 "settings": run_folder.settings_of(self._given),
                 "frozen_sha256": self._frozen,
             }
-            save_model = partial(self._save_model, self.state.averaged_model(), self.state.projector())
-            self._checkpoints.save(self.state, numbers, save_model, wait)
+            model, projector = self.state.averaged_model(), self.state.projector()
+            self._checkpoints.save(self.state, numbers, partial(self._save_model, model, projector), wait)
             if wait:
                 wait_for_all(self._group)
 
@@ -202,10 +193,6 @@ class Run:
         data = self.experiment.data.without_places()
         save_model(model, folder, data, self.experiment.sampling, projector=projector)
         write_model_card(folder)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return DTYPES[self.experiment.training.dtype]
 
 
 @contextmanager

@@ -43,26 +43,21 @@ def check_continuable(
     """ValueError if the settings would continue a checkpoint as another run; the message names them.
 
     How samples are drawn, how often things are written, the number of processes and how they share the work may change.
-    So may the paths of data and models, which are compared by content. A model that is not loaded, now or then, cannot
-    be compared: a warning says so.
-
-    Args:
-        checkpoint: the checkpoint's folder.
-        numbers: its trainer.json.
-        experiment: the settings to continue with.
-        frozen: checksums of the models that settings name, by setting; None for models that are not loaded.
+    So may the paths of data and models, which are compared by content. `numbers` is the checkpoint's trainer.json,
+    `frozen` the checksums of the models that settings name, by setting. A model that is not loaded, now or then, has
+    None and cannot be compared: a warning says so.
     """
     limit = experiment.training.max_steps
     if numbers["step"] > limit:
         raise ValueError(f"max_steps is {limit}, but {checkpoint} is past it; allowed: {numbers['step']} or more")
-    ours, saved = settings_of(experiment), numbers["settings"]
-    both = [
-        (f"{part}.{name}", saved.get(part, {}).get(name), value)
-        for part in ("model", "data", "training")
-        for name, value in ours[part].items()
-    ]
+    parts = ("model", "data", "training")
+    saved, ours = (
+        {f"{part}.{name}": value for part in parts for name, value in given.get(part, {}).items()}
+        for given in (numbers["settings"], settings_of(experiment))
+    )
     changed = []
-    for setting, before, value in both:
+    for setting, value in ours.items():
+        before = saved.get(setting)
         if setting in _MAY_CHANGE or before == value:
             continue
         change = f"{setting} was {before!r}, now {value!r}"
@@ -129,14 +124,13 @@ def open_checkpoint(
     show the others an older state; only it needs `frozen` (see `check_continuable`). ValueError if this experiment
     cannot continue the checkpoint.
     """
-    answer: list[Any] = [None]
+    answer: list[Any] = [(None, {})]
     if dist.get_rank() == 0:
         try:
-            checkpoint, numbers = find_checkpoint(folder, resume), {}
-            if checkpoint is not None:
+            if (checkpoint := find_checkpoint(folder, resume)) is not None:
                 numbers = read_numbers(checkpoint)
                 check_continuable(checkpoint, numbers, experiment, frozen)
-            answer = [(checkpoint, numbers)]
+                answer = [(checkpoint, numbers)]
         except (ValueError, OSError) as error:
             answer = [error]
     dist.broadcast_object_list(answer, group=group)

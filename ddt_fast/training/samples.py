@@ -13,24 +13,17 @@ from ddt_fast.device import choose_dtype
 from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
 from ddt_fast.generation.images import labelled_grid, to_uint8
 from ddt_fast.generation.seeds import assign_labels
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.sampling import sample
 from ddt_fast.sampling.noise import seeded_noise
 
 
 class Preview:
-    """Draws from an experiment's models with its sampling settings. ValueError if the autoencoder that turns samples
-    into images cannot be loaded.
-
-    Args:
-        experiment: the settings, as the data complete them.
-        device: where to draw.
-    """
+    """Draws from an experiment's models with its sampling settings, which its data have completed. ValueError if the
+    autoencoder that turns samples into images cannot be loaded."""
 
     def __init__(self, experiment: Experiment, device: torch.device) -> None:
-        self._experiment = experiment
-        self._device = device
+        self._experiment, self._device = experiment, device
         self._names = class_names_of(experiment)
         self._decode: Decoder | None = None
         if experiment.training.sample_every:

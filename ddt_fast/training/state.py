@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ddt_fast.config import DDTConfig
-from ddt_fast.model.fused import FusedDDT
-from ddt_fast.model.reference import DDT
+from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.weights import CLASS_TABLE, read_weight_sets
 from ddt_fast.training.ema import EMA
 from ddt_fast.training.model import TrainingModel
@@ -19,15 +18,8 @@ from ddt_fast.wording import plural, tell
 
 @dataclass
 class TrainingState:
-    """What training changes: weights, their average, the optimiser's moments. Random generators are not part of it:
-    every step seeds its own by its number.
-
-    Attributes:
-        masters: the trained weights, float32.
-        ema: the averages of the denoiser's weights.
-        optimizer: AdamW over all parameters of masters.
-        step: steps done.
-    """
+    """What training changes: float32 weights, the average of the denoiser's, the optimiser's moments, the number of
+    steps done. Random generators are not part of it: every step seeds its own by its number."""
 
     masters: TrainingModel
     ema: EMA
@@ -60,13 +52,12 @@ class TrainingState:
     def averaged_model(self) -> DDT | None:
         """The reference model with the averaged weights, whole, on the CPU, in the first process; None in the others.
         All processes call it together."""
-        first = dist.get_rank() == 0
         averages: dict[str, Tensor] = {}
         for name, average in self.ema.weights.items():
             whole = _whole(average)
-            if first:
+            if dist.get_rank() == 0:
                 averages[name] = whole.detach().to("cpu", copy=True)
-        if not first:
+        if not averages:
             return None
         denoiser = self.masters.denoiser
         with torch.device("meta"):
@@ -85,9 +76,7 @@ def read_start(checkpoint: str, model: TrainingModel) -> dict[str, Tensor]:
     the null class's is taken. What was found is reported on stderr. ValueError if this is not a checkpoint, or has
     another architecture.
 
-    Args:
-        checkpoint: a model folder, .safetensors, .ckpt, or hub id.
-        model: the model, on any device, not sharded yet.
+    checkpoint: a model folder, .safetensors, .ckpt, or hub id. model: on any device, not sharded yet.
     """
     sets = read_weight_sets(checkpoint, model.denoiser.config, any_classes=True)
     averaged, trained = sets.ema or sets.raw, sets.raw or sets.ema
@@ -117,13 +106,8 @@ def _with_classes(own: Tensor, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def released_weights(config: DDTConfig, fused: bool, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A model's tensors by the names in `DDT` and released checkpoints. ValueError if the parameters have other names.
-
-    Args:
-        config: the model's shape.
-        fused: whether it is a FusedDDT, which has merged parameters.
-        parameters: the tensors by its own names.
-    """
+    """A model's tensors by the names in `DDT` and released checkpoints, from those by its own names, which are merged
+    in a `fused` one. ValueError if the parameters have other names."""
     with torch.device("meta"):
         model = FusedDDT(config) if fused else DDT(config)
     names = [name for name, _ in model.named_parameters()]

@@ -24,27 +24,11 @@ _MADE = {
 
 class StateReader(dcp.FileSystemReader):
     """Reads a state/ folder of tensors. pickle.UnpicklingError if the metadata names anything but the places of
-    tensors, or has an entry that is not a tensor, which torch would unpickle.
-
-    Attributes:
-        failure: what `read_metadata` raised last, which torch 2.11 does not pass on.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata_file = folder / ".metadata"
-        self.failure: Exception | None = None
+    tensors, or has an entry that is not a tensor, which torch would unpickle; any error if its bytes are damaged."""
 
     def read_metadata(self) -> metadata.Metadata:
         """The tensors' sizes and places."""
-        try:
-            return self._read_metadata()
-        except Exception as error:  # the unpickler may raise anything on damaged bytes
-            self.failure = error
-            raise
-
-    def _read_metadata(self) -> metadata.Metadata:
-        with self._metadata_file.open("rb") as file:
+        with (Path(self.path) / ".metadata").open("rb") as file:
             found = _Unpickler(file).load()
         if not isinstance(found, metadata.Metadata):
             raise pickle.UnpicklingError(f"its metadata is {kind_of(found)}")

@@ -11,8 +11,6 @@ import torch
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.flops import model_flops
 
-_DINOV2_WIDTH = 768
-
 _PEAK_TFLOPS = {
     r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe": 312.0,
     r"H100 80GB HBM3": 989.4,
@@ -28,20 +26,16 @@ figures for Hopper and Blackwell are for sparse matrices, twice these."""
 
 
 def training_flops(config: DDTConfig, height: int, width: int, projector: bool) -> int:
-    """Matrix-multiplication FLOPs of training per image: forward, and twice that for backward.
+    """Matrix-multiplication FLOPs of training per image or latent of this size: forward, and twice that for backward.
+    ValueError if patch_size does not divide the size.
 
     Recomputation by gradient checkpointing is not counted, as usual for MFU, nor is DINOv2's forward pass, which cached
-    features do not need.
-
-    Args:
-        config: the model.
-        height, width: size of the image or latent; ValueError if patch_size does not divide it.
-        projector: whether REPA is on; its MLP C -> C -> C -> 768 runs on every token.
+    features do not need. REPA's projector, an MLP C -> C -> C -> 768, runs on every token.
     """
     forward = model_flops(config, height, width).total
     if projector:
         c = config.hidden_size
-        forward += 2 * config.num_tokens(height, width) * (c * c + c * c + c * _DINOV2_WIDTH)
+        forward += 2 * config.num_tokens(height, width) * (c * c + c * c + c * 768)
     return 3 * forward
 
 
@@ -55,14 +49,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 class Throughput:
-    """Counts images and time between log lines.
-
-    Args:
-        flops_per_image: see `training_flops`.
-        device: this rank's device.
-        dtype: dtype of the matrix multiplications.
-        world_size: GPUs, or processes on CPUs, that share the images.
-    """
+    """Counts images and time between log lines. An image takes `flops_per_image` (see `training_flops`) in `dtype`;
+    `world_size` GPUs, or processes on CPUs, share the images."""
 
     def __init__(
         self, flops_per_image: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, world_size: int = 1
@@ -98,8 +86,7 @@ class Throughput:
         values = {"images_per_second": rate, "tflops_per_second": flops / 1e12}
         if self._peak is not None:
             values["mfu"] = flops / self._peak
-        memory = _peak_memory(self._device)
-        if memory is not None:
+        if (memory := _peak_memory(self._device)) is not None:
             values["memory_gb"] = memory / 1e9
         return values
 

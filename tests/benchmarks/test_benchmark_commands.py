@@ -34,9 +34,11 @@ WHOLE = "allowed: a whole number,"
         (pareto, "--no-such-option", "no-such-option"),
         (cpu_sampling, "--calls 0", f"--calls is 0; {WHOLE} 1 or more"),
         (cpu_sampling, "--run-steps -1", "--run-steps is -1"),
+        (cpu_sampling, "--threads many", "--threads is many; allowed: a whole number"),
         (cpu_sampling, "--only mine", "--only is 'mine'; allowed: reference, fp32 eager, fp32 eager"),
         (training_step, "--calls 0", f"--calls is 0; {WHOLE} 1 or more"),
         (training_step, "--batch-size -1", "--batch-size is -1"),
+        (training_step, "--calls many", "--calls is many; allowed: a whole number"),
         (training_step, "--only mine", "--only is 'mine'; allowed: reference, fp32"),
         (training_step, "--device cuda:9", "device 'cuda:9' cannot be used here"),
         (attention, "--rounds 0", f"--rounds is 0; {WHOLE} 1 or more"),
@@ -89,7 +91,9 @@ def test_pytest_shows_the_interleaved_rounds(alone, tmp_path, capsys):
         assert benchmark["stats"]["median"] == pytest.approx(medians.pop(benchmark["name"]), rel=1e-6)
     assert not medians
     missing = {entry["name"]: entry["reason"] for entry in case["missing"]}
-    assert f"missing in 1 case: xformers: {missing['xformers']}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| **ddt_kernels** " in out
+    assert f"xformers (1 case): {missing['xformers']}" in out
     results.write_text("{}")
     assert pytest.main([str(ROOT / "benchmarks"), *files, "--append"]) == pytest.ExitCode.USAGE_ERROR
     assert "has format None; allowed: 1" in capsys.readouterr().err
@@ -107,13 +111,13 @@ def test_the_gpu_command_without_a_gpu_and_its_packages(alone, tmp_path):
     code = "import sys\nsys.modules['jsonargparse'] = sys.modules['diffusers'] = None\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     folder = tmp_path / "out"
-    options = ("--modules", "bench_kernels", "--only", "attention forward,", "--tests", "tests/kernels/test_tuning.py")
+    options = ("--modules", "bench_evaluation", "--only", "precision", "--tests", "tests/kernels/test_tuning.py")
     command = ("--dry-run", "--profile", "--minutes", "4", "--output-dir", folder, *options)
     done = run_gpu_run(*command, paths=[tmp_path])
     assert done.returncode == 0, done.stderr
     assert "not installed here: diffusers, jsonargparse" in done.stdout
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
-    expected = {"tests": "done", "profile": "done", "training_step": "exit code 1", "bench_kernels": "done"}
+    expected = {"tests": "done", "profile": "done", "training_step": "exit code 1", "bench_evaluation": "done"}
     assert steps == expected, done.stdout
     assert len(json.loads((folder / "results.json").read_text())["cases"]) == 1
     for step in ("refresh", "reuse"):

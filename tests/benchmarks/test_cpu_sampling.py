@@ -1,9 +1,14 @@
 """The CPU benchmark on a tiny model: it counts and composes what the engine runs, and times nothing that is wrong."""
 
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import golden_data as golden
+from benchmarks import cpu_sampling
 from benchmarks.cpu_sampling import (
     PUBLISHED,
     SETTINGS,
@@ -35,13 +40,12 @@ def test_parts_are_all_that_a_run_does(setting):
     assert composed(costs.counts, price) == plan.network_evaluations
 
 
-@pytest.mark.slow
+@torch.no_grad()
 def test_the_published_run_is_the_engines_exactly():
-    reference = golden.model("tiny_h48_d24")
-    noise = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([1, 0])
-    expected = Sampler(reference, PUBLISHED, 2, SIZE, SIZE)(noise, labels)
-    assert golden.relative_error(published_run(reference, noise, labels, PUBLISHED), expected) < 1e-5
+    reference, config = golden.model("tiny_h48_d24"), replace(PUBLISHED, num_steps=24)
+    noise, labels = torch.randn(2, 4, SIZE, SIZE, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0])
+    expected = Sampler(reference, config, 2, SIZE, SIZE)(noise, labels)
+    assert golden.relative_error(published_run(reference, noise, labels, config), expected) < 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +80,14 @@ def test_a_runs_time_is_the_sum_of_its_parts(models):
     assert published == pytest.approx(250 * sampling["published"]["step"]["median"])
     assert [run["setting"] for run in runs] == ["published", *SETTINGS]
     assert 1e-5 < runs[1]["relative_error"] < 0.01
+
+
+def test_the_command_writes_its_file_and_prints_its_tables(models, tmp_path, monkeypatch, capsys):
+    config = models["fp32 eager"].config
+    preset = SimpleNamespace(model=config, data=SimpleNamespace(sample_size=SIZE))
+    monkeypatch.setattr(cpu_sampling, "PRESETS", {"xl2_256": preset})
+    output = tmp_path / "out.json"
+    cpu_sampling.main(["--output", str(output), "--calls", "1", "--only", "int8 eager"])
+    record = json.loads(output.read_text())
+    assert [row["variant"] for row in record["forward"]] == ["reference, fp32 eager", "int8 eager"]
+    assert "\n| int8 eager " in capsys.readouterr().out

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from benchmarks import bench_sampling, cpu_sampling
+from benchmarks import candidates, cpu_sampling
 from benchmarks.report import __main__ as report
-from benchmarks.report import figures, floors, tables
+from benchmarks.report import floors, tables
 from benchmarks.report.files import FOLDER, ROOT, ResultsFile
 from ddt_fast.files import read_json, write_json
 from ddt_fast.model.flops import model_flops
@@ -155,7 +155,8 @@ def test_other_tables_hold_their_files_numbers(tmp_path):
 
 def test_names_in_tables_are_those_of_what_is_measured():
     assert tables.CPU_SETTINGS.keys() == cpu_sampling.SETTINGS.keys()
-    assert all(name.count(", ") == 2 for name in bench_sampling.ALL if name != bench_sampling.BASELINE)
+    (record,) = [file.record for file in COMMITTED if file.kind == "candidates"]
+    assert candidates.GUIDANCE.keys() == {row["guidance"] for row in record["errors"]}
 
 
 def test_the_pieces_of_a_step_are_all_of_its_products():
@@ -243,7 +244,7 @@ def test_files_that_are_named_become_a_page_with_its_figures(checkout, tmp_path,
     report.main([str(FOLDER / "pareto.json"), "--output-dir", str(out)])
     assert sorted(path.name for path in out.iterdir()) == ["pareto.png", "report.md"]
     shutil.copy(FOLDER / "pareto.json", out)
-    assert figures.is_current(ResultsFile(out / "pareto.json"))
+    assert ResultsFile(out / "pareto.json").picture_is_current()
     capsys.readouterr()
     report.main([])
     assert "the usual way" in capsys.readouterr().out

@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from benchmarks import candidates, forecast, pareto, sampler_errors
-from benchmarks.report.tables import FORECAST_ROWS, SHORT
-from benchmarks.sampler_errors import (
-    PUBLISHED,
-    DigitsRuns,
-    dominating,
-    front,
-    kept_samples,
-    recommend,
-    sample_errors,
-    write_record,
-)
+from benchmarks.pareto import dominating, front, recommend
+from benchmarks.report.tables import FORECAST_ROWS, MEASURES, SHORT
+from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, kept_samples, sample_errors, write_record
 from ddt_fast import SamplingConfig
 from ddt_fast.sampling import SamplingPlan, sample
 from ddt_fast.sampling.fast import fast_settings
@@ -40,18 +32,18 @@ def test_errors_are_of_all_samples_and_of_each():
 
 def test_samples_are_drawn_in_batches_and_not_again_where_they_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sampler_errors, "BATCH", 4)
-    runs = DigitsRuns(10, tmp_path)
+    runs = DigitsRuns(10, str(tmp_path))
     first = runs(CONFIG)
     expected = sample(runs.model, runs.noise, runs.labels, CONFIG)
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     with monkeypatch.context() as patch:
         patch.setattr(sampler_errors, "Sampler", None)
         assert torch.equal(runs(CONFIG), first)
         with pytest.raises(TypeError):
             runs(replace(CONFIG, num_steps=3))
     # A run that was stopped continues with the batch that is missing.
-    next(tmp_path.glob("*_4_8.safetensors")).unlink()
+    next(tmp_path.rglob("*_4_8.safetensors")).unlink()
     assert torch.equal(runs(CONFIG), first)
 
 
@@ -162,10 +154,10 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     assert all(1e-4 < p["error"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in finalists.values())
     assert all(0 < p["error_median"] < p["error_p90"] < 1 for p in finalists.values())
     numbers, by_cost = list(finalists), [p["tflop_xl2"] for p in finalists.values()]
-    losses = {name: [p[name] for p in finalists.values()] for name in (*sampler_errors.MEASURES, "frechet")}
+    losses = {name: [p[name] for p in finalists.values()] for name in (*MEASURES, "frechet")}
     for name, values in losses.items():
         assert record["fronts"][f"{name} over tflop_xl2"] == [numbers[i] for i in front(by_cost, values)]
-    assert {row["by"] for row in record["recommended"]} == sampler_errors.MEASURES.keys()
+    assert {row["by"] for row in record["recommended"]} == MEASURES.keys()
     for row in record["recommended"]:
         best = recommend(by_cost, losses[row["by"]], row["budget_tflop_xl2"], pareto.TOLERANCE)
         assert row["point"] == numbers[best]

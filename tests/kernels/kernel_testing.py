@@ -116,26 +116,6 @@ def compiled_results(
     return as_list(outputs), [], operators
 
 
-def check_compiles(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
-    operator: Callable[..., Tensor | tuple[Tensor, ...]],
-    inputs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-) -> None:
-    """Compiled for a CPU, `function` is plain PyTorch, whose gradients round in another order; `operator`, which it
-    calls where it is not compiled, stays itself, bit for bit."""
-    outputs, gradients = with_gradients(function, inputs, grads)
-    for compiled, opaque in ((function, False), (operator, True)):
-        made, made_gradients, operators = compiled_results(compiled, inputs, grads)
-        assert bool(operators) == opaque, operators
-        assert_all_equal(made, outputs)
-        for a, b in zip(made_gradients, gradients, strict=True):
-            torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if opaque else {}))
-    made, _, operators = compiled_results(function, inputs)
-    assert not operators
-    assert_all_equal(made, outputs)
-
-
 def kept_for_backward(function: Callable[..., Tensor], *inputs: Tensor) -> dict[int, int]:
     """Elements of every storage that function(*inputs) keeps for its backward pass, by its address."""
     kept = {}

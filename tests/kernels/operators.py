@@ -14,7 +14,7 @@ import norm_cases
 import qk_norm_rope_cases
 import swiglu_cases
 from ddt_kernels import reference
-from kernel_testing import BF16, FP32, check_against_reference
+from kernel_testing import BF16, FP32, as_list, check_against_reference, with_gradients
 
 Inputs = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -81,15 +81,16 @@ class Operator:
 
     def forward_results(self, inputs: Inputs, constants: tuple[object, ...] | None = None) -> list[Tensor]:
         """All outputs of the registered operator."""
-        made = self.registered(*inputs.values(), *(self.constants[0] if constants is None else constants))
-        return [made] if isinstance(made, Tensor) else list(made)
+        return as_list(self.registered(*inputs.values(), *(self.constants[0] if constants is None else constants)))
 
     def backward_arguments(self, inputs: Inputs) -> list[object]:
         """Those of the backward operator."""
         return [*self.make_grads(inputs), *self.saved(inputs, self.forward_results(inputs))]
 
-    def check(self, inputs: Inputs, outputs: list[Tensor], grads: list[Tensor], gradients: list[Tensor]) -> None:
-        """The tolerance rule, for the outputs and the gradients of the leaves."""
+    def checked(self, inputs: Inputs) -> list[Tensor]:
+        """The public function's outputs, within the tolerance rule, as are the gradients of the leaves."""
+        grads = self.make_grads(inputs)
+        outputs, gradients = with_gradients(self.of_leaves(self.public, inputs), self.leaves(inputs), grads)
         named = dict(zip((name for name in inputs if name not in self.fixed), gradients, strict=True))
         if self.name == "qk_norm_rope":
             qk_norm_rope_cases.check_qk_norm_rope(inputs, outputs, grads, named)
@@ -97,6 +98,7 @@ class Operator:
             attention_cases.check_attention(list(inputs.values()), outputs, grads, named)
         else:
             check_against_reference(getattr(reference, self.name), inputs, outputs, grads, named, self.fixed)
+        return outputs
 
 
 def _norm(name: str, granularity: str) -> Operator:

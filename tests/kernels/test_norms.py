@@ -271,23 +271,11 @@ def test_tiles_cover_every_width():
             assert config.num_warps in (1, 2, 4, 8)
             for size in (config.main, config.tail or 1):
                 assert size & (size - 1) == 0
-    assert norm_launch.forward_config(1152) == norm_launch.TileConfig(1024, 128, 1)
-    assert norm_launch.backward_config(1152) == norm_launch.TileConfig(1024, 128, 4)
-
-
-def test_registers_are_limited_where_the_compiler_would_spill_for_occupancy():
-    def limit(channels, per_token, arch):
-        return norm_launch.backward_register_limit(norm_launch.backward_config(channels), per_token, arch)
-
-    assert limit(1152, False, 90) is None
-    assert limit(768, False, 90) == limit(1536, False, 90) == limit(1152, False, 100) == 255
-    assert limit(768, True, 90) is limit(1152, True, 100) is None
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_launches_on_the_tensors_device():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
     inputs = make_inputs("rms_norm_modulate", (2, 3, 20), True, FP32, device="cuda:1")
     with torch.cuda.device(0):
         y = ddt_kernels.rms_norm_modulate(*inputs.values())

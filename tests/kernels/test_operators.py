@@ -14,8 +14,8 @@ from kernel_testing import (
     FP64,
     as_list,
     assert_all_equal,
-    check_compiles,
     check_replays,
+    compiled_results,
     poison_empty,
     total_bytes,
     with_gradients,
@@ -59,12 +59,11 @@ def test_gradcheck(op, module):
 def test_on_a_cpu(op, layout, dtype):
     """The reference's result, gradients within the tolerance rule, contiguous outputs, untouched inputs."""
     inputs = op.inputs(dtype, layout)
-    grads, before = op.make_grads(inputs), [t.clone() for t in inputs.values()]
-    outputs, gradients = with_gradients(op.of_leaves(op.public, inputs), op.leaves(inputs), grads)
+    before = [t.clone() for t in inputs.values()]
+    outputs = op.checked(inputs)
     assert all(output.is_contiguous() for output in outputs)
     if op.as_reference:
         assert_all_equal(outputs, as_list(getattr(reference, op.name)(*inputs.values())))
-    op.check(inputs, outputs, grads, gradients)
     assert_all_equal(as_list(op.public(*inputs.values())), outputs)
     assert_all_equal(list(inputs.values()), before)
 
@@ -72,15 +71,25 @@ def test_on_a_cpu(op, layout, dtype):
 @pytest.mark.slow
 @EVERY_OPERATOR
 def test_compiles_without_graph_breaks(op):
+    """Compiled for a CPU, the public function is plain PyTorch, whose gradients round in another order; the operator
+    stays itself, bit for bit."""
     inputs = op.inputs()
+    tensors, grads = [t for name, t in inputs.items() if name not in op.fixed], op.make_grads(inputs)
+    function = op.of_leaves(op.public, inputs)
 
     def registered(*leaves):
         made = op.registered(*leaves, *(inputs[name] for name in op.fixed), *op.constants[0])
         return made if isinstance(made, torch.Tensor) else tuple(made[: op.outputs])
 
-    tensors = [t for name, t in inputs.items() if name not in op.fixed]
-    grads = op.make_grads(inputs)
-    check_compiles(op.of_leaves(op.public, inputs), registered, tensors, grads)
+    outputs, gradients = with_gradients(function, tensors, grads)
+    for compiled, opaque in ((function, False), (registered, True)):
+        made, made_gradients, operators = compiled_results(compiled, tensors, grads)
+        assert bool(operators) == opaque, operators
+        assert_all_equal(made, outputs)
+        torch.testing.assert_close(made_gradients, gradients, **({"rtol": 0, "atol": 0} if opaque else {}))
+    made, _, operators = compiled_results(function, tensors)
+    assert not operators
+    assert_all_equal(made, outputs)
 
 
 @pytest.mark.slow
@@ -194,10 +203,8 @@ def test_every_argument_is_checked(op, name):
         cases += [(tensor.int(), f"is torch.int32 on cpu; {kinds}")]
         cases += [(tensor.double().to("meta"), f"is torch.float64 on meta; {kinds}")]
     else:
-        cases += [
-            (tensor.half(), "is torch.float16; expected torch.float32"),
-            (tensor.to("meta"), "is on meta; expected cpu"),
-        ]
+        cases += [(tensor.half(), "is torch.float16; expected torch.float32")]
+        cases += [(tensor.to("meta"), "is on meta; expected cpu")]
     if not (op.name.startswith("swiglu") and name == "x"):  # which takes any number of dimensions
         cases += [(tensor[0], r"has shape \(.*\); expected ")]
     for function in public_names(op):
@@ -230,55 +237,25 @@ MISTAKES = [
     (QK, "qkv", lambda t: t[:, :0], r"qkv has shape \(2, 0, 3, 2, 12\); expected B, N and H at least 1"),
     (QK, "qkv", lambda t: t[..., :10], r"qkv has shape \(2, 3, 3, 2, 10\); .* D a multiple of 4 in 4..256"),
     (QK, "qkv", lambda t: t.new_zeros(1, 1, 3, 1, 260), r"qkv has shape .* D a multiple of 4 in 4..256"),
-    (
-        QK,
-        "qkv",
-        lambda t: t.mT.contiguous().mT,
-        r"qkv has strides \(216, 72, 24, 1, 2\); expected its last three",
-    ),
-    (
-        QK,
-        "qkv",
-        lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-        r"qkv has strides .* strides \(24, 12, 1\)",
-    ),
+    (QK, "qkv", lambda t: t.mT.contiguous().mT, r"qkv has strides \(216, 72, 24, 1, 2\); expected its last three"),
+    (QK, "qkv", lambda t: t.transpose(2, 3).contiguous().transpose(2, 3), r"qkv has .* strides \(24, 12, 1\)"),
     (QK, "q_weight", lambda t: t[:8], r"q_weight has shape \(8,\); expected \(12,\)"),
     (QK, "cos", lambda t: t[:2], r"cos has shape \(2, 6\); expected \(3, 6\), one angle per token and pair"),
     (QK, "sin", lambda t: t.repeat(1, 2), r"sin has shape \(3, 12\); expected \(3, 6\)"),
-    (
-        QK,
-        "sin",
-        lambda t: t.clone().requires_grad_(),
-        r"sin requires a gradient; expected a table without one",
-    ),
+    (QK, "sin", lambda t: t.clone().requires_grad_(), r"sin requires a gradient; expected a table without one"),
     (ATTENTION, "q", lambda t: t[:, :0], r"q has shape \(2, 0, 3, 12\); expected B, N and H at least 1, D a multiple"),
     (ATTENTION, "q", lambda t: t[..., :10], r"q has shape \(2, 5, 3, 10\); expected .* D a multiple of 4 in 4..128"),
     (ATTENTION, "q", lambda t: t.new_zeros(2, 5, 3, 132), r"q has shape \(2, 5, 3, 132\); expected .* in 4..128"),
     (ATTENTION, "k", lambda t: t[:, :4], r"k has shape \(2, 4, 3, 12\); expected \(2, 5, 3, 12\), like the first"),
     (ATTENTION, "v", lambda t: t[..., :8], r"v has shape \(2, 5, 3, 8\); expected \(2, 5, 3, 12\)"),
-    (
-        QKV,
-        "qkv",
-        lambda t: t.new_zeros(1, 5, 3, 2, 132),
-        r"qkv has shape \(1, 5, 3, 2, 132\); .* D a .* in 4..128",
-    ),
-    (
-        QKV,
-        "sin",
-        lambda t: t.clone().requires_grad_(),
-        r"sin requires a gradient; expected a table without one",
-    ),
+    (QKV, "qkv", lambda t: t.new_zeros(1, 5, 3, 2, 132), r"qkv has shape \(1, 5, 3, 2, 132\); .* D a .* in 4..128"),
+    (QKV, "sin", lambda t: t.clone().requires_grad_(), r"sin requires a gradient; expected a table without one"),
     (SWIGLU, "x", lambda t: t[0, 0], r"x has shape \(20,\); expected shape \(\.\.\., C\)"),
     (SWIGLU, "x", lambda t: t[:, :0], r"x has shape \(2, 0, 20\); expected shape \(\.\.\., C\)"),
     (SWIGLU, "w1", lambda t: t[:, :19], r"w1 has shape \(12, 19\); expected shape \(F, 20\), like x's last"),
     (SWIGLU, "w1", lambda t: t[:0], r"w1 has shape \(0, 20\); expected shape \(F, 20\)"),
     (SWIGLU, "w3", lambda t: t[:11], r"w3 has shape \(11, 20\); expected \(12, 20\), like w1"),
-    (
-        MLP,
-        "w2",
-        lambda t: t[:, :11],
-        r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1",
-    ),
+    (MLP, "w2", lambda t: t[:, :11], r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1"),
     (MLP, "w2", lambda t: t[:0], r"w2 has shape \(0, 12\); expected shape \(O, 12\)"),
 ]
 
@@ -312,9 +289,7 @@ def test_strides_past_32_bits_are_refused():
 def test_on_a_gpu(op, shape, layout, dtype, monkeypatch):
     poison_empty(monkeypatch)
     inputs = op.inputs(dtype, layout, shape, "cuda")
-    grads = op.make_grads(inputs)
-    outputs, gradients = with_gradients(op.of_leaves(op.public, inputs), op.leaves(inputs), grads)
-    op.check(inputs, outputs, grads, gradients)
+    outputs = op.checked(inputs)
     with torch.no_grad():
         assert_all_equal(as_list(op.public(*inputs.values())), outputs)
 

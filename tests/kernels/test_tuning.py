@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import ddt_kernels
-from attention_cases import check_attention, make_grad, make_heads
+from attention_cases import make_heads
 from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, reference, runtime, swiglu_launch, tuning
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
-from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty, with_gradients
+from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty
+from operators import ATTENTION
 from swiglu_cases import make_inputs
 
 GPU = torch.device("cuda", 0)
@@ -237,11 +238,8 @@ def check_swiglu():
     check_against_reference(reference.swiglu, inputs, [ddt_kernels.swiglu(*inputs.values())])
 
 
-def check_tuned_attention(shape):
-    heads = make_heads(shape, BF16, device="cuda")
-    grads = [make_grad(heads)]
-    outputs, gradients = with_gradients(ddt_kernels.attention, heads, grads)
-    check_attention(heads, outputs, grads, dict(zip("qkv", gradients, strict=True)))
+def check_attention(shape):
+    ATTENTION.checked(ATTENTION.inputs(BF16, shape=shape, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -259,13 +257,13 @@ def test_every_swiglu_candidate_on_a_gpu(index, monkeypatch):
 def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch):
     poison_empty(monkeypatch)
     monkeypatch.setattr(attention_launch, "choose", lambda op, key, candidates, *_: candidates[index % len(candidates)])
-    check_tuned_attention((2, tokens, 4, head_dim))
+    check_attention((2, tokens, 4, head_dim))
 
 
 @pytest.mark.gpu
 def test_tuned_on_a_gpu():
     check_swiglu()
-    check_tuned_attention((4, 256, 16, 72))
+    check_attention((4, 256, 16, 72))
     swiglu, attention = tuning.choices()
     assert (swiglu.op, attention.op) == ("swiglu", "attention")
     for choice in (swiglu, attention):

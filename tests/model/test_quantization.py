@@ -73,17 +73,11 @@ def test_a_linear_is_the_exact_sum_of_its_int8_products(gemm, width, has_bias):
         assert relative_error(y, in_float64(weight, bias, x)) < 1e-6, shape
 
 
-def test_one_packed_weight_serves_every_number_of_rows_and_the_largest_numbers(gemm):
-    weight = random(96, 130, seed=1)
-    layer = Int8Linear(weight, None)
-    for rows in (1, 3, 64, 1, 500):
-        x = random(rows, 130, seed=rows)
-        assert relative_error(layer(x), in_float64(weight, None, x)) < 1e-6
+def test_sums_of_the_largest_products_do_not_saturate(gemm):
     ones = Int8Linear(torch.ones(16, 3072), None)
-    for sign in (1.0, -1.0):  # sums of products of 127 do not saturate
-        torch.testing.assert_close(
-            ones(torch.full((4, 3072), sign)), torch.full((4, 16), 3072.0 * sign), rtol=1e-6, atol=0
-        )
+    for sign in (1.0, -1.0):
+        y = ones(torch.full((4, 3072), sign))
+        torch.testing.assert_close(y, torch.full((4, 16), 3072.0 * sign), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("given", [None, torch.float32])

@@ -46,8 +46,8 @@ def run(count: int, repa: bool = True, seed: int = 0) -> list[dict]:
     return rows
 
 
-def plot(log: Path, output: Path) -> None:
-    plot_runs({log.parent.name: log}, output)
+def plot(log: Path) -> None:
+    plot_runs({log.parent.name: log}, log.with_name("curves.png"))
 
 
 def panels(figure: Figure) -> dict:
@@ -56,7 +56,7 @@ def panels(figure: Figure) -> dict:
 
 def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path, figures):
     rows = run(400)
-    plot(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows))
     axes = panels(figures[0])
     assert list(axes) == PANELS
     raw, smooth = axes["loss"].lines
@@ -75,7 +75,7 @@ def test_panels_hold_what_was_logged_faint_and_a_smooth_line_through_it(tmp_path
 
 
 def test_a_single_line_of_one_number_is_a_point(tmp_path, figures):
-    plot(write(tmp_path, [{"step": 7, "loss": 1.0}]), tmp_path / "b.png")
+    plot(write(tmp_path, [{"step": 7, "loss": 1.0}]))
     ((title, axes),) = panels(figures[0]).items()
     (line,) = axes.lines
     assert (title, list(line.get_xdata()), list(line.get_ydata()), line.get_marker()) == ("loss", [7], [1], ".")
@@ -89,7 +89,7 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
     for row in rows:
         row["repa_loss"] = float("nan")
     rows[150]["loss"], rows[160]["grad_norm"], rows[170]["grad_norm"] = 1e6, 1e3, 0.0
-    plot(write(tmp_path, rows), tmp_path / "curves.png")
+    plot(write(tmp_path, rows))
     axes = panels(figures[0])
     assert "REPA loss" not in axes
     assert np.isnan(axes["loss"].lines[0].get_ydata()).sum() == 30
@@ -101,20 +101,8 @@ def test_nulls_are_gaps_and_spikes_do_not_flatten_the_rest(tmp_path, figures):
 @pytest.mark.filterwarnings("error")
 def test_constant_metrics_are_drawn(tmp_path):
     metrics = {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 1.0, "images_per_second": -1.0}
-    plot(write(tmp_path, [{"step": step, **metrics} for step in range(1, 60)]), tmp_path / "curves.png")
+    plot(write(tmp_path, [{"step": step, **metrics} for step in range(1, 60)]))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_runs_share_panels_and_keep_their_colours(tmp_path, figures):
-    logs = {"plain": write(tmp_path / "a", run(50, repa=False)), "repa": write(tmp_path / "b", run(30, seed=1))}
-    plot_runs(logs, tmp_path / "both.png")
-    axes = panels(figures[0])
-    assert list(axes) == PANELS
-    assert [text.get_text() for text in axes["loss"].get_legend().get_texts()] == ["plain", "repa"]
-    colours = [line.get_color() for line in axes["loss"].lines]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert {line.get_color() for line in axes["REPA loss"].lines} == {colours[2]}
 
 
 @pytest.mark.parametrize(
@@ -129,20 +117,25 @@ def test_logs_that_cannot_be_plotted(tmp_path, content, message):
     if content is not None:
         (tmp_path / "log.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
-        plot(tmp_path / "log.jsonl", tmp_path / "curves.png")
+        plot(tmp_path / "log.jsonl")
     assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.slow
-def test_the_command_names_runs_by_their_folders(tmp_path, monkeypatch, figures, capsys):
+def test_the_command_overlays_runs_by_the_names_of_their_folders(tmp_path, monkeypatch, figures, capsys):
     monkeypatch.chdir(tmp_path)
-    for folder in ("a/run", "b/run", "c"):
-        write(Path(folder), run(3))
+    for folder, rows in (("a/run", run(50, repa=False)), ("b/run", run(3)), ("c", run(30, seed=1))):
+        write(Path(folder), rows)
     curves.main(["a/run", "c"])
     curves.main(["a/run", "b/run", "--output", "out/both.png"])
     assert capsys.readouterr().out == "wrote curves.png\nwrote out/both.png\n"
     legends = [[text.get_text() for text in figure.axes[0].get_legend().get_texts()] for figure in figures]
     assert legends == [["run", "c"], ["a/run", "b/run"]]
+    axes = panels(figures[0])
+    assert list(axes) == PANELS
+    colours = [line.get_color() for line in axes["loss"].lines]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+    assert {line.get_color() for line in axes["REPA loss"].lines} == {colours[2]}
     for arguments, message in (
         (["c", "--output", "out"], "out is a folder; a file of that name will be written"),
         (["absent"], "absent/log.jsonl is missing; a training run writes it"),

@@ -26,7 +26,7 @@ def assert_holds_the_run(sets, run, experiment: Experiment, step: int):
     model.load_state_dict(sets.raw)
     denoiser = model if experiment.training.engine == "reference" else FusedDDT.from_reference(model)
     for name, parameter in denoiser.named_parameters():
-        assert torch.equal(parameter, state[f"/weights/denoiser.{name}"]), name
+        assert torch.equal(parameter, state[f"weights.denoiser.{name}"]), name
     average = load_model(run / "model").state_dict()
     assert sets.ema.keys() == average.keys()
     assert all(torch.equal(sets.ema[name], average[name]) for name in average)
@@ -39,14 +39,14 @@ def assert_holds_the_run(sets, run, experiment: Experiment, step: int):
 
 @pytest.mark.slow
 def test_a_run_is_exported_with_all_that_training_needs(tmp_path, latent_cache, capsys):
-    experiment = latents(latent_cache, 4, checkpoint_every=2)
-    train(experiment, tmp_path / "run", CPU)
-    convert.main([str(tmp_path / "run"), str(tmp_path / "out.ckpt")])
+    experiment, run, out = latents(latent_cache, 4, checkpoint_every=2), tmp_path / "run", str(tmp_path / "out.ckpt")
+    train(experiment, run, CPU)
+    convert.main([str(run), out])
     said = capsys.readouterr().out
     assert "step_0000004: raw weights" in said
     assert "the same as" not in said
-    assert_holds_the_run(read_lightning(tmp_path / "out.ckpt"), tmp_path / "run", experiment, 4)
-    train(latents(latent_cache, 1, init=str(tmp_path / "out.ckpt")), tmp_path / "next", CPU)
+    assert_holds_the_run(read_lightning(out), run, experiment, 4)
+    train(latents(latent_cache, 1, init=out), tmp_path / "next", CPU)
     assert "trained weights, their average, REPA's projector" in capsys.readouterr().err
 
 
@@ -66,7 +66,7 @@ def test_of_a_sharded_run_any_checkpoint_and_either_weights(tmp_path, latent_cac
     convert.main([str(early), str(tmp_path / "early"), "--weights", "raw"])
     found = load_model(tmp_path / "early").state_dict()
     state = final_state(run, 2)
-    assert all(torch.equal(found[name], state[f"/weights/denoiser.{name}"]) for name in found)
+    assert all(torch.equal(found[name], state[f"weights.denoiser.{name}"]) for name in found)
     assert any(not torch.equal(found[name], raw[name]) for name in found)
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import yaml
 from PIL import Image
 from tiny_runs import CPU, TINY, digits, final_state, latents, launch, losses, start, wait_for_log
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 from ddt_fast import load_model
 from ddt_fast.model.fused import FusedDDT
@@ -29,15 +30,19 @@ from dispatched import operators_of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parallel):
-    settings = {"log_every": 1, "batch_size": 8, "accumulation_steps": 2, "max_grad_norm": 1.0}
-    train(latents(latent_cache, 8, **settings), tmp_path / "one", CPU)
-    start(latents(latent_cache, 8, parallel=parallel, **settings), tmp_path / "two", processes=2).finish()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    one, two = (load_model(tmp_path / run / "model").state_dict() for run in ("one", "two"))
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, two[name], atol=2e-5), name
+@pytest.mark.parametrize(("parallel", "dtype"), [("ddp", "float32"), ("fsdp", "float32"), ("ddp", "bfloat16")])
+def test_two_processes_have_the_loss_curve_of_one(tmp_path, latent_cache, parallel, dtype):
+    settings = {"log_every": 1, "batch_size": 8, "accumulation_steps": 2, "max_grad_norm": 1.0, "dtype": dtype}
+    train(latents(latent_cache, 6, **settings), tmp_path / "one", CPU)
+    start(latents(latent_cache, 6, parallel=parallel, **settings), tmp_path / "two", processes=2).finish()
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5 if dtype == "float32" else 5e-3)
+    if dtype == "float32":
+        assert_close(*(load_model(tmp_path / run / "model").state_dict() for run in ("one", "two")))
+
+
+def assert_close(ours, theirs):
+    for name, tensor in ours.items():
+        assert torch.allclose(tensor, theirs[name], atol=2e-5), name
 
 
 def replica(parallel, dtype):
@@ -114,9 +119,7 @@ def test_float32_gradients_are_exchanged_once(one_of_two):
 
     def counting(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         exchanges.append(bucket.buffer().numel())
-        future = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
+        return noop_hook(_, bucket)
 
     wide.compute.register_comm_hook(None, counting)
     backward(wide, 0, last=False)
@@ -135,17 +138,7 @@ def test_sharded_gradients_are_exchanged_once():
         backward(narrow, 0, last=False)
         backward(narrow, 1, last=True)
         for ours, theirs in zip(sharded.masters.parameters(), narrow.masters.parameters(), strict=True):
-            assert ours.grad.dtype == torch.float32
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("accumulation_steps", [1, 2])
-def test_bfloat16_in_two_processes_has_the_losses_of_one(tmp_path, accumulation_steps):
-    settings = {"log_every": 1, "dtype": "bfloat16", "accumulation_steps": accumulation_steps}
-    train(digits(6, **settings), tmp_path / "one", CPU)
-    start(digits(6, **settings), tmp_path / "two", processes=2).finish()
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=5e-3)
 
 
 @pytest.mark.slow
@@ -155,9 +148,7 @@ def test_checkpoints_reshard_from_two_to_one_and_back(tmp_path):
     start(digits(5, parallel="fsdp"), run, processes=2).finish()
     train(digits(10, parallel="ddp"), run, CPU, "auto")
     start(digits(15, parallel="fsdp"), run, "--resume", "auto", processes=2).finish()
-    expected = final_state(tmp_path / "whole", 15)
-    for name, tensor in final_state(run, 15).items():
-        assert torch.allclose(tensor, expected[name], atol=2e-5), name
+    assert_close(final_state(run, 15), final_state(tmp_path / "whole", 15))
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -200,22 +191,20 @@ def test_a_process_makes_its_gpu_the_current_one_before_it_meets_the_others(monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fsdp_goes_with_compile(tmp_path, monkeypatch, checkpointing):
+def test_fsdp_goes_with_compile_and_gradient_checkpointing(tmp_path, monkeypatch):
     # The graphs are dynamo's, whole or not at all; what makes code of them does not matter here, and takes long.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    settings = {"parallel": "fsdp", "gradient_checkpointing": checkpointing}
-    expected = train(digits(3), tmp_path / "plain", CPU).model
-    compiled = train(digits(3, compile=True, **settings), tmp_path / "compiled", CPU).model
-    for (name, ours), theirs in zip(compiled.named_parameters(), expected.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=2e-5), name
+    settings = {"parallel": "fsdp", "gradient_checkpointing": True}
+    expected = train(digits(2), tmp_path / "plain", CPU).model
+    compiled = train(digits(2, compile=True, **settings), tmp_path / "compiled", CPU).model
+    assert_close(compiled.state_dict(), expected.state_dict())
 
 
-SECONDS = 2
+SECONDS = 1
 
 
 def slow_grid(preview, model):
-    time.sleep(SECONDS + 1)
+    time.sleep(SECONDS + 0.5)
     return Image.new("RGB", (2, 2))
 
 

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.reference import DDT
-from ddt_fast.presets import PRESETS
 from ddt_fast.training import throughput
 from ddt_fast.training.throughput import Throughput, peak_flops, training_flops
 
@@ -36,29 +35,12 @@ def test_training_flops_are_what_pytorch_counts_in_forward_and_backward(projecto
     assert counter.get_total_flops() == expected - 2 * 256 * c
 
 
-def test_training_flops_of_xl2():
-    config = PRESETS["xl2_256"].model
-    plain, repa = (training_flops(config, 32, 32, projector) for projector in (False, True))
-    assert plain / 1e12 == pytest.approx(0.789, abs=0.002)
-    assert repa - plain == 3 * 2 * 256 * (2 * 1152**2 + 1152 * 768)
-    with pytest.raises(ValueError, match="patch_size"):
-        training_flops(config, 31, 32, projector=False)
-
-
 PEAKS = {
-    989.4: ("NVIDIA H100 80GB HBM3", "NVIDIA H200"),
-    835.5: ("NVIDIA H100 NVL", "NVIDIA H200 NVL"),
-    756: ("NVIDIA H100 PCIe",),
-    312: ("NVIDIA A100-SXM4-80GB", "A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"),
-    2250: ("NVIDIA B200",),
-    362.05: ("NVIDIA L40S",),
-    165.2: ("NVIDIA GeForce RTX 4090",),
+    989.4: ("H100 80GB HBM3", "H200"),
+    835.5: ("H100 NVL", "H200 NVL"),
+    312: ("A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"),
     # Names that contain one of the above, and are slower or faster.
-    None: (
-        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
-        *("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA L40"),
-        "AMD Instinct MI300X",
-    ),
+    None: ("GeForce RTX 4090 D", "A100-SXM4-40GB MIG 1g.5gb", "GH200 480GB", "GB200", "L40", "AMD Instinct MI300X"),
 }
 
 
@@ -66,7 +48,7 @@ def test_peaks_by_name(monkeypatch):
     for peak, names in PEAKS.items():
         expected = None if peak is None else pytest.approx(peak * 1e12)
         for name in names:
-            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: f"NVIDIA {name}")
             assert peak_flops(CUDA, torch.bfloat16) == peak_flops(CUDA, torch.float16) == expected, name
             assert peak_flops(CUDA, torch.float32) is None
     assert peak_flops(CPU, torch.bfloat16) is None
@@ -75,7 +57,6 @@ def test_peaks_by_name(monkeypatch):
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test sets."""
-
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(throughput, "time", clock)
@@ -120,11 +101,10 @@ def test_memory_of_a_process_is_its_peak_in_gigabytes():
     before = counter.read()["memory_gb"]
     # Above what any earlier test of this process reached.
     block = torch.ones(int((before + 0.2) * 1e9) // 4)
-    after = counter.read()["memory_gb"]
-    assert after >= block.numel() * 4 / 1e9
-    assert after < before + block.numel() * 4 / 1e9 + 0.1
+    gigabytes = block.nbytes / 1e9
+    assert gigabytes <= counter.read()["memory_gb"] < before + gigabytes + 0.1
     del block
-    assert counter.read()["memory_gb"] >= after
+    assert counter.read()["memory_gb"] >= gigabytes
 
 
 @pytest.mark.gpu

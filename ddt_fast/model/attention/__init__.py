@@ -67,11 +67,8 @@ def resolve_backend(
     tokens: int | None = None,
     gradient: bool = False,
 ) -> str:
-    """The concrete backend that `attention` uses for such tensors.
-
-    Args:
-        tokens: N, if known; it matters to "auto" and sdpa_cudnn.
-        gradient: whether gradients are needed; it matters to "auto".
+    """The concrete backend that `attention` uses for such tensors. `tokens` is N, if known; it matters to "auto" and
+    sdpa_cudnn. Whether gradients are needed matters to "auto".
 
     On a GPU, "auto" warns once per case if only sdpa_math is left, which is slow and writes all N² scores. Raises
     ValueError if `backend` cannot be used: why, how to get it, and which backends are usable.

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ddt_kernels
 
 HALF = (torch.bfloat16, torch.float16)
-CPU_DTYPES = (*HALF, torch.float32, torch.float64)
+WIDE = (*HALF, torch.float32)
+CPU_DTYPES = (*WIDE, torch.float64)
 MIN_CUDNN = 91501  # older versions are wrong if 128 does not divide N: PyTorch issue 169849
 
 
@@ -31,14 +32,11 @@ class Backend:
 
     Attributes:
         call: q, k, v (B, N, H, D) → (B, N, H, D).
-        module: a package to look for.
-        function: what `call` uses from that package; imported on first use, see `_imported`.
+        module, function: a package to look for, and what `call` uses from it, see `_imported`.
         install: how to get it.
-        capability: the oldest compute capability that it runs on.
-        before: the first compute capability that is too new.
+        capability, before: the oldest compute capability that it runs on, and the first that is too new.
         dtypes: the dtypes it accepts.
-        multiple: a divisor of the head dimension; always 4 for float32.
-        max_head_dim: the largest head dimension.
+        multiple, max_head_dim: a divisor of the head dimension, always 4 for float32, and its limit.
     """
 
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -83,12 +81,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # 0.0.35 ops/fmha, PyTorch's sdp_utils.cpp. FlashAttention 4 takes wider heads only on 9.x.
 BACKENDS = {
     "triton": Backend(
-        ddt_kernels.attention,
-        "triton",
-        install="pip install triton",
-        dtypes=(*HALF, torch.float32),
-        multiple=4,
-        max_head_dim=128,
+        ddt_kernels.attention, "triton", install="pip install triton", dtypes=WIDE, multiple=4, max_head_dim=128
     ),
     "flash_attn_2": Backend(
         partial(_flash_attn, "flash_attn_2"),
@@ -114,20 +107,12 @@ BACKENDS = {
         max_head_dim=128,
     ),
     "xformers": Backend(
-        _xformers,
-        "xformers.ops",
-        "memory_efficient_attention",
-        install="pip install xformers",
-        capability=(7, 0),
-        dtypes=(*HALF, torch.float32),
+        _xformers, "xformers.ops", "memory_efficient_attention", "pip install xformers", (7, 0), dtypes=WIDE
     ),
     "sdpa_cudnn": Backend(partial(_sdpa_only, SDPBackend.CUDNN_ATTENTION), max_head_dim=128),
     "sdpa_flash": Backend(_sdpa_flash, multiple=1),
     "sdpa_efficient": Backend(
-        partial(_sdpa_only, SDPBackend.EFFICIENT_ATTENTION),
-        capability=(5, 0),
-        dtypes=(*HALF, torch.float32),
-        max_head_dim=65536,
+        partial(_sdpa_only, SDPBackend.EFFICIENT_ATTENTION), capability=(5, 0), dtypes=WIDE, max_head_dim=65536
     ),
     "sdpa_math": Backend(partial(_sdpa_only, SDPBackend.MATH)),
 }
@@ -183,12 +168,12 @@ def unavailable(
     if backend.module is not None and not _is_installed(backend.module):
         reasons.append(f"{backend.module} is not installed: {backend.install}")
     elif not any(reasons):
-        reasons.append(_build_reason(name, backend) if backend.module is None else _import_reason(name, backend))
+        module, function = backend.module, backend.function
+        reasons.append(_build_reason(name, backend) if module is None else _import_reason(name, module, function))
     return "; ".join(filter(None, reasons)) or None
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """A GPU's compute capability; None for other devices, or if PyTorch sees no GPU."""
     usable = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_capability(device) if usable else None
 
@@ -238,13 +223,12 @@ _imported: dict[str, Callable[..., Any]] = {}
 """Functions of optional packages, by backend, imported on first use."""
 
 
-def _import_reason(name: str, backend: Backend) -> str | None:
+def _import_reason(name: str, module: str, function: str | None) -> str | None:
     """Import what the backend calls; if that fails, return the reason."""
-    if backend.module is None or backend.function is None or name in _imported:
-        return None
     try:
-        _imported[name] = getattr(importlib.import_module(backend.module), backend.function)
+        if function is not None and name not in _imported:
+            _imported[name] = getattr(importlib.import_module(module), function)
     except Exception as error:  # a broken binary raises anything
         message = (str(error).splitlines() or [""])[0]
-        return f"{backend.module} is installed but fails to import ({type(error).__name__}: {message})"
+        return f"{module} is installed but fails to import ({type(error).__name__}: {message})"
     return None

@@ -31,18 +31,13 @@ def qkv_attention(
     """
     others = q_weight, k_weight, cos, sin
     gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_weight, k_weight))
-    if qkv.device.type == "cpu" and torch.compiler.is_compiling():
-        normed = ddt_kernels.qk_norm_rope(qkv, *others)  # plain PyTorch: Inductor decides what to keep
-    elif overwrite and not gradient:
-        normed = ddt_kernels.qk_norm_rope_(qkv, *others)
-    elif gradient and _is_ours(qkv, backend):
-        return ddt_kernels.qkv_attention(qkv, *others)
-    else:
-        normed = ddt_kernels.qk_norm_rope(qkv, *others)
-    q, k, v = normed.unbind(2)
+    on_cpu = qkv.device.type == "cpu"
+    norm_rope = ddt_kernels.qk_norm_rope
+    if not (on_cpu and torch.compiler.is_compiling()):  # there, in plain PyTorch, Inductor decides what to keep
+        # What ddt_kernels.attention runs.
+        if gradient and backend_for(qkv, backend, gradient) == ("sdpa_flash" if on_cpu else "triton"):
+            return ddt_kernels.qkv_attention(qkv, *others)
+        if overwrite and not gradient:
+            norm_rope = ddt_kernels.qk_norm_rope_
+    q, k, v = norm_rope(qkv, *others).unbind(2)
     return attention(q, k, v, backend)
-
-
-def _is_ours(qkv: Tensor, backend: AttentionBackend) -> bool:
-    """Whether `backend`, with gradients, runs what `ddt_kernels.attention` runs."""
-    return backend_for(qkv, backend, gradient=True) == ("sdpa_flash" if qkv.device.type == "cpu" else "triton")
