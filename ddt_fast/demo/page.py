@@ -72,12 +72,11 @@ class Demo:
         try:
             request = read_request(values, self.models, self.fields)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-                shown = self.threads[request.model].submit(tab, request, report, Path(folder))
+                shown = self.threads[request.model].submit(_result, tab, request, report, Path(folder))
                 while wait([shown], timeout=0.1).not_done:
                     yield _progress(report, len(request.seeds)), *unchanged
-                yield shown.result()  # gradio copies the files before it continues
-        except Stopped:
-            pass
+                if (result := shown.result()) is not None:
+                    yield result  # gradio copies the files before it continues
         except (ValueError, MemoryError, RuntimeError) as error:
             # A failed CPU allocation is a plain RuntimeError.
             if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -182,6 +181,15 @@ def serve(demo: Demo, max_queue: int, **where: Any) -> None:
     look = {"theme": theme, "css": _CSS, "footer_links": ["api"], "ssr_mode": False}
     # Nothing is uploaded here.
     demo.page.queue(max_size=max_queue).launch(enable_monitoring=False, max_file_size="1kb", **look, **where)
+
+
+def _result(tab: Callable[..., Any], *arguments: Any) -> Any:
+    """What the tab returns; None for a run that was ended. Its tensors end with it in the model's thread: in one of
+    gradio's, which Python's exit does not wait for, freeing them may crash the process."""
+    try:
+        return tab(*arguments)
+    except Stopped:
+        return None
 
 
 def _gallery(name: str, columns: int, label: str | None = None) -> Any:

@@ -190,9 +190,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             ValueError: a class is unknown or ambiguous, a setting, a size or the generators are not allowed, or a
                 sample is not finite.
         """
-        require_choice("output_type", output_type, OutputType)
-        if self.lacks_vae and output_type != "latent":
-            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
+        self._check_output(output_type)
         require_int("num_images_per_label", num_images_per_label, 1)
         config = self._config(sampling, num_inference_steps, {"guidance_scale": guidance_scale, **settings})
         names = _tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -201,10 +199,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         offloaded = _move_in("transformer", self.transformer)
         sampler = self._sampler_for(config, count, *shape[1:])  # ValueError if memory cannot hold it
         labels = torch.tensor(ids).repeat_interleave(num_images_per_label)
-        generators = per_sample(generator, count, self.transformer.device)
-        whose = _sample_names(generators if latents is None and generator is not None else [], count)
-        latents = normal(shape, generators) if latents is None else latents
-        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
+        latents, generators, whose = self._start(latents, generator, count, shape)
         samples = self._draw(sampler, latents, labels, generators, callback_on_step_end, names)
         if offloaded:
             del sampler
@@ -212,6 +207,11 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         images = self._finished(samples, output_type, whose)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_output(self, output_type: str) -> None:
+        require_choice("output_type", output_type, OutputType)
+        if self.lacks_vae and output_type != "latent":
+            raise ValueError(f"output_type is {output_type!r}, which needs a vae; allowed without: latent")
 
     @property
     def lacks_vae(self) -> bool:
@@ -266,6 +266,20 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             model = FusedDDT.from_reference(reference).requires_grad_(False) if plain else reference
             self._engine = key, model, plain
         return self._engine[1:]
+
+    def _start(
+        self,
+        latents: Tensor | None,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        count: int,
+        shape: tuple[int, int, int],
+    ) -> tuple[Tensor, list[torch.Generator], list[str]]:
+        """The noise to start from, `latents` if given, each sample's generator, and what to call it in an error."""
+        generators = per_sample(generator, count, self.transformer.device)
+        whose = _sample_names(generators if latents is None and generator is not None else [], count)
+        latents = normal(shape, generators) if latents is None else latents
+        _require_latents("latents are", latents, (count, *shape), f" for {plural(count, 'image')}")
+        return latents, generators, whose
 
     def _draw(
         self,

@@ -209,9 +209,14 @@ def test_a_full_queue_turns_requests_away_and_serves_the_others(client, demo):
 
 
 def test_closing_ends_the_run_and_lets_none_begin():
-    demo, begun = Demo(models(), 12, 40), []
+    demo, begun, freed = Demo(models(), 12, 40), [], []
+
+    class Tensors:
+        def __del__(self):
+            freed.append(threading.current_thread())
 
     def endless(_request, report, _folder):
+        tensors = Tensors()  # noqa: F841
         while True:
             report("working", 1, 2)
             begun.append(threading.current_thread())
@@ -225,4 +230,5 @@ def test_closing_ends_the_run_and_lets_none_begin():
     demo.close()
     assert len(begun) <= drawn + 1, "the second request began"
     assert not begun[0].is_alive()
+    assert freed == [begun[0]] * 2, "gradio's threads, which nobody waits for, would free them"
     assert [list(answer) for answer in answers] == [[], []]
