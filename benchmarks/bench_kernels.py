@@ -206,7 +206,7 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
     def make(velocities: int, differences: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         cond, uncond = randn(generator, 2 * B, shape.side**2, 4 * p * p).chunk(2)
         shares = [0.004] if not velocities else [0.01, -0.008, 0.003, -0.001]
-        row = ops.guided_step_coefficients(shares, [1.0] if not differences else [1.6, -0.6])
+        row = ops.guided_step_coefficients(shares, shares)
         table, step = torch.tensor([row] * 2, device=DEVICE), torch.tensor([1], device=DEVICE)
         depths = [depth for depth in (velocities, differences) if depth]
         histories = [randn(generator, depth, *size, dtype=torch.float32) for depth in depths]
@@ -217,10 +217,10 @@ def guided_step_cases(shape: Shape) -> Iterator[Case]:
 
     plain, cost = partial(reference.guided_step, patch_size=p), partial(ops.guided_step_cost, *size, DTYPE)
     fused, in_place = (partial(function, patch_size=p) for function in (ops.guided_step, ops.guided_step_))
-    euler, most = partial(make, 0, 0), partial(make, 3, 2)
+    euler, most = partial(make, 0, 0), partial(make, 3, 3)
     for name, inputs, baseline, ours, work in (
         ("guided_step, Euler,", euler, plain, fused, cost()),
-        ("guided_step, 4 velocities and 2 differences,", most, plain, fused, cost(True, 3, 2)),
+        ("guided_step, 4 velocities and 4 differences,", most, plain, fused, cost(True, 3, 3)),
         ("guided_step_, Euler, in place,", euler, plain_in_place, in_place, cost()),
     ):
         yield from kernel_cases(name, shape, inputs, baseline, ours, work, dtype=torch.float32)

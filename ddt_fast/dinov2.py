@@ -107,24 +107,18 @@ def _load(name: str) -> Any:
     except (ImportError, RuntimeError) as error:
         raise ValueError(f'DINOv2 needs transformers, pip install ".[repa]" in the checkout: {error}') from error
     try:
-        local = cache_only(name)
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
+        local: dict[str, Any] = {"local_files_only": cache_only(name)}
+        config = AutoConfig.from_pretrained(name, **local)
         kind = config.model_type
-        if kind in ("dinov2", "dinov2_with_registers"):
-            model, report = AutoModel.from_pretrained(
-                name,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-                local_files_only=local,
-            )
+        if known := kind in ("dinov2", "dinov2_with_registers"):
+            options = local | {"config": config, "attn_implementation": "sdpa", "output_loading_info": True}
+            model, report = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # from transformers, the Hub, safetensors or the unpickler
         raise ValueError(
             f"DINOv2 {name} could not be loaded: {reason_in(name, error)}; expected a local folder or hub id such as "
             f"{DEFAULT_ENCODER} ('hf download {DEFAULT_ENCODER} --local-dir FOLDER' fetches it)"
         ) from error
-    if kind not in ("dinov2", "dinov2_with_registers"):
+    if not known:
         raise ValueError(f"{name} is a {kind}; expected a DINOv2, such as {DEFAULT_ENCODER}")
     missing = sorted(report["missing_keys"])
     if missing:

@@ -66,7 +66,7 @@ def score_samples(
             `reference`, nothing else is done.
 
     Returns:
-        The report of `ddt_fast.evaluation.evaluate`; None if only statistics were saved.
+        The report of `ddt_fast.evaluation.scoring.evaluate`; None if only statistics were saved.
 
     Raises:
         ValueError: a setting is not allowed, a file is wrong or damaged, or nothing can be computed.
@@ -100,11 +100,8 @@ def _check(
     check_features(features, inception_weights)
     require_int("batch_size", batch_size, 1)
     if samples is None:
-        for name, value in (
-            ("reference", reference),
-            ("save_statistics", save_statistics),
-            ("center_crop", center_crop),
-        ):
+        of_samples = {"reference": reference, "save_statistics": save_statistics, "center_crop": center_crop}
+        for name, value in of_samples.items():
             if value is not None:
                 raise ValueError(f"`{name}` is for `samples`, which is not given")
     statistics = None if save_statistics is None else _output_file("save_statistics", save_statistics, ".npz")

@@ -104,16 +104,12 @@ def drawn(monkeypatch) -> list[int]:
     return sizes
 
 
-def small_autoencoder(folder: Path) -> str:
-    """A small AutoencoderKL with random weights, 8 pixels per latent as in the published one, saved there."""
+def small_autoencoder(folder: Path, levels: int = 4, channels: int = 4) -> str:
+    """A small AutoencoderKL with random weights, 2^(levels - 1) pixels per latent (8 in the published one), saved
+    there."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8,) * 4,
-        norm_num_groups=4,
-        latent_channels=4,
-    ).save_pretrained(folder)
+    down, up = ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels
+    AutoencoderKL(3, 3, down, up, (8,) * levels, norm_num_groups=4, latent_channels=channels).save_pretrained(folder)
     return str(folder)

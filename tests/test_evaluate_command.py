@@ -1,8 +1,8 @@
 """`python -m ddt_fast.evaluate`: what it prints and writes, and its answers to mistakes."""
 
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ddt_fast import evaluate as command
-from ddt_fast.data.image_folder import read_image
+from ddt_fast.command import run_command
+from ddt_fast.data.image_file import read_pixels
 from ddt_fast.work import evaluate as work
 from inception_cases import smooth_images, weights_file
 from sample_jobs import error_line
@@ -51,7 +52,7 @@ def test_without_arguments_it_scores_digits(tmp_path, monkeypatch, capsys):
 
 
 def test_files_are_scored_and_the_report_is_whole(tmp_path, files, capsys):
-    report = run(tmp_path, *files, "--features", "pixels")
+    report = run(tmp_path, *files, "--features", "pixels", "--batch-size", "7")
     assert set(report["metrics"]) == {"fid", "precision", "recall", "kid", "kid_std"}
     assert set(report["not_computed"]) == {"sfid", "inception_score"}
     assert report["samples"]["source"].endswith("samples.npz")
@@ -66,10 +67,6 @@ def test_files_are_scored_and_the_report_is_whole(tmp_path, files, capsys):
     assert f"recall            {report['metrics']['recall']:.4f}\n" in printed
     assert "sFID              not computed: " in printed
     assert "40 images of 8x8" in printed
-
-
-def test_picture_shows_the_samples(tmp_path, files):
-    run(tmp_path, *files, "--features", "pixels", "--batch-size", "7")
     picture = np.asarray(Image.open(tmp_path / "metrics.png").convert("RGB"))
     for place, image in enumerate(smooth_images(40, 0, size=8)):
         row, column = divmod(place, 10)
@@ -122,7 +119,7 @@ def test_mixed_sizes_are_refused_before_any_features_are_computed(tmp_path, file
 
 
 def test_a_folder_of_photos_is_a_reference_when_cropped(tmp_path, files, photos):
-    crops = [read_image(Path(photos, f"{i:03d}.png"), 8).permute(1, 2, 0).numpy() for i in range(30)]
+    crops = [read_pixels(Path(photos, f"{i:03d}.png"), 8) for i in range(30)]
     np.savez(tmp_path / "cropped.npz", arr_0=np.stack(crops))
     options = ("--features", "pixels", "--metrics", "fid", "kid")
     expected = run(tmp_path, *files[:2], "--reference", str(tmp_path / "cropped.npz"), *options)
@@ -209,25 +206,24 @@ def test_unreadable_images_are_listed_when_skipped(tmp_path, files, photos, caps
     assert "unreadable" not in report["samples"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, encoding):
+def test_what_a_terminal_cannot_show_is_escaped_after_the_scores_are_written(tmp_path, files, monkeypatch, encoding):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     for i, image in enumerate(smooth_images(12, 0, size=8)):
         Image.fromarray(image).save(os.fsdecode(folder + b"/\xf6%d.png" % i))
-    report = tmp_path / "metrics.json"
-    options = ["--reference", files[3], "--features", "pixels", "--output", str(report)]
-    words = [sys.executable, "-m", "ddt_fast.evaluate", "--samples", folder, *options]
-    environment = {**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"}
-    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 0, done.stderr
-    assert rb"/caf\xe9: 12 images of 8x8" in done.stdout
-    assert ("±" if encoding == "utf-8" else r"\xb1").encode() in done.stdout
-    assert os.fsencode(json.loads(report.read_text())["samples"]["source"]) == folder
-    (tmp_path / "metrics.png").unlink()
-    os.rename(os.path.join(folder, b"\xf60.png"), os.path.join(folder, b"\xf60.txt"))
+    out, errors = (io.TextIOWrapper(io.BytesIO(), encoding, "strict") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", errors)
+    arguments = ["--samples", os.fsdecode(folder), *files[2:], "--features", "pixels"]
+    run_command(lambda: run(tmp_path, *arguments))
+    out.flush()
+    shown = out.buffer.getvalue()
+    assert rb"/caf\xe9: 12 images of 8x8" in shown
+    assert ("±" if encoding == "utf-8" else r"\xb1").encode() in shown
+    assert os.fsencode(json.loads((tmp_path / "metrics.json").read_text())["samples"]["source"]) == folder
     Path(os.fsdecode(folder + b"/\xf61.png")).write_bytes(b"")
-    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1], check=False)
-    assert done.returncode == 2
-    assert rb"/caf\xe9/\xf61.png cannot be read" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda: run(tmp_path, *arguments))
+    errors.flush()
+    assert rb"/caf\xe9/\xf61.png cannot be read" in errors.buffer.getvalue()

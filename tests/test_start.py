@@ -68,6 +68,11 @@ def test_wrong_options_import_nothing_slow(arguments, tmp_path, monkeypatch):
     assert imported(module, *options) == "code 2 imported"
 
 
+def hears_interrupts() -> None:
+    """In a new process: a shell's background jobs, and their children, are started deaf to interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 MOMENTS = (
     "ddt_fast.config",
     "jsonargparse",
@@ -88,7 +93,7 @@ def test_an_interrupt_at_any_time_ends_a_command_in_one_line(moment, tmp_path):
         [sys.executable, *command],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hears_interrupts,
     )
     told = b""
     while f" {moment}\n".encode() not in told and f"{moment}]".encode() not in told:
@@ -110,17 +115,12 @@ def test_an_interrupt_that_an_extension_module_would_swallow_ends_the_command(tm
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hears_interrupts,
     )
     assert (run.returncode, run.stdout, run.stderr) == (130, "", "interrupted\n")
 
 
 def test_importing_the_library_leaves_interrupts_alone():
     code = "import signal, ddt_fast; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    assert run.stdout == "True\n"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, preexec_fn=hears_interrupts).stdout == b"True\n"

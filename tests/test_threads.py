@@ -13,43 +13,30 @@ from ddt_fast.threads import threads_for
 SMALL, LARGE = PRESETS["digits"].model, PRESETS["b2_256"].model
 
 
-@pytest.fixture
-def eight_threads(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(
-    ("model", "threads", "line"),
+    ("before", "omp", "model", "threads", "line"),
     [
-        (SMALL, 4, "CPU: 4 threads for a small model; OMP_NUM_THREADS changes that\n"),
-        (LARGE, 8, "CPU: 8 threads; OMP_NUM_THREADS changes that\n"),
-        (None, 8, "CPU: 8 threads; OMP_NUM_THREADS changes that\n"),
+        (8, None, SMALL, 4, "CPU: 4 threads for a small model; OMP_NUM_THREADS changes that"),
+        (8, None, LARGE, 8, "CPU: 8 threads; OMP_NUM_THREADS changes that"),
+        (8, None, None, 8, "CPU: 8 threads; OMP_NUM_THREADS changes that"),
+        (8, "8", SMALL, 8, "CPU: 8 threads, from OMP_NUM_THREADS"),
+        (1, None, SMALL, 1, "CPU: 1 thread for a small model; OMP_NUM_THREADS changes that"),
     ],
-    ids=["small", "large", "none"],
+    ids=["small", "large", "none", "from the environment", "fewer than a small model may have"],
 )
-def test_the_model_decides_and_the_callers_setting_comes_back(eight_threads, capsys, model, threads, line):
-    with threads_for(model, "cpu"):
-        assert torch.get_num_threads() == threads
-    assert torch.get_num_threads() == 8
-    assert capsys.readouterr().out == line
-
-
-def test_omp_num_threads_decides_if_it_is_set(eight_threads, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    with threads_for(SMALL, "cpu"):
-        assert torch.get_num_threads() == 8
-    assert capsys.readouterr().out == "CPU: 8 threads, from OMP_NUM_THREADS\n"
-
-
-def test_fewer_threads_than_a_small_model_may_have_stay(eight_threads, capsys):
-    torch.set_num_threads(1)
-    with threads_for(SMALL, "cpu"):
-        assert torch.get_num_threads() == 1
-    assert capsys.readouterr().out == "CPU: 1 thread for a small model; OMP_NUM_THREADS changes that\n"
+def test_the_model_decides_and_the_callers_setting_comes_back(monkeypatch, capsys, before, omp, model, threads, line):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    found = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before)
+        with threads_for(model, "cpu"):
+            assert torch.get_num_threads() == threads
+        assert torch.get_num_threads() == before
+    finally:
+        torch.set_num_threads(found)
+    assert capsys.readouterr().out == line + "\n"
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])

@@ -21,14 +21,9 @@ from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.wording import plural, tell, warn
 
 
-class DecodedBatch(NamedTuple):
-    """Consecutive images of one shard.
-
-    Attributes:
-        places: (n,) int64 places of the readable images in the sorted list.
-        images: (n, 3, size, size) uint8, the readable images.
-        unreadable: the others.
-    """
+class _Batch(NamedTuple):
+    """Consecutive images of one shard: the readable ones, (n, 3, size, size) uint8, with their places in the sorted
+    list, (n,) int64; and the others."""
 
     places: Tensor
     images: Tensor
@@ -45,12 +40,12 @@ class _DecodedImages(Dataset[tuple[int, Tensor | str]]):
         except UnreadableImageError as error:
             return index, str(error)
 
-    def collate(self, items: list[tuple[int, Tensor | str]]) -> DecodedBatch:
+    def collate(self, items: list[tuple[int, Tensor | str]]) -> _Batch:
         read = {index: image for index, image in items if isinstance(image, Tensor)}
         failed = [Unreadable(index, self.folder.files[index], why) for index, why in items if isinstance(why, str)]
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         images = torch.stack(list(read.values())) if read else empty
-        return DecodedBatch(torch.tensor(list(read), dtype=torch.int64), images, failed)
+        return _Batch(torch.tensor(list(read), dtype=torch.int64), images, failed)
 
 
 def cache_settings(

@@ -142,15 +142,14 @@ def _opened(file: Path, member: Member | None) -> Iterator[Image.Image]:
             raise UnreadableImageError(member.damage)
         if file.suffix.lower() == ".npy":
             yield _array_image(file, None if member is None else member.start)
-        elif member is not None:
+            return
+        content: Path | io.BytesIO = file
+        if member is not None:
             with file.open("rb") as stream:
                 stream.seek(member.start)
                 content = io.BytesIO(stream.read(member.length))
-            with Image.open(content) as image:
-                yield image
-        else:
-            with Image.open(file) as image:
-                yield image
+        with Image.open(content) as image:
+            yield image
     except UnreadableImageError:
         raise
     except UnidentifiedImageError:

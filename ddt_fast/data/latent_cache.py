@@ -138,17 +138,12 @@ class CacheFolder:
         self.path, self.settings = path, settings
         path.mkdir(parents=True, exist_ok=True)
         check_owned(path)
-        self._agree_on_settings()
-
-    def _agree_on_settings(self) -> None:
-        target = self.path / SETTINGS
-        ours = plain(asdict(self.settings))
+        target, ours = path / SETTINGS, plain(asdict(settings))
         if not target.exists():
             with writing(target):
                 write_json(target, ours)
-        if changed := differences(read_json(target), ours):
-            shown = "; ".join(changed)
-            raise ValueError(f"{self.path} was begun with other settings: {shown}; use another output folder")
+        if changed := "; ".join(differences(read_json(target), ours)):
+            raise ValueError(f"{path} was begun with other settings: {changed}; use another output folder")
 
     def finished_shards(self, shards: Iterable[int], *, verify: bool = False) -> set[int]:
         """The shards that exist with the recorded size and, with verify, the recorded checksum. Damaged shards are

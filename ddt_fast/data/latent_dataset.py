@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import mmap
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ddt_fast.weight_files import read_pickle, refusal
 from ddt_fast.wording import one_line
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
-_LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_WILLNEED") else None  # Windows has no madvise
+_LIBC = ctypes.CDLL(None)
 
 
 class Shard:
@@ -45,14 +45,12 @@ class Shard:
                 self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise refusal("shard", path, error, "a whole .safetensors file") from error
-        for tensor in self.tensors.values() if _LIBC else ():
+        for tensor in self.tensors.values():
             # Rows are visited in random order: reading ahead would fetch what is not needed.
             _advise(mmap.MADV_RANDOM, tensor.data_ptr(), tensor.nbytes)
 
     def prefetch(self, name: str, row: int) -> None:
         """Ask the operating system to read a row of a tensor, without waiting for it."""
-        if _LIBC is None:
-            return
         tensor = self.tensors[name]
         length = tensor.stride(0) * tensor.itemsize
         _advise(mmap.MADV_WILLNEED, tensor.data_ptr() + row * length, length)
@@ -61,18 +59,7 @@ class Shard:
 def _advise(advice: int, address: int, length: int) -> None:
     """Tell the operating system how mapped memory will be read."""
     before = address % _PAGE
-    assert _LIBC is not None
     _LIBC.madvise(ctypes.c_void_p(address - before), ctypes.c_size_t(length + before), advice)
-
-
-@dataclass(frozen=True)
-class _Names:
-    """Tensor names for the images or for the mirrored ones: the posterior's mean and logvar, or drawn latents and None;
-    and the features, if they are read."""
-
-    mean: str
-    logvar: str | None
-    features: str | None
 
 
 def read_channel_stats(path: Path, channels: int) -> ChannelStats:
@@ -177,7 +164,7 @@ class LatentDataset:
         made: list[Any] = [self.shape, self.has_flips, self._scale.tolist()]
         made.append(None if self._shift is None else self._shift.tolist())
         if self.settings is None:
-            latent = self._shards[0].tensors[self._views[0].mean][0].float().contiguous()
+            latent = self._shards[0].tensors[self._latents][0].float().contiguous()
             made.append(hashlib.sha256(latent.numpy().tobytes()).hexdigest())
         else:
             made += [self.settings.images_sha256, self.settings.autoencoder_sha256, self.settings.dtype]
@@ -209,18 +196,16 @@ class LatentDataset:
         """Find out what the shards hold, and check that all hold it in the same shape and dtype."""
         first = self._shards[0].tensors
         self.has_posterior = "mean" in first
-        name = "mean" if self.has_posterior else "latents"
+        self._latents = name = "mean" if self.has_posterior else "latents"
         self.has_flips = f"{name}_flip" in first
         self.shape = tuple(first[name].shape[1:]) if name in first else ()
         rows: dict[str, tuple[int, ...]] = {}
-        self._views = []
-        for suffix in ("", "_flip") if self.has_flips else ("",):
-            logvar = f"logvar{suffix}" if self.has_posterior else None
-            view = _Names(name + suffix, logvar, f"features{suffix}" if self.feature_shape else None)
-            rows |= {known: self.shape for known in (view.mean, view.logvar) if known}
-            if view.features and self.feature_shape:
-                rows[view.features] = self.feature_shape
-            self._views.append(view)
+        for view in ("", "_flip") if self.has_flips else ("",):
+            rows[name + view] = self.shape
+            if self.has_posterior:
+                rows["logvar" + view] = self.shape
+            if self.feature_shape:
+                rows["features" + view] = self.feature_shape
         rows["labels"] = ()
         for shard in self._shards:
             count = len(shard.tensors["labels"]) if "labels" in shard.tensors else -1
@@ -291,14 +276,14 @@ class LatentDataset:
             raise ValueError(f"{self.folder} holds latents of images outside the {limit} of the cache")
         return found
 
-    def _places(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> list[tuple[Shard, int, _Names]]:
-        """The shard, row and tensor names of each latent."""
+    def _places(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> list[tuple[Shard, int, str]]:
+        """The shard and row of each latent, and what its tensors' names end in."""
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = np.concatenate([[0], self._ends[:-1]])
         rows = (indices - starts[shards]).tolist()
         return [
-            (self._shards[shard], row, self._views[flip])
-            for shard, row, flip in zip(shards.tolist(), rows, flips.astype(int).tolist(), strict=True)
+            (self._shards[shard], row, "_flip" if flip else "")
+            for shard, row, flip in zip(shards.tolist(), rows, flips.tolist(), strict=True)
         ]
 
     def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
@@ -309,10 +294,10 @@ class LatentDataset:
         places = self._places(indices, flips)
         features = torch.empty(len(places), *self.feature_shape, dtype=self._feature_dtype)
         for shard, row, view in places:
-            shard.prefetch(str(view.features), row)
+            shard.prefetch("features" + view, row)
         # Copied by NumPy, as integers because it has no bfloat16: torch would start threads for rows of this size.
         for target, (shard, row, view) in zip(features.view(torch.int16).numpy(), places, strict=True):
-            target[:] = shard.tensors[str(view.features)][row].view(torch.int16).numpy()
+            target[:] = shard.tensors["features" + view][row].view(torch.int16).numpy()
         return features
 
     def draw(self, indices: NDArray[np.int64], flips: NDArray[np.bool_], seeds: NDArray[np.uint64]) -> Tensor:
@@ -326,9 +311,9 @@ class LatentDataset:
         """
         places = self._places(indices, flips)
         for shard, row, view in places:  # all at once: a disk serves many requests as fast as one
-            shard.prefetch(view.mean, row)
-            if view.logvar is not None:
-                shard.prefetch(view.logvar, row)
+            shard.prefetch(self._latents + view, row)
+            if self.has_posterior:
+                shard.prefetch("logvar" + view, row)
         latents = torch.empty(len(places), *self.shape)
         # A few rows at a time: their inputs stay in the CPU's cache, and torch starts no threads, which would wait for
         # those of other batches.
@@ -341,9 +326,9 @@ class LatentDataset:
             part = latents[start : start + step]
             noises, size = part.unbind(), len(part)
             for i, (shard, row, view) in enumerate(places[start : start + size]):
-                means[i].copy_(shard.tensors[view.mean].select(0, row))
-                if view.logvar is not None:
-                    deviations[i].copy_(shard.tensors[view.logvar].select(0, row))
+                means[i].copy_(shard.tensors[self._latents + view].select(0, row))
+                if self.has_posterior:
+                    deviations[i].copy_(shard.tensors["logvar" + view].select(0, row))
                     noises[i].normal_(generator=generator.manual_seed(numbers[start + i]))
             if self.has_posterior:
                 # exp(logvar / 2) as a power of 2: exp uses MKL, which starts threads even for so little.

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ddt_fast.command import CommandParser, run_command
 from ddt_fast.data.cached_images import CachedImages
@@ -34,19 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     with parser.naming_options():
-        _measure_and_report(options)
-
-
-def _measure_and_report(options: Any) -> None:
-    dataset = LatentDataset(Path(options.folder), scaling_factor=options.scaling_factor, features=options.features)
-    if options.verify:
-        if not dataset.checksums:
-            raise ValueError(f"{options.folder} has no {MANIFEST}, and so no checksums to verify")
-        if wrong := wrong_shards(dataset, dataset.checksums):
-            raise ValueError("; ".join(wrong))
-    images = None if options.images is None else CachedImages(Path(options.images), dataset)
-    with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
-        rate, busy = measure(loader, options.seconds)
+        dataset = LatentDataset(Path(options.folder), scaling_factor=options.scaling_factor, features=options.features)
+        if options.verify:
+            if not dataset.checksums:
+                raise ValueError(f"{options.folder} has no {MANIFEST}, and so no checksums to verify")
+            if wrong := wrong_shards(dataset, dataset.checksums):
+                raise ValueError("; ".join(wrong))
+        images = None if options.images is None else CachedImages(Path(options.images), dataset)
+        with LatentLoader(dataset, options.batch_size, images=images, num_threads=options.num_threads) as loader:
+            rate, busy = measure(loader, options.seconds)
     shape, classes = "x".join(map(str, dataset.shape)), plural(dataset.num_classes, "class")
     print(f"{plural(len(dataset), 'latent')} of {shape}, {classes}, scaled by {dataset.scaling_factor:g}")
     more = []

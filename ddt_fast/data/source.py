@@ -67,18 +67,19 @@ def open_source(experiment: Experiment) -> DigitsDataset | LatentDataset:
     classes = f"{data.folder} holds {plural(dataset.num_classes, 'class')}"
     if dataset.num_classes > model.num_classes:
         raise ValueError(f"{classes}, num_classes is {model.num_classes}; allowed: {dataset.num_classes} or more")
-    if dataset.num_classes < model.num_classes and process_ranks().rank == 0:
-        warnings.warn(
+    doubts = []
+    if dataset.num_classes < model.num_classes:
+        doubts.append(
             f"{classes}, num_classes is {model.num_classes}: the other classes are never trained, but are sampled "
-            "unless you choose classes",
-            stacklevel=2,
+            "unless you choose classes"
         )
     names = dataset.settings.class_names if dataset.settings else ()
-    if names != (ordered := class_order(names)) and process_ranks().rank == 0:
+    if names != (ordered := class_order(names)):
         label = next(label for label, name in enumerate(names) if name != ordered[label])
-        warnings.warn(
+        doubts.append(
             f"the classes of {data.folder} are numbers in the order of text: label {label} is folder {names[label]!r}, "
-            f"not {ordered[label]!r}; the model keeps these names, and a new cache has the order of the numbers",
-            stacklevel=2,
+            f"not {ordered[label]!r}; the model keeps these names, and a new cache has the order of the numbers"
         )
+    for doubt in doubts if process_ranks().rank == 0 else ():
+        warnings.warn(doubt, stacklevel=2)
     return dataset

@@ -5,9 +5,9 @@ maximum; images are resized as in TensorFlow 1. Parameter names are those of the
 `inception_weights`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,76 +33,47 @@ class InceptionOutput(NamedTuple):
     spatial: Tensor
 
 
-class _Conv(NamedTuple):
-    channels: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-
-
-class _Fork(tuple[_Conv, ...]):
-    """Convolutions of the same input, side by side."""
-
-
-# The steps of a block's branch: convolutions, a fork at the end, or a pool ("average", "maximum", or "halve").
-_Step = _Conv | _Fork | str
+# A step of a block's branch: convolutions of the same input, name → arguments of `_ConvNormReLU`, whose outputs are
+# concatenated; or a pool ("average", "maximum", or "halve").
+_Convs = dict[str, tuple[Any, ...]]
+_Branch = Sequence[_Convs | str]
 
 
 class _ConvNormReLU(nn.Module):
-    def __init__(self, in_channels: int, conv: _Conv, padded: bool) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padded: bool = True
+    ) -> None:
         super().__init__()
-        padding = tuple(size // 2 for size in conv.kernel) if padded else 0
-        self.conv = nn.Conv2d(in_channels, conv.channels, conv.kernel, conv.stride, padding, bias=False)  # type: ignore[arg-type]
-        self.bn: nn.Module = nn.BatchNorm2d(conv.channels, eps=1e-3)
+        padding = "same" if padded and stride == 1 else 0
+        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, padding, bias=False)
+        self.bn: nn.Module = nn.BatchNorm2d(channels, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
-    def fold(self) -> None:
-        """Move the normalisation into the convolution's weights."""
-        if isinstance(self.bn, nn.BatchNorm2d):
-            self.conv = fuse_conv_bn_eval(self.conv, self.bn)
-            self.bn = nn.Identity()
-
 
 class _Block(nn.Module):
-    """Branches of one input, concatenated. A single convolution has the name of its branch; of several, the i-th is
-    called NAME_i, and those of a fork NAME_ia, NAME_ib."""
+    """Branches of one input, concatenated."""
 
-    def __init__(self, in_channels: int, branches: dict[str, list[_Step]]) -> None:
+    def __init__(self, in_channels: int, branches: Sequence[_Branch]) -> None:
         super().__init__()
-        self.out_channels = 0
-        # For each branch and step: the names of convolutions side by side, or a pool.
-        self.branches: list[list[tuple[str, ...] | str]] = []
-        for branch, steps in branches.items():
+        self.branches, self.out_channels = branches, 0
+        for branch in branches:
             channels = in_channels
-            plan: list[tuple[str, ...] | str] = []
-            num_convs = sum(not isinstance(step, str) for step in steps)
-            for step in steps:
-                if isinstance(step, str):
-                    plan.append(step)
-                    continue
-                index = 1 + sum(not isinstance(done, str) for done in plan)
-                name = f"{branch}_{index}" if num_convs > 1 else branch
-                names = [name + "a", name + "b"] if isinstance(step, _Fork) else [name]
-                parts = dict(zip(names, step if isinstance(step, _Fork) else [step], strict=True))
-                for part, conv in parts.items():
-                    self.add_module(part, _ConvNormReLU(channels, conv, padded=conv.stride == 1))
-                plan.append(tuple(parts))
-                channels = sum(conv.channels for conv in parts.values())
-            self.branches.append(plan)
+            for convs in (step for step in branch if not isinstance(step, str)):
+                for name, conv in convs.items():
+                    self.add_module(name, _ConvNormReLU(channels, *conv))
+                channels = sum(conv[0] for conv in convs.values())
             self.out_channels += channels
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
-        for steps in self.branches:
-            y = x
-            for step in steps:
-                if isinstance(step, str):
-                    y = _pool(step, y)
-                else:
-                    parts = [self.get_submodule(name)(y) for name in step]
-                    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-            outputs.append(y)
+        for branch in self.branches:
+            parts = [x]
+            for step in branch:
+                y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+                parts = [_pool(step, y)] if isinstance(step, str) else [self.get_submodule(name)(y) for name in step]
+            outputs += parts
         return torch.cat(outputs, 1)
 
 
@@ -112,45 +83,49 @@ def _pool(kind: str, x: Tensor) -> Tensor:
     return F.max_pool2d(x, 3, stride=1, padding=1) if kind == "maximum" else F.max_pool2d(x, 3, stride=2)
 
 
-def _block_35(pool_channels: int) -> dict[str, list[_Step]]:
-    return {
-        "branch1x1": [_Conv(64)],
-        "branch5x5": [_Conv(48), _Conv(64, (5, 5))],
-        "branch3x3dbl": [_Conv(64), _Conv(96, (3, 3)), _Conv(96, (3, 3))],
-        "branch_pool": ["average", _Conv(pool_channels)],
-    }
+def _chain(name: str, *convs: tuple[Any, ...]) -> list[_Convs]:
+    return [{f"{name}_{i}": conv} for i, conv in enumerate(convs, 1)]
 
 
-def _block_17(c: int) -> dict[str, list[_Step]]:
+def _block_35(pool_channels: int) -> list[_Branch]:
+    return [
+        [{"branch1x1": (64,)}],
+        _chain("branch5x5", (48,), (64, 5)),
+        _chain("branch3x3dbl", (64,), (96, 3), (96, 3)),
+        ["average", {"branch_pool": (pool_channels,)}],
+    ]
+
+
+def _block_17(c: int) -> list[_Branch]:
     row, column = (1, 7), (7, 1)
-    return {
-        "branch1x1": [_Conv(192)],
-        "branch7x7": [_Conv(c), _Conv(c, row), _Conv(192, column)],
-        "branch7x7dbl": [_Conv(c), _Conv(c, column), _Conv(c, row), _Conv(c, column), _Conv(192, row)],
-        "branch_pool": ["average", _Conv(192)],
-    }
+    return [
+        [{"branch1x1": (192,)}],
+        _chain("branch7x7", (c,), (c, row), (192, column)),
+        _chain("branch7x7dbl", (c,), (c, column), (c, row), (c, column), (192, row)),
+        ["average", {"branch_pool": (192,)}],
+    ]
 
 
-def _block_8(pool: str) -> dict[str, list[_Step]]:
-    fork = _Fork((_Conv(384, (1, 3)), _Conv(384, (3, 1))))
-    return {
-        "branch1x1": [_Conv(320)],
-        "branch3x3": [_Conv(384), fork],
-        "branch3x3dbl": [_Conv(448), _Conv(384, (3, 3)), fork],
-        "branch_pool": [pool, _Conv(192)],
-    }
+def _block_8(pool: str) -> list[_Branch]:
+    row, column = (384, (1, 3)), (384, (3, 1))
+    return [
+        [{"branch1x1": (320,)}],
+        [*_chain("branch3x3", (384,)), {"branch3x3_2a": row, "branch3x3_2b": column}],
+        [*_chain("branch3x3dbl", (448,), (384, 3)), {"branch3x3dbl_3a": row, "branch3x3dbl_3b": column}],
+        [pool, {"branch_pool": (192,)}],
+    ]
 
 
-_TO_17: dict[str, list[_Step]] = {
-    "branch3x3": [_Conv(384, (3, 3), 2)],
-    "branch3x3dbl": [_Conv(64), _Conv(96, (3, 3)), _Conv(96, (3, 3), 2)],
-    "branch_pool": ["halve"],
-}
-_TO_8: dict[str, list[_Step]] = {
-    "branch3x3": [_Conv(192), _Conv(320, (3, 3), 2)],
-    "branch7x7x3": [_Conv(192), _Conv(192, (1, 7)), _Conv(192, (7, 1)), _Conv(192, (3, 3), 2)],
-    "branch_pool": ["halve"],
-}
+_TO_17: list[_Branch] = [
+    [{"branch3x3": (384, 3, 2)}],
+    _chain("branch3x3dbl", (64,), (96, 3), (96, 3, 2)),
+    ["halve"],
+]
+_TO_8: list[_Branch] = [
+    _chain("branch3x3", (192,), (320, 3, 2)),
+    _chain("branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2)),
+    ["halve"],
+]
 _BLOCKS = {
     "Mixed_5b": _block_35(32),
     "Mixed_5c": _block_35(64),
@@ -171,11 +146,11 @@ class Inception(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _ConvNormReLU(3, _Conv(32, (3, 3), 2), padded=False)
-        self.Conv2d_2a_3x3 = _ConvNormReLU(32, _Conv(32, (3, 3)), padded=False)
-        self.Conv2d_2b_3x3 = _ConvNormReLU(32, _Conv(64, (3, 3)), padded=True)
-        self.Conv2d_3b_1x1 = _ConvNormReLU(64, _Conv(80), padded=False)
-        self.Conv2d_4a_3x3 = _ConvNormReLU(80, _Conv(192, (3, 3)), padded=False)
+        self.Conv2d_1a_3x3 = _ConvNormReLU(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = _ConvNormReLU(32, 32, 3, padded=False)
+        self.Conv2d_2b_3x3 = _ConvNormReLU(32, 64, 3)
+        self.Conv2d_3b_1x1 = _ConvNormReLU(64, 80)
+        self.Conv2d_4a_3x3 = _ConvNormReLU(80, 192, 3, padded=False)
         channels = 192
         for name, branches in _BLOCKS.items():
             block = _Block(channels, branches)
@@ -188,8 +163,8 @@ class Inception(nn.Module):
         """Move every normalisation into its convolution, in place: the same function, faster, without BatchNorm's
         parameters."""
         for module in self.modules():
-            if isinstance(module, _ConvNormReLU):
-                module.fold()
+            if isinstance(module, _ConvNormReLU) and isinstance(module.bn, nn.BatchNorm2d):
+                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         return self
 
     def forward(self, images: Tensor) -> InceptionOutput:

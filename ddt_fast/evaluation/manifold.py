@@ -16,7 +16,6 @@ from ddt_fast.evaluation.inception import full_float32
 from ddt_fast.wording import plural
 
 _BLOCK = 4096
-_SPARE_CANDIDATES = 4
 _EXACT_NUMBERS = 1 << 25  # float64 differences held at a time: 256 MiB
 
 
@@ -69,7 +68,6 @@ class _Manifold:
         centred: (N, D) float32, moved to a common centre: distances stay the same, and less cancels in products.
         norms: (N,) squared norms of `centred`.
         radii: (N,) float32, squared distance to the k-th nearest other member, up to rounding.
-        nearest: (N, k or a few more) members that may be the k nearest.
     """
 
     def __init__(self, features: Tensor, centre: Tensor, k: int) -> None:
@@ -77,14 +75,11 @@ class _Manifold:
         self.centred = (features - centre).float()
         self.norms = self.centred.square().sum(1)
         count = len(features)
-        candidates = min(k + _SPARE_CANDIDATES, count - 1)
-        distances = self.centred.new_full((count, candidates), torch.inf)
-        self.nearest = torch.zeros(count, candidates, dtype=torch.int64, device=features.device)
+        nearest = self.centred.new_full((count, k), torch.inf)
 
-        def take(rows: slice, block: Tensor, offset: int) -> None:
-            values, columns = block.topk(min(candidates, block.shape[1]), dim=1, largest=False)
-            distances[rows], order = torch.cat([distances[rows], values], 1).topk(candidates, dim=1, largest=False)
-            self.nearest[rows] = torch.cat([self.nearest[rows], columns + offset], 1).gather(1, order)
+        def take(rows: slice, block: Tensor) -> None:
+            found = block.topk(min(k, block.shape[1]), dim=1, largest=False).values
+            nearest[rows] = torch.cat([nearest[rows], found], 1).topk(k, dim=1, largest=False).values
 
         for i in range(0, count, _BLOCK):
             for j in range(i, count, _BLOCK):
@@ -93,13 +88,9 @@ class _Manifold:
                 if i == j:
                     block.fill_diagonal_(torch.inf)
                 else:
-                    take(columns, block.T.contiguous(), i)
-                take(rows, block, j)
-        self.radii = distances[:, k - 1].clone()
-        # Where rounding cannot tell the candidates apart, a nearer member may not be among them.
-        self._doubtful = distances[:, -1] - self.radii <= 2 * self.rounding(self.norms)
-        if candidates == count - 1:
-            self._doubtful[:] = False
+                    take(columns, block.T.contiguous())
+                take(rows, block)
+        self.radii = nearest[:, -1].clone()
         self._exact_radii = torch.full((count,), torch.nan, dtype=torch.float64, device=features.device)
 
     def rounding(self, norms: Tensor) -> Tensor:
@@ -111,20 +102,20 @@ class _Manifold:
     def exact_radii(self, members: Tensor) -> Tensor:
         """(len(members),) float64 squared radii."""
         unknown = members[self._exact_radii[members].isnan()].unique()
-        for part in unknown.split(self.pairs_at_once):
-            nearest = self.features[self.nearest[part]]
-            distances = _exact_distances(nearest, self.features[part, None])
-            self._exact_radii[part] = distances.kthvalue(self.k, dim=1).values
-        for member in unknown[self._doubtful[unknown]].tolist():
-            parts = self.features.split(max(1, _EXACT_NUMBERS // self.features.shape[1]))
-            distances = torch.cat([_exact_distances(part, self.features[member]) for part in parts])
-            self._exact_radii[member] = distances.kthvalue(self.k + 1).values  # the nearest is the member itself
+        for part in unknown.split(_BLOCK // 16):
+            # Whatever rounding did to the radius and to a distance: none of the k nearest lies beyond.
+            reach = self.radii[part] + 2 * self.rounding(self.norms[part])
+            near = _distances(self, part, self, slice(None)) <= reach[:, None]
+            for member, row in zip(part.tolist(), near, strict=True):
+                rows = self.features[row].split(self.rows_at_once)
+                distances = torch.cat([_exact_distances(some, self.features[member]) for some in rows])
+                self._exact_radii[member] = distances.kthvalue(self.k + 1).values  # the nearest is the member itself
         return self._exact_radii[members]
 
     @property
-    def pairs_at_once(self) -> int:
-        """How many members' candidates to compare exactly at a time."""
-        return max(1, _EXACT_NUMBERS // self.features[0].numel() // self.nearest.shape[1])
+    def rows_at_once(self) -> int:
+        """How many rows to compare exactly at a time."""
+        return max(1, _EXACT_NUMBERS // self.features.shape[1])
 
 
 def _inside(first: _Manifold, second: _Manifold) -> tuple[Tensor, Tensor]:
@@ -147,7 +138,7 @@ def _settle(points: _Manifold, balls: _Manifold, margin: Tensor) -> Tensor:
     for rows in (margin.abs() <= doubt).nonzero().flatten().split(_BLOCK // 16):
         inside[rows] = False
         gaps = _distances(points, rows, balls, slice(None)) - balls.radii
-        for pairs in (gaps <= doubt[rows, None]).nonzero().split(balls.pairs_at_once):
+        for pairs in (gaps <= doubt[rows, None]).nonzero().split(balls.rows_at_once):
             point, ball = rows[pairs[:, 0]], pairs[:, 1]
             distances = _exact_distances(points.features[point], balls.features[ball])
             inside[point[distances <= balls.exact_radii(ball)]] = True

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from ddt_fast.data.image_file import Images
 from ddt_fast.evaluation.features import Extractor, FeatureAccumulator, FeatureSet, InceptionExtractor, kind_of_features
@@ -26,6 +28,8 @@ NUM_NEIGHBOURS = 3
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 # The size of ADM's reference batches, which published precision and recall depend on.
 REFERENCE_FEATURES = 10_000
+_FEWEST = {"fid": 2, "sfid": 2, "inception_score": NUM_SPLITS, "precision": NUM_NEIGHBOURS + 1}
+_FEWEST |= {"recall": NUM_NEIGHBOURS + 1, "kid": 2}
 # With fewer images, the covariance of 2048 features is singular.
 FEWEST_FOR_FID = 2048
 
@@ -177,66 +181,55 @@ def computable(
     """The metrics that can be computed, and why the others cannot; values are not looked at. ValueError if features
     have different D or are of different kinds, or no metric can be computed."""
     check_metrics(metrics)
-    reasons: dict[str, str | None] = dict.fromkeys(METRICS, "no reference is given")
-    reasons["inception_score"] = _without_classes(samples)
-    if reference is not None:
-        reasons["fid"] = _without_gaussian(samples, reference, "pool")
-        reasons["sfid"] = _without_gaussian(samples, reference, "spatial")
-        reasons["precision"] = reasons["recall"] = _without_features(samples, reference, NUM_NEIGHBOURS + 1)
-        reasons["kid"] = _without_features(samples, reference, 2)
-        kinds = [kind_of_features(found.extractor) for found in (samples, reference) if found.extractor]
-        if len({*kinds}) > 1:
-            raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; they must match")
-    missing: dict[str, str] = {
-        name: reason for name in METRICS if name in metrics and (reason := reasons[name]) is not None
-    }
-    wanted: list[str] = [name for name in METRICS if name in metrics and name not in missing]
+    both = [("samples", samples), *([] if reference is None else [("reference", reference)])]
+    kinds = [kind_of_features(found.extractor) for _, found in both if found.extractor]
+    if len({*kinds}) > 1:
+        raise ValueError(f"samples have features of {kinds[0]}, the reference of {kinds[1]}; they must match")
+    wanted: list[str] = []
+    missing: dict[str, str] = {}
+    for name in (name for name in METRICS if name in metrics):
+        needed = both[:1] if name == "inception_score" else both
+        reasons = [_lacking(name, role, found) for role, found in needed]
+        if reference is None and name != "inception_score":
+            reasons = ["no reference is given"]
+        if reason := next(filter(None, reasons), None):
+            missing[name] = reason
+            continue
+        wanted.append(name)
+        dims = [data.shape[-1] for _, found in needed if (data := _data(name, found)) is not None]
+        if len({*dims}) > 1:
+            raise ValueError(f"samples have {plural(dims[0], 'feature')}, the reference {dims[1]}; they must match")
     if not wanted:
         raise ValueError("; ".join(f"{name} cannot be computed: {reason}" for name, reason in missing.items()))
-    if reference is not None:
-        for name in wanted:
-            own, other = _num_dimensions(samples, name), _num_dimensions(reference, name)
-            if None not in (own, other) and own != other:
-                raise ValueError(f"samples have {plural(own or 0, 'feature')}, the reference {other}; they must match")
     return wanted, missing
 
 
-def _num_dimensions(found: FeatureSet, metric: str) -> int | None:
+def _data(metric: str, found: FeatureSet) -> NDArray[np.float64] | Tensor | None:
+    """What a metric compares: the mean (D,) of FID's or sFID's Gaussian, or the features (N, D)."""
     if metric in ("fid", "sfid"):
         gaussian = found.pool if metric == "fid" else found.spatial
-        return None if gaussian is None else len(gaussian.mu)
-    return None if found.features is None else found.features.shape[1]
+        return None if gaussian is None else gaussian.mu
+    return found.features
 
 
-def _without_gaussian(samples: FeatureSet, reference: FeatureSet, attribute: str) -> str | None:
-    names = "mu, sigma" if attribute == "pool" else "mu_s, sigma_s"
-    for role, found in (("samples", samples), ("reference", reference)):
-        if getattr(found, attribute) is None:
-            if found.count is None:
-                return f"{role}: {found.source} holds no {names}, and no images"
-            if found.count < 2:
-                return f"{role}: {plural(found.count, 'image')}; 2 or more are needed"
+def _lacking(metric: str, role: str, found: FeatureSet) -> str | None:
+    """Why a metric cannot be computed of a set; None if it can."""
+    data, count, fewest = _data(metric, found), found.count, _FEWEST[metric]
+    if metric in ("fid", "sfid"):
+        if data is not None:
+            return None
+        if count is None:
+            names = "mu, sigma" if metric == "fid" else "mu_s, sigma_s"
+            return f"{role}: {found.source} holds no {names}, and no images"
+        if count >= fewest:
             return "these features have no part for sFID"
-    return None
-
-
-def _without_features(samples: FeatureSet, reference: FeatureSet, fewest: int) -> str | None:
-    for role, found in (("samples", samples), ("reference", reference)):
-        if found.features is None:
+    else:
+        if data is None:
             return f"{role}: {found.source} holds only statistics, no images"
-        if len(found.features) < fewest:
-            return f"{role}: {plural(len(found.features), 'image')}; {fewest} or more are needed"
-    return None
-
-
-def _without_classes(samples: FeatureSet) -> str | None:
-    if samples.features is None:
-        return f"samples: {samples.source} holds only statistics, no images"
-    if samples.probabilities is None:
-        return "these features have no class probabilities"
-    if len(samples.probabilities) < NUM_SPLITS:
-        return f"samples: {plural(len(samples.probabilities), 'image')}; {NUM_SPLITS} or more are needed"
-    return None
+        if metric == "inception_score" and found.probabilities is None:
+            return "these features have no class probabilities"
+        count = len(data)
+    return f"{role}: {plural(count, 'image')}; {fewest} or more are needed" if count < fewest else None
 
 
 def _warn_of_doubts(samples: FeatureSet, reference: FeatureSet, fid: bool) -> None:

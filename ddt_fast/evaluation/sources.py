@@ -188,18 +188,14 @@ def _open_npz(path: Path, archive: zipfile.ZipFile, names: set[str]) -> ImageSou
         raise ValueError(f"{path}: arr_0 is {dtype} {shape}; expected uint8 (N, H, W, 3)")
     if fortran_order:
         raise ValueError(f"{path}: arr_0 is in Fortran order; expected C order")
-    labels = _labels(path, archive, shape[0], "labels") if "labels" in names else None
-    if labels is None and "arr_1" in names:
-        labels = _labels(path, archive, shape[0], "arr_1")
-    return ImageSource(path, shape[0], (shape[1], shape[2]), labels, None)
-
-
-def _labels(path: Path, archive: zipfile.ZipFile, count: int, name: str) -> NDArray[np.int64]:
-    with archive.open(f"{name}.npy") as stream:
-        labels = np.lib.format.read_array(stream, allow_pickle=False)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: {name} (labels) is {labels.dtype} {labels.shape}; expected integers ({count},)")
-    return labels.astype(np.int64)
+    labels, count = None, shape[0]
+    if name := next((name for name in ("labels", "arr_1") if name in names), None):
+        with archive.open(f"{name}.npy") as stream:
+            labels = np.lib.format.read_array(stream, allow_pickle=False)
+        if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{path}: {name} (labels) is {labels.dtype} {labels.shape}; expected integers ({count},)")
+        labels = labels.astype(np.int64)
+    return ImageSource(path, count, (shape[1], shape[2]), labels, None)
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -238,13 +234,10 @@ def _is_grid(file: Path, reports: bool) -> bool:
     """Whether a command drew the picture; `reports`: whether any .json lies in the folder, which may be a report."""
     if any(re.fullmatch(name, file.name) and (file.parent / record).is_file() for name, record in _GRIDS.items()):
         return True
-    return reports and file.suffix == ".png" and _is_report(file.with_suffix(".json"))
-
-
-def _is_report(file: Path) -> bool:
-    """Whether `ddt_fast.evaluate` wrote the file, which may not exist."""
-    try:
-        return {"metrics", "not_computed"} <= read_json(file).keys()
+    if not reports or file.suffix != ".png":
+        return False
+    try:  # a report of `ddt_fast.evaluate`, which may not exist
+        return {"metrics", "not_computed"} <= read_json(file.with_suffix(".json")).keys()
     except (OSError, ValueError):
         return False
 

@@ -3,6 +3,7 @@ and a checkpoint may come from anyone."""
 
 import pathlib
 import pickle
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from ddt_fast.wording import kind_of
 
+
+def _member(kind: type[Enum], name: str) -> Enum:
+    """What `getattr` stands for in a metadata file: Python 3.11.0 to 3.11.3 pickles an enum's member through it."""
+    if not isinstance(kind, EnumType):
+        raise pickle.UnpicklingError("its metadata names builtins.getattr, which was not executed")
+    return kind[name]
+
+
 _MADE = {
+    ("builtins", "getattr"): _member,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,

@@ -99,7 +99,15 @@ def _read(source: Path, skip: Sequence[str] = ()) -> LightningWeights:
         sets = read_checkpoint(source)
     else:
         sets = read_weight_sets(source)
-    _report(source, sets)
+    named = {"EMA weights": sets.ema, "raw weights": sets.raw, "REPA projector": sets.projector}
+    for name, tensors in named.items():
+        if tensors:
+            count = sum(tensor.numel() for tensor in tensors.values())
+            dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
+            print(f"{source}: {name}, {plural(len(tensors), 'tensor')}, {plural(count, 'parameter')}, {dtypes}")
+    if sets.other:
+        more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
+        print(f"ignored: {', '.join(sets.other[:8])}{more}")
     return sets
 
 
@@ -156,15 +164,3 @@ def _settings_in(file: Path) -> Experiment:
     if file.name == "recipe.yaml" and described.is_file():
         return replace(experiment, data=read_settings(described).data)
     return experiment
-
-
-def _report(source: Path, sets: LightningWeights) -> None:
-    named = {"EMA weights": sets.ema, "raw weights": sets.raw, "REPA projector": sets.projector}
-    for name, tensors in named.items():
-        if tensors:
-            count = sum(tensor.numel() for tensor in tensors.values())
-            dtypes = ", ".join(sorted({dtype_name(tensor.dtype) for tensor in tensors.values()}))
-            print(f"{source}: {name}, {plural(len(tensors), 'tensor')}, {plural(count, 'parameter')}, {dtypes}")
-    if sets.other:
-        more = f" and {len(sets.other) - 8} more" if len(sets.other) > 8 else ""
-        print(f"ignored: {', '.join(sets.other[:8])}{more}")

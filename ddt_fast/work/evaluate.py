@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from ddt_fast.data.digits import digits
 from ddt_fast.device import choose_device
-from ddt_fast.evaluation.digits_score import DigitsScore, score_digits
-from ddt_fast.evaluation.features import FeatureAccumulator, FeatureSet, PixelExtractor, extractor_maker
+from ddt_fast.evaluation.digits_score import score_digits
+from ddt_fast.evaluation.features import FeatureAccumulator, PixelExtractor, extractor_maker
 from ddt_fast.evaluation.names import Features, Metric
 from ddt_fast.evaluation.report import PICTURE_IMAGES, Progress, report_table
 from ddt_fast.evaluation.scoring import evaluate, gather
@@ -32,8 +32,32 @@ _NUM_DIGITS, _DIGITS_BATCH = 1000, 100
 
 def score_package_digits(file: Path, device: str, batch_size: int, metrics: Sequence[Metric]) -> dict[str, Any]:
     """Score digits drawn from the checkpoint in the package against real ones, and write the report to `file`."""
-    report, shown, digits_score = _score_digits(choose_device(device), batch_size, metrics)
-    _write(file, report, shown)
+    place = choose_device(device)
+    experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
+    model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, place, torch.float32))
+    real, _ = digits()
+    labels = assign_labels(_NUM_DIGITS, experiment.model.num_classes)
+    drawn = []
+    with tqdm(total=_NUM_DIGITS, desc="sampling", unit="img", dynamic_ncols=True) as bar:
+        for start in range(0, _NUM_DIGITS, _DIGITS_BATCH):
+            part = slice(start, start + _DIGITS_BATCH)
+            noise, generators = seeded_noise(range(_NUM_DIGITS)[part], real.shape[1:])
+            drawn.append(
+                sample(model, noise.to(place), labels[part].to(place), experiment.sampling, generators=generators)
+            )
+            bar.update(len(drawn[-1]))
+    samples = torch.cat(drawn).cpu()
+    extractor = PixelExtractor(place)
+    sets = []
+    for name, images in (("digits of the embedded checkpoint", samples), ("scikit-learn's digits", real)):
+        accumulator = FeatureAccumulator(extractor, batch_size)
+        accumulator.add(to_uint8(images))
+        sets.append(accumulator.finish(name))
+    report = evaluate(sets[0], sets[1], metrics)
+    digits_score = score_digits(samples, labels)
+    report["digits"] = asdict(digits_score)
+    places = np.linspace(0, _NUM_DIGITS - 1, PICTURE_IMAGES).round().astype(int).tolist()
+    _write(file, report, dict(zip(places, to_uint8(samples[places]), strict=True)))
     print(digits_score)
     return report
 
@@ -60,7 +84,10 @@ def score_files(
     needed = [*(metrics if others or statistics is None else ()), *(("fid", "sfid") if statistics is not None else ())]
     found = gather(source, "samples", needed, make_extractor, batch_size, progress)
     if statistics is not None:
-        _save_statistics(statistics, found)
+        if found.pool is None:
+            raise ValueError(f"{found.source} is a single image; statistics need 2 or more")
+        write_statistics(statistics, found.pool, found.spatial, found.statistics_count)
+        print(f"wrote {statistics}, statistics of {found.source}")
         if not others:
             return None
     other = others[0] if others else None
@@ -78,41 +105,3 @@ def _write(file: Path, report: dict[str, Any], shown: dict[int, Images]) -> dict
             labelled_grid(np.stack(list(shown.values())), [str(place) for place in shown]).save(picture)
     print(report_table(report))
     return report
-
-
-def _save_statistics(path: Path, samples: FeatureSet) -> None:
-    if samples.pool is None:
-        raise ValueError(f"{samples.source} is a single image; statistics need 2 or more")
-    write_statistics(path, samples.pool, samples.spatial, samples.statistics_count)
-    print(f"wrote {path}, statistics of {samples.source}")
-
-
-def _score_digits(
-    device: torch.device, batch_size: int, metrics: Sequence[str]
-) -> tuple[dict[str, Any], dict[int, Images], DigitsScore]:
-    """Score digits of the embedded checkpoint against all real ones, in pixels."""
-    experiment = experiment_of(EMBEDDED_CHECKPOINT, None)
-    model = FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT, device, torch.float32))
-    real, _ = digits()
-    labels = assign_labels(_NUM_DIGITS, experiment.model.num_classes)
-    drawn = []
-    with tqdm(total=_NUM_DIGITS, desc="sampling", unit="img", dynamic_ncols=True) as bar:
-        for start in range(0, _NUM_DIGITS, _DIGITS_BATCH):
-            part = slice(start, start + _DIGITS_BATCH)
-            noise, generators = seeded_noise(range(_NUM_DIGITS)[part], real.shape[1:])
-            drawn.append(
-                sample(model, noise.to(device), labels[part].to(device), experiment.sampling, generators=generators)
-            )
-            bar.update(len(drawn[-1]))
-    samples = torch.cat(drawn).cpu()
-    extractor = PixelExtractor(device)
-    sets = []
-    for name, images in (("digits of the embedded checkpoint", samples), ("scikit-learn's digits", real)):
-        accumulator = FeatureAccumulator(extractor, batch_size)
-        accumulator.add(to_uint8(images))
-        sets.append(accumulator.finish(name))
-    report = evaluate(sets[0], sets[1], metrics)
-    digits_score = score_digits(samples, labels)
-    report["digits"] = asdict(digits_score)
-    places = np.linspace(0, _NUM_DIGITS - 1, PICTURE_IMAGES).round().astype(int).tolist()
-    return report, dict(zip(places, to_uint8(samples[places]), strict=True)), digits_score

@@ -186,15 +186,9 @@ def test_damaged_and_contradictory_tars(tmp_path):
     for content, message in (
         ({"0.png": picture(1), "0.cls": b"dog"}, r"a\.tar/0\.cls holds no class: .*'dog'; expected a whole number"),
         ({"0.png": picture(1), "0.cls": b"-1"}, r"a\.tar/0\.cls holds no class: the class is -1"),
-        (
-            {"0.png": picture(1), "0.cls": b"1000000"},
-            r"a\.tar/0\.cls .* is 1000000; expected a whole number, 0 to 999,999",
-        ),
+        ({"0.png": picture(1), "0.cls": b"1000000"}, r"is 1000000; expected a whole number, 0 to 999,999"),
         ({"0.png": picture(1), "0.json": b"{"}, r"a\.tar/0\.json holds no class"),
-        (
-            {"0.png": picture(1), "0.cls": b"1", "1.png": picture(1)},
-            r"a\.tar/1\.png has no class, although others have",
-        ),
+        ({"0.png": picture(1), "0.cls": b"1", "1.png": picture(1)}, r"a\.tar/1\.png has no class, although"),
     ):
         write_tar(tmp_path / "x" / "a.tar", content)
         with pytest.raises(ValueError, match=message):

@@ -10,15 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import latent_cases
+import numpy as np
 import pytest
 import torch
-from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images
+from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images, read_image
 from safetensors.torch import load_file
 
 from ddt_fast.data import latent_cache
-from ddt_fast.data.image_folder import read_image
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.ranks import Ranks
 
@@ -164,11 +165,7 @@ def test_a_cache_of_other_settings_or_images_is_refused(images, unbroken, tmp_pa
     fewer = make_images(tmp_path / "fewer", {"a": 7, "b": 9, "c": 9})
     repa = {"repa_encoder": PatchMeanFeatures()}
     for folder, options, message in (
-        (
-            images,
-            repa | {"dtype": "bfloat16", "flips": False},
-            'float16", now "bfloat16"; flips true, now false; use',
-        ),
+        (images, repa | {"dtype": "bfloat16", "flips": False}, 'now "bfloat16"; flips true, now false; use'),
         (fewer, repa, "num_images 26, now 25; images_sha256"),
         (images, {}, r'repa_encoder "patch means", now null; .*feature_shape \[16, 3\], now null'),
     ):
@@ -185,18 +182,18 @@ def test_a_folder_that_holds_something_else_is_refused(images, tmp_path, name):
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "mine")]
 
 
-class LoudEncoder(MeanPoolEncoder):
-    def __call__(self, images):
-        mean, logvar = super().__call__(images)
-        return mean * 1e6, logvar
+def scaled(kind: type, scale: float) -> Any:
+    """An encoder whose means, or whose features, are so many times as large."""
+
+    class Scaled(kind):
+        def __call__(self, images):
+            found = super().__call__(images)
+            return (found[0] * scale, found[1]) if isinstance(found, tuple) else found * scale
+
+    return Scaled()
 
 
-class ScaledFeatures(PatchMeanFeatures):
-    def __init__(self, scale):
-        self.scale = scale
-
-    def __call__(self, images):
-        return super().__call__(images) * self.scale
+LOUD, LOUD_FEATURES = scaled(MeanPoolEncoder, 1e6), scaled(PatchMeanFeatures, 1e6)
 
 
 @pytest.mark.parametrize(
@@ -205,11 +202,12 @@ class ScaledFeatures(PatchMeanFeatures):
         ({"dtype": "float32"}, "allowed: float16, bfloat16"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"encoder": LoudEncoder()}, "latents up to .* do not fit float16; use bfloat16"),
-        ({"repa_encoder": ScaledFeatures(1e6)}, "features up to .* do not fit float16; use bfloat16"),
-        ({"repa_encoder": ScaledFeatures(float("nan"))}, "the features are not finite"),
+        ({"encoder": LOUD}, "latents up to .* do not fit float16; use bfloat16"),
+        ({"repa_encoder": LOUD_FEATURES}, "features up to .* do not fit float16; use bfloat16"),
+        ({"encoder": scaled(MeanPoolEncoder, np.nan)}, "the latents are not finite"),
+        ({"repa_encoder": scaled(PatchMeanFeatures, np.nan)}, "the features are not finite"),
     ],
-    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan features"],
+    ids=["dtype", "shard size", "workers", "loud latents", "loud features", "nan latents", "nan features"],
 )
 def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
@@ -217,5 +215,5 @@ def test_what_cannot_be_encoded_is_refused(images, tmp_path, options, message):
 
 
 def test_bfloat16_takes_large_latents_and_features(images, tmp_path):
-    loud = {"encoder": LoudEncoder(), "repa_encoder": ScaledFeatures(1e6)}
-    assert encode(images, tmp_path, dtype="bfloat16", **loud)["count"] == 24
+    manifest = encode(images, tmp_path, LOUD, dtype="bfloat16", repa_encoder=LOUD_FEATURES)
+    assert manifest["count"] == 24

@@ -7,4 +7,4 @@ command -v chromium >/dev/null || { apt-get update -qq && apt-get install -qq -y
 python -c "import gradio, playwright" 2>/dev/null || pip install --quiet -e ".[demo]" "playwright>=1.50"
 if [ $# -gt 0 ]; then export DDT_DEMO_SCREENSHOT=$1; fi
 # A file's tests share one demo and one browser, and so one worker; the slow files do not come last.
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/demo tests/test_class_names.py tests/test_latent_models.py
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/demo

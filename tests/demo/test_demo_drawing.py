@@ -10,9 +10,14 @@ import torch
 from PIL import Image
 
 from ddt_fast import sample as sample_command
+from ddt_fast.config import DataConfig, DDTConfig, SamplingConfig
+from ddt_fast.generation.images import to_uint8
+from ddt_fast.model.reference import DDT
+from ddt_fast.model.weights import save_model
 from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling import SamplingPlan
 from demo_cases import MAX_IMAGES, MAX_STEPS, models, values
+from sample_jobs import small_autoencoder
 
 pytest.importorskip("gradio", reason='gradio is not installed: pip install ".[demo]" in the checkout')
 
@@ -130,6 +135,17 @@ def test_names_that_are_not_utf8_are_escaped(request_of, tmp_path):
     _, gallery, _ = drawing.generate(replace(asked, pipe=named), drawing.Report(), tmp_path)
     assert [caption for _, caption in gallery["value"]] == ["caf\\udce9 · seed 0", "class 1 · seed 1"]
     assert class_choices(named)[:2] == [("0 · caf\\udce9, bar", "0"), ("1", "1")]
+
+
+def test_latents_are_decoded_by_the_scale_of_their_data(request_of, tmp_path):
+    """Not by the autoencoder's scaling factor."""
+    data = DataConfig("latents", 32, small_autoencoder(tmp_path / "vae"), scaling_factor=0.7)
+    save_model(DDT(DDTConfig(4, 2, 32, 2, 3, 2, 3)), tmp_path / "model", data, SamplingConfig())
+    pipe = DDTPipeline.from_pretrained(tmp_path / "model")
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    shown = drawing._pixels(replace(request_of(), pipe=pipe), latents)
+    expected = to_uint8(pipe.vae.decode(latents / 0.7).sample.detach())
+    assert np.abs(shown.astype(int) - expected).max() <= 1
 
 
 def test_a_run_reports_its_steps_and_ends_when_told_to(request_of, tmp_path):

@@ -9,8 +9,10 @@ import torch
 from independent_metrics import independent
 
 from ddt_fast.data.digits import digits
-from ddt_fast.evaluation import FeatureAccumulator, InceptionExtractor, PixelExtractor, evaluate, scoring
+from ddt_fast.evaluation import scoring
+from ddt_fast.evaluation.features import FeatureAccumulator, InceptionExtractor, PixelExtractor
 from ddt_fast.evaluation.metrics import gaussian_statistics
+from ddt_fast.evaluation.scoring import evaluate
 from ddt_fast.evaluation.statistics import save_statistics
 from ddt_fast.generation.images import to_uint8
 from inception_cases import smooth_images, weights_file
@@ -92,15 +94,13 @@ def test_scores_do_not_depend_on_batches_or_order_of_arrival():
 def test_ranks_merge_in_memory_and_through_files(tmp_path):
     images = smooth_images(60, 0, size=8)
     expected = accumulated(images)
-    ranks = []
-    for rank in range(3):
-        accumulator = FeatureAccumulator(PixelExtractor())
-        indices = range(rank, 60, 3)
-        accumulator.add(images[rank::3], indices)
+    ranks = [FeatureAccumulator(PixelExtractor()) for _ in range(4)]  # the last has no images
+    for rank, accumulator in enumerate(ranks):
+        if rank < 3:
+            accumulator.add(images[rank::3], range(rank, 60, 3))
         accumulator.save(tmp_path / f"{rank}.pt")
-        ranks.append(accumulator)
     loaded = FeatureAccumulator(PixelExtractor())
-    for rank in (2, 0, 1):
+    for rank in (3, 2, 0, 1):
         loaded.load(tmp_path / f"{rank}.pt")
     for other in ranks[1:]:
         ranks[0].merge(other)
@@ -224,23 +224,14 @@ def test_only_what_is_asked_for_is_computed():
 
 
 @pytest.mark.slow
-def test_doubts_are_warned_of(tmp_path, recwarn):
-    samples = write(tmp_path / "samples.npz", smooth_images(10, 0), labels=np.arange(10) // 5)
-    reference = write(tmp_path / "reference.npz", smooth_images(4, 1, size=16))
-    evaluate(samples, reference, ["inception_score", "precision"], inception)
-    messages = " | ".join(str(warning.message) for warning in recwarn)
-    assert "samples.npz is sorted by class" in messages
-    assert "samples have 32x32 pixels, the reference 16x16" in messages
-
-
-@pytest.mark.slow
-def test_few_images_and_foreign_weights_are_warned_of_and_broken_ones_refused():
+def test_doubts_are_warned_of_and_broken_weights_refused():
     with pytest.warns(UserWarning, match="no published score was computed with it"):
         extractor = InceptionExtractor(weights_file())
     assert extractor.description["published_weights"] is False
     found = accumulated(smooth_images(3, 0), extractor)
-    with pytest.warns(UserWarning, match="FID of 3 images \\(samples\\) is far too high"):
-        scoring._warn_of_doubts(found, found, True)
+    size, few = "samples have 32x32 pixels, the reference 16x16", "FID of 3 images \\(samples\\) is far too high"
+    with pytest.warns(UserWarning, match=size), pytest.warns(UserWarning, match=few):
+        scoring._warn_of_doubts(found, replace(found, size=(16, 16)), True)
     extractor.network.Conv2d_1a_3x3.conv.weight.mul_(torch.inf)
     with pytest.raises(ValueError, match="not finite"):
         FeatureAccumulator(extractor).add(smooth_images(2, 0))

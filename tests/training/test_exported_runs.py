@@ -1,6 +1,7 @@
 """A run's checkpoints become files for the original code, and model folders, with all that training needs."""
 
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -97,12 +98,36 @@ class Touch:
         return Path.touch, (self.file,)
 
 
+class Attribute:
+    """Pickled as an attribute of a class that a checkpoint may name."""
+
+    def __reduce__(self):
+        return getattr, (torch.Size, "mro")
+
+
+class PicklerOfPython3112(pickle.Pickler):
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_python_3_11_2_is_read(ten, tmp_path):
+    """Debian 12's Python names an enum's member by getattr, which 3.11.4 and later do not."""
+    file = ten / "checkpoints" / "step_0000010" / "state" / ".metadata"
+    found = pickle.loads(file.read_bytes())
+    with file.open("wb") as old:
+        PicklerOfPython3112(old).dump(found)
+    assert b"getattr" in file.read_bytes()
+    convert.convert_checkpoint(ten, tmp_path / "out")
+    assert load_model(tmp_path / "out").config == load_model(ten / "model").config
+
+
 def test_code_in_a_checkpoint_is_refused_and_not_run(ten, tmp_path):
     mark, file = tmp_path / "it_ran", ten / "checkpoints" / "step_0000010" / "state" / ".metadata"
     metadata = pickle.loads(file.read_bytes())
     metadata.state_dict_metadata["weights.code"] = BytesStorageMetadata()
     for content, message in (
         (Touch(mark), r"metadata names pathlib\.Path\.touch, which was not executed"),
+        (Attribute(), r"metadata names builtins\.getattr, which was not executed"),
         (metadata, r"weights\.code is not a tensor, and was not opened"),
         ({}, "metadata is a dict"),
     ):
