@@ -24,7 +24,7 @@ from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan
-from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.budgets import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_kernels import Cost

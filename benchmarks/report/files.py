@@ -20,7 +20,7 @@ KINDS = {
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),
-    "pareto": ("python -m benchmarks.pareto", {"points", "recommended"}),
+    "pareto": ("python -m benchmarks.pareto", {"points", "budgets"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
 
@@ -106,25 +106,20 @@ def _draw_forecast(axis: Any, record: Record) -> None:
 
 
 def _draw_pareto(axis: Any, record: Record) -> None:
-    """Median error over cost, the front, and the settings that have a name."""
-
-    def place(points: list[Record]) -> tuple[list[float], list[float]]:
-        return [p["tflop_xl2"] for p in points], [p["error_median"] for p in points]
-
-    points = [p for p in record["points"] if "error_median" in p]
-    edge = [record["points"][i] for i in record["fronts"]["error_median over tflop_xl2"]]
-    axis.scatter(*place(points), s=16, color="grey", label=f"near the front, {record['samples']} samples")
-    axis.plot(*place(edge), color="crimson", drawstyle="steps-post", label="front")
-    named = [p for p in points if "name" in p]
-    for i, (x, y, name) in enumerate(sorted(zip(*place(named), (p["name"] for p in named), strict=True))):
-        axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
-        where = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
-        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **where)
+    """Median error over cost, a line for every series."""
+    series: dict[str, list[Record]] = defaultdict(list)
+    for point in record["points"]:
+        series[point["series"]].append(point)
+    for name, points in series.items():
+        style = {"marker": "o", "markersize": 4, "linewidth": 2.5 if name.startswith("corrected 3") else 1}
+        if not name.startswith("corrected"):
+            style["linestyle"] = "--"
+        axis.plot([p["tflop_xl2"] for p in points], [p["error_median"] for p in points], label=name, **style)
     axis.set_xscale("log")
 
 
 # By kind of file: title, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
-    "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
+    "pareto": ("Corrected steps come nearer for fewer FLOPs: digits, w 2, against the ODE's solution", _draw_pareto),
 }

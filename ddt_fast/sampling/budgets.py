@@ -1,18 +1,18 @@
 """Settings for a budget of FLOPs: as many steps of solver "pec" as it affords, by a table measured on the digits model.
 
-`python -m benchmarks.pareto` measures the table, and `python -m benchmarks.report --write-readme` puts it into
-assets/budgets.json. With this solver, sharing states or guidance differences buys nothing at any budget measured: steps
+`python -m benchmarks.pareto` measures the table. With this solver, sharing states or guidance differences buys nothing at any budget measured: steps
 that evaluate everything are nearer to the ODE's solution at the same cost.
 """
 
 import json
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.sampling.plan import SamplingPlan
 
+BUDGETS_FILE = Path(__file__).parents[1] / "assets" / "budgets.json"
 FAST_SUMMARY = "21 steps of solver pec, order 3, about 10 TFLOP an image at XL/2, 256 px, in place of 111"
 
 
@@ -67,7 +67,8 @@ def settings_within(
 def budget_table() -> dict[str, Any]:
     """rows: guidance_scale, num_steps and order of runs in (0.3, 1), with their errors against the ODE's solution, as
     `benchmarks.sampler_errors` defines them; evidence: how they were measured, in words."""
-    return json.loads((files("ddt_fast") / "assets/budgets.json").read_text())
+    table: dict[str, Any] = json.loads(BUDGETS_FILE.read_text())
+    return table
 
 
 def describe(config: SamplingConfig) -> str:
