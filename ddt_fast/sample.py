@@ -6,6 +6,7 @@ Under torchrun the processes share the work. A job that was stopped or killed co
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ddt_fast.checks import require_number
 from ddt_fast.command import CommandParser, read_options, run_command
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.names import Features
@@ -87,6 +88,7 @@ def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     if options.fast:
         sampling = fast_settings(sampling)
     if options.budget is not None:
+        require_number("budget", options.budget, 0, open_low=True)
         guided = sampling.override(
             **{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")}
         )

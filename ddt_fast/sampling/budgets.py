@@ -12,7 +12,7 @@ from typing import Any
 from ddt_fast.config import DDTConfig, SamplingConfig
 from ddt_fast.sampling.plan import SamplingPlan
 
-BUDGETS_FILE = Path(__file__).parents[1] / "assets" / "budgets.json"
+BUDGETS_FILE = Path(__file__).parents[1] / "assets" / "sampling" / "budgets.json"
 FAST_SUMMARY = "21 steps of solver pec, order 3, about 10 TFLOP an image at XL/2, 256 px, in place of 111"
 
 

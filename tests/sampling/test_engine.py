@@ -16,7 +16,6 @@ from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
 from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
-from ddt_fast.sampling.fast import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.schedule import timesteps
 from ddt_fast.sampling.solvers import lagrange_integrals
@@ -160,26 +159,6 @@ def test_cuda_matches_the_cpu():
     result = sample(model, io["xT"], io["y"], golden.sampling_config(NAME, "euler_cfg2_interval"))
     assert result.is_cuda
     assert relative_error(result.cpu(), io["sample.euler_cfg2_interval"]) < 1e-3
-
-
-@pytest.mark.slow
-def test_the_recommended_shortcut_is_nearer_to_the_truth_than_holding_two_steps():
-    """Final samples of the trained digits model against the run that evaluates everything."""
-    base = SamplingConfig(num_steps=250, guidance_scale=2.0, guidance_interval=(0.3, 1.0), last_step=0.04)
-    model, labels = load_model(EMBEDDED_CHECKPOINT), torch.arange(10)
-    noise, _ = seeded_noise(range(10), (1, 8, 8))
-    fast, held = fast_settings(base), replace(base, refresh_every=2)
-    assert (fast.refresh_every, fast.guidance_every) == (6, 10)
-    assert (fast.state_forecast, fast.guidance_forecast) == ("linear", "linear")
-    truth, shortcut, held = (sample(model, noise, labels, config) for config in (base, fast, held))
-    assert 0 < relative_error(shortcut, truth) < relative_error(held, truth)
-
-
-def test_fewer_steps_take_a_smaller_shortcut_and_keep_the_rest():
-    config = SamplingConfig(num_steps=20, solver="lms", guidance_scale=3.0, refresh_steps=(0, 7))
-    fast = fast_settings(config)
-    assert (fast.refresh_every, fast.refresh_steps, fast.guidance_every) == (2, None, 4)
-    assert (fast.num_steps, fast.solver, fast.guidance_scale) == (20, "lms", 3.0)
 
 
 @pytest.mark.slow
