@@ -63,7 +63,12 @@ def candidates() -> Iterator[tuple[str, SamplingConfig]]:
 
 # Stands for the truth where there are many samples.
 FRECHET_REFERENCE = ("corrected 3, 64", replace(CORRECTED, num_steps=64))
-FRECHET_CANDIDATES = ("Euler 250, K 6, M 10 linear", "multistep 3, 35, K 2 quadratic", "corrected 3, 21", "corrected 2, 10")
+FRECHET_CANDIDATES = (
+    "Euler 250, K 6, M 10 linear",
+    "multistep 3, 35, K 2 quadratic",
+    "corrected 3, 21",
+    "corrected 2, 10",
+)
 BLOCKS = 10  # of the many samples: differences between blocks are the standard errors
 
 

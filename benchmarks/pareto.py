@@ -5,14 +5,14 @@
 writes pareto.json and pareto.png and prints what to take for a budget. Into the repository's own results it also writes
 the package's table for `sample --budget`.
 
-- The truth is the solution of the guided ODE: a fine run that evaluates everything, from the same noise. So the solver's
-  error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.)
+- The truth is the solution of the guided ODE: a fine run that evaluates everything, from the same noise. So the
+  solver's error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.)
 - One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative
   L2 error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
 - A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from
   the real ones' spread.
-- Where guidance sets in between two steps, Euler and "lms" are off by up to one step's length. Their step counts here put
-  the bound 0.3 midway between two steps, where a multistep solver is right by luck; with the published 250 it lies
+- Where guidance sets in between two steps, Euler and "lms" are off by up to one step's length. Their step counts here
+  put the bound 0.3 midway between two steps, where a multistep solver is right by luck; with the published 250 it lies
   beside one. The steps of "pec" end at the bound.
 """
 
@@ -45,7 +45,7 @@ from ddt_fast.sampling.budgets import BUDGETS_FILE
 
 MULTISTEP = replace(BASE, solver="lms", order=3)
 CORRECTED = replace(BASE, solver="pec", order=3)
-QUADRATIC = {"refresh_every": 2, "state_forecast": "quadratic"}
+QUADRATIC: dict[str, Any] = {"refresh_every": 2, "state_forecast": "quadratic"}
 STEPS = (4, 6, 8, 10, 12, 15, 18, 21, 26, 32, 42, 64, 105)  # of "pec", and of the table for budgets
 # By name: settings, and numbers of steps.
 SERIES: dict[str, tuple[SamplingConfig, tuple[int, ...]]] = {
@@ -117,7 +117,10 @@ def budget_table(record: dict[str, Any]) -> dict[str, Any]:
     """The package's table, as `ddt_fast.sampling.budgets` reads it."""
     environment = record["environment"]
     commit, day = (environment["commit"] or "not known")[:12], environment["date"][:10]
-    return {"evidence": f"{record['samples']} samples, benchmarks.pareto, commit {commit}, {day}", "rows": record["budgets"]}
+    return {
+        "evidence": f"{record['samples']} samples, benchmarks.pareto, commit {commit}, {day}",
+        "rows": record["budgets"],
+    }
 
 
 NUMBERS = {

@@ -144,7 +144,9 @@ def test_fast_and_a_budget_choose_the_steps_and_give_way_to_options(tmp_path, ca
 
     assert evaluations(guidance_every=2) in said("--fast", "--guidance-every", "2")
     output = said("--budget", "0.001")
-    assert re.search(r"^budget of 0\.001 TFLOP: \d+ steps of solver pec, order 3, with an edge at 0\.3", output, re.MULTILINE)
+    assert re.search(
+        r"^budget of 0\.001 TFLOP: \d+ steps of solver pec, order 3, with an edge at 0\.3", output, re.MULTILINE
+    )
     assert "in median (256 samples, benchmarks.pareto, commit" in output
     assert evaluations(num_steps=8, order=2) in said("--budget", "0.001", "--num-steps", "8", "--order", "2")
     for options, message in (

@@ -204,8 +204,8 @@ def forecast(record: Record) -> Iterator[str]:
     numbers = [row[name] for row in (linear, hold) for name in ("error", "error_median")]
     yield (
         "Errors are relative L2 distances from the first row's samples: of all as one vector, and the median of each "
-        "by itself. At guidance 4, linear with K = 6 and M = 10 has errors of {:.4f} and {:.4f}, hold with K = 2 of {:.4f} "
-        "and {:.4f}. The file holds all settings.".format(*numbers)
+        "by itself. At guidance 4, linear with K = 6 and M = 10 has errors of {:.4f} and {:.4f}, hold with K = 2 of "
+        "{:.4f} and {:.4f}. The file holds all settings.".format(*numbers)
     )
 
 

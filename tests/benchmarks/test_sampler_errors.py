@@ -138,7 +138,9 @@ def test_a_small_run_of_candidates(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_small_run_of_forecast(tmp_path, monkeypatch):
-    chosen = [(*s[:3], replace(s[3], num_steps=25)) for s in forecast.settings() if s[0] == "guidance scale" and s[2] == 2]
+    chosen = [
+        (*s[:3], replace(s[3], num_steps=25)) for s in forecast.settings() if s[0] == "guidance scale" and s[2] == 2
+    ]
     monkeypatch.setattr(forecast, "settings", lambda: iter(chosen))
     forecast.main(["--num-samples", "65", "--output-dir", str(tmp_path)])
     everything, held, linear = json.loads((tmp_path / "forecast.json").read_text())["results"]

@@ -11,8 +11,6 @@ import golden_data as golden
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.quantization import quantize_int8
-from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
-from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan, sample
 from ddt_fast.sampling.buffers import fitting_batch_size, needed_bytes
