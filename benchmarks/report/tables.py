@@ -186,7 +186,6 @@ FORECAST_ROWS = (
 
 
 def forecast(record: Record) -> Iterator[str]:
-
     def find(group: str, series: str, at: float | None) -> Record:
         found = [r for r in record["results"] if (r["group"], r["series"]) == (group, series) and at in (None, r["at"])]
         return found[0]
@@ -200,8 +199,8 @@ def forecast(record: Record) -> Iterator[str]:
     head = f"digits, 250 steps, w 2 in (0.3, 1), {record['num_samples']} samples | error of all samples | median error"
     yield table(f"{head} | pixel Fréchet distance | class accuracy | TFLOP at XL/2, 256 px", rows)
     yield (
-        "Errors are relative L2 distances from the first row's samples: of all as one vector, and the median of each by "
-        "itself. The file holds all settings."
+        "Errors are relative L2 distances from the first row's samples: of all as one vector, and the median of each "
+        "by itself. The file holds all settings."
     )
 
 
