@@ -142,9 +142,12 @@ class SamplingPlan:
         return sum(branch.encode for step in self.steps for branch in step.branches)
 
     def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes per image of the decoder modulations kept between steps, which is also their peak."""
+        """Bytes per image kept between steps, which is also their peak: decoder modulations, and in float32 earlier
+        velocities and guidance differences."""
         per_state = model.num_tokens(height, width) * (6 * model.num_decoder_blocks + 2) * model.hidden_size
-        return self.state_history * self.cached_branches * per_state * dtype.itemsize
+        fields = self.velocity_history + self.difference_history
+        states = self.state_history * self.cached_branches * per_state * dtype.itemsize
+        return states + fields * model.in_channels * height * width * torch.float32.itemsize
 
     def flops(self, model: DDTConfig, height: int, width: int) -> int:
         """Matrix-multiplication FLOPs per image (1 multiply-add = 2), for a model input of height and width."""

@@ -162,24 +162,27 @@ def test_cuda_matches_the_cpu():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("settings", "states"),
+    ("settings", "states", "fields"),
     [
-        ({"refresh_every": 3}, 2),
-        ({"refresh_every": 3, "guidance_scale": 1.0}, 1),
-        ({"refresh_every": 3, "guidance_interval": (0.951, 0.952)}, 1),
-        ({"refresh_every": 3, "state_forecast": "linear"}, 4),
-        ({"refresh_every": 3, "state_forecast": "quadratic", "guidance_every": 4}, 3),
+        ({"refresh_every": 3}, 2, 0),
+        ({"refresh_every": 3, "guidance_scale": 1.0}, 1, 0),
+        ({"refresh_every": 3, "guidance_interval": (0.951, 0.952)}, 1, 0),
+        ({"refresh_every": 3, "state_forecast": "linear"}, 4, 0),
+        ({"refresh_every": 3, "state_forecast": "quadratic", "guidance_every": 4}, 3, 1),
+        ({"solver": "lms", "order": 3, "guidance_scale": 1.0}, 1, 2),
+        ({"solver": "pec", "order": 3}, 2, 6),
     ],
 )
-def test_what_is_kept_is_what_the_plan_predicted(settings, states, dtype):
-    """Held modulations are two chunks more than six a decoder block, per token; XL/2 at 256 pixels keeps 22.4 MB."""
+def test_what_is_kept_is_what_the_plan_predicted(settings, states, fields, dtype):
+    """Held modulations are two chunks more than six a decoder block, per token; a field is a float32 latent."""
     model = fused().to(dtype)
     sampler = Sampler(model, SamplingConfig(num_steps=12, **settings), 5, 8, 12)
     predicted = sampler.plan.cache_bytes(model.config, 8, 12, dtype)
-    assert predicted == states * 24 * (6 * 2 + 2) * 48 * dtype.itemsize
+    modulations = states * 24 * (6 * 2 + 2) * 48 * dtype.itemsize
+    assert predicted == modulations + fields * 4 * 8 * 12 * 4
     draw = torch.randn(5, 4, 8, 12), torch.tensor([0, 1, 2, 3, 4])
     sampler(*draw)
-    assert sampler.buffers.modulations.nbytes == 5 * predicted
+    assert sampler.buffers.kept_bytes - sampler.buffers.conditions.nbytes == 5 * predicted
     assert sampler.buffers.kept_bytes >= needed_bytes(sampler.plan, model, 5, 8, 12)
 
 
