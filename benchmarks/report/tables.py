@@ -213,13 +213,16 @@ def pareto(record: Record) -> Iterator[str]:
     corrected = [point for point in points if point["series"].startswith("corrected")]
     others = [point for point in points if point not in named and point not in corrected]
 
-    def row(point: Record) -> list[object]:
+    def row(point: Record | None) -> list[object]:
+        if point is None:
+            return [None] * 3
         fields = {name: value for name, value in point["settings"].items() if name != "guidance_interval"}
         numbers = [f"{1000 * point[name]:.3g}" for name in MEASURES]
         return [label(SamplingConfig(**fields)), f"{point['tflop_xl2']:.1f}", " / ".join(numbers)]
 
-    def best(of: list[Record], budget: float) -> Record:
-        return min((point for point in of if point["tflop_xl2"] <= budget), key=lambda point: point["error"])
+    def best(of: list[Record], budget: float) -> Record | None:
+        affordable = (point for point in of if point["tflop_xl2"] <= budget)
+        return min(affordable, key=lambda point: point["error"], default=None)
 
     yield (
         f"Digits model, guidance {record['guidance_scale']:g} in (0.3, 1), {record['samples']} samples; errors in "
