@@ -54,17 +54,17 @@ def default_dtype_kept() -> Iterator[None]:
 @contextmanager
 def quiet_casts() -> Iterator[None]:
     """Drop the warning of diffusers 0.42 at every cast of a model that it "should be kept in float32: []": no module of
-    ours should."""
+    ours should. May be nested."""
+
+    def names_modules(record: logging.LogRecord) -> bool:  # one per call: the inner block must not remove the outer's
+        return "should be kept in float32: []" not in record.getMessage()
+
     logger = logging.getLogger("diffusers.models.modeling_utils")
-    logger.addFilter(_names_modules)
+    logger.addFilter(names_modules)
     try:
         yield
     finally:
-        logger.removeFilter(_names_modules)
-
-
-def _names_modules(record: logging.LogRecord) -> bool:
-    return "should be kept in float32: []" not in record.getMessage()
+        logger.removeFilter(names_modules)
 
 
 @contextmanager

@@ -244,8 +244,17 @@ class ImageFolder:
 
     def read(self, index: int, size: int) -> Tensor:
         """Read the centre crop of an image, (3, size, size) uint8 RGB; UnreadableImageError as `read_pixels`."""
-        # Transposed by NumPy: torch would start threads, which would wait for those of other images.
-        return torch.from_numpy(np.array(self.images.read(self.files[index], size).transpose(2, 0, 1), order="C"))
+        return _channels_first(self.images.read(self.files[index], size))
+
+
+def read_image(path: Path, size: int) -> Tensor:
+    """Read the centre crop of an image file, (3, size, size) uint8 RGB; UnreadableImageError as `read_pixels`."""
+    return _channels_first(read_pixels(path, size))
+
+
+def _channels_first(pixels: NDArray[np.uint8]) -> Tensor:
+    # Transposed by NumPy: torch would start threads, which would wait for those of other images.
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
 
 
 def list_images(root: Path, class_names: Sequence[str] = ()) -> ImageFolder:

@@ -120,7 +120,8 @@ def corrected_multistep(
 
     A step predicts as Adams-Bashforth of `order` does: it integrates the polynomial through the last values. The next
     evaluation corrects that: it adds the integral of the parabola through the newest three values (Adams-Moulton), less
-    what was predicted. The evaluation is at the predicted x, and no value is computed twice.
+    what was predicted. The evaluation is at the predicted x, and no value is computed twice. A polynomial ends before
+    values so close that their rounding errors would be magnified: a step after a very short one has a lower order.
 
     Args:
         times: of the steps, and the end of the last one; they may be uneven.
@@ -136,17 +137,25 @@ def corrected_multistep(
         if is_evaluated:
             nodes = [span[0], *nodes][:4]
             for before, earlier in predicted:
-                integrals += [(1, nodes[:3], earlier), (-1, before, earlier)]
+                integrals += [(1, _spread(nodes[:3], earlier), earlier), (-1, before, earlier)]
             predicted = []
         if is_used:
-            integrals.append((1, nodes[:order], span))
-            predicted.append((nodes[:order], span))
+            through = _spread(nodes[:order], span)
+            integrals.append((1, through, span))
+            predicted.append((through, span))
         row: dict[float, float] = defaultdict(float)
         for sign, through, (start, end) in integrals:
             for node, weight in zip(through, lagrange_integrals(through, start, end), strict=True):
                 row[node] += sign * weight
         rows.append(tuple(row[node] for node in nodes[: len(row)]))
     return rows
+
+
+def _spread(nodes: list[float], span: tuple[float, float]) -> list[float]:
+    """The nodes, newest first, up to the first that is closer to the one before than a twentieth of the span."""
+    closest = (span[1] - span[0]) / 20
+    distances = [newer - older for newer, older in pairwise(nodes)]
+    return nodes[: next((i for i, distance in enumerate(distances, 1) if distance < closest), len(nodes))]
 
 
 DIFFUSIONS: dict[str, Callable[[float], float]] = {

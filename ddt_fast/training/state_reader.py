@@ -26,9 +26,12 @@ _MADE = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    # Paths from any machine become this one's.
-    ("pathlib", "PosixPath"): pathlib.PurePath,
-    ("pathlib", "WindowsPath"): pathlib.PurePath,
+    # Paths from any machine and any Python (3.13 names pathlib._local) become this one's.
+    **{
+        (module, kind): pathlib.PurePath
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("PosixPath", "WindowsPath")
+    },
 }
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from ddt_fast.data.encode import cache_settings, encode_images
-from ddt_fast.data.image_file import read_pixels
 from ddt_fast.data.image_folder import list_images
 from ddt_fast.data.latent_cache import CacheFolder, CacheSettings
 
@@ -63,11 +62,6 @@ def make_images(root: Path, counts: dict[str, int], size: int = 24) -> Path:
             pixels = random.integers(0, 256, (size, size + 4, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i:03d}.png")
     return root
-
-
-def read_image(file: Path, size: int) -> Tensor:
-    """Its centre crop, (3, size, size) uint8 RGB."""
-    return torch.tensor(read_pixels(file, size)).permute(2, 0, 1)
 
 
 def encode(

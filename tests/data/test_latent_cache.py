@@ -16,10 +16,11 @@ import latent_cases
 import numpy as np
 import pytest
 import torch
-from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images, read_image
+from latent_cases import MeanPoolEncoder, PatchMeanFeatures, contents, encode, make_images
 from safetensors.torch import load_file
 
 from ddt_fast.data import latent_cache
+from ddt_fast.data.image_folder import read_image
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.ranks import Ranks
 

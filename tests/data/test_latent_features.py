@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from latent_cases import MeanPoolEncoder, PatchMeanFeatures, encode, read_image
+from latent_cases import MeanPoolEncoder, PatchMeanFeatures, encode
 from safetensors.torch import load_file, save_file
 
 from ddt_fast.data import latent_loader
 from ddt_fast.data.cached_images import CachedImages
+from ddt_fast.data.image_folder import read_image
 from ddt_fast.data.latent_dataset import LatentDataset
 from ddt_fast.data.loader import LatentBatch, LatentLoader
 

@@ -97,10 +97,12 @@ def test_sizes_and_dtypes(latent_model):
     assert pipe([1], height=32, width=96, output_type="latent").images.shape == (1, 4, 4, 12)
 
 
-def test_moving_and_casting_is_quiet(caplog, recwarn):
-    pipe = digits()
-    for place in (("cpu", torch.float16), (torch.float16,), ("cpu",), (torch.float32,)):
-        pipe.to(*place)
+def test_moving_and_casting_is_quiet(caplog, recwarn, latent_model):
+    with_vae = DDTPipeline.from_pretrained(latent_model)
+    for pipe in (digits(), with_vae):
+        for place in (("cpu", torch.float16), (torch.float16,), ("cpu",), (torch.float32,)):
+            pipe.to(*place)
+    assert with_vae.vae.dtype == torch.float32
     pipe.transformer.to(torch.bfloat16).to("cpu", torch.float32)
     assert caplog.text == ""
     assert not recwarn.list

@@ -236,6 +236,20 @@ def test_rows_of_pec_by_hand():
     assert rows[4] == pytest.approx((7 / 4, -3 / 4))
 
 
+def test_pec_does_not_extrapolate_through_values_of_nearly_one_time():
+    """A guidance interval of 1e-5 makes a step as short; its rounding errors would be magnified 30,000 times."""
+    rows = corrected([0, 1, 1.00001, 2, 3], 3)
+    assert rows[2] == pytest.approx((0.99999, 0, 0), abs=2e-5)  # Euler
+    assert rows[3] == pytest.approx((3 / 2 + 1 / 2, -1 / 2 + 1 / 2 - 1), abs=2e-5)  # as after a first step
+    for interval in ((0.3, 0.30001), (0.3, 0.3000001), (1e-6, 1.0), (0.0, 0.999999)):
+        built = plan(num_steps=8, solver="pec", guidance_interval=interval, guidance_scale=2.0)
+        steps = [step.coefficients for step in built.steps]
+        assert max(abs(c) for step in steps for c in step.velocity_coefficients) < 1
+        assert sum(sum(step.velocity_coefficients) for step in steps) == pytest.approx(1, abs=1e-9)
+        width = np.diff(np.float64(np.float32(interval))).item()
+        assert sum(sum(step.difference_coefficients) for step in steps) == pytest.approx(width, abs=1e-9)
+
+
 def test_pec_divides_the_times_at_the_bounds_of_guidance():
     parts = {(0.3, 1.0): [5, 16], (0.3, 0.8): [5, 11, 5], (0.0, 1.0): [21], (0.0, 0.5): [11, 10]}
     for interval, counts in parts.items():
