@@ -29,7 +29,7 @@ def timesteps(num_steps: int, last_step: float | None = None, timeshift: float =
     return times
 
 
-_BEFORE = 2 / 3  # steps per time before the guidance interval, as a share of those in it
+_BEFORE = 0.55  # steps per time before the guidance interval, as a share of those in it
 _FIRST, _LAST = 0.8, (0.55, 0.35)  # lengths of the first guided step and of the last two, as shares of an ordinary one
 
 

@@ -251,7 +251,7 @@ def test_pec_does_not_extrapolate_through_values_of_nearly_one_time():
 
 
 def test_pec_divides_the_times_at_the_bounds_of_guidance():
-    parts = {(0.3, 1.0): [5, 16], (0.3, 0.8): [5, 11, 5], (0.0, 1.0): [21], (0.0, 0.5): [11, 10]}
+    parts = {(0.3, 1.0): [4, 17], (0.3, 0.8): [4, 12, 5], (0.0, 1.0): [21], (0.0, 0.5): [11, 10]}
     for interval, counts in parts.items():
         built = plan(num_steps=21, solver="pec", guidance_interval=interval)
         times = np.array([*(step.t for step in built.steps), 1.0])
