@@ -85,7 +85,8 @@ class SamplingConfig:
     Args:
         num_steps: solver steps, up to 100,000.
         guidance_scale: w in v = v_uncond + w (v_cond - v_uncond); 1 needs no unconditional branch.
-        guidance_interval: (low, high): guided where low < t < high; elsewhere the velocity is the conditional one.
+        guidance_interval: (low, high): guided where low < t < high, with "pec" from low itself; elsewhere the velocity
+            is the conditional one.
         timeshift: times are t / (t + (1 - t) timeshift); above 1, more steps are near the noise.
         last_step: length of the final step before the shift; None is 1 / num_steps. "pec" ignores it.
         solver: "euler"; "lms", the linear multistep solver; "pec", a multistep solver that predicts, evaluates and

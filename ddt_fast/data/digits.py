@@ -44,4 +44,4 @@ class DigitsDataset:
 
     def features(self, indices: NDArray[np.int64], flips: NDArray[np.bool_]) -> Tensor:
         """The digits have none."""
-        raise NotImplementedError
+        raise ValueError("the digits have no features for REPA")

@@ -35,7 +35,8 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
             x = scheduler.step(velocity(x, t), t, x).prev_sample
 
     Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The pipeline uses the settings of guidance and of
-        the encoder's refreshes; `step` takes a velocity.
+        the encoder's refreshes; `step` takes a velocity. So solver "pec" has one history here, where the pipeline keeps
+        one for the conditional velocity and one for the guidance difference.
 
     Raises:
         ValueError: a value is not allowed.

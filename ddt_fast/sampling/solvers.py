@@ -100,10 +100,10 @@ def with_guidance(
         scale: w.
     """
     guided, count = [], 0
-    shares: list[dict[int, float]] = []  # of the velocities, newest first: of the differences, numbered from the first
+    shares: list[dict[int, float]] = []  # of the last velocities: of the differences, numbered from the first
     for step, own, is_evaluated in zip(steps, weights, evaluated, strict=True):
         count += is_evaluated
-        shares.insert(0, {count - 1 - k: (scale - 1) * weight for k, weight in enumerate(own)})
+        shares = [{count - 1 - k: (scale - 1) * weight for k, weight in enumerate(own)}, *shares[:3]]
         total: dict[int, float] = {}
         for coefficient, share in zip(step.velocity_coefficients, shares, strict=False):
             for number, weight in share.items():

@@ -143,6 +143,7 @@ def test_wrong_input_is_answered_in_the_page_and_the_next_request_served(opened)
         page.click("#generate-run")
         page.get_by_text(message).wait_for()
         set_number(page, field, before)
+    assert page.locator("#images img").count() == 0, "a refused request draws nothing"
     set_number(page, "num_images", "2")
     page.click("#generate-run")
     pictures(page, "images", 2)
