@@ -1,14 +1,16 @@
 """The same quality for fewer FLOPs: what `benchmarks.pareto` recommends, over guidance settings, on the digits.
 
-    python -m benchmarks.candidates
+    python -m ddt_fast.train --training.seed 1 --output-dir runs/other
+    python -m benchmarks.candidates --other-model runs/other/model
 
-writes candidates.json and prints its tables. `benchmarks.pareto` compares solvers at the published guidance; here a few
+writes candidates.json and prints its tables; a model of another seed and data order shows what is the digits model's own
+luck. `benchmarks.pareto` compares solvers at the published guidance; here a few
 stand against the published settings at several, each with its own truth: the solution of its ODE, from a fine run that
 evaluates everything. Beside them: Fréchet distances of many samples to all 1,797 real digits, in pixels, where the same
 seeds make differences visible that are far below the noise of the distance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,6 +34,7 @@ from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
+from ddt_fast.model.settings import resolve_checkpoint
 
 # By name: scale and interval.
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
@@ -44,6 +47,7 @@ GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
     "4 in (0.3, 1)": (4.0, (0.3, 1.0)),
 }
 FRECHET_GUIDANCE = "2 in (0.3, 1)"  # the published one
+OTHER_MODEL = ", another model"  # after the guidance of its rows
 
 CORRECTED = replace(BASE, solver="pec", order=3)
 TRUTH = replace(CORRECTED, num_steps=300)
@@ -77,15 +81,13 @@ def guided(config: SamplingConfig, name: str) -> SamplingConfig:
     return replace(config, guidance_scale=scale, guidance_interval=interval)
 
 
-def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
-    rows = []
-    for name in GUIDANCE:
+def error_rows(runs: DigitsRuns, names: Iterable[str], suffix: str = "") -> Iterator[dict[str, Any]]:
+    for name in names:
         truth = runs(guided(TRUTH, name))
-        for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}"):
+        for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}{suffix}"):
             config = guided(settings, name)
-            row = {"guidance": name, "candidate": candidate, "tflop_xl2": xl2_tflop(config)}
-            rows.append(row | sample_errors(runs(config), truth))
-    return rows
+            row = {"guidance": name + suffix, "candidate": candidate, "tflop_xl2": xl2_tflop(config)}
+            yield row | sample_errors(runs(config), truth)
 
 
 def frechet_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
@@ -117,13 +119,17 @@ def _standard_error(blocks: Any) -> float:
     return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
 
 
-def measure(samples: int, frechet_samples: int, keep: str | None) -> dict[str, Any]:
+def measure(samples: int, frechet_samples: int, other_model: str | None, keep: str | None) -> dict[str, Any]:
     """All that candidates.json holds beside the environment."""
+    errors = list(error_rows(DigitsRuns(samples, keep), GUIDANCE))
+    if other_model is not None:
+        runs = DigitsRuns(samples, keep, resolve_checkpoint(other_model))
+        errors += error_rows(runs, [FRECHET_GUIDANCE], OTHER_MODEL)
     return {
         "samples": samples,
         "frechet_samples": frechet_samples,
         "frechet_guidance": FRECHET_GUIDANCE,
-        "errors": error_rows(DigitsRuns(samples, keep)),
+        "errors": errors,
         "frechet": frechet_rows(DigitsRuns(frechet_samples, keep)),
     }
 
@@ -135,8 +141,10 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = read_options("candidates", __doc__, arguments, NUMBERS)
-    record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
+    words = "a digits model of another seed, whose errors are measured too"
+    options = read_options("candidates", __doc__, arguments, NUMBERS, other_model=words)
+    counts = options.samples, options.frechet_samples
+    record = run_study("candidates", options, partial(measure, *counts, options.other_model))
     print("\n\n".join(tables.candidates(record)))
 
 
