@@ -3,11 +3,11 @@
     python -m ddt_fast.train --training.seed 1 --output-dir runs/other
     python -m benchmarks.candidates --other-model runs/other/model
 
-writes candidates.json and prints its tables; a model of another seed and data order shows what is the digits model's own
-luck. `benchmarks.pareto` compares solvers at the published guidance; here a few
+writes candidates.json and prints its tables. `benchmarks.pareto` compares solvers at the published guidance; here a few
 stand against the published settings at several, each with its own truth: the solution of its ODE, from a fine run that
-evaluates everything. Beside them: Fréchet distances of many samples to all 1,797 real digits, in pixels, where the same
-seeds make differences visible that are far below the noise of the distance.
+evaluates everything. The other model, of another seed and data order, tells what is one model's luck. Beside the
+errors: Fréchet distances of many samples to all 1,797 real digits, in pixels, where the same seeds make differences
+visible that are far below the noise of the distance.
 """
 
 from collections.abc import Iterable, Iterator
