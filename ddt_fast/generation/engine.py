@@ -19,6 +19,7 @@ from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
+from ddt_fast.sampling.tuned import check_schedule
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def load_engine(
     latents = data.in_latents(experiment.model.in_channels)
     dtype = choose_dtype(engine.dtype, device, latents and engine.quantize is None)
     reference = load_model(checkpoint, device, dtype, experiment.model)
+    check_schedule(reference, sampling, *size)
     model, description = _prepare(reference, engine, ranks)
     if sampling.refresh_steps == "dp":
         sampling = resolve_refresh_steps(reference, sampling, *size, schedule_cache_path(checkpoint))

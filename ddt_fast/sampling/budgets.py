@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ddt_fast.config import DDTConfig, SamplingConfig
-from ddt_fast.sampling.plan import SamplingPlan
 
 BUDGETS_FILE = Path(__file__).parents[1] / "assets" / "sampling" / "budgets.json"
 FAST_SUMMARY = "21 steps of solver pec, order 3, about 10 TFLOP an image at XL/2, 256 px, in place of 111"
@@ -40,6 +39,8 @@ def settings_within(
     Raises:
         ValueError: the budget affords nothing in the table.
     """
+    from ddt_fast.sampling.plan import SamplingPlan  # imports torch
+
     table = budget_table()
     nearest = min(
         {row["guidance_scale"] for row in table["rows"]}, key=lambda scale: abs(scale - config.guidance_scale)
@@ -80,6 +81,11 @@ def describe(config: SamplingConfig) -> str:
     )
 
 
+def everything_evaluated(config: SamplingConfig) -> SamplingConfig:
+    """`config` with solver "pec", and without sharing or forecasts."""
+    held: dict[str, Any] = {"state_forecast": "hold", "guidance_forecast": "hold"}
+    return config.override(solver="pec", refresh_every=1, guidance_every=1, **held)
+
+
 def _settings(config: SamplingConfig, row: dict[str, Any]) -> SamplingConfig:
-    everything = {"refresh_every": 1, "state_forecast": "hold", "guidance_every": 1, "guidance_forecast": "hold"}
-    return config.override(solver="pec", num_steps=row["num_steps"], order=row["order"], **everything)
+    return everything_evaluated(config).override(num_steps=row["num_steps"], order=row["order"])
