@@ -115,7 +115,7 @@ def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
 def _say_what_is_tuned(checkpoint: Path, sampling: SamplingConfig) -> None:
     file = tuned_file(checkpoint, sampling.num_steps)
     if sampling.solver == "pec" and sampling.schedule is None and file.is_file():
-        process_ranks().say(f"found {file}, {sampling.num_steps} steps fitted to this model; `schedule` uses it")
+        process_ranks().say(f"found {file}, {sampling.num_steps} steps fitted to this model; --schedule {file} uses it")
 
 
 def _steps(words: list[str] | None) -> tuple[int, ...] | Literal["dp"] | None:
