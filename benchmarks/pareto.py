@@ -16,12 +16,15 @@ the package's table for `sample --budget`.
   beside one. The steps of "pec" end at the bound.
 """
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import tables
@@ -42,6 +45,7 @@ from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.budgets import BUDGETS_FILE
+from ddt_fast.tune_sampler import default_order, tune
 
 MULTISTEP = replace(BASE, solver="lms", order=3)
 CORRECTED = replace(BASE, solver="pec", order=3)
@@ -62,6 +66,7 @@ SERIES: dict[str, tuple[SamplingConfig, tuple[int, ...]]] = {
 }
 BUDGET_SCALES = (1.5, 2.0, 4.0)  # guidance scales of the table for budgets
 BUDGET_ORDERS = (2, 3)
+FITTED_STEPS = (6, 8, 10, 12, 15, 21)
 # Fields of a point's settings.
 SETTINGS = (
     *("num_steps", "solver", "order", "last_step", "guidance_interval"),
@@ -86,6 +91,7 @@ def measure(samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
         point = {"series": series, "network_evaluations": plan.network_evaluations, "tflop_xl2": xl2_tflop(config)}
         point |= {"mflop_digits": digits_mflop(plan), **sample_errors(drawn, truth), **runs.scores(drawn)}
         points.append(point | {"settings": {name: getattr(config, name) for name in SETTINGS}})
+    fitted = list(fitted_rows(runs, truth))
     half = replace(fine, num_steps=truth_steps // 2)
     return {
         "samples": samples,
@@ -98,6 +104,7 @@ def measure(samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
             **runs.scores(truth, "frechet_real", "accuracy_real"),
         },
         "points": points,
+        "fitted": fitted,
         "budgets": list(budget_rows(runs, truth_steps)),
     }
 
@@ -111,6 +118,20 @@ def budget_rows(runs: DigitsRuns, truth_steps: int) -> Iterator[dict[str, Any]]:
             for order in BUDGET_ORDERS:
                 errors = sample_errors(runs(replace(guided, num_steps=steps, order=order)), truth)
                 yield {"guidance_scale": scale, "num_steps": steps, "order": order, **errors}
+
+
+def fitted_rows(runs: DigitsRuns, truth: Tensor) -> Iterator[dict[str, Any]]:
+    """Errors of the schedules that `ddt_fast.tune_sampler` fits by its defaults, beside those of the steps that it
+    starts from; None where it keeps none."""
+    for steps in FITTED_STEPS:
+        rule = replace(CORRECTED, num_steps=steps, order=default_order(steps))
+        row: dict[str, Any] = {"num_steps": steps, "order": rule.order, "tflop_xl2": xl2_tflop(rule)}
+        with TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            tuned = tune(start=rule, output=Path(folder) / "tuned.json")
+            row["seconds"] = time.perf_counter() - started
+        row["rule"] = sample_errors(runs(rule), truth)
+        yield row | {"fitted": None if tuned is None else sample_errors(runs(tuned.settings(rule)), truth)}
 
 
 def budget_table(record: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ KINDS = {
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),
-    "pareto": ("python -m benchmarks.pareto", {"points", "budgets"}),
+    "pareto": ("python -m benchmarks.pareto", {"points", "budgets", "fitted"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
 
@@ -105,17 +105,28 @@ def _draw_forecast(axis: Any, record: Record) -> None:
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
 
 
+# Lines of the picture: series, label, style. Few, so that it says one thing.
+PARETO_LINES = (
+    ("Euler", "Euler", {"linestyle": ":", "color": "#6b7280"}),
+    ("multistep 3, K 2 quadratic", "multistep, states shared", {"linestyle": "--", "color": "#2563eb"}),
+    ("corrected 3", "corrected (pec), order 3", {"linewidth": 2.5, "color": "#c2410c"}),
+    ("corrected 2", "corrected (pec), order 2", {"color": "#ea9a62"}),
+    ("published", "as published", {"linestyle": "", "marker": "s", "color": "black"}),
+)
+
+
 def _draw_pareto(axis: Any, record: Record) -> None:
-    """Median error over cost, a line for every series."""
-    series: dict[str, list[Record]] = defaultdict(list)
-    for point in record["points"]:
-        series[point["series"]].append(point)
-    for name, points in series.items():
-        style = {"marker": "o", "markersize": 4, "linewidth": 2.5 if name.startswith("corrected 3") else 1}
-        if not name.startswith("corrected"):
-            style["linestyle"] = "--"
-        axis.plot([p["tflop_xl2"] for p in points], [p["error_median"] for p in points], label=name, **style)
+    """Median error over cost, a line for every solver."""
+    for series, name, style in PARETO_LINES:
+        points = [point for point in record["points"] if point["series"] == series]
+        axis.plot(*_cost_and_error(points), label=name, **{"marker": "o", "markersize": 4, **style})
+    kept = [row["fitted"] | {"tflop_xl2": row["tflop_xl2"]} for row in record["fitted"] if row["fitted"]]
+    axis.plot(*_cost_and_error(kept), label="fitted to the model", marker="D", color="#15803d")
     axis.set_xscale("log")
+
+
+def _cost_and_error(points: list[Record]) -> tuple[list[float], list[float]]:
+    return [point["tflop_xl2"] for point in points], [point["error_median"] for point in points]
 
 
 # By kind of file: title, and what draws it.

@@ -217,8 +217,7 @@ def pareto(record: Record) -> Iterator[str]:
         if point is None:
             return [None] * 3
         fields = {name: value for name, value in point["settings"].items() if name != "guidance_interval"}
-        numbers = [f"{1000 * point[name]:.3g}" for name in MEASURES]
-        return [label(SamplingConfig(**fields)), f"{point['tflop_xl2']:.1f}", " / ".join(numbers)]
+        return [label(SamplingConfig(**fields)), f"{point['tflop_xl2']:.1f}", _thousandths(point)]
 
     def best(of: list[Record], budget: float) -> Record | None:
         affordable = (point for point in of if point["tflop_xl2"] <= budget)
@@ -235,6 +234,11 @@ def pareto(record: Record) -> Iterator[str]:
         f"budget | without correction | {head} | corrected | {head}",
         ([f"{budget:g}", *row(best(others, budget)), *row(best(corrected, budget))] for budget in BUDGETS),
     )
+    yield (
+        "Fitted to this model by `python -m ddt_fast.tune_sampler`, for guidance 1.5, 2 and 4 at once. A fit that is "
+        "not better on other noises, in error of all and median and at all three, is not kept:"
+    )
+    yield table("start | TFLOP | error | fitted | minutes on this machine", map(_fitted, record["fitted"]))
     yield "As published, and with less evaluated:"
     yield table(f"name | setting | {head} | Fréchet", ([p["series"], *row(p), f"{p['frechet']:.3f}"] for p in named))
 
@@ -243,7 +247,7 @@ def candidates(record: Record) -> Iterator[str]:
     errors: dict[str, list[str]] = defaultdict(list)
     costs: dict[str, float] = defaultdict(float)
     for row in record["errors"]:
-        errors[row["candidate"]].append(" / ".join(f"{1000 * row[name]:.3g}" for name in MEASURES))
+        errors[row["candidate"]].append(_thousandths(row))
         costs[row["candidate"]] = max(costs[row["candidate"]], row["tflop_xl2"])
     guidance = dict.fromkeys(row["guidance"] for row in record["errors"])
     yield (
@@ -288,6 +292,16 @@ def candidates_in_short(record: Record) -> Iterator[str]:
         f"{record['frechet_samples']} samples to all real digits, as the difference from a run that is nearly the "
         f"solution, with the same seeds (with others it would be {first['frechet']:.3f} ± {first['frechet_sd']:.3f})."
     )
+
+
+def _fitted(row: Record) -> list[object]:
+    after = _thousandths(row["fitted"]) if row["fitted"] else "not kept"
+    start = f"corrected {row['order']}, {row['num_steps']} steps"
+    return [start, f"{row['tflop_xl2']:.1f}", _thousandths(row["rule"]), after, f"{row['seconds'] / 60:.1f}"]
+
+
+def _thousandths(errors: Record) -> str:
+    return " / ".join(f"{1000 * errors[name]:.3g}" for name in MEASURES)
 
 
 def _difference(row: Record) -> str | None:

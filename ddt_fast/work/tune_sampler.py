@@ -30,7 +30,7 @@ from ddt_fast.sampling.tuning import Batch, Fit, Numbers, Run
 from ddt_fast.training.parallel import process_group
 from ddt_fast.wording import plural
 
-_ITERATIONS = 10
+_ITERATIONS = 16
 _FIRST_SEED = 1_000_000  # of the noises to fit to; those of the comparison are 0 and up
 _FINE_STEPS = 64  # or three times as many as are fitted: errors of a hundredth of the rule's on the digits
 

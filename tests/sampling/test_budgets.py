@@ -47,7 +47,7 @@ def test_what_the_budgets_reach(tflop, error, median):
 
 
 def test_more_money_buys_more_and_fast_is_what_ten_buy():
-    chosen = [within(tflop)[0] for tflop in (3, 5, 10, 20, 50, 1000)]
+    chosen = [within(tflop)[0] for tflop in (3, 5, 10, 20, 40, 1000)]
     assert [config.num_steps for config in chosen] == sorted({config.num_steps for config in chosen})
     assert fast_settings(XL2.sampling) == chosen[2]
     assert SamplingPlan.from_config(fast_settings(XL2.sampling)).flops(XL2.model, 32, 32) < 10e12

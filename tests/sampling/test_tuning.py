@@ -157,7 +157,10 @@ def test_a_file_beside_the_checkpoint_is_found(fitted, tmp_path, monkeypatch, ca
     assert tuned_file(tmp_path / "a.ckpt", 6) == tmp_path / "a.ckpt.tuned_6_steps.json"
     (tmp_path / "tuned_6_steps.json").write_text("{}")
     sample(tmp_path / "out", "--solver", "pec", "--num-steps", "6", "--num-images", "2")
-    assert "found tuned_6_steps.json, 6 steps fitted to this model; --schedule tuned_6_steps.json uses it" in capsys.readouterr().out
+    assert (
+        "found tuned_6_steps.json, 6 steps fitted to this model; --schedule tuned_6_steps.json uses it"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
