@@ -12,8 +12,8 @@ from ddt_fast.command import CommandParser, run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.ranks import process_ranks
-from ddt_fast.sampling.budgets import everything_evaluated, settings_within
-from ddt_fast.sampling_options import add_checkpoint_options, chosen_checkpoint, given_settings
+from ddt_fast.sampling.budgets import corrected_steps, settings_within
+from ddt_fast.sampling_options import add_checkpoint_options, chosen_checkpoint
 
 if TYPE_CHECKING:
     from ddt_fast.sampling.tuned import Tuned
@@ -42,15 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         checkpoint, experiment = chosen_checkpoint(options)
         if (options.budget is None) == (options.num_steps is None):
             raise ValueError("give one of `budget` and `num_steps`")
-        given = {name: value for name, value in given_settings(options).items() if value is not None}
-        start = everything_evaluated(experiment.sampling.override(**{"last_step": 0, "schedule": None, **given}))
+        if options.budget is not None and options.order is not None:
+            raise ValueError("`order` is for `num_steps`; a budget chooses its own")
+        steps = 10 if options.num_steps is None else options.num_steps
+        order = default_order(steps) if options.order is None else options.order
+        start = corrected_steps(experiment.sampling, steps, order)
+        start = start.override(guidance_interval=options.guidance_interval, timeshift=options.timeshift)
         if options.budget is not None:
             require_number("budget", options.budget, 0, open_low=True)
             size = experiment.data.sample_size
             start, words = settings_within(start, experiment.model, size, size, options.budget)
             process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")
-        elif options.order is None:
-            start = start.override(order=default_order(start.num_steps))
         _check(options.guidance_scales, options.num_samples, options.batch_size)
         from ddt_fast.threads import threads_for
 
@@ -92,8 +94,8 @@ def tune(
 
     Args:
         checkpoint: model or pipeline folder, .safetensors, released .ckpt or hub id; default: the package's digits.
-        start: the run to start from, of solver "pec"; None is 10 steps of order 2 with the checkpoint's guidance
-            interval. Its guidance scale is not read.
+        start: the run to start from, of solver "pec", such as `sampling.budgets.corrected_steps`; None is 10 steps of
+            order 2 with the checkpoint's guidance interval. Its guidance scale is not read.
         preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
         guidance_scales: the scales to fit to and to compare at, none of them 1.
         num_samples: samples to fit to, spread over the scales; as many more at every scale are for the comparison.

@@ -150,11 +150,11 @@ def test_fast_and_a_budget_choose_the_steps_and_give_way_to_options(tmp_path, ca
     assert "in median (256 samples, benchmarks.pareto, commit" in output
     assert evaluations(num_steps=8, order=2) in said("--budget", "0.001", "--num-steps", "8", "--order", "2")
     for options, message in (
-        (["--fast", "--budget", "1"], "`--fast` and `--budget` both choose the steps; give one of them"),
+        (["--fast", "--budget", "1"], "--fast and --budget both choose the steps; give one of them"),
         (["--budget", "1e-9"], "--budget is 1e-09 TFLOP an image; allowed: "),
         (["--budget", "nan"], "--budget is nan"),
     ):
-        assert message in error_line(capsys, *options)
+        assert message in error_line(capsys, sample_command.main, options)
 
 
 def test_the_best_refreshes_are_found_once_and_kept_beside_the_checkpoint(tmp_path, capsys):

@@ -143,12 +143,18 @@ def load_engine(
             "weights_sha256": weights_sha256(reference),
             "dtype": dtype_name(dtype),
             "quantize": engine.quantize,
-            "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
+            "sampling": _sampling(sampling),
             "autoencoder_sha256": None if decode is None else decode.sha256(),
             **_normalisation(data, decode),
             **({} if size == (data.sample_size, data.sample_size) else {"input_size": size}),
         },
     )
+
+
+def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
+    """What images depend on. Jobs of earlier versions record no schedule."""
+    unread = ("cuda_graphs",) if sampling.schedule else ("cuda_graphs", "schedule")
+    return {name: value for name, value in asdict(sampling).items() if name not in unread}
 
 
 def _normalisation(data: DataConfig, decode: Decoder | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ at any budget measured: steps that evaluate everything are nearer to the ODE's s
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def fast_settings(config: SamplingConfig) -> SamplingConfig:
 
     Tested on the digits model (`budget_table`); there is no ImageNet FID yet.
     """
-    return _settings(config, {"num_steps": 21, "order": 3})
+    return corrected_steps(config, 21, 3)
 
 
 def settings_within(
@@ -48,7 +49,7 @@ def settings_within(
     costs = []
     for row in table["rows"]:
         if row["guidance_scale"] == nearest:
-            plan = SamplingPlan.from_config(_settings(config, row))
+            plan = SamplingPlan.from_config(corrected_steps(config, row["num_steps"], row["order"]))
             costs.append((plan.flops(model, height, width) / 1e12, row))
     affordable = [(cost, row) for cost, row in costs if cost <= tflop]
     if not affordable:
@@ -57,7 +58,7 @@ def settings_within(
             f"budget is {tflop:g} TFLOP an image; allowed: {least:.3g} or more with this model and guidance"
         )
     cost, row = min(affordable, key=lambda option: (option[1]["error"], option[0]))
-    chosen = _settings(config, row)
+    chosen = corrected_steps(config, row["num_steps"], row["order"])
     return chosen, (
         f"{describe(chosen)}: {cost:.3g} TFLOP an image. On the digits model at guidance {nearest:g}: error "
         f"{row['error']:.2g} of all samples, {row['error_median']:.2g} in median ({table['evidence']})"
@@ -81,11 +82,8 @@ def describe(config: SamplingConfig) -> str:
     )
 
 
-def everything_evaluated(config: SamplingConfig) -> SamplingConfig:
-    """`config` with solver "pec", and without sharing or forecasts."""
-    held: dict[str, Any] = {"state_forecast": "hold", "guidance_forecast": "hold"}
-    return config.override(solver="pec", refresh_every=1, guidance_every=1, **held)
-
-
-def _settings(config: SamplingConfig, row: dict[str, Any]) -> SamplingConfig:
-    return everything_evaluated(config).override(num_steps=row["num_steps"], order=row["order"])
+def corrected_steps(config: SamplingConfig, num_steps: int, order: int) -> SamplingConfig:
+    """`config` with so many steps of solver "pec", each evaluating everything; guidance and timeshift stay."""
+    whole: dict[str, Any] = {"refresh_every": 1, "refresh_steps": None, "num_refreshes": None, "state_forecast": "hold"}
+    whole |= {"guidance_every": 1, "guidance_forecast": "hold", "schedule": None}
+    return replace(config, solver="pec", num_steps=num_steps, order=order, **whole)

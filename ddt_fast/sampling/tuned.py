@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ddt_fast.config import SamplingConfig, Schedule
 from ddt_fast.files import read_json
-from ddt_fast.sampling.budgets import everything_evaluated
+from ddt_fast.sampling.budgets import corrected_steps
 from ddt_fast.wording import plural
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Tuned:
 
     def settings(self, config: SamplingConfig) -> SamplingConfig:
         """`config` with this schedule; the guidance scale stays."""
-        own = {"num_steps": len(self.schedule.times), "guidance_interval": self.schedule.guidance_interval}
-        return everything_evaluated(config).override(**own, schedule=self.schedule)
+        steps, interval = corrected_steps(config, len(self.schedule.times), 3), self.schedule.guidance_interval
+        return replace(steps, guidance_interval=interval, schedule=self.schedule)
 
     def expectation(self, scale: float) -> str:
         """What to expect at a guidance scale, in words."""

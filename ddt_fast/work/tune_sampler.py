@@ -22,7 +22,7 @@ from ddt_fast.model.weights import load_model
 from ddt_fast.provenance import environment
 from ddt_fast.ranks import Ranks, process_ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
-from ddt_fast.sampling.budgets import everything_evaluated
+from ddt_fast.sampling.budgets import corrected_steps
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh.probe import spread_labels
 from ddt_fast.sampling.tuned import ERRORS, Tuned, model_digests, tuned_file
@@ -99,7 +99,7 @@ def fit(
     place, source, ranks = open_device(device), resolve_checkpoint(checkpoint), process_ranks()
     experiment = experiment_of(source, preset)
     if start is None:
-        start = everything_evaluated(experiment.sampling).override(num_steps=10, order=2)
+        start = corrected_steps(experiment.sampling, 10, 2)
     _check_start(start)
     start = replace(start, guidance_scale=scales[0])
     plan, model_size = SamplingPlan.from_config(start), (experiment.data.sample_size,) * 2
@@ -170,7 +170,8 @@ def _finish(tuned: Tuned, file: Path, job: _Job, about: dict[str, Any]) -> Tuned
         lines.append(f"guidance {row['guidance_scale']:<9g}" + "".join(f"{cell:>28}" for cell in cells))
     job.ranks.say("\n".join(lines))
     if worse:
-        job.ranks.say(f"not kept: {' and '.join(worse)} did not fall; more samples (--num-samples) or steps may help")
+        help = "more samples (--num-samples) or fewer scales (--guidance-scales) may help"
+        job.ranks.say(f"not kept: {' and '.join(worse)} did not fall; {help}")
         return None
     job.ranks.say(f"wrote {file}; `python -m ddt_fast.sample --schedule {file}` uses it with this checkpoint")
     return tuned

@@ -51,7 +51,7 @@ def test_more_money_buys_more_and_fast_is_what_ten_buy():
     assert [config.num_steps for config in chosen] == sorted({config.num_steps for config in chosen})
     assert fast_settings(XL2.sampling) == chosen[2]
     assert SamplingPlan.from_config(fast_settings(XL2.sampling)).flops(XL2.model, 32, 32) < 10e12
-    kept = fast_settings(SamplingConfig(solver="lms", guidance_scale=3.0, refresh_steps=(0, 7), timeshift=2.0))
+    kept = fast_settings(SamplingConfig(solver="lms", order=4, guidance_scale=3.0, refresh_steps=(0, 7), timeshift=2.0))
     assert (kept.guidance_scale, kept.timeshift, kept.refresh_steps) == (3.0, 2.0, None)
 
 

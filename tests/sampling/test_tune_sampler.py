@@ -225,6 +225,7 @@ def test_a_fit_that_is_worse_anywhere_is_not_written(tmp_path, monkeypatch, caps
     [
         ([], "give one of --budget and --num-steps"),
         (["--budget", "5", "--num-steps", "5"], "give one of --budget and --num-steps"),
+        (["--budget", "5", "--order", "2"], "--order is for --num-steps; a budget chooses its own"),
         (["--budget", "1e-9"], "--budget is 1e-09 TFLOP an image; allowed: "),
         (["--num-steps", "5", "--guidance-scales", "1"], "--guidance-scales is 1.0; allowed: numbers other than 1"),
         (["--num-steps", "5", "--guidance-scales", "2", "2"], "--guidance-scales is (2.0, 2.0); allowed: different"),
