@@ -45,7 +45,7 @@ from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling.budgets import BUDGETS_FILE
-from ddt_fast.tune_sampler import default_order, tune
+from ddt_fast.tune_sampler import default_order, fit_schedule
 
 MULTISTEP = replace(BASE, solver="lms", order=3)
 CORRECTED = replace(BASE, solver="pec", order=3)
@@ -128,7 +128,7 @@ def fitted_rows(runs: DigitsRuns, truth: Tensor) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {"num_steps": steps, "order": rule.order, "tflop_xl2": xl2_tflop(rule)}
         with TemporaryDirectory() as folder:
             started = time.perf_counter()
-            tuned = tune(start=rule, output=Path(folder) / "tuned.json")
+            tuned = fit_schedule(start=rule, output=Path(folder) / "tuned.json")
             row["seconds"] = time.perf_counter() - started
         row["rule"] = sample_errors(runs(rule), truth)
         yield row | {"fitted": None if tuned is None else sample_errors(runs(tuned.settings(rule)), truth)}

@@ -30,7 +30,7 @@ def build_parser() -> CommandParser:
     order = "velocities that the solver to start from predicts with, 1 to 3; default: 2 for up to 12 steps, else 3"
     words = {"num_steps": "steps of the run, in place of a budget", "order": order}
     parser.add_options(SamplingConfig, *_START, words=words, default=None)
-    parser.add_options(tune, "guidance_scales", "num_samples", "batch_size", "output")
+    parser.add_options(fit_schedule, "guidance_scales", "num_samples", "batch_size", "output")
     return parser
 
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from ddt_fast.threads import threads_for
 
         with threads_for(experiment.model, options.device):
-            kept = tune(
+            kept = fit_schedule(
                 checkpoint,
                 start,
                 preset=options.preset,
@@ -77,7 +77,7 @@ def default_order(num_steps: int) -> int:
     return 2 if num_steps <= 12 else 3
 
 
-def tune(
+def fit_schedule(
     checkpoint: str | Path = EMBEDDED_CHECKPOINT,
     start: SamplingConfig | None = None,
     *,

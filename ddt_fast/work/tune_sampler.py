@@ -95,7 +95,7 @@ def fit(
     device: str,
     dtype: str,
 ) -> Tuned | None:
-    """Fit a schedule; arguments and errors are those of `ddt_fast.tune_sampler.tune`."""
+    """Fit a schedule; arguments and errors are those of `ddt_fast.tune_sampler.fit_schedule`."""
     place, source, ranks = open_device(device), resolve_checkpoint(checkpoint), process_ranks()
     experiment = experiment_of(source, preset)
     if start is None:
@@ -181,9 +181,9 @@ def _costs(job: _Job, plan: SamplingPlan, scales: Sequence[float], num_samples: 
     """What will be done and what it costs, counted."""
     run = plan.flops(job.model.config, *job.size)
     fine = SamplingPlan.from_config(replace(job.start, num_steps=_fine_steps(job.start)))
-    # A Gauss-Newton step: the run forwards, once more with gradients, and two backward passes, of its inputs alone, so
-    # as dear as a run; then a trial.
-    fitting = 5 * _ITERATIONS * run * num_samples
+    # A Gauss-Newton step: a run, once more with gradients, two backward passes (by inputs alone, so each as much as a
+    # run, and with checkpointing as two), and a trial.
+    fitting = (7 if job.model.gradient_checkpointing else 5) * _ITERATIONS * run * num_samples
     total = fitting + 2 * num_samples * (fine.flops(job.model.config, *job.size) + run)
     amount = f"{total / 1e15:.3g} PFLOP" if total > 1e15 else f"{total / 1e12:.3g} TFLOP"
     return (

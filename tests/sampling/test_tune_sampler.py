@@ -14,13 +14,14 @@ from ddt_fast.files import read_json
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.model.weights import load_model
+from ddt_fast.pipeline import DDTPipeline
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as library_sample
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.tuned import Tuned, check_schedule, model_digests, tuned_file
 from ddt_fast.sampling.tuning import Batch, Fit, Numbers, Run
+from ddt_fast.tune_sampler import fit_schedule
 from ddt_fast.tune_sampler import main as tune_command
-from ddt_fast.tune_sampler import tune
 from ddt_fast.work import tune_sampler as work
 from golden_data import relative_error
 from sample_jobs import error_line, sample, sample_error
@@ -128,7 +129,7 @@ def fitted(tmp_path_factory) -> tuple[Tuned, str]:
     """A schedule of six steps for the digits, and its file."""
     file = str(tmp_path_factory.mktemp("fitted") / "tuned.json")
     start = replace(START, num_steps=6, guidance_interval=(0.3, 1.0))
-    tuned = tune(start=start, guidance_scales=[2.0], num_samples=48, output=file)
+    tuned = fit_schedule(start=start, guidance_scales=[2.0], num_samples=48, output=file)
     assert tuned is not None
     return tuned, file
 
@@ -147,6 +148,12 @@ def test_the_command_fits_a_model_and_sample_uses_it(fitted, tmp_path, capsys):
     assert "2 images, 6 steps, per image: 11 network evaluations" in output
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())["settings"]["sampling"]
     assert settings["schedule"]["times"] == list(tuned.schedule.times)
+    pipe = DDTPipeline.from_pretrained(EMBEDDED_CHECKPOINT)
+    seeds = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    config = tuned.settings(replace(pipe.scheduler.sampling_config, guidance_scale=2.0))
+    images = pipe(class_labels=[0, 1], sampling=config, generator=seeds, output_type="np").images
+    with np.load(tmp_path / "a" / "samples.npz") as file:
+        assert np.abs(255 * images - file["arr_0"]).max() <= 1
 
 
 @pytest.mark.slow
