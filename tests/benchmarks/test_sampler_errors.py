@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -94,6 +95,9 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     series = {name: (pareto.SERIES[name][0], (15,)) for name in names}
     monkeypatch.setattr(pareto, "SERIES", series)
     monkeypatch.setattr(pareto, "STEPS", (8, 15))
+    monkeypatch.setattr(pareto, "FITTED_STEPS", (6,))
+    few = partial(pareto.fit_schedule, num_samples=48, guidance_scales=[2.0])
+    monkeypatch.setattr(pareto, "fit_schedule", few)
     monkeypatch.setattr(tables, "BUDGETS", (10.0, 15.0))
     pareto.main(["--samples", "65", "--truth-steps", "210", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "pareto.json").read_text())
@@ -108,6 +112,8 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     assert all(rows[scale, 15, 2] < rows[scale, 8, 2] for scale in pareto.BUDGET_SCALES)
     assert rows[4.0, 15, 2] < rows[4.0, 15, 3]
     assert pareto.budget_table(record)["rows"] == record["budgets"]
+    (fitted,) = record["fitted"]
+    assert fitted["fitted"]["error_median"] < 0.8 * fitted["rule"]["error_median"]
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
     assert "For a budget, the least error of all" in capsys.readouterr().out
 
