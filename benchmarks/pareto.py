@@ -24,6 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -67,6 +68,7 @@ SERIES: dict[str, tuple[SamplingConfig, tuple[int, ...]]] = {
 BUDGET_SCALES = (1.5, 2.0, 4.0)  # guidance scales of the table for budgets
 BUDGET_ORDERS = (2, 3)
 FITTED_STEPS = (6, 8, 10, 12, 15, 21)
+BFLOAT16_STEPS = (10, 21, 64)
 # Fields of a point's settings.
 SETTINGS = (
     *("num_steps", "solver", "order", "last_step", "guidance_interval"),
@@ -74,7 +76,7 @@ SETTINGS = (
 )
 
 
-def settings() -> Iterator[tuple[str, SamplingConfig]]:
+def compared() -> Iterator[tuple[str, SamplingConfig]]:
     for name, (config, counts) in SERIES.items():
         for count in counts:
             yield name, replace(config, num_steps=count)
@@ -86,12 +88,15 @@ def measure(samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
     fine = replace(CORRECTED, num_steps=truth_steps)
     truth = runs(fine)
     points = []
-    for series, config in tqdm(list(settings()), unit="setting"):
+    for series, config in tqdm(list(compared()), unit="setting"):
         drawn, plan = runs(config), SamplingPlan.from_config(config)
         point = {"series": series, "network_evaluations": plan.network_evaluations, "tflop_xl2": xl2_tflop(config)}
         point |= {"mflop_digits": digits_mflop(plan), **sample_errors(drawn, truth), **runs.scores(drawn)}
         points.append(point | {"settings": {name: getattr(config, name) for name in SETTINGS}})
     fitted = list(fitted_rows(runs, truth))
+    coarse = DigitsRuns(samples, keep, dtype=torch.bfloat16)
+    settings = [replace(CORRECTED, num_steps=steps) for steps in BFLOAT16_STEPS]
+    bfloat16 = [{"num_steps": config.num_steps, **sample_errors(coarse(config), truth)} for config in settings]
     half = replace(fine, num_steps=truth_steps // 2)
     return {
         "samples": samples,
@@ -105,6 +110,7 @@ def measure(samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
         },
         "points": points,
         "fitted": fitted,
+        "bfloat16": bfloat16,
         "budgets": list(budget_rows(runs, truth_steps)),
     }
 

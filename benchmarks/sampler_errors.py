@@ -43,15 +43,24 @@ SHARED: dict[str, Any] = {
 
 
 class DigitsRuns:
-    """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
+    """Draws the same samples, seeds 0 and on, by any settings, with a trained model on the CPU.
 
-    num_samples: scores need 65 or more. keep: folder in which samples are kept, to be read instead of drawn again.
-    checkpoint: another digits model.
+    Args:
+        num_samples: scores need 65 or more.
+        keep: folder in which samples are kept, to be read instead of drawn again.
+        checkpoint: the model, the package's own or another of the digits.
+        dtype: what the model computes in.
     """
 
-    def __init__(self, num_samples: int, keep: str | None = None, checkpoint: Path = EMBEDDED_CHECKPOINT) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        keep: str | None = None,
+        checkpoint: Path = EMBEDDED_CHECKPOINT,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
-        self.model, self.num_samples, self._keep = digits_model(checkpoint), num_samples, kept_samples(keep)
+        self.model, self.num_samples, self._keep = digits_model(checkpoint, dtype), num_samples, kept_samples(keep)
         self._weights = weights_sha256(self.model)
         self.labels = assign_labels(num_samples, self.model.config.num_classes)
         self.noise, _ = seeded_noise(range(num_samples), (self.model.config.in_channels, SIZE, SIZE))
@@ -94,9 +103,9 @@ def kept_samples(folder: str | None) -> Path | None:
 
 
 @cache
-def digits_model(checkpoint: Path = EMBEDDED_CHECKPOINT) -> FusedDDT:
-    """A trained model, the package's own or another, in float32 on the CPU."""
-    return FusedDDT.from_reference(load_model(checkpoint))
+def digits_model(checkpoint: Path = EMBEDDED_CHECKPOINT, dtype: torch.dtype = torch.float32) -> FusedDDT:
+    """A trained model, the package's own or another, on the CPU."""
+    return FusedDDT.from_reference(load_model(checkpoint, dtype=dtype))
 
 
 def sample_errors(samples: Tensor, truth: Tensor) -> dict[str, float]:

@@ -20,7 +20,7 @@ KINDS = {
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),
-    "pareto": ("python -m benchmarks.pareto", {"points", "budgets", "fitted"}),
+    "pareto": ("python -m benchmarks.pareto", {"points", "budgets", "fitted", "bfloat16"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
 

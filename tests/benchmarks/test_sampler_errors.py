@@ -72,10 +72,10 @@ def test_records_are_short_json(tmp_path):
 
 
 def test_settings_compared():
-    settings = [config for _, config in pareto.settings()]
+    settings = [config for _, config in pareto.compared()]
     assert len(set(settings)) == len(settings)
     for name in ("Euler", "multistep 3"):  # guidance sets in midway between two steps
-        for config in (config for series, config in pareto.settings() if series == name):
+        for config in (config for series, config in pareto.compared() if series == name):
             steps = SamplingPlan.from_config(config).steps
             first = next(i for i, step in enumerate(steps) if step.guided)
             assert steps[first - 1].t + steps[first].t == pytest.approx(0.6)
@@ -96,6 +96,7 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "SERIES", series)
     monkeypatch.setattr(pareto, "STEPS", (8, 15))
     monkeypatch.setattr(pareto, "FITTED_STEPS", (6,))
+    monkeypatch.setattr(pareto, "BFLOAT16_STEPS", (8, 15))
     few = partial(pareto.fit_schedule, num_samples=48, guidance_scales=[2.0])
     monkeypatch.setattr(pareto, "fit_schedule", few)
     monkeypatch.setattr(tables, "BUDGETS", (10.0, 15.0))
@@ -112,6 +113,7 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     assert all(rows[scale, 15, 2] < rows[scale, 8, 2] for scale in pareto.BUDGET_SCALES)
     assert rows[4.0, 15, 2] < rows[4.0, 15, 3]
     assert pareto.budget_table(record)["rows"] == record["budgets"]
+    assert all(row["error"] > rows[2.0, row["num_steps"], 3] for row in record["bfloat16"])
     (fitted,) = record["fitted"]
     assert fitted["fitted"]["error_median"] < 0.8 * fitted["rule"]["error_median"]
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
