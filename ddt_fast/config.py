@@ -124,6 +124,13 @@ class Schedule:
         fits = fits and all(1 <= len(row) <= min(i, 4) for i, row in enumerate(self.velocities, 1))
         fits = fits and all(len(row) <= min(i, 4) for i, row in zip(evaluated, self.differences, strict=True))
         require(fits, "velocities and differences", rows, "for every step, 1 to 4 finite coefficients of what is known")
+        low, high = _guidance_interval(self.guidance_interval)
+        # The times have the bounds in float32.
+        inside = [low - 1e-6 < t < high - 1e-6 for t in times]
+        matches = [bool(row) for row in self.differences] == inside
+        require(matches, "guidance_interval", (low, high), "the interval of the steps that have differences")
+        valid = len(self.size) == 2 and all(type(side) is int for side in self.size)
+        require(valid, "size", self.size, "two whole numbers")
 
 
 @dataclass(frozen=True)
@@ -183,9 +190,7 @@ class SamplingConfig:
         require_choices_and_flags(self)
         for name in ("guidance_scale", "diffusion_scale"):
             require_number(name, getattr(self, name), 0)
-        valid, rule = (lambda low, high: 0 <= low < high <= 1), "two numbers, 0 <= low < high <= 1"
-        interval = require_pair("guidance_interval", self.guidance_interval, valid, rule)
-        object.__setattr__(self, "guidance_interval", interval)
+        object.__setattr__(self, "guidance_interval", _guidance_interval(self.guidance_interval))
         require_number("timeshift", self.timeshift, 0, open_low=True)
         if self.last_step is not None:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
@@ -242,6 +247,11 @@ class SamplingConfig:
             steps = f"{self.num_steps} steps, not for {given['num_steps']}"
             raise ValueError(f"refresh_steps are for {steps}; give refresh_every or refresh_steps")
         return replace(self, **given)
+
+
+def _guidance_interval(value: object) -> tuple[float, float]:
+    allowed = "two numbers, 0 <= low < high <= 1"
+    return require_pair("guidance_interval", value, lambda low, high: 0 <= low < high <= 1, allowed)
 
 
 @dataclass(frozen=True)

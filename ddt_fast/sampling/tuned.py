@@ -1,11 +1,13 @@
 """Schedules that `ddt_fast.tune_sampler` fitted to a model: their files, and the model they are for."""
 
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from ddt_fast.checks import require_path
 from ddt_fast.config import SamplingConfig, Schedule
 from ddt_fast.files import read_json
 from ddt_fast.sampling.budgets import corrected_steps
@@ -36,17 +38,25 @@ class Tuned:
     @classmethod
     def read(cls, file: str | Path) -> Self:
         """A file of `ddt_fast.tune_sampler`; ValueError if it is none, OSError if it cannot be read."""
-        content = read_json(Path(file))
+        path = require_path("schedule", file)
+        if not path.is_file():
+            raise ValueError(f"schedule {file} is not a file; expected one that ddt_fast.tune_sampler wrote")
+        content = read_json(path)
         try:
             schedule, evidence = Schedule(**content["schedule"]), tuple(content["evidence"])
             measured = [float(row[run][error]) for row in evidence for run in ("rule", "tuned") for error in ERRORS]
             measured += [float(row[name]) for row in evidence for name in ("guidance_scale", "samples")]
         except KeyError as error:
             raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: it lacks {error}") from error
-        except (TypeError, ValueError) as error:
+        except TypeError as error:
+            problem = "a part of it is unknown or of the wrong kind"
+            raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: {problem}") from error
+        except ValueError as error:
             raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: {error}") from error
-        if not measured:
-            raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: its evidence is empty")
+        if not measured or not all(map(math.isfinite, measured)):
+            raise ValueError(
+                f"{file} is not a schedule of ddt_fast.tune_sampler: its evidence is missing or not finite"
+            )
         return cls(schedule, evidence)
 
     def settings(self, config: SamplingConfig) -> SamplingConfig:
@@ -57,10 +67,11 @@ class Tuned:
     def expectation(self, scale: float) -> str:
         """What to expect at a guidance scale, in words."""
         row = min(self.evidence, key=lambda row: abs(row["guidance_scale"] - scale))
-        before, after = ("/".join(f"{row[run][error]:.2g}" for error in ERRORS) for run in ("rule", "tuned"))
+        before, after = ([f"{row[run][error]:.2g}" for error in ERRORS] for run in ("rule", "tuned"))
         return (
-            f"{plural(len(self.schedule.times), 'step')} fitted to this model. At guidance {row['guidance_scale']:g}, "
-            f"the error of all samples and in median was {after}, not fitted {before} ({row['samples']} samples)"
+            f"{plural(len(self.schedule.times), 'step')} fitted to this model. At guidance {row['guidance_scale']:g} "
+            f"the error was {after[0]} of all samples and {after[1]} in median, in place of the solver's {before[0]} "
+            f"and {before[1]} ({row['samples']} samples)"
         )
 
 

@@ -31,6 +31,7 @@ from ddt_fast.training.parallel import process_group
 from ddt_fast.wording import plural
 
 _ITERATIONS = 16
+_MAX_STEPS = 100  # a Hessian of about 900 parameters; a solver needs no help there
 _FIRST_SEED = 1_000_000  # of the noises to fit to; those of the comparison are 0 and up
 _FINE_STEPS = 64  # or three times as many as are fitted: errors of a hundredth of the rule's on the digits
 
@@ -113,6 +114,8 @@ def fit(
     model.gradient_checkpointing = place.type != "cpu"
     job = _Job(model, start, model_size, batch_size, ranks)
     ranks.say(f"{source}: {_costs(job, plan, scales, num_samples)}")
+    if file.exists():
+        ranks.say(f"{file} will be replaced if the new fit is kept")
     with process_group(place) if ranks.world_size > 1 else nullcontext():
         numbers = Numbers(start)
         vector = _fit(job, numbers, scales, num_samples // len(scales))
@@ -202,6 +205,7 @@ def _check_start(start: SamplingConfig) -> None:
     everything = start.refresh_every == start.guidance_every == 1 and start.refresh_steps is None
     require(everything, "start", start, "a run that evaluates everything at every step")
     require(start.schedule is None, "start.schedule", start.schedule, "none")
+    require(start.num_steps <= _MAX_STEPS, "num_steps", start.num_steps, f"up to {_MAX_STEPS} to fit")
 
 
 def _check_replaceable(file: Path) -> None:

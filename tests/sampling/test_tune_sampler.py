@@ -1,6 +1,7 @@
 """Fitting a schedule: its derivatives, what is kept, and its file."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_the_command_fits_a_model_and_sample_uses_it(fitted, tmp_path, capsys):
     assert Tuned.read(file) == tuned
     sample(tmp_path / "a", "--schedule", file, "--num-images", "2", "--guidance-scale", "2")
     output = capsys.readouterr().out
-    assert f"schedule {file}: 6 steps fitted to this model. At guidance 2, the error of all samples and" in output
+    assert f"schedule {file}: 6 steps fitted to this model. At guidance 2 the error was" in output
     assert "2 images, 6 steps, per image: 11 network evaluations" in output
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())["settings"]["sampling"]
     assert settings["schedule"]["times"] == list(tuned.schedule.times)
@@ -175,12 +176,16 @@ def test_a_schedule_is_for_one_model_and_one_size_and_its_evidence_is_there(fitt
     tuned, file = fitted
     content = read_json(Path(file))
     times = content["schedule"]["times"]
+    nan = {"error": math.nan, "error_median": math.nan}
     wrong = {
         "other.json": content | {"schedule": content["schedule"] | {"model": ["a", "b", "c"]}},
         "bare.json": {name: value for name, value in content.items() if name != "evidence"},
         "empty.json": content | {"evidence": []},
         "odd.json": content | {"evidence": [{"guidance_scale": 2}]},
         "back.json": content | {"schedule": content["schedule"] | {"times": times[::-1]}},
+        "nan.json": content | {"evidence": [{"guidance_scale": 2, "samples": 1, "rule": nan, "tuned": nan}]},
+        "more.json": content | {"schedule": content["schedule"] | {"more": 1}},
+        "else.json": content | {"schedule": content["schedule"] | {"guidance_interval": [0.5, 0.8]}},
         "short.json": content | {"schedule": content["schedule"] | {"velocities": [[0.1]]}},
     }
     for name, entries in wrong.items():
@@ -190,12 +195,15 @@ def test_a_schedule_is_for_one_model_and_one_size_and_its_evidence_is_there(fitt
     for options, message in (
         (["other.json"], "the schedule was fitted to other weights than this model's; run ddt_fast.tune_sampler on it"),
         (["bare.json"], f"bare.json {no_schedule}it lacks 'evidence'"),
-        (["empty.json"], f"empty.json {no_schedule}its evidence is empty"),
+        (["empty.json"], f"empty.json {no_schedule}its evidence is missing or not finite"),
+        (["nan.json"], f"nan.json {no_schedule}its evidence is missing or not finite"),
+        (["more.json"], f"more.json {no_schedule}a part of it is unknown or of the wrong kind"),
+        (["else.json"], f"else.json {no_schedule}guidance_interval is (0.5, 0.8); allowed: the interval of the"),
         (["odd.json"], f"odd.json {no_schedule}it lacks 'rule'"),
         (["back.json"], f"back.json {no_schedule}times is "),
         (["short.json"], f"short.json {no_schedule}velocities and differences is "),
         (["text.json"], "text.json is not valid JSON"),
-        (["missing.json"], "missing.json"),
+        (["missing.json"], "missing.json is not a file; expected one that ddt_fast.tune_sampler wrote"),
         ([file, "--height", "16", "--width", "16"], "the schedule was fitted to inputs of 8x8, not 16x16"),
         ([file, "--num-steps", "6"], "--num-steps and --schedule both choose the steps; give one of them"),
         ([file, "--guidance-interval", "0", "1"], "--guidance-interval and --schedule both choose the steps"),
@@ -239,6 +247,7 @@ def test_a_fit_that_is_worse_anywhere_is_not_written(tmp_path, monkeypatch, caps
         (["--num-steps", "5", "--num-samples", "3"], "--num-samples is 3; allowed: a whole number, 24 or more"),
         (["--num-steps", "5", "--order", "4"], "--order is 4; allowed: 1 to 3 with solver pec"),
         (["--num-steps", "1"], "--num-steps is 1; expected 2 or more, one for each part of the times"),
+        (["--num-steps", "101"], "--num-steps is 101; allowed: up to 100 to fit"),
         (["--num-steps", "5", "--output", "setup.py"], "setup.py is not valid JSON"),
     ],
 )
