@@ -81,7 +81,7 @@ def test_every_sampling_option_changes_the_images(tmp_path):
         ),
         *("--solver sde --diffusion-scale 0.5", "--refresh-every 4", "--refresh-every 1 --refresh-steps 0 5"),
         *("--state-forecast linear", "--guidance-every 3", "--guidance-every 3 --guidance-forecast linear"),
-        *("--fast", "--classes 5", "--first-seed 9", "--dtype bfloat16", "--quantize int8"),
+        *("--classes 5", "--first-seed 9", "--dtype bfloat16", "--quantize int8"),
     ]
     results = [sample(tmp_path, *f"{plain} {variant}".split())["arr_0"].tobytes() for variant in variants]
     assert len(set(results)) == len(variants)
