@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from shadow_memory import ShadowMemoryError
 
 from ddt_kernels.runtime import cdiv, tensor_descriptor, tl, triton
-from shadow_memory import ShadowMemoryError
 
 
 @triton.jit
@@ -41,9 +41,7 @@ def test_clean_launches_pass():
 
 
 def test_an_element_written_by_two_programs():
-    with pytest.raises(
-        ShadowMemoryError, match=r"^shift_kernel: program \(1, 0, 0\) writes out_ptr\[2\], which .*wrote"
-    ):
+    with pytest.raises(ShadowMemoryError, match=r"^shift_kernel: program \(1, 0, 0\) writes out_ptr\[2\], .* wrote"):
         shift(torch.zeros(6), torch.zeros(6), 6, step=2)
 
 
@@ -91,5 +89,5 @@ def test_a_descriptor_larger_than_its_tensor(argument):
 
 
 def test_atomics_are_refused():
-    with pytest.raises(ShadowMemoryError, match="^atomic_kernel: atomics"):
+    with pytest.raises(ShadowMemoryError, match=r"^atomic_kernel: atomics"):
         atomic_kernel[(1,)](torch.zeros(1))
