@@ -1,7 +1,7 @@
 """Settings for a budget of FLOPs: as many steps of solver "pec" as it affords, by a table measured on the digits model.
 
-`python -m benchmarks.pareto` measures the table. With this solver, steps that evaluate everything are at least as near to
-the ODE's solution as more steps that share states or guidance differences, at the same cost.
+`python -m benchmarks.pareto` measures the table. With this solver, steps that evaluate everything are at least as near
+to the ODE's solution as more steps that share states or guidance differences, at the same cost.
 """
 
 import json
