@@ -2,7 +2,7 @@
 
 The baseline is the plain DDT run as published, both branches at every step; then come the exact saving (no
 unconditional branch outside the guidance interval), FusedDDT, encoder sharing every 6th step or where dynamic
-programming puts as many refreshes, the recommended shortcut (`--fast`), eagerly, compiled, and as CUDA graphs.
+programming puts as many refreshes, the steps of `--fast`, eagerly, compiled, and as CUDA graphs.
 
 Every run is verified against the plain DDT's with the same settings, by what was added to the noise. (In the run's own
 dtype: on a GPU an fp32 run of XL/2 would take minutes.) Weights are random, so this says nothing about what a shortcut
@@ -24,7 +24,7 @@ from ddt_fast.model import FusedDDT
 from ddt_fast.model.flops import model_flops
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler, SamplingPlan
-from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.budgets import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_kernels import Cost

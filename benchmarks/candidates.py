@@ -1,14 +1,16 @@
-"""The same quality for fewer FLOPs: shortcuts with Euler and multistep solvers, over guidance settings, on the digits.
+"""The same quality for fewer FLOPs: what `benchmarks.pareto` recommends, over guidance settings, on the digits.
 
-    python -m benchmarks.candidates --output-dir benchmarks/results
+    python -m ddt_fast.train --training.seed 1 --output-dir runs/other
+    python -m benchmarks.candidates --other-model runs/other/model
 
-writes candidates.json and prints its tables. `benchmarks.pareto` searches a grid at one guidance setting; here the
-settings that one would recommend from it stand against --fast at several, each with its own truth: the solution of its
-ODE, from a fine multistep run that evaluates everything. Beside them: Fréchet distances of many samples to all 1,797
-real digits, in pixels, where the same seeds make differences visible that are far below the noise of the distance.
+writes candidates.json and prints its tables. `benchmarks.pareto` compares solvers at the published guidance; here a few
+stand against the published settings at several, each with its own truth: the solution of its ODE, from a fine run that
+evaluates everything. The other model, of another seed and data order, tells what is one model's luck. Beside the
+errors: Fréchet distances of many samples to all 1,797 real digits, in pixels, where the same seeds make differences
+visible that are far below the noise of the distance.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,50 +20,59 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import tables
-from benchmarks.sampler_errors import BASE, PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
+from benchmarks.sampler_errors import (
+    BASE,
+    PUBLISHED,
+    SHARED,
+    DigitsRuns,
+    read_options,
+    run_study,
+    sample_errors,
+    xl2_tflop,
+)
 from ddt_fast.command import run_command
 from ddt_fast.config import SamplingConfig
 from ddt_fast.data.digits import digits
 from ddt_fast.evaluation.metrics import frechet_distance, gaussian_statistics
-from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.model.settings import resolve_checkpoint
 
 # By name: scale and interval.
 GUIDANCE: dict[str, tuple[float, tuple[float, float]]] = {
     "none": (1.0, (0.0, 1.0)),
     "1.5 in (0.3, 1)": (1.5, (0.3, 1.0)),
     "2 in (0.3, 1)": (2.0, (0.3, 1.0)),
+    "2 in (0.5, 1)": (2.0, (0.5, 1.0)),
+    "2 in (0.3, 0.8)": (2.0, (0.3, 0.8)),
     "2 always": (2.0, (0.0, 1.0)),
     "4 in (0.3, 1)": (4.0, (0.3, 1.0)),
 }
 FRECHET_GUIDANCE = "2 in (0.3, 1)"  # the published one
+OTHER_MODEL = ", another model"  # after the guidance of its rows
 
-# `benchmarks.pareto` finds it within 1e-5 of one of twice the steps.
-TRUTH = replace(BASE, num_steps=155, solver="lms", order=4)
-MULTISTEP = replace(BASE, num_steps=35, solver="lms", order=3)
-EVERY_SECOND = replace(MULTISTEP, refresh_every=2, state_forecast="quadratic")
+CORRECTED = replace(BASE, solver="pec", order=3)
+TRUTH = replace(CORRECTED, num_steps=300)
 
 
 def candidates() -> Iterator[tuple[str, SamplingConfig]]:
     """Names and settings; `guided` adds the guidance."""
     yield "Euler 250, published", PUBLISHED
     yield "Euler 250, K 2 held", replace(PUBLISHED, refresh_every=2)
-    yield "Euler 250, even steps, --fast", fast_settings(replace(BASE, num_steps=250))
-    for steps in (250, 100, 50):
-        yield f"Euler {steps}, --fast", fast_settings(replace(PUBLISHED, num_steps=steps))
+    yield "Euler 250, K 6, M 10 linear", replace(PUBLISHED, **SHARED)
     for steps in (55, 35):
-        yield f"multistep 3, {steps}, K 2 linear", replace(EVERY_SECOND, num_steps=steps, state_forecast="linear")
-    for steps in (55, 50, 45, 40, 35, 30, 25):
-        yield f"multistep 3, {steps}, K 2 quadratic", replace(EVERY_SECOND, num_steps=steps)
-    # What one gets who does not ask for even steps.
-    yield "multistep 3, 55, K 2 quadratic, last step 0.04", replace(EVERY_SECOND, num_steps=55, last_step=0.04)
-    for steps in (55, 35):
-        yield f"multistep 3, {steps}, --fast", fast_settings(replace(MULTISTEP, num_steps=steps))
-    yield "multistep 4, 25, everything", replace(MULTISTEP, num_steps=25, order=4)
+        config = replace(BASE, num_steps=steps, solver="lms", order=3, refresh_every=2, state_forecast="quadratic")
+        yield f"multistep 3, {steps}, K 2 quadratic", config
+    for steps, order in ((32, 3), (21, 3), (21, 2), (15, 3), (15, 2), (10, 2), (6, 2)):
+        yield f"corrected {order}, {steps}", replace(CORRECTED, num_steps=steps, order=order)
 
 
 # Stands for the truth where there are many samples.
-FRECHET_REFERENCE = ("multistep 4, 55, everything", replace(BASE, num_steps=55, solver="lms", order=4))
-FRECHET_CANDIDATES = ("Euler 250, --fast", "multistep 3, 55, K 2 quadratic", "multistep 3, 35, K 2 quadratic")
+FRECHET_REFERENCE = ("corrected 3, 64", replace(CORRECTED, num_steps=64))
+FRECHET_CANDIDATES = (
+    "Euler 250, K 6, M 10 linear",
+    "multistep 3, 35, K 2 quadratic",
+    "corrected 3, 21",
+    "corrected 2, 10",
+)
 BLOCKS = 10  # of the many samples: differences between blocks are the standard errors
 
 
@@ -70,15 +81,13 @@ def guided(config: SamplingConfig, name: str) -> SamplingConfig:
     return replace(config, guidance_scale=scale, guidance_interval=interval)
 
 
-def error_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
-    rows = []
-    for name in GUIDANCE:
+def error_rows(runs: DigitsRuns, names: Iterable[str], suffix: str = "") -> Iterator[dict[str, Any]]:
+    for name in names:
         truth = runs(guided(TRUTH, name))
-        for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}"):
+        for candidate, settings in tqdm(list(candidates()), unit="setting", desc=f"guidance {name}{suffix}"):
             config = guided(settings, name)
-            row = {"guidance": name, "candidate": candidate, "tflop_xl2": xl2_tflop(config)}
-            rows.append(row | sample_errors(runs(config), truth))
-    return rows
+            row = {"guidance": name + suffix, "candidate": candidate, "tflop_xl2": xl2_tflop(config)}
+            yield row | sample_errors(runs(config), truth)
 
 
 def frechet_rows(runs: DigitsRuns) -> list[dict[str, Any]]:
@@ -110,13 +119,17 @@ def _standard_error(blocks: Any) -> float:
     return float(blocks.std(ddof=1) / len(blocks) ** 0.5)
 
 
-def measure(samples: int, frechet_samples: int, keep: str | None) -> dict[str, Any]:
+def measure(samples: int, frechet_samples: int, other_model: str | None, keep: str | None) -> dict[str, Any]:
     """All that candidates.json holds beside the environment."""
+    errors = list(error_rows(DigitsRuns(samples, keep), GUIDANCE))
+    if other_model is not None:
+        runs = DigitsRuns(samples, keep, resolve_checkpoint(other_model))
+        errors += error_rows(runs, [FRECHET_GUIDANCE], OTHER_MODEL)
     return {
         "samples": samples,
         "frechet_samples": frechet_samples,
         "frechet_guidance": FRECHET_GUIDANCE,
-        "errors": error_rows(DigitsRuns(samples, keep)),
+        "errors": errors,
         "frechet": frechet_rows(DigitsRuns(frechet_samples, keep)),
     }
 
@@ -128,8 +141,10 @@ NUMBERS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = read_options("candidates", __doc__, arguments, NUMBERS)
-    record = run_study("candidates", options, partial(measure, options.samples, options.frechet_samples))
+    words = "a digits model of another seed, whose errors are measured too"
+    options = read_options("candidates", __doc__, arguments, NUMBERS, other_model=words)
+    counts = options.samples, options.frechet_samples
+    record = run_study("candidates", options, partial(measure, *counts, options.other_model))
     print("\n\n".join(tables.candidates(record)))
 
 

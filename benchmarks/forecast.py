@@ -16,11 +16,10 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
+from benchmarks.sampler_errors import PUBLISHED, SHARED, DigitsRuns, read_options, run_study, sample_errors, xl2_tflop
 from ddt_fast import SamplingConfig
 from ddt_fast.command import run_command
 from ddt_fast.config import GuidanceForecast, StateForecast
-from ddt_fast.sampling.fast import fast_settings
 
 LINEAR = replace(PUBLISHED, state_forecast="linear", guidance_forecast="linear")
 
@@ -38,15 +37,10 @@ def settings() -> Iterator[tuple[str, str, float, SamplingConfig]]:
     for every, guidance in ((4, 6), (6, 6), (6, 10), (10, 10)):
         config = replace(LINEAR, refresh_every=every, guidance_every=guidance)
         yield "both", f"K {every}, M {guidance}, linear", every, config
-    for steps in (25, 50, 100, 250):
-        config = replace(PUBLISHED, num_steps=steps, last_step=None if steps < 50 else 0.04)
-        yield "steps", "hold K 2", steps, replace(config, refresh_every=2)
-        yield "steps", "hold K 6", steps, replace(config, refresh_every=6)
-        yield "steps", "--fast", steps, fast_settings(config)
     for scale in (1.5, 2.0, 3.0, 4.0):
         config = replace(PUBLISHED, guidance_scale=scale)
         yield "guidance scale", "hold K 2", scale, replace(config, refresh_every=2)
-        yield "guidance scale", "--fast", scale, fast_settings(config)
+        yield "guidance scale", "K 6, M 10, linear", scale, replace(config, **SHARED)
 
 
 def measure(num_samples: int, keep: str | None) -> dict[str, Any]:

@@ -1,255 +1,167 @@
-"""What the sampler's FLOPs buy: error and Fréchet distance against cost over all of its settings, on the digits model.
+"""What the sampler's FLOPs buy: error against cost, by solver and by what steps share, on the digits model.
 
-    python -m benchmarks.pareto --output-dir benchmarks/results
+    python -m benchmarks.pareto
 
-writes pareto.json and pareto.png and prints what to take for a budget.
+writes pareto.json and pareto.png and prints what to take for a budget. Into the repository's own results it also writes
+the package's table for `sample --budget`.
 
-- The truth is the solution of the guided ODE: a fine multistep run that evaluates everything, from the same noise. So
-  the solver's error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.) Another
-  guidance interval is another ODE: intervals are judged by the Fréchet distance and the class accuracy.
+- The truth is the solution of the guided ODE: a fine run that evaluates everything, from the same noise. So the
+  solver's error and the shortcuts' are on one scale. (`benchmarks.forecast` sees the shortcuts' alone.)
 - One or two in a hundred samples lie near a fork, go another way after a small push, and make up most of the relative
   L2 error of all. So the median and the 90% quantile of the samples' own errors stand beside it.
-- The grid is screened with a few samples. Whatever is near the front there by the error of all or the median, and the
-  settings that have a name, are run again with many: fronts and recommendations are of these.
 - A Fréchet distance below the truth's is not a gain: such runs follow the guidance less, which draws digits away from
-  the real ones' spread. Near the front it differs by little more than noise.
-- Where guidance sets in between two steps, a solver is off by up to one step's length. Step counts of the grid (except
-  10) put the bound 0.3 midway between two steps, where a multistep solver is right; with 250 it lies beside one.
+  the real ones' spread.
+- Where guidance sets in between two steps, Euler and "lms" are off by up to one step's length. Their step counts here
+  put the bound 0.3 midway between two steps, where a multistep solver is right by luck; with the published 250 it lies
+  beside one. The steps of "pec" end at the bound.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.report import tables
-from benchmarks.report.tables import MEASURES, label
+from benchmarks.report.files import FOLDER
 from benchmarks.sampler_errors import (
     BASE,
     PUBLISHED,
+    SHARED,
     DigitsRuns,
     digits_mflop,
     read_options,
     run_study,
     sample_errors,
+    write_record,
     xl2_tflop,
 )
-from ddt_fast.checks import require_int
 from ddt_fast.command import run_command
-from ddt_fast.config import SamplingConfig, Solver, StateForecast
+from ddt_fast.config import SamplingConfig
 from ddt_fast.sampling import SamplingPlan
-from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.budgets import BUDGETS_FILE
+from ddt_fast.tune_sampler import default_order, fit_schedule
 
-STEPS = (10, 15, 25, 35, 55, 105, 245)
-# Solvers and their orders, which Euler does not read.
-SOLVERS: tuple[tuple[Solver, int], ...] = (("euler", 2), ("lms", 2), ("lms", 3), ("lms", 4))
-FORECASTS: tuple[StateForecast, ...] = ("linear", "quadratic")
-PERIODS = (2, 3, 4, 6, 10, 16)  # of the encoder and of guidance
-
-# Beyond which shortcuts are tried with order 3 alone: there orders differ little, and Euler's own error hides a
-# shortcut's.
-MANY_STEPS = 40
-NEAR = 1.15  # times the front's error or median, in the screening, up to which settings are run again
-BUDGETS = (2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0, 100.0)  # TFLOP per image at XL/2, 256 px
-TOLERANCE = 1.1  # times the least error within a budget, up to which the cheapest setting is recommended
-INTERVALS = ((0.0, 1.0), (0.15, 1.0), (0.3, 1.0), (0.5, 1.0), (0.3, 0.8), (0.3, 0.6))
-COSTS = ("tflop_xl2", "mflop_digits")
-
-# Settings, and what pareto.json says of them: costs, errors ("screening_..." of few samples), scores.
-Point = dict[str, Any]
-
-
-def grid(steps: Sequence[int]) -> Iterator[SamplingConfig]:
-    """Every solver with everything evaluated, and with shortcuts."""
-    for count in steps:
-        for solver, order in SOLVERS:
-            config = replace(BASE, num_steps=count, solver=solver, order=order)
-            yield config
-            if count <= MANY_STEPS or (solver, order) == ("lms", 3):
-                yield from shortcuts(config)
-
-
-def shortcuts(config: SamplingConfig) -> Iterator[SamplingConfig]:
-    """The encoder, guidance, or both at every K-th step; where both, guidance one notch more rarely, or as often."""
-    # Too few refreshes are all noise; where there are very many, the next period does as well for less.
-    periods = [p for p in PERIODS if 5 <= config.num_steps / p <= 45]
-    few_steps = config.num_steps <= MANY_STEPS
-    for i, period in enumerate(periods):
-        if few_steps:
-            if i == 0:
-                # Held values are here for comparison: they lose to forecast ones at every period.
-                yield replace(config, refresh_every=period)
-                yield replace(config, guidance_every=period)
-            yield replace(config, guidance_every=period, guidance_forecast="linear")
-        for forecast in FORECASTS:
-            once = replace(config, refresh_every=period, state_forecast=forecast)
-            yield once
-            for guidance in periods[i : i + 2] if few_steps else periods[i + 1 : i + 2]:
-                yield replace(once, guidance_every=guidance, guidance_forecast="linear")
-
-
-def named() -> Iterator[tuple[str, SamplingConfig]]:
-    """What people run: as published, the paper's sharing, and --fast."""
-    yield "published", PUBLISHED
-    yield "published, K 2 held", replace(PUBLISHED, refresh_every=2)
-    for steps in (250, 100, 50):
-        yield f"--fast, Euler {steps}", fast_settings(replace(PUBLISHED, num_steps=steps))
-    for steps in (50, 25):
-        config = replace(BASE, num_steps=steps, solver="lms", order=2)
-        yield f"multistep 2, {steps}", config
-        yield f"--fast, multistep 2, {steps}", fast_settings(config)
-
-
-def other_intervals() -> Iterator[SamplingConfig]:
-    """Multistep with 25 steps, everything evaluated and with shortcuts, in each guidance interval."""
-    everything = replace(BASE, num_steps=25, solver="lms", order=3)
-    some = replace(everything, refresh_every=2, state_forecast="quadratic")
-    for config in (everything, replace(some, guidance_every=2, guidance_forecast="linear")):
-        for interval in INTERVALS:
-            yield replace(config, guidance_interval=interval)
-
-
-# Fields of a point's settings, beside a multistep solver's order.
+MULTISTEP = replace(BASE, solver="lms", order=3)
+CORRECTED = replace(BASE, solver="pec", order=3)
+QUADRATIC: dict[str, Any] = {"refresh_every": 2, "state_forecast": "quadratic"}
+STEPS = (4, 6, 8, 10, 12, 15, 18, 21, 26, 32, 42, 64, 105)  # of "pec", and of the table for budgets
+# By name: settings, and numbers of steps.
+SERIES: dict[str, tuple[SamplingConfig, tuple[int, ...]]] = {
+    "Euler": (BASE, (15, 25, 55, 105, 245)),
+    "multistep 3": (MULTISTEP, (15, 25, 35, 55, 105)),
+    "multistep 3, K 2 quadratic": (replace(MULTISTEP, **QUADRATIC), (15, 25, 35, 55, 105)),
+    "corrected 2": (replace(CORRECTED, order=2), STEPS),
+    "corrected 3": (CORRECTED, STEPS),
+    "corrected 3, K 2 quadratic": (replace(CORRECTED, **QUADRATIC), (26, 42, 64, 105)),
+    "corrected 3, M 2": (replace(CORRECTED, guidance_every=2), (18, 26, 42, 64)),
+    "published": (PUBLISHED, (250,)),
+    "published, K 2 held": (replace(PUBLISHED, refresh_every=2), (250,)),
+    "published, K 6, M 10 linear": (replace(PUBLISHED, **SHARED), (250,)),
+}
+BUDGET_SCALES = (1.5, 2.0, 4.0)  # guidance scales of the table for budgets
+BUDGET_ORDERS = (2, 3)
+FITTED_STEPS = (6, 8, 10, 12, 15, 21)
+BFLOAT16_STEPS = (10, 21, 64)
+# Fields of a point's settings.
 SETTINGS = (
-    *("num_steps", "solver", "last_step", "guidance_interval"),
+    *("num_steps", "solver", "order", "last_step", "guidance_interval"),
     *("refresh_every", "state_forecast", "guidance_every", "guidance_forecast"),
 )
 
 
-def point(name: str, config: SamplingConfig) -> Point:
-    """What pareto.json says of settings before they are run; "" is no name."""
-    plan = SamplingPlan.from_config(config)
-    names = (*SETTINGS, "order") if config.solver == "lms" else SETTINGS
-    return ({"name": name} if name else {}) | {
-        "network_evaluations": plan.network_evaluations,
-        "tflop_xl2": xl2_tflop(config),
-        "mflop_digits": digits_mflop(plan),
-        "settings": {name: getattr(config, name) for name in names},
-    }
+def compared() -> Iterator[tuple[str, SamplingConfig]]:
+    for name, (config, counts) in SERIES.items():
+        for count in counts:
+            yield name, replace(config, num_steps=count)
 
 
-def near_fronts(points: Sequence[Point]) -> set[int]:
-    """The numbers of those that are near a front of the screening, by either cost and error."""
-    pairs = product(COSTS, ("screening_error", "screening_error_median"))
-    return {i for cost, loss in pairs for i in front(column(points, cost), column(points, loss), NEAR)}
-
-
-def column(points: Sequence[Point], name: str) -> list[float]:
-    return [point[name] for point in points]
-
-
-# Of many (cost, loss) points, lower being better in both, those worth having; equal points count once, as the first.
-
-
-def front(costs: Sequence[float], losses: Sequence[float], factor: float = 1.0) -> list[int]:
-    """The Pareto front, by number and ascending cost: the points that no other beats. With a factor above 1 also those
-    near it, which lose less than `factor` times the least of those that cost at most as much."""
-    chosen, least = [], float("inf")
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i], i)):
-        if losses[i] < factor * least:
-            chosen.append(i)
-        least = min(least, losses[i])
-    return chosen
-
-
-def dominating(costs: Sequence[float], losses: Sequence[float], point: int) -> set[int]:
-    """The points that cost at most as much as `point` and lose less, or cost less and lose at most as much."""
-    other = (costs[point], losses[point])
-    pairs = list(zip(costs, losses, strict=True))
-    return {i for i, pair in enumerate(pairs) if pair != other and pair[0] <= other[0] and pair[1] <= other[1]}
-
-
-def recommend(costs: Sequence[float], losses: Sequence[float], budget: float, tolerance: float) -> int | None:
-    """The cheapest point whose loss is at most `tolerance` times the least that the budget affords; None where it
-    affords nothing. A tolerance of 1 buys the last percent at any price."""
-    affordable = [i for i in range(len(costs)) if costs[i] <= budget]
-    least = min((losses[i] for i in affordable), default=0.0)
-    enough = (i for i in affordable if losses[i] <= tolerance * least)
-    return min(enough, key=lambda i: (costs[i], losses[i], i), default=None)
-
-
-def measure(steps: Sequence[int], few: int, samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
+def measure(samples: int, truth_steps: int, keep: str | None) -> dict[str, Any]:
     """All that pareto.json holds beside the environment."""
-    screen, final = DigitsRuns(few, keep), DigitsRuns(samples, keep)
-    fine = replace(BASE, num_steps=truth_steps, solver="lms", order=4)
-    half = replace(fine, num_steps=10 * (truth_steps // 20) + 5)
-    truth = screen(fine)
-    own_error = sample_errors(screen(half), truth)["error"]
-    configs = list(grid(steps))
-    points = [point("", config) for config in configs]
-    for config, values in tqdm(list(zip(configs, points, strict=True)), unit="setting", desc="screening"):
-        errors = sample_errors(screen(config), truth)
-        values |= {f"screening_{name}": error for name, error in errors.items()}
-    finalists = sorted(near_fronts(points))
-    for name, config in named():
-        finalists.append(len(points))
-        configs.append(config)
-        points.append(point(name, config))
-    truth = final(fine)
-    for number in tqdm(finalists, unit="setting", desc="finalists"):
-        drawn = final(configs[number])
-        points[number] |= sample_errors(drawn, truth) | final.scores(drawn)
-    others = tqdm(list(other_intervals()), unit="setting", desc="intervals")
+    runs = DigitsRuns(samples, keep)
+    fine = replace(CORRECTED, num_steps=truth_steps)
+    truth = runs(fine)
+    points = []
+    for series, config in tqdm(list(compared()), unit="setting"):
+        drawn, plan = runs(config), SamplingPlan.from_config(config)
+        point = {"series": series, "network_evaluations": plan.network_evaluations, "tflop_xl2": xl2_tflop(config)}
+        point |= {"mflop_digits": digits_mflop(plan), **sample_errors(drawn, truth), **runs.scores(drawn)}
+        points.append(point | {"settings": {name: getattr(config, name) for name in SETTINGS}})
+    fitted = list(fitted_rows(runs, truth))
+    coarse = DigitsRuns(samples, keep, dtype=torch.bfloat16)
+    settings = [replace(CORRECTED, num_steps=steps) for steps in BFLOAT16_STEPS]
+    bfloat16 = [{"num_steps": config.num_steps, **sample_errors(coarse(config), truth)} for config in settings]
+    half = replace(fine, num_steps=truth_steps // 2)
     return {
-        "screen_samples": few,
         "samples": samples,
         "guidance_scale": BASE.guidance_scale,
+        "guidance_interval": BASE.guidance_interval,
         "truth": {
-            "what": f"{label(fine)}, everything evaluated",
-            "own_error": own_error,
+            "what": f"{tables.label(fine)}, everything evaluated",
+            "own_error": sample_errors(runs(half), truth)["error"],
             "own_error_is": f"relative L2 distance of {half.num_steps} steps from it",
-            **final.scores(truth, "frechet_real", "accuracy_real"),
+            **runs.scores(truth, "frechet_real", "accuracy_real"),
         },
         "points": points,
-        **choices(points, finalists),
-        "intervals": [point("", config) | final.scores(final(config)) for config in others],
+        "fitted": fitted,
+        "bfloat16": bfloat16,
+        "budgets": list(budget_rows(runs, truth_steps)),
     }
 
 
-def choices(points: Sequence[Point], finalists: Sequence[int]) -> dict[str, Any]:
-    """Of the finalists, by number: the fronts by loss and cost; by each measure of the error every recommended setting
-    once, for the least budget; and for every setting that has a name the cheapest that errs no more by any measure."""
-    chosen = [points[number] for number in finalists]
-    costs, losses = column(chosen, "tflop_xl2"), {name: column(chosen, name) for name in (*MEASURES, "frechet")}
-    fronts = {
-        f"{loss} over {cost}": [finalists[i] for i in front(column(chosen, cost), losses[loss])]
-        for loss, cost in product(losses, COSTS)
-    }
-    recommended: dict[tuple[str, int], float] = {}
-    for measure, budget in product(MEASURES, BUDGETS):
-        best = recommend(costs, losses[measure], budget, TOLERANCE)
-        if best is not None:
-            recommended.setdefault((measure, finalists[best]), budget)
-    cheapest: list[dict[str, int | None]] = []
-    for i, number in enumerate(finalists):
-        if "name" in points[number]:
-            better = set.intersection(*(dominating(costs, losses[measure], i) for measure in MEASURES))
-            j = min(better, key=lambda j: (costs[j], losses["error_median"][j]), default=None)
-            cheapest.append({"point": number, "cheapest": None if j is None else finalists[j]})
+def budget_rows(runs: DigitsRuns, truth_steps: int) -> Iterator[dict[str, Any]]:
+    """Errors of solver "pec" over guidance scales, each against the solution of its own ODE."""
+    for scale in BUDGET_SCALES:
+        guided = replace(CORRECTED, guidance_scale=scale)
+        truth = runs(replace(guided, num_steps=truth_steps))
+        for steps in tqdm(STEPS, unit="setting", desc=f"guidance {scale:g}"):
+            for order in BUDGET_ORDERS:
+                errors = sample_errors(runs(replace(guided, num_steps=steps, order=order)), truth)
+                yield {"guidance_scale": scale, "num_steps": steps, "order": order, **errors}
+
+
+def fitted_rows(runs: DigitsRuns, truth: Tensor) -> Iterator[dict[str, Any]]:
+    """Errors of the schedules that `ddt_fast.tune_sampler` fits by its defaults, beside those of the steps that it
+    starts from; None where it keeps none."""
+    for steps in FITTED_STEPS:
+        rule = replace(CORRECTED, num_steps=steps, order=default_order(steps))
+        row: dict[str, Any] = {"num_steps": steps, "order": rule.order, "tflop_xl2": xl2_tflop(rule)}
+        with TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            tuned = fit_schedule(start=rule, output=Path(folder) / "tuned.json")
+            row["seconds"] = time.perf_counter() - started
+        row["rule"] = sample_errors(runs(rule), truth)
+        yield row | {"fitted": None if tuned is None else sample_errors(runs(tuned.settings(rule)), truth)}
+
+
+def budget_table(record: dict[str, Any]) -> dict[str, Any]:
+    """The package's table, as `ddt_fast.sampling.budgets` reads it."""
+    environment = record["environment"]
+    commit, day = (environment["commit"] or "not known")[:12], environment["date"][:10]
     return {
-        "fronts": fronts,
-        "recommended": [{"by": m, "budget_tflop_xl2": b, "point": p} for (m, p), b in recommended.items()],
-        "better_than_named": cheapest,
+        "evidence": f"{record['samples']} samples, benchmarks.pareto, commit {commit}, {day}",
+        "rows": record["budgets"],
     }
 
 
-TRUTH_HELP = "steps of the fine run; an odd multiple of 5 puts the guidance bound 0.3 midway between two"
 NUMBERS = {
-    "--steps": (list(STEPS), 1, "numbers of steps of the grid"),
-    "--screen-samples": (32, 1, "samples that the grid is screened with"),
-    "--samples": (256, 65, "samples of what is run again; 65 or more"),
-    "--truth-steps": (305, 1, TRUTH_HELP),
+    "--samples": (256, 65, "samples of every run; 65 or more"),
+    "--truth-steps": (300, 2 * max(STEPS), "steps of the fine run"),
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = read_options("pareto", __doc__, arguments, NUMBERS)
-    require_int("--truth-steps", options.truth_steps, max(options.steps) + 1)
-    counts = options.steps, options.screen_samples, options.samples, options.truth_steps
-    print("\n\n".join(tables.pareto(run_study("pareto", options, partial(measure, *counts)))))
+    record = run_study("pareto", options, partial(measure, options.samples, options.truth_steps))
+    if Path(options.output_dir).resolve() == FOLDER:
+        write_record(BUDGETS_FILE, budget_table(record))
+    print("\n\n".join(tables.pareto(record)))
 
 
 if __name__ == "__main__":

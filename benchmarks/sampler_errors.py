@@ -27,6 +27,7 @@ from ddt_fast.generation.seeds import assign_labels
 from ddt_fast.model import FusedDDT
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.presets import PRESETS
+from ddt_fast.provenance import weights_sha256
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.noise import seeded_noise
 
@@ -34,17 +35,33 @@ SIZE, BATCH = 8, 256  # side of the digits in pixels; samples drawn at a time
 PUBLISHED = PRESETS["xl2_256"].sampling
 # Even steps: the published last one is ten times as long as the others, a bad choice for the solver's error alone.
 BASE = replace(PUBLISHED, last_step=None)
+# Far fewer evaluations of the encoder and of guidance, for 250 Euler steps.
+SHARED: dict[str, Any] = {
+    **{"refresh_every": 6, "state_forecast": "linear"},
+    **{"guidance_every": 10, "guidance_forecast": "linear"},
+}
 
 
 class DigitsRuns:
-    """Draws the same samples, seeds 0 and on, by any settings, with the trained model in float32 on the CPU.
+    """Draws the same samples, seeds 0 and on, by any settings, with a trained model on the CPU.
 
-    num_samples: scores need 65 or more. keep: folder in which samples are kept, to be read instead of drawn again.
+    Args:
+        num_samples: scores need 65 or more.
+        keep: folder in which samples are kept, to be read instead of drawn again.
+        checkpoint: the model, the package's own or another of the digits.
+        dtype: what the model computes in.
     """
 
-    def __init__(self, num_samples: int, keep: str | None = None) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        keep: str | None = None,
+        checkpoint: Path = EMBEDDED_CHECKPOINT,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         # Not compiled: settings differ in the shapes of what they keep, and each would be compiled anew.
-        self.model, self.num_samples, self._keep = digits_model(), num_samples, kept_samples(keep)
+        self.model, self.num_samples, self._keep = digits_model(checkpoint, dtype), num_samples, kept_samples(keep)
+        self._weights = weights_sha256(self.model)
         self.labels = assign_labels(num_samples, self.model.config.num_classes)
         self.noise, _ = seeded_noise(range(num_samples), (self.model.config.in_channels, SIZE, SIZE))
 
@@ -54,7 +71,7 @@ class DigitsRuns:
         return torch.cat([self._batch(config, start, min(start + BATCH, self.num_samples)) for start in starts])
 
     def _batch(self, config: SamplingConfig, start: int, end: int) -> Tensor:
-        settings = hashlib.sha256(f"{config}".encode()).hexdigest()[:16]
+        settings = hashlib.sha256(f"{config} {self._weights}".encode()).hexdigest()[:16]
         file = self._keep and self._keep / f"{settings}_{start}_{end}.safetensors"
         if file is not None and file.is_file():
             return load_file(file)["samples"]
@@ -86,9 +103,9 @@ def kept_samples(folder: str | None) -> Path | None:
 
 
 @cache
-def digits_model() -> FusedDDT:
-    """The trained model in the package, in float32 on the CPU."""
-    return FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT))
+def digits_model(checkpoint: Path = EMBEDDED_CHECKPOINT, dtype: torch.dtype = torch.float32) -> FusedDDT:
+    """A trained model, the package's own or another, on the CPU."""
+    return FusedDDT.from_reference(load_model(checkpoint, dtype=dtype))
 
 
 def sample_errors(samples: Tensor, truth: Tensor) -> dict[str, float]:
@@ -112,11 +129,17 @@ def digits_mflop(plan: SamplingPlan) -> float:
 
 
 def read_options(
-    name: str, description: str | None, arguments: list[str] | None, numbers: Mapping[str, tuple[Any, int, str]]
+    name: str,
+    description: str | None,
+    arguments: list[str] | None,
+    numbers: Mapping[str, tuple[Any, int, str]],
+    **texts: str,
 ) -> Any:
     """The options of `benchmarks.NAME`, as attributes; ValueError for a number that is not allowed.
 
-    numbers: by option the default, a list where it takes several, the least that is allowed, and the help.
+    Args:
+        numbers: by option the default, a list where it takes several, the least that is allowed, and the help.
+        texts: the help of options that take a text, by name.
     """
     parser = CommandParser(prog=f"python -m benchmarks.{name}", description=(description or "").splitlines()[0])
     parser.add_argument("--output-dir", default="benchmarks/results")
@@ -124,6 +147,8 @@ def read_options(
     for option, (default, _, words) in numbers.items():
         nargs = "+" if isinstance(default, list) else None
         parser.add_argument(option, type=int, default=default, help=words, nargs=nargs)
+    for option, words in texts.items():
+        parser.add_argument("--" + option.replace("_", "-"), help=words)
     options = parser.parse_args(arguments)
     for option, (_, least, _) in numbers.items():
         given = options[option[2:].replace("-", "_")]

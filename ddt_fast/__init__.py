@@ -8,6 +8,7 @@ Each command is a function here, with the same defaults and errors:
     python -m ddt_fast.cache_latents    encode_image_folder(images, output)
     python -m ddt_fast.convert          convert_checkpoint(source, out)
     python -m ddt_fast.sharing          study_refreshes(checkpoint)
+    python -m ddt_fast.tune_sampler     fit_schedule(checkpoint)
 
 The package also has
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from ddt_fast.pipeline import DDTPipeline
     from ddt_fast.sharing import study_refreshes
     from ddt_fast.train import train_model
+    from ddt_fast.tune_sampler import fit_schedule
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "Scoring",
     "convert_checkpoint",
     "encode_image_folder",
+    "fit_schedule",
     "generate",
     "load_model",
     "score_samples",
@@ -80,5 +83,6 @@ __getattr__, __dir__ = lazy_names(
         "ddt_fast.pipeline": ["DDTPipeline"],
         "ddt_fast.sharing": ["study_refreshes"],
         "ddt_fast.train": ["train_model"],
+        "ddt_fast.tune_sampler": ["fit_schedule"],
     },
 )

@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from ddt_fast.command import fail
 
-COMMANDS = ("train", "sample", "evaluate", "convert", "cache_latents", "sharing", "demo")
+COMMANDS = ("train", "sample", "evaluate", "convert", "cache_latents", "sharing", "tune_sampler", "demo")
 
 
 def main() -> NoReturn:

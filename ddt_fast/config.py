@@ -7,9 +7,18 @@ configuration that exists is valid.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Literal, Self
 
-from ddt_fast.checks import require, require_choices_and_flags, require_int, require_name, require_number, require_pair
+from ddt_fast.checks import (
+    require,
+    require_choices_and_flags,
+    require_int,
+    require_kind,
+    require_name,
+    require_number,
+    require_pair,
+)
 
 Solver = Literal["euler", "lms", "pec", "sde"]
 Diffusion = Literal["constant", "sigma", "sigma_squared", "sine"]
@@ -79,6 +88,52 @@ class DDTConfig:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """Times and coefficients that `ddt_fast.tune_sampler` fitted to one model, in place of a solver's.
+
+    Args:
+        times: of the evaluations, ascending from 0; the last step ends at 1.
+        velocities: for every step, coefficients of the last conditional velocities, newest first, 1 to 4.
+        differences: for every step, those of the last guidance differences, 1 to 4, to be multiplied by w - 1; () for a
+            step without guidance. A step with guidance evaluates a difference.
+        guidance_interval: the interval whose bounds are among the times.
+        model: `sampling.tuned.model_digests` of the model.
+        size: height and width of the model's input.
+    """
+
+    times: tuple[float, ...]
+    velocities: tuple[tuple[float, ...], ...]
+    differences: tuple[tuple[float, ...], ...]
+    guidance_interval: tuple[float, float]
+    model: tuple[str, ...]
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            require(isinstance(value, (tuple, list)), setting.name, value, "a list")
+            parts = tuple(tuple(part) if isinstance(part, list) else part for part in value)
+            object.__setattr__(self, setting.name, parts)
+        times, rows = self.times, (*self.velocities, *self.differences)
+        numbers = [*times, *(number for row in rows if isinstance(row, tuple) for number in row)]
+        finite = all(isinstance(number, float | int) and math.isfinite(number) for number in numbers)
+        ascending = finite and [0, *times[1:], 1] == sorted({*times, 0, 1}) and times[:1] == (0,)
+        require(ascending, "times", times, "finite numbers that ascend from 0 and stay below 1")
+        evaluated = list(accumulate(bool(row) for row in self.differences))
+        fits = finite and len(self.velocities) == len(self.differences) == len(times)
+        fits = fits and all(1 <= len(row) <= min(i, 4) for i, row in enumerate(self.velocities, 1))
+        fits = fits and all(len(row) <= min(i, 4) for i, row in zip(evaluated, self.differences, strict=True))
+        require(fits, "velocities and differences", rows, "for every step, 1 to 4 finite coefficients of what is known")
+        low, high = _guidance_interval(self.guidance_interval)
+        # The times have the bounds in float32.
+        inside = [low - 1e-6 < t < high - 1e-6 for t in times]
+        matches = [bool(row) for row in self.differences] == inside
+        require(matches, "guidance_interval", (low, high), "the interval of the steps that have differences")
+        valid = len(self.size) == 2 and all(type(side) is int for side in self.size)
+        require(valid, "size", self.size, "two whole numbers")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How a sample is drawn. Times run from t = 0 (noise) to t = 1 (data).
 
@@ -106,6 +161,8 @@ class SamplingConfig:
         guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear"); "pec"
             extrapolates differences as it does velocities, and ignores it.
         cuda_graphs: replay the loop as CUDA graphs.
+        schedule: times and coefficients fitted to one model, in place of those of solver "pec"; order, timeshift and
+            last_step are not read.
     """
 
     num_steps: int = 250
@@ -124,6 +181,7 @@ class SamplingConfig:
     guidance_every: int = 1
     guidance_forecast: GuidanceForecast = "hold"
     cuda_graphs: bool = False
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "refresh_every", "guidance_every"):
@@ -132,9 +190,7 @@ class SamplingConfig:
         require_choices_and_flags(self)
         for name in ("guidance_scale", "diffusion_scale"):
             require_number(name, getattr(self, name), 0)
-        valid, rule = (lambda low, high: 0 <= low < high <= 1), "two numbers, 0 <= low < high <= 1"
-        interval = require_pair("guidance_interval", self.guidance_interval, valid, rule)
-        object.__setattr__(self, "guidance_interval", interval)
+        object.__setattr__(self, "guidance_interval", _guidance_interval(self.guidance_interval))
         require_number("timeshift", self.timeshift, 0, open_low=True)
         if self.last_step is not None:
             require_number("last_step", self.last_step, 0, 1, open_low=True)
@@ -144,6 +200,18 @@ class SamplingConfig:
         possible = type(self.order) is int and 1 <= self.order <= most
         require(possible, "order", self.order, f"1 to {most} with solver {self.solver}")
         self._check_refreshes()
+        if self.schedule is not None:
+            self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule = Schedule(**self.schedule) if isinstance(self.schedule, dict) else self.schedule
+        require_kind("schedule", schedule, Schedule)
+        assert schedule is not None
+        object.__setattr__(self, "schedule", schedule)
+        has = {"solver": "pec", "num_steps": len(schedule.times), "refresh_every": 1, "guidance_every": 1}
+        has |= {"refresh_steps": None, "guidance_interval": schedule.guidance_interval}
+        for name, value in has.items():
+            require(getattr(self, name) == value, name, getattr(self, name), f"{value} with this schedule")
 
     def _check_refreshes(self) -> None:
         steps, budget, count = self.refresh_steps, self.num_refreshes, self.num_steps
@@ -179,6 +247,11 @@ class SamplingConfig:
             steps = f"{self.num_steps} steps, not for {given['num_steps']}"
             raise ValueError(f"refresh_steps are for {steps}; give refresh_every or refresh_steps")
         return replace(self, **given)
+
+
+def _guidance_interval(value: object) -> tuple[float, float]:
+    allowed = "two numbers, 0 <= low < high <= 1"
+    return require_pair("guidance_interval", value, lambda low, high: 0 <= low < high <= 1, allowed)
 
 
 @dataclass(frozen=True)

@@ -4,19 +4,23 @@ Under torchrun the processes share the work. A job that was stopped or killed co
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from ddt_fast.checks import require_number
 from ddt_fast.command import CommandParser, read_options, run_command
 from ddt_fast.config import Experiment, SamplingConfig
 from ddt_fast.evaluation.names import Features
 from ddt_fast.generation.settings import Draws, Engine, Outputs, Scoring
-from ddt_fast.sampling.fast import FAST_SUMMARY, fast_settings
+from ddt_fast.ranks import process_ranks
+from ddt_fast.sampling.budgets import FAST_SUMMARY, fast_settings, settings_within
+from ddt_fast.sampling.tuned import Tuned, tuned_file
 from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_options, chosen_checkpoint, given_settings
 
 if TYPE_CHECKING:
     from ddt_fast.generation.background import OnImages
 
+_BESIDE_SCHEDULE = ("guidance_scale", "cuda_graphs")
 _SCORING = ("metrics", "inception_weights", "center_crop", "skip_unreadable")
 
 
@@ -26,9 +30,13 @@ def build_parser() -> CommandParser:
     add_checkpoint_options(parser)
     parser.add_options(Draws)
     add = parser.add_argument
-    add_sampling_options(parser, without=("refresh_steps",))
+    add_sampling_options(parser, without=("refresh_steps", "schedule"))
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
+    words = "the nearest to the ODE's solution for so many TFLOP an image; says which and what to expect"
+    add("--budget", type=float, metavar="TFLOP", help=f"{words}; other options override it")
+    words = "a file of ddt_fast.tune_sampler: times and coefficients fitted to this model, in place of a solver's"
+    add("--schedule", type=str, metavar="FILE", help=words)
     parser.add_options(Engine, without=("device", "dtype"))
     add("--output-dir", type=str, default="samples", help="where samples.npz, images, grid.png, generation.json go")
     parser.add_options(Outputs)
@@ -48,6 +56,7 @@ def main(arguments: Sequence[str] | None = None, on_images: "OnImages | None" = 
         outputs, scoring = read_options(options, Outputs), _scoring(options)
         checkpoint, experiment = chosen_checkpoint(options)
         sampling = _sampling(options, experiment)
+        _say_what_is_tuned(checkpoint, sampling)
         from ddt_fast.generation.job import generate
         from ddt_fast.threads import threads_for
 
@@ -78,11 +87,35 @@ def _scoring(options: Any) -> Scoring | None:
 
 def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     """The sampling settings that the options ask for; ValueError for a wrong value."""
-    given, sampling = given_settings(options), experiment.sampling
+    given, sampling = given_settings(options) | {"schedule": None}, experiment.sampling
     given["refresh_steps"] = _steps(options.refresh_steps)
+    ways = [name for name in ("fast", "budget", "schedule") if getattr(options, name) not in (None, False)]
+    if len(ways) > 1:
+        raise ValueError(f"`{ways[0]}` and `{ways[1]}` both choose the steps; give one of them")
     if options.fast:
-        sampling = fast_settings(replace(sampling, num_steps=options.num_steps or sampling.num_steps))
+        sampling = fast_settings(sampling)
+    if options.budget is not None:
+        require_number("budget", options.budget, 0, open_low=True)
+        guided = sampling.override(
+            **{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")}
+        )
+        size = experiment.data.input_size(options.height, options.width, experiment.model.patch_size)
+        sampling, words = settings_within(guided, experiment.model, *size, options.budget)
+        process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")
+    if options.schedule is not None:
+        other = [name for name, value in given.items() if value is not None and name not in _BESIDE_SCHEDULE]
+        if other:
+            raise ValueError(f"`{other[0]}` and `schedule` both choose the steps; give one of them")
+        tuned = Tuned.read(options.schedule)
+        sampling = tuned.settings(sampling.override(guidance_scale=given["guidance_scale"]))
+        process_ranks().say(f"schedule {options.schedule}: {tuned.expectation(sampling.guidance_scale)}")
     return sampling.override(**given)
+
+
+def _say_what_is_tuned(checkpoint: Path, sampling: SamplingConfig) -> None:
+    file = tuned_file(checkpoint, sampling.num_steps)
+    if sampling.solver == "pec" and sampling.schedule is None and file.is_file():
+        process_ranks().say(f"found {file}, {sampling.num_steps} steps fitted to this model; --schedule {file} uses it")
 
 
 def _steps(words: list[str] | None) -> tuple[int, ...] | Literal["dp"] | None:

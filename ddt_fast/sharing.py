@@ -19,7 +19,7 @@ def build_parser() -> CommandParser:
     """The options of the command; settings that are not given are the checkpoint's own."""
     parser = CommandParser(prog="python -m ddt_fast.sharing", description=__doc__)
     add_checkpoint_options(parser)
-    unread = ("refresh_every", "refresh_steps", "num_refreshes", "guidance_forecast", "cuda_graphs")
+    unread = ("refresh_every", "refresh_steps", "num_refreshes", "guidance_forecast", "cuda_graphs", "schedule")
     rare = "above 1, the unconditional branch shares no states and is not compared"
     add_sampling_options(parser, unread, guidance_every=rare)
     parser.add_options(study_refreshes, "num_refreshes", "num_samples", "output_dir")

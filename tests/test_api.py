@@ -29,6 +29,7 @@ COMMANDS = {
     "encode_image_folder": "ddt_fast.cache_latents",
     "convert_checkpoint": "ddt_fast.convert",
     "study_refreshes": "ddt_fast.sharing",
+    "fit_schedule": "ddt_fast.tune_sampler",
 }
 SETTINGS = ("Draws", "Engine", "Outputs", "Scoring")
 IMAGES = {"samples": "images.npz", "reference": "images.npz", "features": "pixels", "output": "metrics.json"}
@@ -39,6 +40,7 @@ PLACES = {
     "convert_checkpoint": {"source": EMBEDDED_CHECKPOINT, "out": "released.ckpt"},
     "encode_image_folder": {"images": "images", "output": "latents"},
     "study_refreshes": {"checkpoint": EMBEDDED_CHECKPOINT, "output_dir": "study"},
+    "fit_schedule": {"checkpoint": EMBEDDED_CHECKPOINT, "output": "tuned.json"},
     "write_model_card": {"folder": "model"},
     "train_model": {"experiment": PRESETS["digits"], "output_dir": "run"},
 }

@@ -24,7 +24,7 @@ from ddt_fast.model.weights import load_model
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import SamplingPlan
 from ddt_fast.sampling import sample as library_sample
-from ddt_fast.sampling.fast import fast_settings
+from ddt_fast.sampling.budgets import fast_settings
 from ddt_fast.sampling.noise import seeded_noise
 from sample_jobs import error_line, sample_command
 
@@ -81,7 +81,7 @@ def test_every_sampling_option_changes_the_images(tmp_path):
         ),
         *("--solver sde --diffusion-scale 0.5", "--refresh-every 4", "--refresh-every 1 --refresh-steps 0 5"),
         *("--state-forecast linear", "--guidance-every 3", "--guidance-every 3 --guidance-forecast linear"),
-        *("--fast", "--classes 5", "--first-seed 9", "--dtype bfloat16", "--quantize int8"),
+        *("--classes 5", "--first-seed 9", "--dtype bfloat16", "--quantize int8"),
     ]
     results = [sample(tmp_path, *f"{plain} {variant}".split())["arr_0"].tobytes() for variant in variants]
     assert len(set(results)) == len(variants)
@@ -133,13 +133,28 @@ def test_int8_says_its_error(tmp_path, capsys):
     assert 0 < np.abs(int8 - exact).mean() < 8
 
 
-def test_fast_is_what_is_recommended_and_gives_way_to_options(tmp_path, capsys):
-    sample(tmp_path, "--num-images", "2", "--num-steps", "50", "--fast", "--guidance-every", "2")
-    config = fast_settings(replace(PRESETS["digits"].sampling, num_steps=50))
-    plan = SamplingPlan.from_config(replace(config, guidance_every=2))
-    said = f"{plan.network_evaluations} network evaluations, {plan.encoder_evaluations} encoder runs"
-    assert said in capsys.readouterr().out
-    assert plan.encoder_evaluations < 50
+def test_fast_and_a_budget_choose_the_steps_and_give_way_to_options(tmp_path, capsys):
+    def said(*options: str) -> str:
+        sample(tmp_path, "--num-images", "2", *options)
+        return capsys.readouterr().out
+
+    def evaluations(**settings) -> str:
+        plan = SamplingPlan.from_config(replace(fast_settings(PRESETS["digits"].sampling), **settings))
+        return f"{plan.network_evaluations} network evaluations, {plan.encoder_evaluations} encoder runs"
+
+    assert evaluations(guidance_every=2) in said("--fast", "--guidance-every", "2")
+    output = said("--budget", "0.001")
+    assert re.search(
+        r"^budget of 0\.001 TFLOP: \d+ steps of solver pec, order 3, with an edge at 0\.3", output, re.MULTILINE
+    )
+    assert "in median (256 samples, benchmarks.pareto, commit" in output
+    assert evaluations(num_steps=8, order=2) in said("--budget", "0.001", "--num-steps", "8", "--order", "2")
+    for options, message in (
+        (["--fast", "--budget", "1"], "--fast and --budget both choose the steps; give one of them"),
+        (["--budget", "1e-9"], "--budget is 1e-09 TFLOP an image; allowed: "),
+        (["--budget", "nan"], "--budget is nan"),
+    ):
+        assert message in error_line(capsys, sample_command.main, options)
 
 
 def test_the_best_refreshes_are_found_once_and_kept_beside_the_checkpoint(tmp_path, capsys):

@@ -56,6 +56,7 @@ def test_help_imports_nothing_slow(command):
         ("cache_latents", "--images", "a"),
         ("cache_latents", "--images", "a", "--output", "a/b"),
         ("sharing", "--num-samples", "0"),
+        ("tune_sampler", "--num-steps", "10", "--num-samples", "0"),
         ("demo", "--port", "0"),
         ("demo", "--host", "no.such.address.invalid"),
     ],

@@ -20,7 +20,7 @@ KINDS = {
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),
-    "pareto": ("python -m benchmarks.pareto", {"points", "recommended"}),
+    "pareto": ("python -m benchmarks.pareto", {"points", "budgets", "fitted", "bfloat16"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),
 }
 
@@ -105,26 +105,32 @@ def _draw_forecast(axis: Any, record: Record) -> None:
         axis.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
 
 
+# Lines of the picture: series, label, style. Few, so that it says one thing.
+PARETO_LINES = (
+    ("Euler", "Euler", {"linestyle": ":", "color": "#6b7280"}),
+    ("multistep 3, K 2 quadratic", "multistep, states shared", {"linestyle": "--", "color": "#2563eb"}),
+    ("corrected 3", "corrected (pec), order 3", {"linewidth": 2.5, "color": "#c2410c"}),
+    ("corrected 2", "corrected (pec), order 2", {"color": "#ea9a62"}),
+    ("published", "as published", {"linestyle": "", "marker": "s", "color": "black"}),
+)
+
+
 def _draw_pareto(axis: Any, record: Record) -> None:
-    """Median error over cost, the front, and the settings that have a name."""
-
-    def place(points: list[Record]) -> tuple[list[float], list[float]]:
-        return [p["tflop_xl2"] for p in points], [p["error_median"] for p in points]
-
-    points = [p for p in record["points"] if "error_median" in p]
-    edge = [record["points"][i] for i in record["fronts"]["error_median over tflop_xl2"]]
-    axis.scatter(*place(points), s=16, color="grey", label=f"near the front, {record['samples']} samples")
-    axis.plot(*place(edge), color="crimson", drawstyle="steps-post", label="front")
-    named = [p for p in points if "name" in p]
-    for i, (x, y, name) in enumerate(sorted(zip(*place(named), (p["name"] for p in named), strict=True))):
-        axis.scatter(x, y, s=60, facecolors="none", edgecolors="black")
-        where = {"xytext": (10, 14 + 13 * (i % 4)), "textcoords": "offset points"}
-        axis.annotate(name, (x, y), fontsize=8, arrowprops={"arrowstyle": "-", "linewidth": 0.5}, **where)
+    """Median error over cost, a line for every solver."""
+    for series, name, style in PARETO_LINES:
+        points = [point for point in record["points"] if point["series"] == series]
+        axis.plot(*_cost_and_error(points), label=name, **{"marker": "o", "markersize": 4, **style})
+    kept = [row["fitted"] | {"tflop_xl2": row["tflop_xl2"]} for row in record["fitted"] if row["fitted"]]
+    axis.plot(*_cost_and_error(kept), label="fitted to the model", marker="D", color="#15803d")
     axis.set_xscale("log")
+
+
+def _cost_and_error(points: list[Record]) -> tuple[list[float], list[float]]:
+    return [point["tflop_xl2"] for point in points], [point["error_median"] for point in points]
 
 
 # By kind of file: title, and what draws it.
 FIGURES: dict[str, tuple[str, Callable[[Any, Record], None]]] = {
     "forecast": ("What shortcuts cost: digits, 250 steps, w 2, against evaluating everything", _draw_forecast),
-    "pareto": ("What FLOPs buy: digits, w 2, settings near the front against the ODE's solution", _draw_pareto),
+    "pareto": ("Corrected steps come nearer for fewer FLOPs: digits, w 2, against the ODE's solution", _draw_pareto),
 }

@@ -49,7 +49,8 @@ def relative(error: float) -> str:
 
 def label(config: SamplingConfig) -> str:
     """Settings in a few words."""
-    words = ["Euler" if config.solver == "euler" else f"multistep {config.order}", f"{config.num_steps} steps"]
+    solver = {"euler": "Euler", "lms": f"multistep {config.order}", "pec": f"corrected {config.order}"}[config.solver]
+    words = [solver, f"{config.num_steps} steps"]
     if config.refresh_every > 1:
         words.append(f"K {config.refresh_every} {config.state_forecast}")
     if config.guidance_every > 1:
@@ -136,7 +137,7 @@ def training_step(record: Record) -> Iterator[str]:
 CPU_SETTINGS = {
     "refresh 1": "every step refreshed",
     "refresh 6": "`refresh_every=6`",
-    "refresh 6, guidance every 10, linear": "`--fast`",
+    "refresh 6, guidance every 10, linear": "`refresh_every=6`, `guidance_every=10`, linear",
 }
 
 
@@ -179,14 +180,12 @@ FORECAST_ROWS = (
     ("hold, K = 2 (the paper: no loss of FID)", "encoder, w 2", "hold", 2),
     ("hold, K = 6", "encoder, w 2", "hold", 6),
     ("linear, K = 6", "encoder, w 2", "linear", 6),
-    ("linear, K = 6 and M = 10 (`--fast`)", "both", "K 6, M 10, linear", 6),
+    ("linear, K = 6 and M = 10", "both", "K 6, M 10, linear", 6),
     ("linear, K = 10 and M = 10", "both", "K 10, M 10, linear", 10),
 )
 
 
 def forecast(record: Record) -> Iterator[str]:
-    """Some settings, and --fast at a high guidance scale."""
-
     def find(group: str, series: str, at: float | None) -> Record:
         found = [r for r in record["results"] if (r["group"], r["series"]) == (group, series) and at in (None, r["at"])]
         return found[0]
@@ -199,51 +198,58 @@ def forecast(record: Record) -> Iterator[str]:
         rows.append([words, *errors, *scores])
     head = f"digits, 250 steps, w 2 in (0.3, 1), {record['num_samples']} samples | error of all samples | median error"
     yield table(f"{head} | pixel Fréchet distance | class accuracy | TFLOP at XL/2, 256 px", rows)
-    fast, hold = (find("guidance scale", series, 4) for series in ("--fast", "hold K 2"))
-    numbers = [row[name] for row in (fast, hold) for name in ("error", "error_median")]
     yield (
         "Errors are relative L2 distances from the first row's samples: of all as one vector, and the median of each "
-        "by itself. At guidance 4 `--fast` has errors of {:.4f} and {:.4f}, hold with K = 2 of {:.4f} and {:.4f}. The "
-        "file holds all settings.".format(*numbers)
+        "by itself. The file holds all settings."
     )
+
+
+BUDGETS = (3.0, 5.0, 7.5, 10.0, 15.0, 25.0, 50.0)  # TFLOP per image at XL/2, 256 px
 
 
 def pareto(record: Record) -> Iterator[str]:
     points, truth = record["points"], record["truth"]
+    named = [point for point in points if point["series"].startswith("published")]
+    corrected = [point for point in points if point["series"].startswith("corrected")]
+    others = [point for point in points if point not in named and point not in corrected]
 
-    def words(point: Record) -> str:
+    def row(point: Record | None) -> list[object]:
+        if point is None:
+            return [None] * 3
         fields = {name: value for name, value in point["settings"].items() if name != "guidance_interval"}
-        return label(SamplingConfig(**fields))
+        return [label(SamplingConfig(**fields)), f"{point['tflop_xl2']:.1f}", _thousandths(point)]
 
-    def row(point: Record) -> list[object]:
-        numbers = [point[name] for name in ("tflop_xl2", *MEASURES, "frechet")]
-        return [words(point), *numbers, f"{point['accuracy']:.1%}"]
+    def best(of: list[Record], budget: float) -> Record | None:
+        affordable = (point for point in of if point["tflop_xl2"] <= budget)
+        return min(affordable, key=lambda point: point["error"], default=None)
 
-    head = " | ".join(["setting | TFLOP per image", *MEASURES.values(), "Fréchet | accuracy"])
-    measures: dict[tuple[float, float, int], list[str]] = defaultdict(list)
-    for entry in record["recommended"]:
-        key = (entry["budget_tflop_xl2"], points[entry["point"]]["tflop_xl2"], entry["point"])
-        measures[key].append(MEASURES[entry["by"]])
     yield (
-        f"Digits model, {record['samples']} samples, errors against {truth['what']}, whose Fréchet distance is "
-        f"{truth['frechet']:.3f}: one below it is not a gain. Errors are relative L2 distances: of all samples as one "
-        "vector, and the median and 90% quantile of each by itself. TFLOP per image at XL/2, 256 px. Recommended for a "
-        "budget, by each:"
+        f"Digits model, guidance {record['guidance_scale']:g} in (0.3, 1), {record['samples']} samples; errors in "
+        f"thousandths against {truth['what']}: of all samples as one vector / median / 90% quantile of each by itself. "
+        "TFLOP per image at XL/2, 256 px. For a budget, the least error of all that the solvers with and without "
+        "correction reach, with everything evaluated or with shared states or differences:"
     )
-    chosen = ([f"{key[0]:g}", ", ".join(measures[key]), *row(points[key[2]])] for key in sorted(measures))
-    yield table(f"budget | by | {head}", chosen)
-    yield "What people run, and the cheapest of all that errs no more by any of the three:"
-    cheapest = {e["point"]: e["cheapest"] for e in record["better_than_named"] if e["cheapest"] is not None}
-    better = {i: f"{words(points[j])}: {points[j]['tflop_xl2']:.3g} TFLOP" for i, j in cheapest.items()}
-    named = ([p["name"], *row(p), better.get(i)] for i, p in enumerate(points) if "name" in p)
-    yield table(f"name | {head} | cheapest", named)
+    head = "TFLOP | error"
+    yield table(
+        f"budget | without correction | {head} | corrected | {head}",
+        ([f"{budget:g}", *row(best(others, budget)), *row(best(corrected, budget))] for budget in BUDGETS),
+    )
+    yield (
+        "Fitted to this model by `python -m ddt_fast.tune_sampler`, for guidance 1.5, 2 and 4 at once. A fit that is "
+        "not better on other noises, in error of all and median and at all three, is not kept:"
+    )
+    yield table("start | TFLOP | error | fitted | minutes on this machine", map(_fitted, record["fitted"]))
+    coarse = (f"{_thousandths(row)} with {row['num_steps']} steps" for row in record["bfloat16"])
+    yield f"In bfloat16, corrected 3 has errors of {', '.join(coarse)}: rounding hides what more steps gain."
+    yield "As published, and with less evaluated:"
+    yield table(f"name | setting | {head} | Fréchet", ([p["series"], *row(p), f"{p['frechet']:.3f}"] for p in named))
 
 
 def candidates(record: Record) -> Iterator[str]:
     errors: dict[str, list[str]] = defaultdict(list)
     costs: dict[str, float] = defaultdict(float)
     for row in record["errors"]:
-        errors[row["candidate"]].append(" / ".join(f"{1000 * row[name]:.3g}" for name in MEASURES))
+        errors[row["candidate"]].append(_thousandths(row))
         costs[row["candidate"]] = max(costs[row["candidate"]], row["tflop_xl2"])
     guidance = dict.fromkeys(row["guidance"] for row in record["errors"])
     yield (
@@ -267,8 +273,8 @@ def candidates(record: Record) -> Iterator[str]:
 
 # The candidates of the short table.
 SHORT = (
-    *("Euler 250, published", "Euler 250, K 2 held", "Euler 250, --fast", "Euler 250, even steps, --fast"),
-    *(f"multistep 3, {steps}, K 2 quadratic" for steps in (55, 35)),
+    *("Euler 250, published", "Euler 250, K 2 held", "Euler 250, K 6, M 10 linear"),
+    *("multistep 3, 35, K 2 quadratic", "corrected 3, 32", "corrected 3, 21", "corrected 2, 10"),
 )
 
 
@@ -288,6 +294,16 @@ def candidates_in_short(record: Record) -> Iterator[str]:
         f"{record['frechet_samples']} samples to all real digits, as the difference from a run that is nearly the "
         f"solution, with the same seeds (with others it would be {first['frechet']:.3f} ± {first['frechet_sd']:.3f})."
     )
+
+
+def _fitted(row: Record) -> list[object]:
+    after = _thousandths(row["fitted"]) if row["fitted"] else "not kept"
+    start = f"corrected {row['order']}, {row['num_steps']} steps"
+    return [start, f"{row['tflop_xl2']:.1f}", _thousandths(row["rule"]), after, f"{row['seconds'] / 60:.1f}"]
+
+
+def _thousandths(errors: Record) -> str:
+    return " / ".join(f"{1000 * errors[name]:.3g}" for name in MEASURES)
 
 
 def _difference(row: Record) -> str | None:

@@ -106,8 +106,9 @@ def class_choices(pipe: DDTPipeline) -> list[tuple[str, str]]:
 
 
 def _own_sampling(pipe: DDTPipeline) -> SamplingConfig:
-    """The pipeline's settings with evenly spaced refreshes, for which the page has a slider."""
-    return replace(pipe.scheduler.sampling_config, refresh_steps=None, num_refreshes=None, cuda_graphs=False)
+    """The pipeline's settings with evenly spaced refreshes and a solver's steps, for which the page has sliders."""
+    unset: dict[str, Any] = {"refresh_steps": None, "num_refreshes": None, "cuda_graphs": False, "schedule": None}
+    return replace(pipe.scheduler.sampling_config, **unset)
 
 
 def load_models(checkpoints: Sequence[str], preset: str | None, device: torch.device, dtype: str) -> Models:

@@ -19,6 +19,7 @@ from ddt_fast.ranks import Ranks
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
+from ddt_fast.sampling.tuned import check_schedule
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def load_engine(
     latents = data.in_latents(experiment.model.in_channels)
     dtype = choose_dtype(engine.dtype, device, latents and engine.quantize is None)
     reference = load_model(checkpoint, device, dtype, experiment.model)
+    check_schedule(reference, sampling, *size)
     model, description = _prepare(reference, engine, ranks)
     if sampling.refresh_steps == "dp":
         sampling = resolve_refresh_steps(reference, sampling, *size, schedule_cache_path(checkpoint))
@@ -141,12 +143,18 @@ def load_engine(
             "weights_sha256": weights_sha256(reference),
             "dtype": dtype_name(dtype),
             "quantize": engine.quantize,
-            "sampling": {name: value for name, value in asdict(sampling).items() if name != "cuda_graphs"},
+            "sampling": _sampling(sampling),
             "autoencoder_sha256": None if decode is None else decode.sha256(),
             **_normalisation(data, decode),
             **({} if size == (data.sample_size, data.sample_size) else {"input_size": size}),
         },
     )
+
+
+def _sampling(sampling: SamplingConfig) -> dict[str, Any]:
+    """What images depend on. Jobs of earlier versions record no schedule."""
+    unread = ("cuda_graphs",) if sampling.schedule else ("cuda_graphs", "schedule")
+    return {name: value for name, value in asdict(sampling).items() if name not in unread}
 
 
 def _normalisation(data: DataConfig, decode: Decoder | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The times and solver of flow matching as a diffusers scheduler; scheduler_config.json holds `SamplingConfig`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -36,7 +36,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
 
     Args: as `SamplingConfig`. Times run from 0, noise, to 1, data. The pipeline uses the settings of guidance and of
         the encoder's refreshes; `step` takes a velocity. So solver "pec" has one history here, where the pipeline keeps
-        one for the conditional velocity and one for the guidance difference.
+        one for the conditional velocity and one for the guidance difference; and a schedule is the pipeline's alone.
 
     Raises:
         ValueError: a value is not allowed.
@@ -71,8 +71,9 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
         """Start a run of so many steps (None: the scheduler's own number): set `timesteps` to its times,
         (num_inference_steps,) float32, on the device (None: the CPU)."""
-        # `step` uses no refreshes, which may be for another number of steps.
-        config = self.sampling_config.override(num_steps=num_inference_steps, refresh_every=1)
+        # `step` uses no refreshes and no schedule, which may be for another number of steps.
+        own = replace(self.sampling_config, schedule=None)
+        config = own.override(num_steps=num_inference_steps, refresh_every=1)
         self._plan = SamplingPlan.from_config(config)
         self.timesteps = torch.tensor([step.t for step in self._plan.steps], device=device)
         self._index, self._velocities = 0, []

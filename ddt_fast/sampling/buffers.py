@@ -69,7 +69,7 @@ class Buffers:
         most = max_labels(plan, model, batch_size)
         budget = CONDITION_BYTES
         if memory_budget is not None:
-            budget = min(budget, memory_budget - self.modulations.nbytes)
+            budget = min(budget, memory_budget - batch_size * plan.cache_bytes(config, height, width, dtype))
         rows = budget // (model.condition_size * dtype.itemsize)
         rows = max(most, min(rows, most * len(self.encoding_steps)))
         self.conditions = zeros(rows, 1, model.condition_size, like=dtype)
@@ -80,8 +80,9 @@ class Buffers:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the decoder and encoder modulations kept between steps."""
-        return self.modulations.nbytes + self.conditions.nbytes
+        """Bytes of the modulations, velocities and guidance differences kept between steps."""
+        kept = (self.modulations, self.conditions, self.velocities, self.differences)
+        return sum(tensor.nbytes for tensor in kept if tensor is not None)
 
     def rewind(self) -> None:
         """Go back to step 0."""

@@ -22,6 +22,7 @@ from ddt_fast.sampling.noise import normal
 from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
+from ddt_fast.sampling.tuned import check_schedule
 from ddt_fast.wording import kind_of
 from ddt_kernels import guided_step_
 
@@ -87,7 +88,7 @@ class Sampler:
         capture_seconds: time to capture the graphs; 0 without graphs.
 
     Raises:
-        ValueError: the size does not fit the model, or the plan keeps more than the budget or the device holds.
+        ValueError: the size or the schedule does not fit the model, or the plan keeps more than memory holds.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Sampler:
         self.model, self.device, self.dtype = model, parameter.device, parameter.dtype
         if compile_model and not isinstance(model, FusedDDT):
             raise ValueError("compile_model needs a FusedDDT; pass FusedDDT.from_reference(model)")
+        check_schedule(model, config, height, width)
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
         if compile_model and isinstance(model, FusedDDT):
             model.compile_parts()  # after the refresh steps, whose probe may have another batch size

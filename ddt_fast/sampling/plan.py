@@ -142,9 +142,12 @@ class SamplingPlan:
         return sum(branch.encode for step in self.steps for branch in step.branches)
 
     def cache_bytes(self, model: DDTConfig, height: int, width: int, dtype: torch.dtype) -> int:
-        """Bytes per image of the decoder modulations kept between steps, which is also their peak."""
+        """Bytes per image kept between steps, which is also their peak: decoder modulations, and in float32 earlier
+        velocities and guidance differences."""
         per_state = model.num_tokens(height, width) * (6 * model.num_decoder_blocks + 2) * model.hidden_size
-        return self.state_history * self.cached_branches * per_state * dtype.itemsize
+        fields = self.velocity_history + self.difference_history
+        states = self.state_history * self.cached_branches * per_state * dtype.itemsize
+        return states + fields * model.in_channels * height * width * torch.float32.itemsize
 
     def flops(self, model: DDTConfig, height: int, width: int) -> int:
         """Matrix-multiplication FLOPs per image (1 multiply-add = 2), for a model input of height and width."""
@@ -156,6 +159,8 @@ def _times(config: SamplingConfig) -> tuple[tuple[float, ...], list[bool]]:
     """The times of the steps and the end, and which steps are guided."""
     low, high = (float(np.float32(bound)) for bound in config.guidance_interval)
     has_guidance = config.guidance_scale != 1
+    if config.schedule is not None:
+        return (*config.schedule.times, 1.0), [has_guidance and bool(row) for row in config.schedule.differences]
     if config.solver == "pec":
         times = edged_timesteps(config.num_steps, (low, high) if has_guidance else None, config.timeshift)
         return times, [has_guidance and low <= t < high for t in times[:-1]]
@@ -168,17 +173,17 @@ def _coefficients(
 ) -> list[StepCoefficients]:
     """The solver's steps, with guidance."""
     if config.solver == "pec":
-        always = [True] * config.num_steps
-        velocities = corrected_multistep(times, config.order, always, always)
-        differences = corrected_multistep(times, config.order, evaluated, guided)
+        always, schedule = [True] * config.num_steps, config.schedule
+        velocities = schedule.velocities if schedule else corrected_multistep(times, config.order, always, always)
+        differences = schedule.differences if schedule else corrected_multistep(times, config.order, evaluated, guided)
         strength = config.guidance_scale - 1
         return [
-            StepCoefficients(cond, tuple(strength * weight for weight in difference))
-            for cond, difference in zip(velocities, differences, strict=True)
+            StepCoefficients(cond, tuple(strength * weight for weight in difference) if is_guided else ())
+            for cond, difference, is_guided in zip(velocities, differences, guided, strict=True)
         ]
     history = 2 if config.guidance_forecast == "linear" else 1
-    differences = _forecast(times, guided, evaluated, history)
-    return with_guidance(_solver_steps(config, times), differences, evaluated, config.guidance_scale)
+    forecasts = _forecast(times, guided, evaluated, history)
+    return with_guidance(_solver_steps(config, times), forecasts, evaluated, config.guidance_scale)
 
 
 def _solver_steps(config: SamplingConfig, times: tuple[float, ...]) -> list[StepCoefficients]:

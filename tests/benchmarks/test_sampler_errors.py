@@ -1,19 +1,18 @@
-"""Errors, fronts and recommendations by hand; small runs of `benchmarks.forecast`, `.pareto` and `.candidates`."""
+"""Errors by hand; small runs of `benchmarks.forecast`, `.pareto` and `.candidates`."""
 
 import json
-import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import candidates, forecast, pareto, sampler_errors
-from benchmarks.pareto import dominating, front, recommend
-from benchmarks.report.tables import FORECAST_ROWS, MEASURES, SHORT
+from benchmarks.report import tables
+from benchmarks.report.tables import FORECAST_ROWS, SHORT
 from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, kept_samples, sample_errors, write_record
 from ddt_fast import SamplingConfig
 from ddt_fast.sampling import SamplingPlan, sample
-from ddt_fast.sampling.fast import fast_settings
 
 CONFIG = SamplingConfig(num_steps=2, guidance_scale=1.0, last_step=None)
 
@@ -72,58 +71,14 @@ def test_records_are_short_json(tmp_path):
     assert len(text.splitlines()) == 9
 
 
-def points(seed, size, span):
-    generator = random.Random(seed)
-    return [generator.randint(1, span) for _ in range(size)], [generator.randint(1, span) / 3 for _ in range(size)]
-
-
-CASES = [points(*case) for case in ((0, 1, 12), (1, 5, 12), (2, 60, 5), (3, 60, 20), (4, 100, 1000))]
-
-
-def beats(costs, losses, i, j):
-    return costs[i] <= costs[j] and losses[i] <= losses[j] and (costs[i], losses[i]) != (costs[j], losses[j])
-
-
-@pytest.mark.parametrize(("costs", "losses"), CASES)
-def test_fronts_and_recommendations_against_brute_force(costs, losses):
-    numbers = range(len(costs))
-    pairs = list(zip(costs, losses, strict=True))
-    edge = front(costs, losses)
-    # Of equal points the first stands for all.
-    unbeaten = [j for j in numbers if not any(beats(costs, losses, i, j) for i in numbers)]
-    assert sorted(edge) == [j for j in unbeaten if pairs.index(pairs[j]) == j]
-    assert [costs[i] for i in edge] == sorted({costs[i] for i in unbeaten})
-    near = front(costs, losses, 1.3)
-    assert set(edge) <= set(near)
-    for j in set(numbers) - set(edge):
-        cheaper = [losses[i] for i in numbers if pairs[i] < pairs[j]]
-        if cheaper and losses[j] != min(cheaper):
-            assert (j in near) == (losses[j] < 1.3 * min(cheaper))
-        assert dominating(costs, losses, j) == {i for i in numbers if beats(costs, losses, i, j)}
-    for budget in sorted(set(costs)):
-        affordable = [i for i in numbers if costs[i] <= budget]
-        enough = [i for i in affordable if losses[i] <= 1.5 * min(losses[j] for j in affordable)]
-        chosen = recommend(costs, losses, budget, 1.5)
-        assert chosen in enough
-        assert costs[chosen] == min(costs[i] for i in enough)
-
-
-def test_a_tolerance_spares_what_the_last_percent_costs():
-    costs, losses = [1.0, 2.0, 50.0], [0.5, 0.101, 0.1]
-    assert [recommend(costs, losses, budget, 1.1) for budget in (0.5, 1, 2, 100)] == [None, 0, 1, 1]
-    assert recommend(costs, losses, 100, 1.0) == 2
-
-
 def test_settings_compared():
-    grid = list(pareto.grid(pareto.STEPS))
-    assert len(set(grid)) == len(grid)
-    assert {(c.solver, c.order) for c in grid} == set(pareto.SOLVERS)
-    assert {c.state_forecast for c in grid} == {"hold", "linear", "quadratic"}
-    assert {c.refresh_every for c in grid} == {c.guidance_every for c in grid} == {1, *pareto.PERIODS}
-    for steps in pareto.STEPS[1:]:  # guidance sets in midway between two steps
-        plan = SamplingPlan.from_config(next(pareto.grid([steps])))
-        first = next(i for i, step in enumerate(plan.steps) if step.guided)
-        assert plan.steps[first - 1].t + plan.steps[first].t == pytest.approx(0.6)
+    settings = [config for _, config in pareto.compared()]
+    assert len(set(settings)) == len(settings)
+    for name in ("Euler", "multistep 3"):  # guidance sets in midway between two steps
+        for config in (config for series, config in pareto.compared() if series == name):
+            steps = SamplingPlan.from_config(config).steps
+            first = next(i for i, step in enumerate(steps) if step.guided)
+            assert steps[first - 1].t + steps[first].t == pytest.approx(0.6)
     compared = dict(candidates.candidates())
     assert len(compared) == len(list(candidates.candidates())) == len(set(compared.values()))
     assert compared["Euler 250, published"] == PUBLISHED
@@ -136,39 +91,33 @@ def test_settings_compared():
 
 @pytest.mark.slow
 def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
-    # Without the long ones among the settings that people run.
-    named = {"published": PUBLISHED, "fast": fast_settings(PUBLISHED)}
-    short = [(name, replace(config, num_steps=15)) for name, config in named.items()]
-    monkeypatch.setattr(pareto, "named", lambda: iter(short))
-    monkeypatch.setattr(pareto, "INTERVALS", ((0.3, 1.0), (0.5, 1.0)))
-    monkeypatch.setattr(pareto, "NEAR", 1.0)
-    counts = ["--steps", "10", "--screen-samples", "4", "--samples", "65", "--truth-steps", "25"]
-    pareto.main([*counts, "--output-dir", str(tmp_path)])
+    names = ("multistep 3", "corrected 2", "corrected 3", "published")
+    series = {name: (pareto.SERIES[name][0], (15,)) for name in names}
+    monkeypatch.setattr(pareto, "SERIES", series)
+    monkeypatch.setattr(pareto, "STEPS", (8, 15))
+    monkeypatch.setattr(pareto, "FITTED_STEPS", (6,))
+    monkeypatch.setattr(pareto, "BFLOAT16_STEPS", (8, 15))
+    few = partial(pareto.fit_schedule, num_samples=48, guidance_scales=[2.0])
+    monkeypatch.setattr(pareto, "fit_schedule", few)
+    monkeypatch.setattr(tables, "BUDGETS", (10.0, 15.0))
+    pareto.main(["--samples", "65", "--truth-steps", "210", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "pareto.json").read_text())
-    assert 0 < record["truth"]["own_error"] < 0.1
-    points = record["points"]
-    assert len(points) == len(list(pareto.grid([10]))) + 2
-    assert [p["name"] for p in points if "name" in p] == ["published", "fast"]
-    finalists = {i: p for i, p in enumerate(points) if "error" in p}
-    assert 2 < len(finalists) < len(points)
-    assert all(1e-4 < p["error"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in finalists.values())
-    assert all(0 < p["error_median"] < p["error_p90"] < 1 for p in finalists.values())
-    numbers, by_cost = list(finalists), [p["tflop_xl2"] for p in finalists.values()]
-    losses = {name: [p[name] for p in finalists.values()] for name in (*MEASURES, "frechet")}
-    for name, values in losses.items():
-        assert record["fronts"][f"{name} over tflop_xl2"] == [numbers[i] for i in front(by_cost, values)]
-    assert {row["by"] for row in record["recommended"]} == MEASURES.keys()
-    for row in record["recommended"]:
-        best = recommend(by_cost, losses[row["by"]], row["budget_tflop_xl2"], pareto.TOLERANCE)
-        assert row["point"] == numbers[best]
-    better = {points[row["point"]]["name"]: row["cheapest"] for row in record["better_than_named"]}
-    # A multistep solver with a shortcut beats Euler with 15 steps by far.
-    cheapest, published = points[better["published"]], next(p for p in points if p.get("name") == "published")
-    assert cheapest["tflop_xl2"] < published["tflop_xl2"]
-    assert all(cheapest[name] <= published[name] for name in ("error", "error_median", "error_p90"))
-    assert [p["settings"]["guidance_interval"] for p in record["intervals"]] == [[0.3, 1], [0.5, 1]] * 2
+    assert 0 < record["truth"]["own_error"] < 1e-3
+    points = {point["series"]: point for point in record["points"]}
+    assert points.keys() == series.keys()
+    assert all(0 < p["error_median"] < p["error_p90"] < 1 and 0.5 <= p["accuracy"] <= 1 for p in points.values())
+    # With the same evaluations, correction is nearer; a multistep solver is nearer than Euler by far.
+    assert points["corrected 3"]["error"] < points["multistep 3"]["error"] / 2 < points["published"]["error"] / 4
+    rows = {(row["guidance_scale"], row["num_steps"], row["order"]): row["error"] for row in record["budgets"]}
+    assert len(rows) == len(pareto.BUDGET_SCALES) * 2 * 2
+    assert all(rows[scale, 15, 2] < rows[scale, 8, 2] for scale in pareto.BUDGET_SCALES)
+    assert rows[4.0, 15, 2] < rows[4.0, 15, 3]
+    assert pareto.budget_table(record)["rows"] == record["budgets"]
+    assert all(row["error"] > rows[2.0, row["num_steps"], 3] for row in record["bfloat16"])
+    (fitted,) = record["fitted"]
+    assert fitted["fitted"]["error_median"] < 0.8 * fitted["rule"]["error_median"]
     assert (tmp_path / "pareto.png").stat().st_size > 10_000
-    assert "Recommended for a budget" in capsys.readouterr().out
+    assert "For a budget, the least error of all" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -178,8 +127,8 @@ def test_a_small_run_of_candidates(tmp_path, monkeypatch, capsys):
     short = [(name, replace(settings[name], num_steps=n)) for n, name in zip((4, 8), names, strict=True)]
     monkeypatch.setattr(candidates, "candidates", lambda: iter(short))
     monkeypatch.setattr(candidates, "GUIDANCE", {"none": (1.0, (0.0, 1.0)), "2 in (0.3, 1)": (2.0, (0.3, 1.0))})
-    monkeypatch.setattr(candidates, "TRUTH", replace(candidates.TRUTH, num_steps=15))
-    monkeypatch.setattr(candidates, "FRECHET_REFERENCE", ("fine", replace(candidates.TRUTH, num_steps=10)))
+    monkeypatch.setattr(candidates, "TRUTH", replace(candidates.TRUTH, num_steps=24))
+    monkeypatch.setattr(candidates, "FRECHET_REFERENCE", ("fine", replace(candidates.TRUTH, num_steps=16)))
     monkeypatch.setattr(candidates, "FRECHET_CANDIDATES", names)
     candidates.main(["--samples", "8", "--frechet-samples", "650", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "candidates.json").read_text())
@@ -197,13 +146,13 @@ def test_a_small_run_of_candidates(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_small_run_of_forecast(tmp_path, monkeypatch):
-    chosen = [s for s in forecast.settings() if s[0] == "steps" and s[2] == 25]
+    chosen = [
+        (*s[:3], replace(s[3], num_steps=25)) for s in forecast.settings() if s[0] == "guidance scale" and s[2] == 2
+    ]
     monkeypatch.setattr(forecast, "settings", lambda: iter(chosen))
     forecast.main(["--num-samples", "65", "--output-dir", str(tmp_path)])
-    everything, *rows = json.loads((tmp_path / "forecast.json").read_text())["results"]
+    everything, held, linear = json.loads((tmp_path / "forecast.json").read_text())["results"]
     assert (everything["series"], everything["error"]) == ("everything", 0)
-    assert [row["series"] for row in rows] == ["hold K 2", "hold K 6", "--fast"]
-    held, rare, fast = (row["error_median"] for row in rows)
-    assert 0 < held < rare
-    assert 0 < fast < rare
+    assert [row["series"] for row in (held, linear)] == ["hold K 2", "K 6, M 10, linear"]
+    assert 0 < held["error_median"] < linear["error_median"] < 0.5
     assert (tmp_path / "forecast.png").is_file()

@@ -170,7 +170,7 @@ def test_uniform_steps_are_even_and_start_at_0():
 def test_probe_finds_the_originals_similarity(run, monkeypatch):
     io = golden.tensors(SHARING)
     monkeypatch.setattr(probe, "seeded_noise", lambda seeds, shape: (io[f"probe_noise.{run}"], []))
-    monkeypatch.setattr(probe, "_spread_labels", lambda *_: io[f"probe_labels.{run}"])
+    monkeypatch.setattr(probe, "spread_labels", lambda *_: io[f"probe_labels.{run}"])
     found = probe_states(golden.model(SHARING), golden.sampling_config(SHARING, run), 8, 8)
     expected = io[f"similarity.{run}"].double().numpy()
     np.testing.assert_allclose(found.similarity, expected, atol=2e-6)

@@ -60,7 +60,7 @@ def probe_states(
     plan = _full_plan(config)
     shape = (model.config.in_channels, height, width)
     batch_size = _batch_size(model, config, height, width, num_samples)
-    labels = _spread_labels(num_samples, model.config.num_classes)
+    labels = spread_labels(num_samples, model.config.num_classes)
     total = np.zeros((len(plan.steps), len(plan.steps)))
     tokens = 0
     for start in range(0, num_samples, batch_size):
@@ -131,7 +131,8 @@ def _run(
     return states
 
 
-def _spread_labels(count: int, num_classes: int) -> Tensor:
+def spread_labels(count: int, num_classes: int) -> Tensor:
+    """(count,) int64 labels, spread evenly over the classes."""
     return torch.arange(count) * num_classes // count
 
 

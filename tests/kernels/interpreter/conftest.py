@@ -10,9 +10,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # what the kernel tests s
 from kernel_testing import poison_empty
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from bf16_repair import install
+    import bf16_repair
+    import shadow_memory
 
-    install()
+    bf16_repair.install()
+    shadow_memory.install()
 
 
 @pytest.fixture(autouse=True)
