@@ -40,8 +40,10 @@ def forward_config(channels: int) -> TileConfig:
 
 @cache
 def backward_config(channels: int) -> TileConfig:
-    """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps. Two of `tail`: 4 bytes is the least
-    that an asynchronous copy moves."""
+    """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps.
+
+    At least two of `tail`: an asynchronous copy moves 4 bytes or more.
+    """
     main, tail = _tiles(channels)
     num_warps = min(max(main // 256, 1), 8)
     return TileConfig(main, max(tail, min(64 * num_warps, main)), num_warps)
@@ -66,8 +68,8 @@ def forward_rows_per_program(batch: int, tokens: int, per_token: bool) -> int:
 def backward_rows_per_program(batch: int, tokens: int) -> int:
     """Rows each backward program sums over: about 1024 programs until each has 32 rows, then as many as needed.
 
-    1024 programs are two waves of 4 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a gate are 4%
-    of its traffic.
+    1024 programs are two waves of 4 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a
+    gate are 4% of its traffic.
     """
     return min(next_power_of_2(cdiv(batch * tokens, 1024)), 32, next_power_of_2(tokens))
 
