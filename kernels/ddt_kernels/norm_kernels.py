@@ -21,11 +21,11 @@ instructions and barriers in between.
  - C is not a power of two, and Triton's tiles are. Padding 1152 to 2048 would waste 44% of all lanes. So a row is two
    tiles: MAIN, the largest power of two below C, whose columns are never masked, and TAIL, the rest rounded up: 1152 =
    1024 + 128 (256 in the backward kernel). Both stay in registers: one read.
- - All loads of a row come before its first use, and before its first store, which no load may cross: a row waits for
-   memory once (a forecast three times: its step, its weights, the entries).
+ - All loads of a row come before its first store, which the compiler may move none across. (ptxas still lets some wait
+   for others where that saves registers; a forecast has to wait for its step, then for its weights.)
  - Rows are processed one at a time, so their statistics are scalars, which have no layout. Each thread first adds what
    it holds of both tiles (`per_thread`), and those sums cross lanes and warps.
- - A forward program is a single warp (C below 4096): its statistics are shuffles, without barriers or shared memory.
+ - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
    With per-sample modulations it walks a few rows, with the modulations in registers.
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
    gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,

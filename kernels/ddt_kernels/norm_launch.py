@@ -32,9 +32,9 @@ class TileConfig:
 
 @cache
 def forward_config(channels: int) -> TileConfig:
-    """One warp on a row of at most 64 columns per lane, twice as many on wider ones."""
+    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input."""
     main, tail = _tiles(channels)
-    num_warps = next_power_of_2(max(channels // 2048, 1) + 1) // 2
+    num_warps = 1 if main + tail <= 1536 else min(next_power_of_2(cdiv(main + tail, 1024)), 8)
     return TileConfig(main, max(tail, min(32 * num_warps, main)), num_warps)
 
 
@@ -125,6 +125,7 @@ def launch_forward(
         PER_TOKEN=per_token,
         HISTORY=history,
         num_warps=config.num_warps,
+        maxnreg=None if forecast is None else 255,  # unset, ptxas may spill a forecast's entries to save registers
     )
     return residual, y
 
