@@ -49,10 +49,10 @@ def backward_config(channels: int) -> TileConfig:
     return TileConfig(main, max(tail, min(64 * num_warps, main)), num_warps)
 
 
-def backward_register_limit(config: TileConfig) -> int:
-    """The `maxnreg` of the backward kernel: 128 up to ten columns per thread (C 1152), so that four programs of four
-    warps fit on an SM. Wider rows need more; 255 is the hardware limit, and unset, ptxas may spill to save a few."""
-    return 128 if config.main + config.tail <= 10 * 32 * config.num_warps else 255
+def backward_register_limit(config: TileConfig, itemsize: int) -> int:
+    """The `maxnreg` of the backward kernel: 128 up to ten columns of 2 bytes per thread (C 1152), so that four programs
+    of four warps fit on an SM. More need more; 255 is the hardware limit. Unset, ptxas may spill to save a few."""
+    return 128 if itemsize == 2 and config.main + config.tail <= 10 * 32 * config.num_warps else 255
 
 
 def _tiles(channels: int) -> tuple[int, int]:
@@ -190,7 +190,7 @@ def launch_backward(
         PER_TOKEN=per_token,
         STAGES=BACKWARD_STAGES,
         num_warps=config.num_warps,
-        maxnreg=backward_register_limit(config),
+        maxnreg=backward_register_limit(config, like.dtype.itemsize),
     )
     sum_weight = sum_scale
     if not per_token:
