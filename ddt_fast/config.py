@@ -5,9 +5,10 @@ configuration that exists is valid.
 """
 
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal, Self
 
 from ddt_fast.checks import (
@@ -109,28 +110,44 @@ class Schedule:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            require(isinstance(value, (tuple, list)), setting.name, value, "a list")
-            parts = tuple(tuple(part) if isinstance(part, list) else part for part in value)
-            object.__setattr__(self, setting.name, parts)
-        times, rows = self.times, (*self.velocities, *self.differences)
-        numbers = [*times, *(number for row in rows if isinstance(row, tuple) for number in row)]
-        finite = all(isinstance(number, float | int) and math.isfinite(number) for number in numbers)
-        ascending = finite and [0, *times[1:], 1] == sorted({*times, 0, 1}) and times[:1] == (0,)
-        require(ascending, "times", times, "finite numbers that ascend from 0 and stay below 1")
-        evaluated = list(accumulate(bool(row) for row in self.differences))
-        fits = finite and len(self.velocities) == len(self.differences) == len(times)
-        fits = fits and all(1 <= len(row) <= min(i, 4) for i, row in enumerate(self.velocities, 1))
-        fits = fits and all(len(row) <= min(i, 4) for i, row in zip(evaluated, self.differences, strict=True))
-        require(fits, "velocities and differences", rows, "for every step, 1 to 4 finite coefficients of what is known")
-        low, high = _guidance_interval(self.guidance_interval)
-        # The times have the bounds in float32.
-        inside = [low - 1e-6 < t < high - 1e-6 for t in times]
-        matches = [bool(row) for row in self.differences] == inside
-        require(matches, "guidance_interval", (low, high), "the interval of the steps that have differences")
-        valid = len(self.size) == 2 and all(type(side) is int for side in self.size)
-        require(valid, "size", self.size, "two whole numbers")
+        rows = {name: getattr(self, name) for name in ("velocities", "differences")}
+        read = {name: _coefficients(name, (value,))[0] for name, value in (("times", self.times), ("size", self.size))}
+        read |= {name: _coefficients(name, value) for name, value in rows.items()}
+        read["guidance_interval"] = _guidance_interval(self.guidance_interval)
+        named = isinstance(self.model, (tuple, list)) and all(isinstance(digest, str) for digest in self.model)
+        require(named, "model", self.model, "a list of digests")
+        for name, value in (read | {"model": tuple(self.model)}).items():
+            object.__setattr__(self, name, value)
+        times, counts = self.times, list(accumulate(map(bool, self.differences)))
+        if not times[:1] == (0,) or any(after <= t for t, after in pairwise((*times, 1))):
+            raise ValueError("times do not ascend from 0 and stay below 1")
+        if not len(self.velocities) == len(self.differences) == len(times):
+            raise ValueError(f"velocities and differences are not for {len(times)} steps, the number of times")
+        fits = all(1 <= len(row) <= min(i, 4) for i, row in enumerate(self.velocities, 1))
+        if not fits or any(len(row) > min(i, 4) for i, row in zip(counts, self.differences, strict=True)):
+            raise ValueError("a step has no coefficient, or more than 4, or more than there are values to combine")
+        low, high = (struct.unpack("f", struct.pack("f", bound))[0] for bound in self.guidance_interval)
+        guided = [bool(row) for row in self.differences]
+        if guided != [low <= t < high for t in times] or not {low, high} <= {*times, 1}:
+            raise ValueError("guidance_interval is not that of the steps that have differences")
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any]) -> Self:
+        """From what `dataclasses.asdict` or a JSON file has; ValueError if something is missing or unknown."""
+        names = [setting.name for setting in fields(cls)]
+        if set(entries) != {*names}:
+            raise ValueError(
+                f"the entries of a schedule are {', '.join(map(str, entries))}; expected {', '.join(names)}"
+            )
+        return cls(**entries)
+
+
+def _coefficients(name: str, rows: object) -> tuple[tuple[Any, ...], ...]:
+    """Rows of finite numbers, as tuples."""
+    listed = isinstance(rows, (tuple, list)) and all(isinstance(row, (tuple, list)) for row in rows)
+    if not listed or any(type(n) not in (int, float) or not abs(n) < 1e9 for row in rows for n in row):  # type: ignore[attr-defined]
+        raise ValueError(f"{name} holds something else than lists of finite numbers")
+    return tuple(map(tuple, rows))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -204,7 +221,7 @@ class SamplingConfig:
             self._check_schedule()
 
     def _check_schedule(self) -> None:
-        schedule = Schedule(**self.schedule) if isinstance(self.schedule, dict) else self.schedule
+        schedule = Schedule.from_dict(self.schedule) if isinstance(self.schedule, dict) else self.schedule
         require_kind("schedule", schedule, Schedule)
         assert schedule is not None
         object.__setattr__(self, "schedule", schedule)

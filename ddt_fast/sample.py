@@ -4,6 +4,8 @@ Under torchrun the processes share the work. A job that was stopped or killed co
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -20,7 +22,11 @@ from ddt_fast.sampling_options import add_checkpoint_options, add_sampling_optio
 if TYPE_CHECKING:
     from ddt_fast.generation.background import OnImages
 
-_BESIDE_SCHEDULE = ("guidance_scale", "cuda_graphs")
+# Settings that these ways to choose the steps leave open.
+_BESIDE = {
+    "budget": ("guidance_scale", "guidance_interval", "timeshift", "cuda_graphs"),
+    "schedule": ("guidance_scale", "cuda_graphs"),
+}
 _SCORING = ("metrics", "inception_weights", "center_crop", "skip_unreadable")
 
 
@@ -33,8 +39,8 @@ def build_parser() -> CommandParser:
     add_sampling_options(parser, without=("refresh_steps", "schedule"))
     add("--refresh-steps", type=str, nargs="+", help='run the encoder at these steps, the first 0; or "dp": the best')
     add("--fast", action="store_true", help=f"the recommended shortcut: {FAST_SUMMARY}; other options override it")
-    words = "the nearest to the ODE's solution for so many TFLOP an image; says which and what to expect"
-    add("--budget", type=float, metavar="TFLOP", help=f"{words}; other options override it")
+    words = "the steps nearest to the ODE's solution for so many TFLOP an image; says which and what to expect"
+    add("--budget", type=float, metavar="TFLOP", help=words)
     words = "a file of ddt_fast.tune_sampler: times and coefficients fitted to this model, in place of a solver's"
     add("--schedule", type=str, metavar="FILE", help=words)
     parser.add_options(Engine, without=("device", "dtype"))
@@ -89,33 +95,39 @@ def _sampling(options: Any, experiment: Experiment) -> SamplingConfig:
     """The sampling settings that the options ask for; ValueError for a wrong value."""
     given, sampling = given_settings(options) | {"schedule": None}, experiment.sampling
     given["refresh_steps"] = _steps(options.refresh_steps)
+    given = {name: value for name, value in given.items() if value is not None}
     ways = [name for name in ("fast", "budget", "schedule") if getattr(options, name) not in (None, False)]
     if len(ways) > 1:
         raise ValueError(f"`{ways[0]}` and `{ways[1]}` both choose the steps; give one of them")
+    for way, beside in _BESIDE.items():
+        if way in ways and not {*given} <= {*beside}:
+            other = next(name for name in given if name not in beside)
+            raise ValueError(f"`{other}` and `{way}` are both given; `{way}` chooses it")
+    if not {*given} <= {*_BESIDE["schedule"]}:
+        sampling = replace(sampling, schedule=None)
     if options.fast:
         sampling = fast_settings(sampling)
     if options.budget is not None:
         require_number("budget", options.budget, 0, open_low=True)
-        guided = sampling.override(
-            **{name: given[name] for name in ("guidance_scale", "guidance_interval", "timeshift")}
-        )
         size = experiment.data.input_size(options.height, options.width, experiment.model.patch_size)
-        sampling, words = settings_within(guided, experiment.model, *size, options.budget)
+        sampling, words = settings_within(sampling.override(**given), experiment.model, *size, options.budget)
         process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")
     if options.schedule is not None:
-        other = [name for name, value in given.items() if value is not None and name not in _BESIDE_SCHEDULE]
-        if other:
-            raise ValueError(f"`{other[0]}` and `schedule` both choose the steps; give one of them")
         tuned = Tuned.read(options.schedule)
-        sampling = tuned.settings(sampling.override(guidance_scale=given["guidance_scale"]))
-        process_ranks().say(f"schedule {options.schedule}: {tuned.expectation(sampling.guidance_scale)}")
+        sampling = tuned.settings(sampling)
+        scale = given.get("guidance_scale", sampling.guidance_scale)
+        process_ranks().say(f"schedule {options.schedule}: {tuned.expectation(scale)}")
     return sampling.override(**given)
 
 
 def _say_what_is_tuned(checkpoint: Path, sampling: SamplingConfig) -> None:
+    """Name the fitted steps for a run that could use them."""
     file = tuned_file(checkpoint, sampling.num_steps)
-    if sampling.solver == "pec" and sampling.schedule is None and file.is_file():
-        process_ranks().say(f"found {file}, {sampling.num_steps} steps fitted to this model; --schedule {file} uses it")
+    if sampling.solver != "pec" or sampling.schedule is not None or not file.is_file():
+        return
+    with suppress(ValueError):
+        if Tuned.read(file).schedule.guidance_interval == sampling.guidance_interval:
+            process_ranks().say(f"found {file}: {sampling.num_steps} fitted steps; --schedule {file} takes them")
 
 
 def _steps(words: list[str] | None) -> tuple[int, ...] | Literal["dp"] | None:

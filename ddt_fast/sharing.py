@@ -2,6 +2,7 @@
 steps are, which refresh steps are best, and how their predicted error compares with uniform refreshes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with parser.naming_options():
         checkpoint, experiment = chosen_checkpoint(options)
-        own, asked = experiment.sampling, options.num_refreshes
+        own, asked = replace(experiment.sampling, schedule=None), options.num_refreshes
         given = given_settings(options) | {"refresh_every": 1, "num_refreshes": None}
         require_int("num_samples", options.num_samples, 1)
         from ddt_fast.threads import threads_for

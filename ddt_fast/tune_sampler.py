@@ -13,6 +13,7 @@ from ddt_fast.config import SamplingConfig
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling.budgets import corrected_steps, settings_within
+from ddt_fast.sampling.tuned import MAX_FITTED_STEPS
 from ddt_fast.sampling_options import add_checkpoint_options, chosen_checkpoint
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with parser.naming_options():
         checkpoint, experiment = chosen_checkpoint(options)
+        _check(options.guidance_scales, options.num_samples, options.batch_size)
         if (options.budget is None) == (options.num_steps is None):
             raise ValueError("give one of `budget` and `num_steps`")
         if options.budget is not None and options.order is not None:
@@ -51,9 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.budget is not None:
             require_number("budget", options.budget, 0, open_low=True)
             size = experiment.data.sample_size
-            start, words = settings_within(start, experiment.model, size, size, options.budget)
+            middle = start.override(guidance_scale=sorted(options.guidance_scales)[len(options.guidance_scales) // 2])
+            start, words = settings_within(middle, experiment.model, size, size, options.budget)
+            if start.num_steps > MAX_FITTED_STEPS:
+                found = f"affords this model {start.num_steps} steps; allowed: what affords up to {MAX_FITTED_STEPS}"
+                raise ValueError(f"`budget` of {options.budget:g} TFLOP an image {found}; or name `num_steps`")
             process_ranks().say(f"budget of {options.budget:g} TFLOP: {words}")
-        _check(options.guidance_scales, options.num_samples, options.batch_size)
         from ddt_fast.threads import threads_for
 
         with threads_for(experiment.model, options.device):
@@ -98,7 +103,7 @@ def fit_schedule(
             order 2 with the checkpoint's guidance interval. Its guidance scale is not read.
         preset: settings for a checkpoint without config.json, one of `ddt_fast.presets.PRESETS`.
         guidance_scales: the scales to fit to and to compare at, none of them 1.
-        num_samples: samples to fit to, spread over the scales; as many more at every scale are for the comparison.
+        num_samples: samples to fit to, spread evenly over the scales; as many others are for the comparison.
         batch_size: samples computed at a time.
         output: the schedule's file; default: tuned_N_steps.json beside the checkpoint.
         device: auto, cpu, cuda or cuda:N.
@@ -118,9 +123,11 @@ def fit_schedule(
 
 
 def _check(guidance_scales: Sequence[float], num_samples: int, batch_size: int) -> tuple[float, ...]:
+    listed = isinstance(guidance_scales, (tuple, list))
+    require(listed, "guidance_scales", guidance_scales, "a list of numbers")
     scales = tuple(guidance_scales)
     for scale in scales:
-        require_number("guidance_scales", scale, 0)
+        require_number("guidance_scales", scale, 0, 100)
         require(scale != 1, "guidance_scales", scale, "numbers other than 1, which is no guidance")
     require(len(set(scales)) == len(scales) > 0, "guidance_scales", scales, "different numbers")
     require_int("num_samples", num_samples, 8 * len(scales))

@@ -33,7 +33,7 @@ def quantize_int8(model: FusedDDT) -> FusedDDT:
     keep the original. ValueError if the model is not a FusedDDT, is already quantised, or is on another device."""
     if not isinstance(model, FusedDDT):
         raise ValueError(f"int8 is for FusedDDT, not {type(model).__name__}; use FusedDDT.from_reference(model)")
-    if isinstance(model.encoder_modulation, Int8Linear):
+    if is_quantized(model):
         raise ValueError("the model is already quantised")
     _check_cpu(model.encoder_modulation.weight)
     inner = torch.bfloat16 if cpu_has_bf16() else model.encoder_modulation.weight.dtype
@@ -48,6 +48,11 @@ def quantize_int8(model: FusedDDT) -> FusedDDT:
     result.register_state_dict_pre_hook(_refuse_state_dict)
     result.register_load_state_dict_pre_hook(_refuse_state_dict)
     return result
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `quantize_int8` made the model."""
+    return isinstance(getattr(model, "encoder_modulation", None), Int8Linear)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The times and solver of flow matching as a diffusers scheduler; scheduler_config.json holds `SamplingConfig`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from typing import Any
 
@@ -12,7 +12,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ddt_fast.checks import require_arguments
-from ddt_fast.config import SamplingConfig
+from ddt_fast.config import SamplingConfig, Schedule
 from ddt_fast.pipeline.component import Component, check_saving, takes_fields_of
 from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.wording import kind_of
@@ -49,6 +49,8 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
     @takes_fields_of(SamplingConfig)
     def __init__(self, **settings: Any) -> None:
         require_arguments(type(self).__name__, settings, _SETTINGS)
+        if isinstance(settings.get("schedule"), Schedule):
+            self.register_to_config(schedule=asdict(settings["schedule"]))  # as scheduler_config.json has it
         self.timesteps = torch.empty(0)
         self._plan = SamplingPlan((), 0, 0, 0, 0)
         self._index = 0

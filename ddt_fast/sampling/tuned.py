@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ddt_fast.model import DDT, FusedDDT
 
 ERRORS = ("error", "error_median")
+MAX_FITTED_STEPS = 100
+"""A Hessian of about 900 parameters; a solver needs no help there."""
+
 _VALUES_READ_PER_TENSOR = 256
 
 
@@ -37,27 +40,20 @@ class Tuned:
 
     @classmethod
     def read(cls, file: str | Path) -> Self:
-        """A file of `ddt_fast.tune_sampler`; ValueError if it is none, OSError if it cannot be read."""
+        """A file of `ddt_fast.tune_sampler`; ValueError if it is another one, OSError if it cannot be read."""
         path = require_path("schedule", file)
         if not path.is_file():
-            raise ValueError(f"schedule {file} is not a file; expected one that ddt_fast.tune_sampler wrote")
+            raise ValueError(f"schedule is {file}, which is not a file; expected one that ddt_fast.tune_sampler wrote")
         content = read_json(path)
         try:
-            schedule, evidence = Schedule(**content["schedule"]), tuple(content["evidence"])
-            measured = [float(row[run][error]) for row in evidence for run in ("rule", "tuned") for error in ERRORS]
-            measured += [float(row[name]) for row in evidence for name in ("guidance_scale", "samples")]
-        except KeyError as error:
-            raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: it lacks {error}") from error
-        except TypeError as error:
-            problem = "a part of it is unknown or of the wrong kind"
-            raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: {problem}") from error
+            for part, kind in (("schedule", dict), ("evidence", list)):
+                if not isinstance(content.get(part), kind):
+                    raise ValueError(f"it has no {part}")
+            if not content["evidence"] or not all(map(_is_evidence, content["evidence"])):
+                raise ValueError("its evidence is missing or not numbers")
+            return cls(Schedule.from_dict(content["schedule"]), tuple(content["evidence"]))
         except ValueError as error:
             raise ValueError(f"{file} is not a schedule of ddt_fast.tune_sampler: {error}") from error
-        if not measured or not all(map(math.isfinite, measured)):
-            raise ValueError(
-                f"{file} is not a schedule of ddt_fast.tune_sampler: its evidence is missing or not finite"
-            )
-        return cls(schedule, evidence)
 
     def settings(self, config: SamplingConfig) -> SamplingConfig:
         """`config` with this schedule; the guidance scale stays."""
@@ -67,12 +63,21 @@ class Tuned:
     def expectation(self, scale: float) -> str:
         """What to expect at a guidance scale, in words."""
         row = min(self.evidence, key=lambda row: abs(row["guidance_scale"] - scale))
+        measured = f"guidance {row['guidance_scale']:g}" + ", the nearest measured," * (row["guidance_scale"] != scale)
         before, after = ([f"{row[run][error]:.2g}" for error in ERRORS] for run in ("rule", "tuned"))
         return (
-            f"{plural(len(self.schedule.times), 'step')} fitted to this model. At guidance {row['guidance_scale']:g} "
-            f"the error was {after[0]} of all samples and {after[1]} in median, in place of the solver's {before[0]} "
-            f"and {before[1]} ({row['samples']} samples)"
+            f"{plural(len(self.schedule.times), 'fitted step')}. At {measured} the error was {after[0]} of all samples "
+            f"and {after[1]} in median, in place of the solver's {before[0]} and {before[1]} ({row['samples']} samples)"
         )
+
+
+def _is_evidence(row: Any) -> bool:
+    """Whether it has the numbers of `Tuned.evidence`."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(run), dict) for run in ("rule", "tuned")):
+        return False
+    numbers = [row.get(name) for name in ("guidance_scale", "samples")]
+    numbers += [row[run].get(error) for run in ("rule", "tuned") for error in ERRORS]
+    return all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers)
 
 
 def tuned_file(checkpoint: Path, num_steps: int) -> Path:
@@ -81,21 +86,23 @@ def tuned_file(checkpoint: Path, num_steps: int) -> Path:
     name = f"tuned_{num_steps}_steps.json"
     beside = checkpoint / name if checkpoint.is_dir() else checkpoint.with_name(f"{checkpoint.name}.{name}")
     in_package = Path(__file__).resolve().parents[1] in checkpoint.resolve().parents
-    return Path(name) if in_package or not os.access(beside.parent, os.W_OK) else beside
+    return Path(f"{checkpoint.name}_{name}") if in_package or not os.access(beside.parent, os.W_OK) else beside
 
 
 def model_digests(model: "DDT | FusedDDT") -> tuple[str, ...]:
-    """SHA-256 of evenly spread weights of a float32 model's embedders, as they are in float32, bfloat16 and float16.
-    Every engine keeps these layers as they are, and training changes them with every step."""
+    """SHA-256 of evenly spread weights of a float32 model, as they are in float32, bfloat16 and float16."""
     import torch
 
     return tuple(_digest(model, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
 def check_schedule(model: "DDT | FusedDDT", config: SamplingConfig, height: int, width: int) -> None:
-    """ValueError if the schedule of the settings, if any, is for another model, or another size of its input."""
+    """ValueError if the schedule of the settings, if any, is for another model, or another size of its input. A
+    quantised model is not compared: check the one it was made from."""
+    from ddt_fast.model.quantization import is_quantized
+
     schedule = config.schedule
-    if schedule is None:
+    if schedule is None or is_quantized(model):
         return
     if _digest(model) not in schedule.model:
         raise ValueError("the schedule was fitted to other weights than this model's; run ddt_fast.tune_sampler on it")
@@ -108,10 +115,8 @@ def _digest(model: "nn.Module", dtype: Any = None) -> str:
     import torch
 
     digest = hashlib.sha256()
-    for name, layer in sorted(model.named_children()):
-        if name.endswith("_embedder"):
-            for tensor, value in sorted(layer.state_dict().items()):
-                values = value.detach().flatten()[:: max(1, value.numel() // _VALUES_READ_PER_TENSOR)].cpu().to(dtype)
-                digest.update(f"{name}.{tensor} {tuple(value.shape)} ".encode())
-                digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(model.state_dict().items()):
+        values = value.detach().flatten()[:: max(1, value.numel() // _VALUES_READ_PER_TENSOR)].cpu().to(dtype)
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -33,7 +33,7 @@ KEPT = 4
 
 _DIFFERENCE = 1e-5  # of a logarithm, for derivatives of the solver's coefficients
 _LONGEST_STEP = 0.8  # of a parameter
-_TRIALS, _LEAST_GAIN = 6, 0.01
+_TRIALS = 6
 
 
 class Numbers:
@@ -218,8 +218,8 @@ class Fit:
         self._damping = 1e-2
         self._generator = torch.Generator().manual_seed(seed)
 
-    def iterate(self) -> bool:
-        """One step of Gauss-Newton; False if it gained next to nothing, so that another is in vain."""
+    def iterate(self) -> float:
+        """One step of Gauss-Newton; the share of the mean distance that it took off, 0 if no trial was better."""
         hessian, gradient = self._expand()
         loss = self.distances.mean().item()
         for _ in range(_TRIALS):
@@ -231,9 +231,9 @@ class Fit:
             if gain > 0:
                 self.parameters, self.distances = parameters, distances
                 self._damping = max(self._damping / 4, 1e-5)
-                return gain > _LEAST_GAIN * loss
+                return gain / loss
             self._damping *= 5
-        return False
+        return 0.0
 
     def _measure(self, parameters: Vector) -> Tensor:
         """The distances, on the CPU."""

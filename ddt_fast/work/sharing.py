@@ -78,7 +78,7 @@ def study(
     own = experiment.sampling if sampling is None else sampling
     require_kind("sampling", own, SamplingConfig)
     budget = own.num_refreshes or max(1, own.num_steps // 6) if num_refreshes is None else num_refreshes
-    own = replace(own, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
+    own = replace(own, schedule=None, refresh_every=1, refresh_steps="dp", num_refreshes=budget)
     weight_dtype = choose_dtype(dtype, place, latents=experiment.data.in_latents(experiment.model.in_channels))
     folder = output_folder(output_dir)
     check_no_folder(folder / _PICTURE, folder / _DATA)

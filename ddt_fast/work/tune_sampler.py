@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ddt_fast.checks import require, require_kind, require_path
 from ddt_fast.config import SamplingConfig, Schedule
 from ddt_fast.device import choose_dtype
-from ddt_fast.files import check_no_folder, read_json, write_json
+from ddt_fast.files import check_no_folder, output_folder, write_json
 from ddt_fast.generation.engine import open_device
 from ddt_fast.model import DDT, FusedDDT
 from ddt_fast.model.settings import experiment_of, resolve_checkpoint
@@ -25,15 +25,15 @@ from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.budgets import corrected_steps
 from ddt_fast.sampling.noise import seeded_noise
 from ddt_fast.sampling.refresh.probe import spread_labels
-from ddt_fast.sampling.tuned import ERRORS, Tuned, model_digests, tuned_file
+from ddt_fast.sampling.tuned import ERRORS, MAX_FITTED_STEPS, Tuned, model_digests, tuned_file
 from ddt_fast.sampling.tuning import Batch, Fit, Numbers, Run
 from ddt_fast.training.parallel import process_group
 from ddt_fast.wording import plural
 
 _ITERATIONS = 16
-_MAX_STEPS = 100  # a Hessian of about 900 parameters; a solver needs no help there
 _FIRST_SEED = 1_000_000  # of the noises to fit to; those of the comparison are 0 and up
-_FINE_STEPS = 64  # or three times as many as are fitted: errors of a hundredth of the rule's on the digits
+_FINE_STEPS = 64  # or five times as many as are fitted: errors of 2% of the solver's or less on the digits
+_LEAN, _PATIENCE = 0.01, 3  # a fit ends after so many steps in succession that gain less
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class _Job:
         return next(self.model.parameters()).device
 
     def gather(self, values: Tensor) -> Tensor:
-        """The rows of all processes, in the order of their samples."""
+        """The rows of all processes, one process after the other."""
         if not dist.is_initialized():
             return values
         parts: list[Any] = [None] * self.ranks.world_size
@@ -106,6 +106,8 @@ def fit(
     plan, model_size = SamplingPlan.from_config(start), (experiment.data.sample_size,) * 2
     file = tuned_file(source, start.num_steps) if output is None else require_path("output", output)
     _check_replaceable(file)
+    output_folder(file.parent)  # before the work, not after it
+    num_samples -= num_samples % len(scales)
     reference = load_model(source, place, torch.float32, experiment.model).requires_grad_(False)
     digests = model_digests(reference)
     reference = reference.to(choose_dtype(dtype, place, experiment.data.in_latents(experiment.model.in_channels)))
@@ -136,11 +138,12 @@ def _fit(job: _Job, numbers: Numbers, scales: Sequence[float], count: int) -> An
     batches = [Batch(*tensors) for tensors in zip(*data, strict=True)]
     found = Fit(Run(job.model, numbers), batches, job.total, job.gather, seed=job.ranks.rank)
     with tqdm(total=_ITERATIONS, desc="fit", disable=job.ranks.rank > 0, leave=False, dynamic_ncols=True) as bar:
+        lean = 0
         for _ in range(_ITERATIONS):
-            goes_on = found.iterate()
+            lean = lean + 1 if found.iterate() < _LEAN else 0
             bar.set_postfix_str(f"mean error {found.distances.mean():.4g}")
             bar.update()
-            if not goes_on:
+            if lean == _PATIENCE:
                 break
     return numbers.vector(found.parameters)
 
@@ -191,25 +194,28 @@ def _costs(job: _Job, plan: SamplingPlan, scales: Sequence[float], num_samples: 
     amount = f"{total / 1e15:.3g} PFLOP" if total > 1e15 else f"{total / 1e12:.3g} TFLOP"
     return (
         f"fit {plural(job.start.num_steps, 'step')} of order {job.start.order} at guidance "
-        f"{', '.join(f'{scale:g}' for scale in scales)}, {num_samples} samples: up to about {amount}, counted"
+        f"{', '.join(f'{scale:g}' for scale in scales)}, {num_samples} samples: about {amount}, counted"
     )
 
 
 def _fine_steps(start: SamplingConfig) -> int:
-    return max(_FINE_STEPS, 3 * start.num_steps)
+    return max(_FINE_STEPS, 5 * start.num_steps)
 
 
 def _check_start(start: SamplingConfig) -> None:
     require_kind("start", start, SamplingConfig)
     require(start.solver == "pec", "start.solver", start.solver, "pec, which is what is fitted")
     everything = start.refresh_every == start.guidance_every == 1 and start.refresh_steps is None
-    require(everything, "start", start, "a run that evaluates everything at every step")
-    require(start.schedule is None, "start.schedule", start.schedule, "none")
-    require(start.num_steps <= _MAX_STEPS, "num_steps", start.num_steps, f"up to {_MAX_STEPS} to fit")
+    if not everything or start.schedule is not None:
+        raise ValueError("start shares evaluations or has a schedule; expected `sampling.budgets.corrected_steps`")
+    require(start.num_steps <= MAX_FITTED_STEPS, "num_steps", start.num_steps, f"up to {MAX_FITTED_STEPS} to fit")
 
 
 def _check_replaceable(file: Path) -> None:
     """ValueError if the file exists and is not a schedule."""
     check_no_folder(file)
-    if file.exists() and "schedule" not in read_json(file):
-        raise ValueError(f"{file} exists and is not a schedule; name another file")
+    if file.exists():
+        try:
+            Tuned.read(file)
+        except ValueError as error:
+            raise ValueError(f"output: {error}; name another file") from error

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,9 +14,10 @@ import golden_data as golden
 from ddt_fast.config import SamplingConfig, Schedule
 from ddt_fast.files import read_json
 from ddt_fast.model import FusedDDT
+from ddt_fast.model.quantization import quantize_int8
 from ddt_fast.model.settings import EMBEDDED_CHECKPOINT
 from ddt_fast.model.weights import load_model
-from ddt_fast.pipeline import DDTPipeline
+from ddt_fast.pipeline import DDTPipeline, DDTScheduler
 from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling import sample as library_sample
 from ddt_fast.sampling.noise import seeded_noise
@@ -103,7 +105,7 @@ def test_the_sampler_runs_a_schedule_as_the_fit_does(kind):
     assert SamplingConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
-def test_a_fit_comes_nearer_and_ends():
+def test_a_fit_comes_nearer_with_every_step():
     model, numbers = tiny(), Numbers(START)
     fine = replace(START, num_steps=64, order=3, guidance_scale=2.5)
     data = batch(16)
@@ -111,14 +113,12 @@ def test_a_fit_comes_nearer_and_ends():
     parts = [Batch(*(tensor[part] for tensor in vars(data).values())) for part in (slice(0, 9), slice(9, 16))]
     fit = Fit(Run(model, numbers), parts, lambda sums: sums, lambda values: values, seed=0)
     losses = [fit.distances.mean()]
-    for _ in range(20):
-        goes_on = fit.iterate()
+    for _ in range(8):
+        gain = fit.iterate()
         losses.append(fit.distances.mean())
-        if not goes_on:
-            break
+        assert losses[-1].item() == pytest.approx((1 - gain) * losses[-2].item())
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] / 2
-    assert not goes_on
     vector = numbers.vector(fit.parameters)
     config = replace(fine, num_steps=5, schedule=schedule_of(numbers, vector, model))
     drawn = library_sample(model, data.noise, data.labels, config)
@@ -145,7 +145,7 @@ def test_the_command_fits_a_model_and_sample_uses_it(fitted, tmp_path, capsys):
     assert Tuned.read(file) == tuned
     sample(tmp_path / "a", "--schedule", file, "--num-images", "2", "--guidance-scale", "2")
     output = capsys.readouterr().out
-    assert f"schedule {file}: 6 steps fitted to this model. At guidance 2 the error was" in output
+    assert f"schedule {file}: 6 fitted steps. At guidance 2 the error was" in output
     assert "2 images, 6 steps, per image: 11 network evaluations" in output
     settings = json.loads((tmp_path / "a" / "generation.json").read_text())["settings"]["sampling"]
     assert settings["schedule"]["times"] == list(tuned.schedule.times)
@@ -160,15 +160,16 @@ def test_the_command_fits_a_model_and_sample_uses_it(fitted, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_file_beside_the_checkpoint_is_found(fitted, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert str(tuned_file(EMBEDDED_CHECKPOINT, 6)) == "tuned_6_steps.json"
+    assert str(tuned_file(EMBEDDED_CHECKPOINT, 6)) == "digits_tuned_6_steps.json"
     assert tuned_file(tmp_path, 6) == tmp_path / "tuned_6_steps.json"
     assert tuned_file(tmp_path / "a.ckpt", 6) == tmp_path / "a.ckpt.tuned_6_steps.json"
-    (tmp_path / "tuned_6_steps.json").write_text("{}")
-    sample(tmp_path / "out", "--solver", "pec", "--num-steps", "6", "--num-images", "2")
-    assert (
-        "found tuned_6_steps.json, 6 steps fitted to this model; --schedule tuned_6_steps.json uses it"
-        in capsys.readouterr().out
-    )
+    shutil.copy(fitted[1], "digits_tuned_6_steps.json")
+    run = ("--solver", "pec", "--num-steps", "6", "--num-images", "2", "--overwrite")
+    sample(tmp_path / "out", *run)
+    found = "found digits_tuned_6_steps.json: 6 fitted steps; --schedule digits_tuned_6_steps.json takes them"
+    assert found in capsys.readouterr().out
+    sample(tmp_path / "out", *run, "--guidance-interval", "0.5", "1")
+    assert "found" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -177,39 +178,53 @@ def test_a_schedule_is_for_one_model_and_one_size_and_its_evidence_is_there(fitt
     content = read_json(Path(file))
     times = content["schedule"]["times"]
     nan = {"error": math.nan, "error_median": math.nan}
+    own = content["schedule"]
+    others = own["velocities"][1:]
     wrong = {
-        "other.json": content | {"schedule": content["schedule"] | {"model": ["a", "b", "c"]}},
-        "bare.json": {name: value for name, value in content.items() if name != "evidence"},
-        "empty.json": content | {"evidence": []},
-        "odd.json": content | {"evidence": [{"guidance_scale": 2}]},
-        "back.json": content | {"schedule": content["schedule"] | {"times": times[::-1]}},
-        "nan.json": content | {"evidence": [{"guidance_scale": 2, "samples": 1, "rule": nan, "tuned": nan}]},
-        "more.json": content | {"schedule": content["schedule"] | {"more": 1}},
-        "else.json": content | {"schedule": content["schedule"] | {"guidance_interval": [0.5, 0.8]}},
-        "short.json": content | {"schedule": content["schedule"] | {"velocities": [[0.1]]}},
+        "other": content | {"schedule": own | {"model": ["a", "b", "c"]}},
+        "bare": {name: value for name, value in content.items() if name != "evidence"},
+        "empty": content | {"evidence": []},
+        "odd": content | {"evidence": [{"guidance_scale": 2}]},
+        "nan": content | {"evidence": [{"guidance_scale": 2, "samples": 1, "rule": nan, "tuned": nan}]},
+        "more": content | {"schedule": own | {"more": 1}},
+        "else": content | {"schedule": own | {"guidance_interval": [0.5, 0.8]}},
+        "end": content | {"schedule": own | {"guidance_interval": [0.3, 0.9999]}},
+        "back": content | {"schedule": own | {"times": own["times"][::-1]}},
+        "short": content | {"schedule": own | {"velocities": [[0.1]]}},
+        "none": content | {"schedule": own | {"velocities": [[], *others]}},
+        "word": content | {"schedule": own | {"velocities": ["a", *others]}},
+        "huge": content | {"schedule": own | {"velocities": [[10**400], *others]}},
+        "true": content | {"schedule": own | {"velocities": [[True], *others]}},
     }
     for name, entries in wrong.items():
-        (tmp_path / name).write_text(json.dumps(entries))
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
     (tmp_path / "text.json").write_text("tuned")
-    no_schedule = "is not a schedule of ddt_fast.tune_sampler: "
     for options, message in (
-        (["other.json"], "the schedule was fitted to other weights than this model's; run ddt_fast.tune_sampler on it"),
-        (["bare.json"], f"bare.json {no_schedule}it lacks 'evidence'"),
-        (["empty.json"], f"empty.json {no_schedule}its evidence is missing or not finite"),
-        (["nan.json"], f"nan.json {no_schedule}its evidence is missing or not finite"),
-        (["more.json"], f"more.json {no_schedule}a part of it is unknown or of the wrong kind"),
-        (["else.json"], f"else.json {no_schedule}guidance_interval is (0.5, 0.8); allowed: the interval of the"),
-        (["odd.json"], f"odd.json {no_schedule}it lacks 'rule'"),
-        (["back.json"], f"back.json {no_schedule}times is "),
-        (["short.json"], f"short.json {no_schedule}velocities and differences is "),
-        (["text.json"], "text.json is not valid JSON"),
-        (["missing.json"], "missing.json is not a file; expected one that ddt_fast.tune_sampler wrote"),
+        (["other"], "the schedule was fitted to other weights than this model's; run ddt_fast.tune_sampler on it"),
+        (["bare"], "bare.json is not a schedule of ddt_fast.tune_sampler: it has no evidence"),
+        (["empty"], "its evidence is missing or not numbers"),
+        (["odd"], "its evidence is missing or not numbers"),
+        (["nan"], "its evidence is missing or not numbers"),
+        (
+            ["more"],
+            "the entries of a schedule are times, velocities, differences, guidance_interval, model, size, more; ",
+        ),
+        (["else"], "guidance_interval is not that of the steps that have differences"),
+        (["end"], "guidance_interval is not that of the steps that have differences"),
+        (["back"], "times do not ascend from 0 and stay below 1"),
+        (["short"], "velocities and differences are not for 6 steps, the number of times"),
+        (["none"], "a step has no coefficient, or more than 4"),
+        (["word"], "velocities holds something else than lists of finite numbers"),
+        (["huge"], "velocities holds something else than lists of finite numbers"),
+        (["true"], "velocities holds something else than lists of finite numbers"),
+        (["text"], "text.json is not valid JSON"),
+        (["missing"], "missing.json, which is not a file; expected one that ddt_fast.tune_sampler wrote"),
         ([file, "--height", "16", "--width", "16"], "the schedule was fitted to inputs of 8x8, not 16x16"),
-        ([file, "--num-steps", "6"], "--num-steps and --schedule both choose the steps; give one of them"),
-        ([file, "--guidance-interval", "0", "1"], "--guidance-interval and --schedule both choose the steps"),
+        ([file, "--num-steps", "6"], "--num-steps and --schedule are both given; --schedule chooses it"),
+        ([file, "--guidance-interval", "0", "1"], "--guidance-interval and --schedule are both given"),
         ([file, "--fast"], "--fast and --schedule both choose the steps; give one of them"),
     ):
-        place = options[0] if options[0] == file else str(tmp_path / options[0])
+        place = options[0] if options[0] == file else str(tmp_path / f"{options[0]}.json")
         assert message in sample_error(capsys, tmp_path / "out", "--schedule", place, *options[1:])
     with pytest.raises(ValueError, match=r"num_steps is 7; allowed: 6 with this schedule"):
         tuned.settings(START).override(num_steps=7)
@@ -218,11 +233,24 @@ def test_a_schedule_is_for_one_model_and_one_size_and_its_evidence_is_there(fitt
         check_schedule(load_model(EMBEDDED_CHECKPOINT, dtype=dtype), config, 8, 8)
     with pytest.raises(ValueError, match="fitted to other weights"):
         Sampler(tiny(), config, 1, 8, 8)
+    half = load_model(EMBEDDED_CHECKPOINT)
+    half.blocks[0].attn.qkv.weight.mul_(0.5)
+    with pytest.raises(ValueError, match="fitted to other weights"):
+        Sampler(FusedDDT.from_reference(half), config, 1, 8, 8)
+    quantized = quantize_int8(FusedDDT.from_reference(load_model(EMBEDDED_CHECKPOINT)))
+    assert len(Sampler(quantized, config, 1, 8, 8).plan.steps) == 6
+    assert DDTScheduler(**vars(config)).sampling_config == config
+    with pytest.raises(ValueError, match=r"the entries of a schedule are ; expected times, velocities"):
+        SamplingConfig(schedule={})
+    narrow = replace(START, guidance_interval=(1e-7, 0.9999999))
+    numbers = Numbers(narrow)
+    times, cond, diff = numbers.steps(numbers.vector(np.zeros(numbers.size)))
+    Schedule(tuple(times), cond, diff, narrow.guidance_interval, tuned.schedule.model, (8, 8))
 
 
 def test_a_fit_that_is_worse_anywhere_is_not_written(tmp_path, monkeypatch, capsys):
     """A schedule that is the rule itself is better nowhere."""
-    monkeypatch.setattr(Fit, "iterate", lambda self: False)
+    monkeypatch.setattr(Fit, "iterate", lambda self: 0.0)
     file = tmp_path / "tuned.json"
     options = ["--num-steps", "3", "--num-samples", "16", "--guidance-scales", "2", "4", "--output", str(file)]
     monkeypatch.setattr(work, "_FINE_STEPS", 12)
@@ -230,7 +258,7 @@ def test_a_fit_that_is_worse_anywhere_is_not_written(tmp_path, monkeypatch, caps
         tune_command(options)
     assert caught.value.code == 1
     output = capsys.readouterr().out
-    assert "fit 3 steps of order 2 at guidance 2, 4, 16 samples: up to about " in output
+    assert "fit 3 steps of order 2 at guidance 2, 4, 16 samples: about " in output
     assert "not kept: the error of all samples at guidance 2 and the median error at guidance 2 and" in output
     assert not file.exists()
 
@@ -248,7 +276,16 @@ def test_a_fit_that_is_worse_anywhere_is_not_written(tmp_path, monkeypatch, caps
         (["--num-steps", "5", "--order", "4"], "--order is 4; allowed: 1 to 3 with solver pec"),
         (["--num-steps", "1"], "--num-steps is 1; expected 2 or more, one for each part of the times"),
         (["--num-steps", "101"], "--num-steps is 101; allowed: up to 100 to fit"),
-        (["--num-steps", "5", "--output", "setup.py"], "setup.py is not valid JSON"),
+        (["--num-steps", "5", "--output", "setup.py"], "output: setup.py is not valid JSON: "),
+        (["--num-steps", "5", "--output", "/proc/x/y.json"], "/proc/x"),
+        (
+            ["--budget", "5"],
+            "--budget of 5 TFLOP an image affords this model 105 steps; allowed: what affords up to 100",
+        ),
+        (
+            ["--num-steps", "5", "--guidance-scales", "1e30"],
+            "--guidance-scales is 1e+30; allowed: a number from 0 up to 100",
+        ),
     ],
 )
 def test_refused_options(options, message, capsys):
