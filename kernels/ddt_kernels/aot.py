@@ -1,24 +1,39 @@
 """`python -m ddt_kernels.aot`: compile every kernel, in every shipped configuration, for every architecture.
 
-Needs no GPU. Prints one row per binary (kernel, configuration, arch, registers per thread, stack bytes, shared memory
-bytes, the tensor-core instruction found, whether tiles are moved by bulk tensor copies, verdict) and exits with 1 if
-any fails to compile, spills registers, exceeds its chip's shared memory, or is a GEMM or attention without its chip's
-tensor-core instruction. Exit code 2: nothing to compile, or no way to compile.
+Needs no GPU. Prints one row per binary and exits with 1 if any fails to compile, spills registers, exceeds its chip's
+shared memory, is a GEMM or attention without its chip's tensor-core instruction, draws an advisory of lost performance
+from ptxas, has become a special case because an argument is 1, or waits more than its budget allows.
+
+The columns: kernel, configuration, architecture, registers per thread, stack bytes per thread, shared-memory bytes, the
+tensor-core instruction found, whether bulk copies move tiles, programs that fit on an SM, waves of the grid over the
+chip; then, for the kernels with a budget on sm_90, what their main loop waits for (serial round trips to memory,
+barriers, drains of the tensor cores, and asynchronous copies before the first multiplication) and the bytes per ns that
+an SM then moves; and the verdict. Exit code 2: nothing to compile, or no way to compile.
 """
 
 import argparse
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import ddt_kernels
 from ddt_kernels.compilation import ARCHITECTURES, AotCase, Compiled, compile_case
 
-HEADER = ("kernel", "configuration", "arch", "regs", "stack", "shared", "tensor core", "bulk", "verdict")
+HEADER = (
+    *("kernel", "configuration", "arch", "regs", "stack", "shared", "tensor core", "bulk", "per SM", "waves"),
+    *("phases", "barriers", "copies", "drains", "B/ns", "verdict"),
+)
+README_COLUMNS = (
+    *("kernel", "configuration", "regs", "shared", "per SM", "waves", "phases", "barriers", "copies", "drains"),
+    *("B/ns", "verdict"),
+)
+BLOCK = re.compile(r"(<!-- binaries -->\n).*?(<!-- end of binaries -->)", re.DOTALL)
 
 
 def op_modules() -> list[str]:
@@ -56,14 +71,31 @@ def compile_all(modules: Sequence[str], archs: Sequence[int], jobs: int, kernel:
 
 def table(rows: Sequence[Compiled]) -> str:
     """The rows under HEADER, columns aligned."""
-    cells = [HEADER]
-    for row in rows:
-        numbers = (str(row.registers), str(row.stack), str(row.shared))
-        verdict = "; ".join(row.problems) or "ok"
-        bulk = "yes" if row.bulk_copies else "-"
-        cells.append((row.kernel, row.configuration, f"sm_{row.arch}", *numbers, row.tensor_core, bulk, verdict))
+    cells = [HEADER, *map(_cells, rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(HEADER) - 1)]
     return "\n".join("  ".join([*map(str.ljust, line, widths), line[-1]]) for line in cells)
+
+
+def _cells(row: Compiled) -> tuple[str, ...]:
+    waits = ["-"] * 4
+    if row.waits is not None:
+        waits = [str(row.waits.phases), str(row.waits.barriers), str(row.waits.copies), str(row.waits.drains)]
+    return (
+        *(row.kernel, row.configuration, f"sm_{row.arch}", str(row.registers), str(row.stack), str(row.shared)),
+        *(row.tensor_core, "yes" if row.bulk_copies else "-", str(row.per_sm), f"{row.waves:.2f}", *waits),
+        *("-" if row.bandwidth is None else f"{row.bandwidth:.1f}", "; ".join(row.problems) or "ok"),
+    )
+
+
+def write_readme(page: Path, rows: Sequence[Compiled], triton_version: str) -> None:
+    """Puts the table of the kernels with a budget between the page's markers."""
+    columns = [HEADER.index(name) for name in README_COLUMNS]
+    lines = [[cells[column] for column in columns] for cells in (HEADER, *(_cells(row) for row in rows if row.waits))]
+    lines.insert(1, ["---"] * len(columns))
+    rendered = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text = f"With triton {triton_version}, for sm_90:\n\n{rendered}\n"
+    content = page.read_text(encoding="utf-8")
+    page.write_text(BLOCK.sub(lambda match: f"{match[1]}{text}{match[2]}", content, count=1), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--module", action="append", help="take aot_cases() from these modules instead of the package's"
     )
+    parser.add_argument("--readme", type=Path, help="the page whose table of binaries this rewrites")
     options = parser.parse_args(argv)
     if options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}; expected at least 1")
@@ -99,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     failures = sum(bool(row.problems) for row in rows)
     print(table(rows))
+    if options.readme is not None:
+        write_readme(options.readme, rows, triton.__version__)
     print(f"{len(rows)} binaries, {failures} must not ship")
     return 1 if failures else 0
 

@@ -16,8 +16,9 @@ Why it looks like this.
    accumulators. Columns past D are read as zeros, by the copy engine's bounds check or by a constant mask.
  - Each score takes one EX2 (16 per clock and SM on sm_90) and 320 FLOPs of MMA (4096 per clock): 0.063 and 0.078
    clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 80 the tile is
-   128x64 and registers are capped at 128 (120 to 128 used, no spill), which puts two programs of 8 warps on an SM, one
-   multiplying while the other exponentiates. 128x128 needs 185 registers and would be alone.
+   128x32 and registers are capped at 128 (98 to 113 used, no spill), which puts two programs of 8 warps on an SM, one
+   multiplying while the other exponentiates. 128x64 fits the cap too, but leaves ptxas too few registers to keep a
+   wgmma in flight (advisory C7512): it would wait after each. 128x128 needs 171 to 186 and is alone.
  - All tiles of keys except the last, partial one are computed without masks; that one is peeled off (absent if EVEN).
  - The backward pass has no atomics: two kernels, each the only writer of its outputs, so results repeat bit for bit.
    The price is seven products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for

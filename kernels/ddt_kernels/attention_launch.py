@@ -14,7 +14,7 @@ from ddt_kernels.attention_kernels import (
     attention_key_value_gradient_kernel,
     attention_query_gradient_kernel,
 )
-from ddt_kernels.compilation import ARCHITECTURES, AotCase
+from ddt_kernels.compilation import ARCHITECTURES, AotCase, Budget
 from ddt_kernels.runtime import cdiv, descriptor_fits, launch, next_power_of_2, target_arch, tensor_descriptor
 from ddt_kernels.tuning import choose
 
@@ -54,20 +54,20 @@ def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> T
     """The forward kernel's tile if none is timed. half: bf16 or fp16. attention_kernels.py has the reasons on sm_90."""
     if not half:
         return FP32_QUERY_MAJOR if arch < 100 else FP32_SMALL  # triton 3.7 spills from the larger tile on sm_100
-    if not descriptors:
-        return TileConfig(128, 64, 8, 3)
+    if not descriptors:  # pipelined on sm_90, ptxas would serialise every wgmma (advisory C7515)
+        return TileConfig(128, 64, 8, 1 if 90 <= arch < 100 else 3)
     if arch >= 100:  # accumulators live in tensor memory, so 128 do for more; uncapped, D 128 gets 128 and spills
         return TileConfig(128, 64, 8, 2, max_registers=128 if head_dim <= 96 else 168)
     if head_dim <= 80:
-        return TileConfig(128, 64, 8, 3, max_registers=128)
+        return TileConfig(128, 32, 8, 3, max_registers=128)
     return TileConfig(128, 128, 8, 2)  # 128 registers would spill, so one program per SM: the larger tile
 
 
 @cache
 def forward_candidates(head_dim: int, half: bool, arch: int, descriptors: bool) -> tuple[TileConfig, ...]:
-    """That tile, and others to time against it; `aot_cases` compiles them all, without spills.
+    """That tile, and others to time against it; `aot_cases` compiles them all, without spills or serialised wgmmas.
 
-    128x128, with one program per SM, takes half as many steps. Tiles of 64 queries waste less with few tokens, and make
+    128x128, with one program per SM, takes fewer steps. Tiles of 64 queries waste less with few tokens, and make
     twice as many programs with few heads. There are no others without tensor cores, or for odd pitches on a chip that
     has descriptors; wider than 96, small tiles by pointer spill.
     """
@@ -95,7 +95,11 @@ def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors:
         return FP32_SMALL
     if not descriptors:
         return TileConfig(32, 128 if head_dim <= 80 else 64, 8, 2)
-    return TileConfig(64 if head_dim <= (96 if arch >= 100 else 80) else 32, 128, 8, 2)
+    if arch >= 100:
+        return TileConfig(64 if head_dim <= 96 else 32, 128, 8, 2)
+    if 64 < head_dim <= 80:  # with 128 keys, triton 3.8 leaves ptxas too few registers to run wgmmas asynchronously
+        return TileConfig(64, 64, 8, 2)
+    return TileConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
 
 
 def _pin_single_strides(tensor: Tensor) -> Tensor:
@@ -243,25 +247,41 @@ def aot_cases() -> list[AotCase]:
     """bf16 at every width, with a partial tile, which includes the code for whole ones; every other variant once."""
     cases = [case for head_dim in (64, 72, 80, 96, 128) for case in _cases(head_dim, torch.bfloat16)]
     cases += _cases(72, torch.bfloat16, tokens=1024)[:1] + _cases(72, torch.float16)[:1]
-    cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90))  # sizes Triton turns into constants
+    single = ("N", "H", "blocks", "grad_pitch", "grad_out_sb", "out_sb")
+    cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90), ones=single)
     for head_dim in (76, 100):  # rows of 152 and 200 bytes: pointers everywhere
         cases += _cases(head_dim, torch.bfloat16, archs=(90, 100))
     return cases + _cases(128, torch.float32)
 
 
+_BUDGETS = {
+    attention_kernel.__name__: Budget(barriers=8, copies=3, drains=2),
+    attention_query_gradient_kernel.__name__: Budget(barriers=8, copies=7, drains=4),
+    attention_key_value_gradient_kernel.__name__: Budget(barriers=10, copies=5, drains=4),
+}
+
+
 def _cases(
-    head_dim: int, dtype: torch.dtype, tokens: int = 1000, heads: int = 16, archs: tuple[int, ...] = ARCHITECTURES
+    head_dim: int,
+    dtype: torch.dtype,
+    tokens: int = 1000,
+    heads: int = 16,
+    archs: tuple[int, ...] = ARCHITECTURES,
+    ones: tuple[str, ...] = (),
 ) -> list[AotCase]:
-    """Forward, backward."""
-    q, k, v = torch.empty(2, tokens, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
-    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(2, heads, tokens, device="meta")
+    """Forward, backward; of 32 images."""
+    q, k, v = torch.empty(32, tokens, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
+    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(32, heads, tokens, device="meta")
     half = dtype.itemsize == 2
     described = half and head_dim % 8 == 0
 
     def case(run: Callable[[], object], *kernels: Any) -> AotCase:
         label = f"D {head_dim} {str(dtype).removeprefix('torch.')} N {tokens}"
         names = tuple(kernel.__name__ for kernel in kernels)
-        return AotCase(label, run, names if half else (), names if described else (), archs)
+        budgets = {name: _BUDGETS[name] for name in names} if described and tokens > 1 else {}
+        if half and not described:
+            budgets = dict.fromkeys(names, Budget(barriers=4, copies=1, drains=4))
+        return AotCase(label, run, names if half else (), names if described else (), archs, ones, budgets)
 
     return [
         case(lambda: launch_forward(q, k, v, 0.1), attention_kernel),

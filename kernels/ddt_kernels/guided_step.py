@@ -153,7 +153,7 @@ def launch_guided_step(
 
 def aot_cases() -> list[AotCase]:
     """XL/2 at 256 px: Euler without and with guidance, and all options at once."""
-    B, N = 4, 256
+    B, N = 128, 256
     x = torch.empty(B, 4, 32, 32, device="meta")
     tokens = torch.empty(2 * B, N, 16, dtype=torch.bfloat16, device="meta")
     table, step = torch.empty(250, ROW, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")

@@ -2,33 +2,22 @@
 """The norm family's backward kernel, and the kernel that adds up its partial sums. Formulas and reasons:
 `norm_kernels.py`."""
 
-from ddt_kernels.norm_kernels import gain, load_stream, load_tile, row_sum, statistics, store_tile, tail_columns
+from ddt_kernels.norm_kernels import columns, load_row, per_thread, store_row, stream, wide
 from ddt_kernels.runtime import tl, triton
 
 
 @triton.jit
-def _emit_stream_gradients(
-    grad_X, branch_X, gate_X, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr, offset, mask,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADD_RESIDUAL: tl.constexpr, PER_TOKEN: tl.constexpr,
-):  # fmt: skip
-    """Adds dx'_direct, stores dx, dbranch and (per token) dgate; returns the tile of dgate."""
-    if ADD_RESIDUAL:
-        grad_X += load_tile(grad_residual_ptr, offset, mask)
-    if NORM != "none":
-        store_tile(grad_x_ptr, offset, grad_X, mask)
-    grad_gate_X = grad_X * branch_X
-    if GATED:
-        store_tile(grad_branch_ptr, offset, grad_X * gate_X, mask)
-        if PER_TOKEN:
-            store_tile(grad_gate_ptr, offset, grad_gate_X, mask)
-    return grad_gate_X
+def _two_means(a_W, a_T, b_W, b_T, C: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """The means of two rows, for the barriers of one."""
+    sums = tl.join(per_thread(a_W, a_T, LANES, VECTOR), per_thread(b_W, b_T, LANES, VECTOR))
+    WARP: tl.constexpr = min(32, LANES)
+    a, b = tl.split(tl.sum(tl.sum(tl.reshape(sums, [LANES // WARP, WARP, 2]), axis=1), axis=0))
+    return a / C, b / C
 
 
 @triton.jit
-def _store_sums(ptr, partial, sum_W, sum_T, col_W, col_T, mask_T, TAIL: tl.constexpr):
-    tl.store(ptr + partial + col_W, sum_W)
-    if TAIL > 0:
-        tl.store(ptr + partial + col_T, sum_T, mask=mask_T)
+def _store(ptr, offset, value, mask):
+    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,6 +51,9 @@ def norm_modulate_backward_kernel(
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STAGES: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
@@ -71,92 +63,74 @@ def norm_modulate_backward_kernel(
     b = (pid // splits).to(tl.int64)
     first = ((pid % splits) * rows_per_program).to(tl.int64)
     rows = tl.minimum(rows_per_program, N - first)
-    col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
-    col_T, mask_T = col_W, mask_W
-    if TAIL > 0:
-        col_T, mask_T = tail_columns(MAIN, TAIL, C)
+    cols = columns(MAIN, TAIL, C)
+    mask_T = cols[2]
+    weight_W, weight_T = 1.0, 1.0
+    if NORM == "rms":
+        weight_W, weight_T = load_row(weight_ptr, 0, cols)
+    if NORM != "none" and not PER_TOKEN:
+        scale_W, scale_T = load_row(scale_ptr, b * scale_sb, cols)
+    if GATED and not PER_TOKEN:
+        gate_W, gate_T = load_row(gate_ptr, b * gate_sb, cols)
+    zeros_W, zeros_T = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL], tl.float32)
+    shift_sum_W, scale_sum_W, gate_sum_W = zeros_W, zeros_W, zeros_W
+    shift_sum_T, scale_sum_T, gate_sum_T = zeros_T, zeros_T, zeros_T
 
-    shift_sum_W = tl.zeros([MAIN], tl.float32)
-    scale_sum_W = tl.zeros([MAIN], tl.float32)
-    gate_sum_W = tl.zeros([MAIN], tl.float32)
-    shift_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-    scale_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-    gate_sum_T = tl.zeros([TAIL if TAIL > 0 else 1], tl.float32)
-
-    for row in range(0, rows):
+    for row in tl.range(0, rows, num_stages=STAGES):
         n = first + row
-        mod_n = n if PER_TOKEN else 0
-        x_row, branch_row = b * x_sb + n * x_sn, b * branch_sb + n * branch_sn
-        gate_row, scale_row, out_row = b * gate_sb + mod_n * gate_sn, b * scale_sb + mod_n * scale_sn, (b * N + n) * C
+        out_row = (b * N + n) * C
+        if NORM != "none":
+            x_W, x_T = load_row(x_ptr, b * x_sb + n * x_sn, cols)
+            dy_W, dy_T = load_row(grad_y_ptr, out_row, cols)
+            if PER_TOKEN:
+                scale_W, scale_T = load_row(scale_ptr, b * scale_sb + n * scale_sn, cols)
+        if GATED:
+            branch_W, branch_T = load_row(branch_ptr, b * branch_sb + n * branch_sn, cols)
+            if PER_TOKEN:
+                gate_W, gate_T = load_row(gate_ptr, b * gate_sb + n * gate_sn, cols)
+        grad_W, grad_T = zeros_W, zeros_T
+        if ADD_RESIDUAL:
+            grad_W, grad_T = wide(load_row(grad_residual_ptr, out_row, cols))
 
-        if NORM == "none":
-            branch_W = load_tile(branch_ptr, branch_row + col_W, mask_W)
-            gate_W = load_tile(gate_ptr, gate_row + col_W, mask_W)
-            grad_W = tl.zeros([MAIN], tl.float32)
-            if TAIL > 0:
-                branch_T = load_tile(branch_ptr, branch_row + col_T, mask_T)
-                gate_T = load_tile(gate_ptr, gate_row + col_T, mask_T)
-                grad_T = tl.zeros([TAIL], tl.float32)
-        else:
-            x_W, branch_W, gate_W = load_stream(
-                x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED
-            )
-            dy_W = load_tile(grad_y_ptr, out_row + col_W, mask_W)
-            weight_W, factor_W = gain(weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM)
-            x_T = x_W
-            if TAIL > 0:
-                x_T, branch_T, gate_T = load_stream(
-                    x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED
-                )
-                dy_T = load_tile(grad_y_ptr, out_row + col_T, mask_T)
-                weight_T, factor_T = gain(weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM)
-            mean, rstd = statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
-            n_W = (x_W - mean) * rstd
-            g_W = dy_W * (weight_W * factor_W)
-            n_T, g_T = n_W, g_W
-            if TAIL > 0:
-                n_T = (x_T - mean) * rstd
-                g_T = dy_T * (weight_T * factor_T)
-            mean_gn = row_sum(g_W * n_W, g_T * n_T, TAIL) / C
+        if NORM != "none":
+            if GATED:
+                d_W = stream(x_W, branch_W, gate_W.to(tl.float32))
+                d_T = stream(x_T, branch_T, gate_T.to(tl.float32))
+            else:
+                d_W, d_T = wide((x_W, x_T))
+            dy_W, dy_T = wide((dy_W, dy_T))
+            factor_W, factor_T = 1.0 + scale_W.to(tl.float32), 1.0 + scale_T.to(tl.float32)
+            g_W, g_T = dy_W * (weight_W * factor_W), dy_T * (weight_T * factor_T)
             mean_g = 0.0
             if NORM == "layer":
-                mean_g = row_sum(g_W, g_T, TAIL) / C
-            grad_W = rstd * (g_W - n_W * mean_gn - mean_g)
-            if TAIL > 0:
-                grad_T = rstd * (g_T - n_T * mean_gn - mean_g)
-
-            dyn_W = dy_W * n_W
+                mean, mean_g = _two_means(d_W, d_T, g_W, g_T, C, LANES, VECTOR)
+                d_W, d_T = d_W - mean, tl.where(mask_T, d_T - mean, 0.0)
+            variance, mean_gd = _two_means(d_W * d_W, d_T * d_T, g_W * d_W, g_T * d_T, C, LANES, VECTOR)
+            rstd = tl.math.rsqrt(variance + eps)
+            slope = mean_gd * rstd * rstd
+            grad_W += rstd * (g_W - mean_g - slope * d_W)
+            grad_T += rstd * (g_T - mean_g - slope * d_T)
+            store_row(grad_x_ptr, out_row, cols, grad_W, grad_T)
+            dyn_W, dyn_T = dy_W * (d_W * rstd), dy_T * (d_T * rstd)
             if PER_TOKEN:
-                store_tile(grad_scale_ptr, out_row + col_W, dyn_W * weight_W, mask_W)
-                dyn_W *= factor_W
-            shift_sum_W += dy_W
-            scale_sum_W += dyn_W
-            if TAIL > 0:
-                dyn_T = dy_T * n_T
-                if PER_TOKEN:
-                    store_tile(grad_scale_ptr, out_row + col_T, dyn_T * weight_T, mask_T)
-                    dyn_T *= factor_T
-                shift_sum_T += dy_T
-                scale_sum_T += dyn_T
-
-        grad_gate_W = _emit_stream_gradients(
-            grad_W, branch_W, gate_W, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-            out_row + col_W, mask_W, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
-        )  # fmt: skip
-        gate_sum_W += grad_gate_W
-        if TAIL > 0:
-            gate_sum_T += _emit_stream_gradients(
-                grad_T, branch_T, gate_T, grad_residual_ptr, grad_x_ptr, grad_branch_ptr, grad_gate_ptr,
-                out_row + col_T, mask_T, NORM, GATED, ADD_RESIDUAL, PER_TOKEN,
-            )  # fmt: skip
+                store_row(grad_scale_ptr, out_row, cols, dyn_W * weight_W, dyn_T * weight_T)
+                dyn_W, dyn_T = dyn_W * factor_W, dyn_T * factor_T
+            shift_sum_W, shift_sum_T = shift_sum_W + dy_W, shift_sum_T + dy_T
+            scale_sum_W, scale_sum_T = scale_sum_W + dyn_W, scale_sum_T + dyn_T
+        if GATED:
+            store_row(grad_branch_ptr, out_row, cols, grad_W * gate_W.to(tl.float32), grad_T * gate_T.to(tl.float32))
+            dgate_W, dgate_T = grad_W * branch_W.to(tl.float32), grad_T * branch_T.to(tl.float32)
+            if PER_TOKEN:
+                store_row(grad_gate_ptr, out_row, cols, dgate_W, dgate_T)
+            gate_sum_W, gate_sum_T = gate_sum_W + dgate_W, gate_sum_T + dgate_T
 
     partial = pid.to(tl.int64) * C
     if NORM == "rms" or (NORM == "layer" and not PER_TOKEN):
-        _store_sums(sum_scale_ptr, partial, scale_sum_W, scale_sum_T, col_W, col_T, mask_T, TAIL)
+        store_row(sum_scale_ptr, partial, cols, scale_sum_W, scale_sum_T)
     if NORM != "none" and not PER_TOKEN:
-        _store_sums(sum_shift_ptr, partial, shift_sum_W, shift_sum_T, col_W, col_T, mask_T, TAIL)
+        store_row(sum_shift_ptr, partial, cols, shift_sum_W, shift_sum_T)
     if GATED and not PER_TOKEN:
-        _store_sums(sum_gate_ptr, partial, gate_sum_W, gate_sum_T, col_W, col_T, mask_T, TAIL)
+        store_row(sum_gate_ptr, partial, cols, gate_sum_W, gate_sum_T)
 
 
 @triton.jit
@@ -194,12 +168,13 @@ def modulation_gradients_kernel(
     start = b * splits * C
     if NORM != "none":
         shift = _column_sum(sum_shift_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        store_tile(grad_shift_ptr, b * C + col, shift, mask)
+        _store(grad_shift_ptr, b * C + col, shift, mask)
         dyn = _column_sum(sum_scale_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        weight, factor = gain(weight_ptr, scale_ptr, b * scale_sb, col, mask, C, NORM)
-        store_tile(grad_scale_ptr, b * C + col, dyn * weight, mask)
         if NORM == "rms":
-            store_tile(sum_weight_ptr, b * C + col, dyn * factor, mask)
+            scale = tl.load(scale_ptr + b * scale_sb + col, mask=mask, other=0.0).to(tl.float32)
+            tl.store(sum_weight_ptr + b * C + col, dyn * (1.0 + scale), mask=mask)
+            dyn *= tl.load(weight_ptr + col, mask=mask, other=0.0).to(tl.float32)
+        _store(grad_scale_ptr, b * C + col, dyn, mask)
     if GATED:
         gate = _column_sum(sum_gate_ptr, start, splits, col, mask, C, SPLITS, COLS)
-        store_tile(grad_gate_ptr, b * C + col, gate, mask)
+        _store(grad_gate_ptr, b * C + col, gate, mask)

@@ -19,50 +19,57 @@ Why it looks like this. The passes are bound by memory, so all that counts is th
 accesses, with enough of them in flight (about 23 KB per SM cover 700 ns at 4.3 TB/s on 132 SMs) and with few
 instructions and barriers in between.
  - C is not a power of two, and Triton's tiles are. Padding 1152 to 2048 would waste 44% of all lanes. So a row is two
-   tiles: MAIN, the largest power of two ≤ C, whose columns are never masked, and TAIL, the rest rounded up (absent if C
-   is a power of two): 1152 = 1024 + 128, exactly. Both stay in registers: one read.
- - Rows are processed one at a time, so their statistics are scalars, which have no layout. With several rows at once,
-   the two tiles' row sums are vectors with two layouts, and to add them the compiler sends a whole tile through shared
-   memory (triton 3.6 and 3.8, in different places). Many programs per SM keep the loads in flight instead: at C = 1152
-   in bf16 on sm_90, the backward kernel uses 47 to 80 registers per thread: 6 to 10 programs per SM, 46 KB or more in
-   flight; the forward kernel 87 to 128: 16 or more programs, 37 KB or more.
- - A forward program is a single warp (C below 4096): its statistics are shuffles, without barriers or shared memory.
-   With per-sample modulations it walks a few rows, which then find the modulations in L1; otherwise every row would
-   fetch three vectors from L2.
+   tiles: MAIN, the largest power of two below C, whose columns are never masked, and TAIL, the rest rounded up: 1152 =
+   1024 + 128 (256 in the backward kernel). Both stay in registers: one read.
+ - All loads of a row come before its first store, which the compiler may move none across. (ptxas still lets some wait
+   for others where that saves registers; a forecast has to wait for its step, then for its weights.)
+ - Rows are processed one at a time, so their statistics are scalars, which have no layout. Each thread first adds what
+   it holds of both tiles (`per_thread`), and those sums cross lanes and warps.
+ - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
+   With per-sample modulations it walks a few rows, with the modulations in registers.
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
-   gradient is, then take a few registers and no exchange at all. Only two or three sums per row cross warps.
- - A program never crosses a sample. PER_TOKEN makes the modulations' token offset the row or zero; the rest is equal.
+   gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,
+   as <g·n> = rstd·<g·x>; layer: Σx and Σg, then Σ(x - mean)² and Σg·(x - mean)), for two barriers (triton 3.6: three).
+   While it computes a row, the next one is copied to shared memory (cp.async): at C 1152 in bf16 on sm_90 at most 128
+   registers and 15 KB of shared memory, at least four programs per SM.
+ - A program never crosses a sample. PER_TOKEN loads the modulations with each row instead of once.
  - Parameter gradients are deterministic: each backward program walks a fixed run of rows and leaves one fp32 partial
    sum per column; per sample, the two sums Σdy and Σdy·n give all of dshift, dscale and dweight.
  - A forecast (HISTORY 2 or 3, forward only) reads that many cached entries of each modulation, sums them in fp32
    registers and uses the sum unrounded: one more read per entry, no extra pass, nothing written. Its weights are a row
    of a device table, chosen by a device counter, so nothing on the host depends on the step. Modulations are affine in
    the state and weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its
-   entry's loads: no traffic, and what an unwritten entry holds does not matter. Its parameters come last because
-   ptxas's choice of registers follows their order: without a forecast (HISTORY 1), every op uses as many as it would
-   without them. With one, C 1152 in bf16 on sm_90 uses 127 to 168 per thread: 12 or more programs per SM, each with
-   that many more loads in flight.
+   entry's loads: no traffic, and what an unwritten entry holds does not matter.
 
-Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset.
+Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset; `cols` is what `columns` returns. LANES threads
+hold VECTOR adjacent columns of a tile at a time.
 """
 
 from ddt_kernels.runtime import tl, triton
 
 
 @triton.jit
-def load_tile(ptr, offset, mask):
-    return tl.load(ptr + offset, mask=mask, other=0.0).to(tl.float32)
+def columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
+    """(main columns, tail columns, mask of the tail)."""
+    col_T = MAIN + tl.arange(0, TAIL)
+    return tl.arange(0, MAIN), col_T, col_T < C
 
 
 @triton.jit
-def store_tile(ptr, offset, value, mask):
-    tl.store(ptr + offset, value.to(ptr.dtype.element_ty), mask=mask)
+def load_row(ptr, row, cols):
+    """A row's two tiles, in their own dtype: nothing waits for them until they are used. Zeros beyond C."""
+    return tl.load(ptr + row + cols[0]), tl.load(ptr + row + cols[1], mask=cols[2], other=0.0)
 
 
 @triton.jit
-def tail_columns(MAIN: tl.constexpr, TAIL: tl.constexpr, C: tl.constexpr):
-    col = MAIN + tl.arange(0, TAIL)
-    return col, col < C
+def store_row(ptr, row, cols, x_W, x_T):
+    tl.store(ptr + row + cols[0], x_W.to(ptr.dtype.element_ty))
+    tl.store(ptr + row + cols[1], x_T.to(ptr.dtype.element_ty), mask=cols[2])
+
+
+@triton.jit
+def wide(tiles):
+    return tiles[0].to(tl.float32), tiles[1].to(tl.float32)
 
 
 @triton.jit
@@ -81,63 +88,69 @@ def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
 
 
 @triton.jit
-def _load_modulation(ptr, row, stride_k, weights, col, mask, HISTORY: tl.constexpr):
-    """A modulation, or a forecast's Σ_k weights[k] · entry k, as fp32. An entry with weight 0 is not read."""
+def _load_entry(ptr, row, weight, cols):
+    """A cached modulation; nothing is read if its weight is 0."""
+    used = weight != 0
+    value_W = tl.load(ptr + row + cols[0], mask=used & (cols[0] >= 0), other=0.0)
+    return value_W, tl.load(ptr + row + cols[1], mask=used & cols[2], other=0.0)
+
+
+@triton.jit
+def _load_modulation(ptr, row, stride_k, weights, cols, HISTORY: tl.constexpr):
+    """A modulation as `_modulation` takes it: three entries, of which the first HISTORY count."""
     if HISTORY == 1:
-        value = load_tile(ptr, row + col, mask)
+        first = load_row(ptr, row, cols)
+        second, third = first, first
     else:
-        value = weights[0] * load_tile(ptr, row + col, mask & (weights[0] != 0))
+        first = _load_entry(ptr, row, weights[0], cols)
+        second = _load_entry(ptr, row + stride_k, weights[1], cols)
+        third = second
+        if HISTORY > 2:
+            third = _load_entry(ptr, row + 2 * stride_k, weights[2], cols)
+    return first, second, third
+
+
+@triton.jit
+def _modulation(entries, weights, HISTORY: tl.constexpr):
+    """A modulation, or a forecast's Σ_k weights[k] · entry k, as fp32 tiles."""
+    value_W, value_T = wide(entries[0])
+    if HISTORY > 1:
+        value_W, value_T = weights[0] * value_W, weights[0] * value_T
         for k in tl.static_range(1, HISTORY):
-            row += stride_k
-            value += weights[k] * load_tile(ptr, row + col, mask & (weights[k] != 0))
-    return value
+            entry_W, entry_T = wide(entries[k])
+            value_W += weights[k] * entry_W
+            value_T += weights[k] * entry_T
+    return value_W, value_T
 
 
 @triton.jit
-def load_stream(
-    x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col, mask, GATED: tl.constexpr,
-    gate_sk=0, weights=None, HISTORY: tl.constexpr = 1,
-):  # fmt: skip
-    """(x', branch, gate) as fp32; *_row are row offsets, col and mask choose the columns. Not gated: x three times."""
-    x = load_tile(x_ptr, x_row + col, mask)
-    branch, gate = x, x
-    if GATED:
-        branch = load_tile(branch_ptr, branch_row + col, mask)
-        gate = _load_modulation(gate_ptr, gate_row, gate_sk, weights, col, mask, HISTORY)
-        x = (x + gate * branch).to(x_ptr.dtype.element_ty).to(tl.float32)
-    return x, branch, gate
+def stream(x_X, branch_X, gate_X):
+    """x' as fp32, rounded to x's dtype; gate is fp32."""
+    return (x_X.to(tl.float32) + gate_X * branch_X.to(tl.float32)).to(x_X.dtype).to(tl.float32)
 
 
 @triton.jit
-def row_sum(a_W, a_T, TAIL: tl.constexpr):
-    total = tl.sum(a_W, axis=0)
-    if TAIL > 0:
-        total += tl.sum(a_T, axis=0)
-    return total
+def _per_thread(x_X, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    GROUPS: tl.constexpr = x_X.shape[0] // (LANES * VECTOR)
+    return tl.sum(tl.sum(tl.reshape(x_X, [GROUPS, LANES, VECTOR]), axis=2), axis=0)
 
 
 @triton.jit
-def statistics(x_W, x_T, mask_T, eps, C: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr):
-    """(mean, rstd) of a row. The variance is the mean square about the mean: no cancellation."""
-    mean = 0.0
-    if NORM == "layer":
-        mean = row_sum(x_W, x_T, TAIL) / C
-    d_W = x_W - mean
-    d_T = tl.where(mask_T, x_T - mean, 0.0)
-    return mean, tl.math.rsqrt(row_sum(d_W * d_W, d_T * d_T, TAIL) / C + eps)
+def per_thread(x_W, x_T, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[LANES] sums of what each thread holds of a row: the two tiles cross lanes and warps as one value a thread."""
+    VECTOR_W: tl.constexpr = min(VECTOR, x_W.shape[0] // LANES)
+    VECTOR_T: tl.constexpr = min(VECTOR, x_T.shape[0] // LANES)
+    return _per_thread(x_W, LANES, VECTOR_W) + _per_thread(x_T, LANES, VECTOR_T)
 
 
 @triton.jit
-def gain(
-    weight_ptr, scale_ptr, scale_row, col, mask, C: tl.constexpr, NORM: tl.constexpr,
-    scale_sk=0, weights=None, HISTORY: tl.constexpr = 1,
-):  # fmt: skip
-    """(weight, 1 + scale) as fp32; weight is 1 for "layer"."""
-    factor = 1.0 + _load_modulation(scale_ptr, scale_row, scale_sk, weights, col, mask, HISTORY)
-    weight = 1.0
-    if NORM == "rms":
-        weight = load_tile(weight_ptr, col, col < C)
-    return weight, factor
+def row_mean(x_W, x_T, C: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    return tl.sum(per_thread(x_W, x_T, LANES, VECTOR), axis=0) / C
+
+
+@triton.jit
+def _modulated(d_X, rstd, weight_X, scale_X, shift_X):
+    return d_X * rstd * (weight_X * (1.0 + scale_X)) + shift_X
 
 
 @triton.jit
@@ -173,6 +186,8 @@ def norm_modulate_forward_kernel(
     C: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
@@ -183,48 +198,40 @@ def norm_modulate_forward_kernel(
     b = (pid // splits).to(tl.int64)
     first = ((pid % splits) * rows_per_program).to(tl.int64)
     rows = tl.minimum(rows_per_program, N - first)
-    col_W, mask_W = tl.arange(0, MAIN), tl.full([MAIN], 1, tl.int1)
-    col_T, mask_T = col_W, mask_W
-    if TAIL > 0:
-        col_T, mask_T = tail_columns(MAIN, TAIL, C)
+    cols = columns(MAIN, TAIL, C)
+    mask_T = cols[2]
+    mod_n = first if PER_TOKEN else 0  # a program walks several rows of one sample, or one row
+    gate_row = b * gate_sb + mod_n * gate_sn
+    shift_row, scale_row = b * shift_sb + mod_n * shift_sn, b * scale_sb + mod_n * scale_sn
+    weight_W, weight_T = 1.0, 1.0
+    if NORM == "rms":
+        weight_W, weight_T = load_row(weight_ptr, 0, cols)
     weights = _load_forecast(forecast_ptr, step_ptr, steps, HISTORY)
+    if GATED:
+        gates = _load_modulation(gate_ptr, gate_row, gate_sk, weights, cols, HISTORY)
+    if NORM != "none":
+        scales = _load_modulation(scale_ptr, scale_row, scale_sk, weights, cols, HISTORY)
+        shifts = _load_modulation(shift_ptr, shift_row, shift_sk, weights, cols, HISTORY)
 
     for row in range(0, rows):
         n = first + row
-        mod_n = n if PER_TOKEN else 0
-        x_row, branch_row, gate_row = b * x_sb + n * x_sn, b * branch_sb + n * branch_sn, b * gate_sb + mod_n * gate_sn
-        shift_row, scale_row, out_row = (
-            b * shift_sb + mod_n * shift_sn,
-            b * scale_sb + mod_n * scale_sn,
-            (b * N + n) * C,
-        )
-
-        x_W, _, _ = load_stream(
-            x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_W, mask_W, GATED,
-            gate_sk, weights, HISTORY,
-        )  # fmt: skip
-        x_T = x_W
-        if TAIL > 0:
-            x_T, _, _ = load_stream(
-                x_ptr, branch_ptr, gate_ptr, x_row, branch_row, gate_row, col_T, mask_T, GATED,
-                gate_sk, weights, HISTORY,
-            )  # fmt: skip
+        out_row = (b * N + n) * C
+        x_W, x_T = load_row(x_ptr, b * x_sb + n * x_sn, cols)
+        if GATED:
+            branch_W, branch_T = load_row(branch_ptr, b * branch_sb + n * branch_sn, cols)
+            gate_W, gate_T = _modulation(gates, weights, HISTORY)
+            x_W, x_T = stream(x_W, branch_W, gate_W), stream(x_T, branch_T, gate_T)
+        else:
+            x_W, x_T = wide((x_W, x_T))
         if STORE_RESIDUAL:
-            store_tile(residual_ptr, out_row + col_W, x_W, mask_W)
-            if TAIL > 0:
-                store_tile(residual_ptr, out_row + col_T, x_T, mask_T)
+            store_row(residual_ptr, out_row, cols, x_W, x_T)
         if NORM != "none":
-            mean, rstd = statistics(x_W, x_T, mask_T, eps, C, TAIL, NORM)
-            weight_W, factor_W = gain(
-                weight_ptr, scale_ptr, scale_row, col_W, mask_W, C, NORM, scale_sk, weights, HISTORY
-            )
-            shift_W = _load_modulation(shift_ptr, shift_row, shift_sk, weights, col_W, mask_W, HISTORY)
-            y_W = (x_W - mean) * rstd * (weight_W * factor_W) + shift_W
-            store_tile(y_ptr, out_row + col_W, y_W, mask_W)
-            if TAIL > 0:
-                weight_T, factor_T = gain(
-                    weight_ptr, scale_ptr, scale_row, col_T, mask_T, C, NORM, scale_sk, weights, HISTORY
-                )
-                shift_T = _load_modulation(shift_ptr, shift_row, shift_sk, weights, col_T, mask_T, HISTORY)
-                y_T = (x_T - mean) * rstd * (weight_T * factor_T) + shift_T
-                store_tile(y_ptr, out_row + col_T, y_T, mask_T)
+            if NORM == "layer":
+                mean = row_mean(x_W, x_T, C, LANES, VECTOR)
+                x_W, x_T = x_W - mean, tl.where(mask_T, x_T - mean, 0.0)
+            rstd = tl.math.rsqrt(row_mean(x_W * x_W, x_T * x_T, C, LANES, VECTOR) + eps)
+            scale_W, scale_T = _modulation(scales, weights, HISTORY)
+            shift_W, shift_T = _modulation(shifts, weights, HISTORY)
+            y_W = _modulated(x_W, rstd, weight_W, scale_W, shift_W)
+            y_T = _modulated(x_T, rstd, weight_T, scale_T, shift_T)
+            store_row(y_ptr, out_row, cols, y_W, y_T)

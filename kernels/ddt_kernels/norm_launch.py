@@ -1,17 +1,19 @@
 """Launching the norm family's kernels: tile configurations, grids, outputs, the two-stage parameter gradients."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from ddt_kernels.compilation import AotCase
+from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
-from ddt_kernels.runtime import cdiv, launch, next_power_of_2, target_arch
+from ddt_kernels.runtime import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
+BACKWARD_STAGES = 2  # while a row is computed, the next one's loads are under way
 
 
 @dataclass(frozen=True)
@@ -22,49 +24,58 @@ class TileConfig:
     tail: int
     num_warps: int
 
+    def constexprs(self, dtype: torch.dtype, channels: int) -> dict[str, int]:
+        """The kernels' tile sizes. VECTOR: how many adjacent columns of a tile a thread holds, those of one access."""
+        vector = 16 // dtype.itemsize if channels % 16 == 0 else 1
+        lanes = min(32 * self.num_warps, self.main)
+        return {"C": channels, "MAIN": self.main, "TAIL": self.tail, "LANES": lanes, "VECTOR": vector}
+
 
 @cache
 def forward_config(channels: int) -> TileConfig:
-    """One warp on a row of at most 64 columns per lane, twice as many on wider ones."""
+    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input."""
     main, tail = _tiles(channels)
-    return TileConfig(main, tail, max(main // 2048, 1))
+    num_warps = 1 if main + tail <= 1536 else min(next_power_of_2(cdiv(main + tail, 1024)), 8)
+    return TileConfig(main, max(tail, min(32 * num_warps, main)), num_warps)
 
 
 @cache
 def backward_config(channels: int) -> TileConfig:
-    """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps."""
-    main, tail = _tiles(channels)
-    return TileConfig(main, tail, min(max(main // 256, 1), 8))
+    """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps.
 
-
-def backward_register_limit(config: TileConfig, per_token: bool, arch: int) -> int | None:
-    """The `maxnreg` of the backward kernel. 255 is the hardware limit, but setting it changes what ptxas aims for.
-
-    Unset, ptxas may save registers by spilling two to four of them; with triton 3.6 it does for per-sample sums, at
-    C 768 and 1536 on sm_90 and C 1152 on sm_100. Set, it uses about 8 more and spills none. Up to nine columns per
-    thread (C 1152), sm_90 needs no limit: it uses 64 registers and spills none, so eight programs of four warps fit on
-    an SM and all 1024 of `backward_rows_per_program` run at once. sm_100 uses 72: seven per SM, on 148 SMs, also hold
-    1024.
+    At least two of `tail`: an asynchronous copy moves 4 bytes or more.
     """
-    columns = (config.main + config.tail) / (32 * config.num_warps)
-    return None if per_token or (arch < 100 and columns <= 9) else 255
+    main, tail = _tiles(channels)
+    num_warps = min(max(main // 256, 1), 8)
+    return TileConfig(main, max(tail, min(64 * num_warps, main)), num_warps)
+
+
+def backward_register_limit(config: TileConfig, itemsize: int, most_inputs: bool) -> int:
+    """The `maxnreg` of the backward kernel: 128 up to ten columns of 2 bytes per thread (C 1152), so that four programs
+    of four warps fit on an SM. More need more; 255 is the hardware limit. Unset, ptxas may spill to save a few.
+
+    most_inputs: a gate and a scale per token; Triton 3.6 spills two registers of them at 128.
+    """
+    if itemsize != 2 or config.main + config.tail > 10 * 32 * config.num_warps:
+        return 255
+    return 136 if most_inputs else 128
 
 
 def _tiles(channels: int) -> tuple[int, int]:
-    main = 1 << (channels.bit_length() - 1)
-    return main, max(16, next_power_of_2(channels - main)) if channels > main else 0
+    main = max(next_power_of_2(channels) // 2, 1)
+    return main, max(16, min(main, 32), next_power_of_2(channels - main))
 
 
-def forward_rows_per_program(per_token: bool) -> int:
-    """Four rows share their sample's modulations; nothing else is worth sharing."""
-    return 1 if per_token else 4
+def forward_rows_per_program(batch: int, tokens: int, per_token: bool) -> int:
+    """Four rows share their sample's modulations, if enough programs are left to fill a GPU."""
+    return 1 if per_token or batch * tokens < 8192 else 4
 
 
 def backward_rows_per_program(batch: int, tokens: int) -> int:
     """Rows each backward program sums over: about 1024 programs until each has 32 rows, then as many as needed.
 
-    1024 programs are 8 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a gate are 4%
-    of its traffic.
+    1024 programs are two waves of 4 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a
+    gate are 4% of its traffic.
     """
     return min(next_power_of_2(cdiv(batch * tokens, 1024)), 32, next_power_of_2(tokens))
 
@@ -104,7 +115,7 @@ def launch_forward(
     if forecast is not None:
         (weights, step), history = forecast, modulation.shape[0]
         steps = weights.shape[0]
-    rows = forward_rows_per_program(per_token)
+    rows = forward_rows_per_program(B, N, per_token)
     splits = cdiv(N, rows)
     launch(
         norm_modulate_forward_kernel,
@@ -113,15 +124,14 @@ def launch_forward(
         *(x, branch, gate, weight, shift, scale, weights, step, residual, y, N, splits, rows),
         *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
         *(steps, _history_stride(gate), _history_stride(shift), _history_stride(scale)),
-        C=C,
-        MAIN=config.main,
-        TAIL=config.tail,
+        **config.constexprs(x.dtype, C),
         NORM=norm,
         GATED=gate is not None,
         STORE_RESIDUAL=store_residual,
         PER_TOKEN=per_token,
         HISTORY=history,
         num_warps=config.num_warps,
+        maxnreg=255,  # unset, ptxas may spill a few registers to save some
     )
     return residual, y
 
@@ -179,15 +189,14 @@ def launch_backward(
         *(grad_residual, grad_y, x, branch, gate, weight, scale),
         *(grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
         *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
-        C=C,
-        MAIN=config.main,
-        TAIL=config.tail,
+        **config.constexprs(like.dtype, C),
         NORM=norm,
         GATED=gated,
         ADD_RESIDUAL=grad_residual is not None,
         PER_TOKEN=per_token,
+        STAGES=BACKWARD_STAGES,
         num_warps=config.num_warps,
-        maxnreg=backward_register_limit(config, per_token, target_arch(like.device)),
+        maxnreg=backward_register_limit(config, like.dtype.itemsize, per_token and gated and has_norm),
     )
     sum_weight = sum_scale
     if not per_token:
@@ -245,27 +254,78 @@ def _heaviest(cases: list[AotCase]) -> list[AotCase]:
     return [case for case in cases if case.configuration.startswith("gated rms")]
 
 
+# Of C 1152 in bf16, on triton 3.6 or 3.8, whichever waits more: (phases, barriers, rows moved per sample, per token).
+_FORWARD_WAITS = {"rms": (2, 0, 2, 4), "gated rms": (3, 0, 4, 7), "gated layer": (2, 0, 3, 6), "gated": (1, 0, 3, 4)}
+_BACKWARD_WAITS = {
+    "rms": (1, 7, 3, 5),
+    "gated rms": (1, 9, 6, 10),
+    "gated layer": (1, 12, 5, 9),
+    "gated": (1, 4, 3, 5),
+}
+_LATENCY_BOUND = "two rows read and one written are too few bytes for a round trip of four programs"
+
+
+def _budgets(
+    op: str, channels: int, dtype: torch.dtype, per_token: bool
+) -> tuple[dict[str, Budget], dict[str, Budget]]:
+    """Of the forward and of the backward pass; none for widths that no model here has."""
+    if channels != 1152 or dtype != torch.bfloat16:
+        return {}, {}
+    row = channels * dtype.itemsize
+    phases, barriers, *rows = _FORWARD_WAITS[op]
+    forward = Budget(phases, barriers, bytes=rows[per_token] * row)
+    phases, barriers, *rows = _BACKWARD_WAITS[op]
+    waits = _LATENCY_BOUND if op == "rms" and not per_token else ""
+    backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=waits)
+    return {norm_modulate_forward_kernel.__name__: forward}, {
+        norm_modulate_backward_kernel.__name__: backward,
+        modulation_gradients_kernel.__name__: Budget(phases=4),
+    }
+
+
 def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[AotCase]:
-    B, N = 4, 256
+    B, N = 128, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
     weight = torch.empty(channels, dtype=dtype, device="meta")
     modulations = torch.empty(B, N if per_token else 1, 6 * channels, dtype=dtype, device="meta").chunk(6, dim=-1)
     shift, scale, gate = modulations[:3]
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
-    return [
-        AotCase(f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False)),
-        AotCase(f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True)),
-        AotCase(f"gated layer {label}", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False)),
-        AotCase(f"gated {label}", lambda: launch_forward(x, x, gate, None, None, None, 0.0, "none", True)),
-        AotCase(f"rms {label}", lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms")),
-        AotCase(f"gated rms {label}", lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms")),
-        AotCase(f"gated layer {label}", lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer")),
-        AotCase(f"gated {label}", lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none")),
-    ]
+
+    def case(op: str, forward: Callable[[], object], backward: Callable[[], object]) -> tuple[AotCase, AotCase]:
+        budgets = _budgets(op, channels, dtype, per_token)
+        ones = ("rows_per_program",) if per_token else ()
+        return (
+            AotCase(f"{op} {label}", forward, ones=ones, budgets=budgets[0]),
+            AotCase(f"{op} {label}", backward, budgets=budgets[1]),
+        )
+
+    pairs = (
+        case(
+            "rms",
+            lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False),
+            lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms"),
+        ),
+        case(
+            "gated rms",
+            lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True),
+            lambda: launch_backward(x, x, x, x, gate, weight, scale, 1e-6, "rms"),
+        ),
+        case(
+            "gated layer",
+            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False),
+            lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer"),
+        ),
+        case(
+            "gated",
+            lambda: launch_forward(x, x, gate, None, None, None, 0.0, "none", True),
+            lambda: launch_backward(x, None, None, x, gate, None, None, 0.0, "none"),
+        ),
+    )
+    return [passes[direction] for direction in (0, 1) for passes in pairs]
 
 
 def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history: int) -> list[AotCase]:
-    B, N = 4, 256
+    B, N = 128, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
     weight = torch.empty(channels, dtype=dtype, device="meta")
     cached = torch.empty(history, B, N if per_token else 1, 38 * channels, dtype=dtype, device="meta")
@@ -273,15 +333,17 @@ def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history:
     forecast = torch.empty(250, history, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
     label = f"{label}, forecast from {history}"
+    ones = ("rows_per_program",) if per_token else ()
+    phases = {"rms": 5, "gated rms": 5, "gated layer": 4}
+
+    def case(op: str, run: Callable[[], object]) -> AotCase:
+        budgets = {}
+        if (channels, dtype) == (1152, torch.bfloat16):
+            budgets = {norm_modulate_forward_kernel.__name__: Budget(phases[op])}
+        return AotCase(f"{op} {label}", run, ones=ones, budgets=budgets)
+
     return [
-        AotCase(
-            f"rms {label}", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)
-        ),
-        AotCase(
-            f"gated rms {label}", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)
-        ),
-        AotCase(
-            f"gated layer {label}",
-            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast),
-        ),
+        case("rms", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)),
+        case("gated rms", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)),
+        case("gated layer", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast)),
     ]

@@ -1,12 +1,14 @@
 """Launches qk_norm_rope's kernels: tile configurations, grids, outputs, the two-stage weight gradients."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddt_kernels.compilation import AotCase
+from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.qk_norm_rope_kernels import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
 from ddt_kernels.runtime import cdiv, launch, next_power_of_2
 
@@ -128,26 +130,46 @@ def launch_backward(
 
 def aot_cases() -> list[AotCase]:
     """XL/2's heads, of many tokens and of few; in fp32; other head dims, which compile to less."""
-    cases = _cases(16, 16, 72, torch.bfloat16)
+    cases = _cases(128, 16, 72, torch.bfloat16)
     cases += _cases(1, 16, 72, torch.bfloat16)[:1]
-    cases += _cases(16, 16, 72, torch.float32)[::2]
-    cases += _cases(16, 16, 128, torch.bfloat16)[::2]
+    cases += _cases(128, 16, 72, torch.float32)[::2]
+    cases += _cases(128, 16, 128, torch.bfloat16)[::2]
     for heads, head_dim in ((12, 64), (3, 20)):
-        cases += _cases(16, heads, head_dim, torch.bfloat16)[2:3]
+        cases += _cases(128, heads, head_dim, torch.bfloat16)[2:3]
     return cases
 
 
 def _cases(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[AotCase]:
-    """In place, functional, backward, in place again."""
+    """In place, functional, backward, in place again. Programs of many tokens walk all of a token's heads."""
     N = 256
     qkv = torch.empty(batch, N, 3, heads, head_dim, dtype=dtype, device="meta")
     weight = torch.empty(head_dim, dtype=dtype, device="meta")
     table = torch.empty(N, head_dim // 2, device="meta")
     arguments = (qkv, weight, weight, table, table, 1e-6)
     label = f"B {batch} H {heads} D {head_dim} {str(dtype).removeprefix('torch.')}"
+    tile = tile_config(heads, head_dim, dtype.itemsize).rows * head_dim * dtype.itemsize  # bytes of one group of heads
+
+    def case(what: str, kernel: Any, run: Callable[[], object], budget: Budget) -> AotCase:
+        ones = ("head_blocks",) if kernel is qk_norm_rope_forward_kernel and batch > 1 else ()
+        return AotCase(f"{what}{label}", run, ones=ones, budgets={kernel.__name__: budget})
+
+    forward, backward = qk_norm_rope_forward_kernel, qk_norm_rope_backward_kernel
+    copying = "v's gradient, copied by every other group, is loaded after the rest"
     return [
-        AotCase(f"in place {label}", lambda: launch_forward(*arguments, out=qkv)),
-        AotCase(f"functional {label}", lambda: launch_forward(*arguments, out=qkv.new_empty(qkv.shape))),
-        AotCase(label, lambda: launch_backward(qkv, *arguments)),
-        AotCase(f"in place {label}", lambda: launch_backward(qkv, *arguments, in_place=True)),
+        case(
+            *("in place ", forward, lambda: launch_forward(*arguments, out=qkv)),
+            Budget(2 if head_dim == 128 else 1, bytes=4 * tile),
+        ),
+        case(
+            *("functional ", forward, lambda: launch_forward(*arguments, out=qkv.new_empty(qkv.shape))),
+            Budget(2, bytes=6 * tile),
+        ),
+        case(
+            *("", backward, lambda: launch_backward(qkv, *arguments)),
+            Budget(3, bytes=4 * tile, latency_bound=copying),
+        ),
+        case(
+            *("in place ", backward, lambda: launch_backward(qkv, *arguments, in_place=True)),
+            Budget(1, bytes=3 * tile),
+        ),
     ]

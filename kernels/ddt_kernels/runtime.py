@@ -36,7 +36,7 @@ except ImportError:
     triton = tl = _UnavailableTriton()
     _compiling = False
 
-Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
 
 
@@ -46,7 +46,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
     CPU tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
     """
     if _recorder is not None:
-        _recorder(kernel, args, meta)
+        _recorder(kernel, grid, args, meta)
     elif device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
@@ -78,7 +78,7 @@ def without_autocast(x: torch.Tensor) -> torch.autocast:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching."""
+    """Inside, `launch` hands (kernel, grid, args, meta) to `recorder` instead of launching."""
     global _recorder
     previous, _recorder = _recorder, recorder
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddt_kernels.compilation import AotCase
+from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.runtime import (
     cdiv,
     descriptor_fits,
@@ -250,11 +250,14 @@ def _forward_case(rows: int, channels: int, width: int, dtype: torch.dtype, keep
     w = torch.empty(width, channels, dtype=dtype, device="meta")
     kind = "tf32" if tf32 else str(dtype).removeprefix("torch.")
     kernel = (swiglu_forward_kernel.__name__,)
+    gemm = tf32 or dtype != torch.float32  # by the tensor cores
     return AotCase(
         f"M {rows} C {channels} F {width} {kind}{' keep' if keep else ''}",
         lambda: launch_forward(x, w, w, keep, tf32),
-        tensor_cores=kernel if tf32 or dtype != torch.float32 else (),
-        bulk_copies=kernel if descriptor_fits(x) and (tf32 or dtype != torch.float32) else (),
+        tensor_cores=kernel if gemm else (),
+        bulk_copies=kernel if descriptor_fits(x) and gemm else (),
+        ones=("M",) if rows == 1 else (),
+        budgets={kernel[0]: Budget(barriers=5, copies=1)} if gemm and channels == 1152 else {},
     )
 
 
@@ -263,4 +266,10 @@ def _backward_case(width: int, dtype: torch.dtype, with_y: bool) -> AotCase:
     grad_y = torch.empty(rows, width, dtype=dtype, device="meta")
     gate_up = torch.empty(rows, 2 * width, dtype=dtype, device="meta")
     label = f"F {width} {str(dtype).removeprefix('torch.')}{' with y' if with_y else ''}"
-    return AotCase(label, lambda: launch_backward_activation(grad_y, gate_up, grad_y if with_y else None))
+    waits = (2, 0) if width == 3072 else (2, 3)
+    budget = Budget(*waits, bytes=(6 if with_y else 5) * 2048 * dtype.itemsize)  # a program's 2048 elements
+    return AotCase(
+        label,
+        lambda: launch_backward_activation(grad_y, gate_up, grad_y if with_y else None),
+        budgets={swiglu_backward_kernel.__name__: budget},
+    )

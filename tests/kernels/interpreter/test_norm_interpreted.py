@@ -46,6 +46,19 @@ def test_backward_programs_that_walk_many_rows(op, per_token, monkeypatch):
     check_launched(op, make_inputs(op, (2, 5, 72), per_token, FP32))
 
 
+@EVERY_OP
+def test_forward_programs_that_walk_many_rows(op, monkeypatch):
+    monkeypatch.setattr(norm_launch, "forward_rows_per_program", lambda batch, tokens, per_token: 3)
+    check_launched(op, make_inputs(op, (2, 5, 72), False, FP32))
+
+
+@pytest.mark.parametrize("history", [2, 3])
+def test_forecasts_that_walk_many_rows(history, monkeypatch):
+    monkeypatch.setattr(norm_launch, "forward_rows_per_program", lambda batch, tokens, per_token: 3)
+    op = "gated_residual_rms_norm_modulate"
+    check_forecast(op, *make_forecast_inputs(op, (2, 5, 72), False, FP32, history))
+
+
 @pytest.mark.parametrize(
     ("shape", "per_token", "strided"),
     [
