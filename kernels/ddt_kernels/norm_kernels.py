@@ -30,8 +30,8 @@ instructions and barriers in between.
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
    gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,
    as <g·n> = rstd·<g·x>; layer: Σx and Σg, then Σ(x - mean)² and Σg·(x - mean)), for two barriers (triton 3.6: three).
-   While it computes a row, the next one is copied to shared memory (cp.async): at C 1152 in bf16 on sm_90 at most 128
-   registers and 15 KB of shared memory, at least four programs per SM.
+   While it computes a row, the next one is copied to shared memory (cp.async): at C 1152 in bf16 on sm_90 at most 136
+   registers and 15 KB of shared memory, three programs per SM (with a gate and a scale per token) or more.
  - A program never crosses a sample. PER_TOKEN loads the modulations with each row instead of once.
  - Parameter gradients are deterministic: each backward program walks a fixed run of rows and leaves one fp32 partial
    sum per column; per sample, the two sums Σdy and Σdy·n give all of dshift, dscale and dweight.
