@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddt_kernels.runtime import cdiv, recording
+from ddt_kernels.runtime import cdiv, recorded_grid, recording
 from ddt_kernels.sass import Waits, disassemble, waits
 
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use: A100, H100/H200, B200
@@ -154,7 +154,7 @@ def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
     rows: list[Compiled] = []
     launched = []
 
-    def compile_instead(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    def compile_instead(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         name, configuration = kernel.__name__, case.configuration + _tile(meta)
         launched.append(name)
         if only not in name:
@@ -166,7 +166,8 @@ def compile_case(case: AotCase, arch: int, only: str = "") -> list[Compiled]:
             rows.append(Compiled(name, configuration, arch, problems=(problem,)))
         else:
             constants = [f"{argument} is a constant 1" for argument in _ones(kernel, args) if argument not in case.ones]
-            rows.append(_inspect(binary, name, configuration, case, arch, math.prod(grid), constants + advisories))
+            programs = math.prod(recorded_grid())
+            rows.append(_inspect(binary, name, configuration, case, arch, programs, constants + advisories))
 
     with compiling_for(arch), recording(compile_instead):
         case.run()

@@ -36,8 +36,9 @@ except ImportError:
     triton = tl = _UnavailableTriton()
     _compiling = False
 
-Recorder = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
+_recorded_grid: tuple[int, ...] = ()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
@@ -45,8 +46,10 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
     CPU tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
     """
+    global _recorded_grid
     if _recorder is not None:
-        _recorder(kernel, grid, args, meta)
+        _recorded_grid = grid
+        _recorder(kernel, args, meta)
     elif device.type == "cuda":
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
@@ -78,13 +81,18 @@ def without_autocast(x: torch.Tensor) -> torch.autocast:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Inside, `launch` hands (kernel, grid, args, meta) to `recorder` instead of launching."""
+    """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching; `recorded_grid` has the grid."""
     global _recorder
     previous, _recorder = _recorder, recorder
     try:
         yield
     finally:
         _recorder = previous
+
+
+def recorded_grid() -> tuple[int, ...]:
+    """The grid of the latest launch that was recorded."""
+    return _recorded_grid
 
 
 def target_arch(device: torch.device) -> int:

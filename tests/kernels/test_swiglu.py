@@ -107,7 +107,7 @@ def test_wgmmas_are_in_flight_together(keep, tmp_path):
     """The wgmmas of the 128x128 tile of XL/2's forward on sm_90, and the waits for them."""
     from triton import knobs
 
-    def disassemble(kernel, grid, args, meta):
+    def disassemble(kernel, args, meta):
         if (meta["BLOCK_M"], meta["BLOCK_F"]) == (128, 128):
             file = tmp_path / "kernel.cubin"
             file.write_bytes(kernel.warmup(*args, grid=(1,), **meta).asm["cubin"])

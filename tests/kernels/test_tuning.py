@@ -106,7 +106,7 @@ def launched(run, arch):
     pytest.importorskip("triton")
     found = []
 
-    def record(kernel, grid, args, meta):
+    def record(kernel, args, meta):
         tensor = getattr(args[0], "base", args[0])  # a descriptor's tensor
         found.append((kernel.__name__, meta, tensor.element_size()))
 
