@@ -110,9 +110,8 @@ class Schedule:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        rows = {name: getattr(self, name) for name in ("velocities", "differences")}
-        read = {name: _coefficients(name, (value,))[0] for name, value in (("times", self.times), ("size", self.size))}
-        read |= {name: _coefficients(name, value) for name, value in rows.items()}
+        read: dict[str, Any] = {name: _coefficients(name, (getattr(self, name),))[0] for name in ("times", "size")}
+        read |= {name: _coefficients(name, getattr(self, name)) for name in ("velocities", "differences")}
         read["guidance_interval"] = _guidance_interval(self.guidance_interval)
         named = isinstance(self.model, (tuple, list)) and all(isinstance(digest, str) for digest in self.model)
         require(named, "model", self.model, "a list of digests")

@@ -1,7 +1,9 @@
-"""Fit the sampler to a model: times and coefficients of a few steps that come nearer to the ODE's solution than those
-of any solver. Kept only if noises that the fit has not seen gain at every guidance scale; `sample --schedule` uses it.
+"""Fit the sampler to a model: times and coefficients of a few steps that come nearer to the ODE's solution than solver
+"pec" with as many. Kept only if noises that the fit has not seen gain at every guidance scale; `sample --schedule` uses
+it.
 
-Under torchrun the processes share the work."""
+Under torchrun the processes share the work.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -240,7 +240,7 @@ def pareto(record: Record) -> Iterator[str]:
     )
     yield table("start | TFLOP | error | fitted | minutes on this machine", map(_fitted, record["fitted"]))
     coarse = (f"{_thousandths(row)} with {row['num_steps']} steps" for row in record["bfloat16"])
-    yield f"In bfloat16, corrected 3 has errors of {', '.join(coarse)}: rounding hides what more steps gain."
+    yield f"In bfloat16, corrected 3 has errors of {', '.join(coarse)}."
     yield "As published, and with less evaluated:"
     yield table(f"name | setting | {head} | Fréchet", ([p["series"], *row(p), f"{p['frechet']:.3f}"] for p in named))
 

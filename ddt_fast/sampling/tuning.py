@@ -1,7 +1,7 @@
 """Fit the times and coefficients of a sampling run to one model, by Gauss-Newton through the sampler.
 
 After arXiv 2505.21114 (learned solvers, by DDT's authors); here the start is solver "pec", the guidance difference has
-coefficients of its own, and a fit takes ten steps instead of thousands, because it uses second derivatives.
+coefficients of its own, and Gauss-Newton, which uses curvature, needs up to sixteen steps.
 
 A run is x_{i+1} = x_i + sum_k a_ik v_{i-k} + (w - 1) sum_k d_ik (difference)_{j-k}. Its `Numbers`, times and
 coefficients, follow from parameters that are zero at the solver's own. What is minimised is the mean distance of the

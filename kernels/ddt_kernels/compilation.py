@@ -222,7 +222,8 @@ def _inspect(
         seen, budget = waits(disassemble(cubin)), case.budgets[name]
         problems += over_budget(seen, budget)
         if budget.bytes:
-            bandwidth = budget.bytes * per_sm / (seen.phases * ROUND_TRIP + seen.barriers * BARRIER)
+            round_trips = max(seen.phases, 1)  # a row that was copied ahead took one too
+            bandwidth = budget.bytes * per_sm / (round_trips * ROUND_TRIP + seen.barriers * BARRIER)
             if bandwidth < BANDWIDTH_PER_SM and not budget.latency_bound:
                 problems.append(f"{bandwidth:.1f} bytes per ns and SM, below {BANDWIDTH_PER_SM}")
     return Compiled(
