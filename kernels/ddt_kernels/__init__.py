@@ -20,9 +20,9 @@ of shape and dtype, or the fastest of a few candidates, timed once (`tuning`; DD
 How an op is built
 ------------------
 1. `reference.py`: the function and, if it is differentiable, FUNCTION_backward in closed form.
-2. Kernels (`from ddt_kernels.runtime import launch, tl, triton`, never `import triton`), with the formulas and the
-   reason for the layout at the top of the file; a launcher that allocates with new_empty, picks a configuration and
-   calls `runtime.launch`, or `tuning.choose` if there are several configurations to time.
+2. Kernels (`from ddt_kernels.runtime import tl, triton`, never `import triton`), with the formulas and the reason for
+   the layout at the top of the file; a `runtime.launcher` that picks a configuration, once per signature; a function
+   that allocates with new_empty and calls it, through `tuning.choose` if there are several configurations to time.
 3. Operators: torch.library.custom_op("ddt_kernels::FUNCTION", mutates_args=(), device_types="cuda") around the
    launcher, register_kernel("cpu") around the reference (contiguous results), register_fake, register_autograd; the
    backward pass is an operator of its own. Save only inputs where recomputing the rest is free.
@@ -33,7 +33,7 @@ How an op is built
 6. Tests: an entry in tests/kernels/operators.py (opcheck, gradcheck, compile, bad arguments, cost, GPU); anything
    special in tests/kernels/test_OP.py; tests/kernels/interpreter/test_OP_interpreted.py (launcher against reference).
    Tolerances are in `kernel_testing.py`.
-An op with one kernel fits in one file; past 400 lines, split it like norm_*.py: kernels, launch, operators, modulate.
+An op with one kernel fits in one file; past 400 lines, split it like norm_*.py: kernels, launch, operator, modulate.
 """
 
 from ddt_kernels.attention import attention, attention_cost
@@ -46,6 +46,8 @@ from ddt_kernels.norm_modulate import (
     gated_residual_layer_norm_modulate_cost,
     gated_residual_rms_norm_modulate,
     gated_residual_rms_norm_modulate_cost,
+    layer_norm_modulate,
+    layer_norm_modulate_cost,
     rms_norm_modulate,
     rms_norm_modulate_cost,
 )
@@ -68,6 +70,8 @@ __all__ = [
     "guided_step_",
     "guided_step_coefficients",
     "guided_step_cost",
+    "layer_norm_modulate",
+    "layer_norm_modulate_cost",
     "qk_norm_rope",
     "qk_norm_rope_",
     "qk_norm_rope_cost",

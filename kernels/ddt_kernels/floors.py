@@ -27,6 +27,7 @@ def costs() -> Iterator[tuple[str, str, Cost]]:
     dtype, norm_shape = torch.bfloat16, (BATCH, TOKENS, CHANNELS)
     norms = {
         "rms_norm_modulate": ops.rms_norm_modulate_cost,
+        "layer_norm_modulate": ops.layer_norm_modulate_cost,
         "gated_residual_rms_norm_modulate": ops.gated_residual_rms_norm_modulate_cost,
         "gated_residual_layer_norm_modulate": ops.gated_residual_layer_norm_modulate_cost,
     }

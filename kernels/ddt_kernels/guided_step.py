@@ -25,7 +25,7 @@ from ddt_kernels import reference
 from ddt_kernels.checks import DEVICES, FLOATS, check_tensor, check_unit_stride, fail
 from ddt_kernels.compilation import AotCase
 from ddt_kernels.cost import Cost
-from ddt_kernels.runtime import cdiv, launch, tl, triton
+from ddt_kernels.runtime import cdiv, launch, launcher, tl, triton
 
 TERMS = 4  # velocities, and differences, for which a row has coefficients, including the newest
 ROW = 2 + 2 * TERMS
@@ -118,6 +118,7 @@ def guided_step_kernel(
     tl.store(out_ptr + offset, total, mask=mask)
 
 
+@launcher
 def launch_guided_step(
     x: Tensor,
     v_cond: Tensor,
@@ -137,7 +138,6 @@ def launch_guided_step(
     launch(
         guided_step_kernel,
         (B * blocks,),
-        x.device,
         *(x, v_cond, v_uncond, coefficients, step, velocity_history, difference_history, noise, out),
         *(coefficients.numel() // ROW, blocks, x.numel(), v_cond.stride(0), v_cond.stride(1), *uncond_strides),
         C=C,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
-from ddt_kernels.runtime import cdiv, launch, next_power_of_2
+from ddt_kernels.runtime import cdiv, empty, launch, launcher, multiprocessors, next_power_of_2
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
 BACKWARD_STAGES = 2  # while a row is computed, the next one's loads are under way
@@ -71,13 +71,22 @@ def forward_rows_per_program(batch: int, tokens: int, per_token: bool) -> int:
     return 1 if per_token or batch * tokens < 8192 else 4
 
 
-def backward_rows_per_program(batch: int, tokens: int) -> int:
-    """Rows each backward program sums over: about 1024 programs until each has 32 rows, then as many as needed.
+def resident_programs(device: torch.device, config: TileConfig, registers: int) -> int:
+    """How many backward programs run at once on `device`, if each thread takes as many registers as it may."""
+    return multiprocessors(device) * max(65_536 // (32 * config.num_warps * registers), 1)
 
-    1024 programs are two waves of 4 on each of 132 SMs; at 32 rows the fp32 partial sums of a per-sample pass without a
-    gate are 4% of its traffic.
+
+@cache
+def backward_rows_per_program(batch: int, tokens: int, resident: int) -> int:
+    """Rows of one sample that a backward program sums over, for the least time: waves · (rows + 3).
+
+    3: what a program waits for before its first row, and writes after its last, costs about as much as three rows.
     """
-    return min(next_power_of_2(cdiv(batch * tokens, 1024)), 32, next_power_of_2(tokens))
+
+    def time(rows: int) -> int:
+        return cdiv(batch * cdiv(tokens, rows), resident) * (rows + 3)
+
+    return min(range(1, tokens + 1), key=time)
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -88,6 +97,7 @@ def _history_stride(modulation: Tensor | None) -> int:
     return 0 if modulation is None or modulation.ndim == 3 else modulation.stride(0)
 
 
+@launcher
 def launch_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -98,30 +108,27 @@ def launch_forward(
     eps: float,
     norm: str,
     store_residual: bool,
-    forecast: tuple[Tensor, Tensor] | None = None,
+    forecast_weights: Tensor | None = None,
+    step: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Runs the forward kernel; returns (x' or None, y or None). norm: "rms", "layer" or "none".
 
-    forecast: (weights, step), of modulations (K, B, N or 1, C).
+    forecast_weights, step: of modulations (K, B, N or 1, C).
     """
     B, N, C = x.shape
     config = forward_config(C)
     modulation = gate if scale is None else scale
     assert modulation is not None
-    residual = x.new_empty(x.shape) if store_residual else None
-    y = x.new_empty(x.shape) if norm != "none" else None
+    residual = empty(x, x.shape) if store_residual else None
+    y = empty(x, x.shape) if norm != "none" else None
     per_token = modulation.shape[-2] == N
-    weights, step, steps, history = None, None, 0, 1
-    if forecast is not None:
-        (weights, step), history = forecast, modulation.shape[0]
-        steps = weights.shape[0]
+    steps, history = (0, 1) if forecast_weights is None else forecast_weights.shape
     rows = forward_rows_per_program(B, N, per_token)
     splits = cdiv(N, rows)
     launch(
         norm_modulate_forward_kernel,
         (B * splits,),
-        x.device,
-        *(x, branch, gate, weight, shift, scale, weights, step, residual, y, N, splits, rows),
+        *(x, branch, gate, weight, shift, scale, forecast_weights, step, residual, y, N, splits, rows),
         *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
         *(steps, _history_stride(gate), _history_stride(shift), _history_stride(scale)),
         **config.constexprs(x.dtype, C),
@@ -160,32 +167,50 @@ def launch_backward(
     norm: str,
 ) -> Gradients:
     """Runs the backward kernels, given the gradients of x' (grad_residual) and y (grad_y), or one of them."""
+    grad_residual, grad_y = (grad if grad is None else grad.contiguous() for grad in (grad_residual, grad_y))
+    made = _backward(grad_residual, grad_y, x, branch, gate, weight, scale, eps, norm)
+    grad_x, grad_branch, grad_gate, sum_weight, grad_shift, grad_scale = made
+    grad_weight = None if weight is None or sum_weight is None else sum_weight.sum(0).to(weight.dtype)
+    return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
+
+
+@launcher
+def _backward(
+    grad_residual: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, branch and gate, fp32 rows whose sum is the weight's, the gradients of shift and scale."""
     like, modulation = (branch, gate) if scale is None else (x, scale)
     assert like is not None
     assert modulation is not None
     B, N, C = like.shape
-    config = backward_config(C)
-    per_token = modulation.shape[1] == N
-    rows = backward_rows_per_program(B, N)
+    config, per_token = backward_config(C), modulation.shape[1] == N
+    has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
+    registers = backward_register_limit(config, like.dtype.itemsize, per_token and gated and has_norm)
+    rows = backward_rows_per_program(B, N, resident_programs(like.device, config, registers))
     splits = cdiv(N, rows)
 
-    def empty(exists: bool, *shape: int) -> Tensor | None:
-        return like.new_empty(shape) if exists else None
+    def output(exists: bool, *shape: int) -> Tensor | None:
+        return empty(like, shape) if exists else None
 
-    def partial_sums(exists: bool) -> Tensor | None:
-        return like.new_empty((B * splits, C), dtype=torch.float32) if exists else None
+    def sums(exists: bool, rows: int) -> Tensor | None:
+        return empty(like, (rows, C), torch.float32) if exists else None
 
-    grad_residual, grad_y = (grad if grad is None else grad.contiguous() for grad in (grad_residual, grad_y))
-    has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
-    grad_x, grad_branch = empty(has_norm, B, N, C), empty(gated, B, N, C)
-    grad_gate, grad_scale = empty(gated, *modulation.shape), empty(has_norm, *modulation.shape)
-    grad_shift = empty(has_norm, *((0,) if per_token else modulation.shape))
-    sum_shift, sum_gate = partial_sums(has_norm and not per_token), partial_sums(gated and not per_token)
-    sum_scale = partial_sums(weighted if per_token else has_norm)
+    grad_x, grad_branch = output(has_norm, B, N, C), output(gated, B, N, C)
+    grad_gate, grad_scale = output(gated, *modulation.shape), output(has_norm, *modulation.shape)
+    grad_shift = output(has_norm, *((0,) if per_token else modulation.shape))
+    sum_shift, sum_gate = (sums(exists and not per_token, B * splits) for exists in (has_norm, gated))
+    sum_scale = sum_weight = sums(weighted if per_token else has_norm, B * splits)
     launch(
         norm_modulate_backward_kernel,
         (B * splits,),
-        like.device,
         *(grad_residual, grad_y, x, branch, gate, weight, scale),
         *(grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
         *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
@@ -196,42 +221,23 @@ def launch_backward(
         PER_TOKEN=per_token,
         STAGES=BACKWARD_STAGES,
         num_warps=config.num_warps,
-        maxnreg=backward_register_limit(config, like.dtype.itemsize, per_token and gated and has_norm),
+        maxnreg=registers,
     )
-    sum_weight = sum_scale
     if not per_token:
-        sum_weight = like.new_empty((B, C), dtype=torch.float32) if weighted else None
-        sums, gradients = (sum_shift, sum_scale, sum_gate), (grad_shift, grad_scale, grad_gate, sum_weight)
-        _launch_modulation_gradients(like.shape, like.device, norm, splits, weight, scale, sums, gradients)
-    grad_weight = None if weight is None or sum_weight is None else sum_weight.sum(0).to(weight.dtype)
-    return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
-
-
-def _launch_modulation_gradients(
-    shape: torch.Size,
-    device: torch.device,
-    norm: str,
-    splits: int,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    sums: tuple[Tensor | None, ...],
-    gradients: tuple[Tensor | None, ...],
-) -> None:
-    """Adds up the backward kernel's partial sums (shift, scale, gate) to the per-sample gradients of shift, scale and
-    gate and each sample's share of the weight's."""
-    columns = 128
-    launch(
-        modulation_gradients_kernel,
-        (shape[0], cdiv(shape[2], columns)),
-        device,
-        *(*sums, weight, scale, *gradients, splits, _strides(scale)[0]),
-        C=shape[2],
-        NORM=norm,
-        GATED=sums[2] is not None,
-        SPLITS=16,
-        COLS=columns,
-        num_warps=4,
-    )
+        sum_weight, columns = sums(weighted, B), 128
+        launch(
+            modulation_gradients_kernel,
+            (B, cdiv(C, columns)),
+            *(sum_shift, sum_scale, sum_gate, weight, scale, grad_shift, grad_scale, grad_gate, sum_weight),
+            *(splits, _strides(scale)[0]),
+            C=C,
+            NORM=norm,
+            GATED=gated,
+            SPLITS=16,
+            COLS=columns,
+            num_warps=4,
+        )
+    return grad_x, grad_branch, grad_gate, sum_weight, grad_shift, grad_scale
 
 
 def aot_cases() -> list[AotCase]:
@@ -255,11 +261,20 @@ def _heaviest(cases: list[AotCase]) -> list[AotCase]:
 
 
 # Of C 1152 in bf16, on triton 3.6 or 3.8, whichever waits more: (phases, barriers, rows moved per sample, per token).
-_FORWARD_WAITS = {"rms": (2, 0, 2, 4), "gated rms": (3, 0, 4, 7), "gated layer": (2, 0, 3, 6), "gated": (1, 0, 3, 4)}
+_FORWARD_WAITS = {
+    "rms": (2, 0, 2, 4),
+    "layer": (2, 0, 2, 4),
+    "gated rms": (3, 0, 4, 7),
+    "gated layer": (2, 0, 3, 6),
+    "gated layer, kept,": (3, 0, 4, 7),
+    "gated": (1, 0, 3, 4),
+}
 _BACKWARD_WAITS = {
     "rms": (1, 7, 3, 5),
+    "layer": (1, 12, 3, 5),
     "gated rms": (1, 9, 6, 10),
     "gated layer": (1, 12, 5, 9),
+    "gated layer, kept,": (1, 12, 6, 10),
     "gated": (1, 4, 3, 5),
 }
 _LATENCY_BOUND = "two rows read and one written are too few bytes for a round trip of four programs"
@@ -275,7 +290,7 @@ def _budgets(
     phases, barriers, *rows = _FORWARD_WAITS[op]
     forward = Budget(phases, barriers, bytes=rows[per_token] * row)
     phases, barriers, *rows = _BACKWARD_WAITS[op]
-    waits = _LATENCY_BOUND if op == "rms" and not per_token else ""
+    waits = _LATENCY_BOUND if op in ("rms", "layer") and not per_token else ""
     backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=waits)
     return {norm_modulate_forward_kernel.__name__: forward}, {
         norm_modulate_backward_kernel.__name__: backward,
@@ -296,7 +311,9 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
         ones = ("rows_per_program",) if per_token else ()
         return (
             AotCase(f"{op} {label}", forward, ones=ones, budgets=budgets[0]),
-            AotCase(f"{op} {label}", backward, budgets=budgets[1]),
+            AotCase(
+                f"{op} {label}", backward, ones=("splits",) if channels == MAX_CHANNELS else (), budgets=budgets[1]
+            ),
         )
 
     pairs = (
@@ -304,6 +321,11 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
             "rms",
             lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False),
             lambda: launch_backward(None, x, x, None, None, weight, scale, 1e-6, "rms"),
+        ),
+        case(
+            "layer",
+            lambda: launch_forward(x, None, None, None, shift, scale, 1e-6, "layer", False),
+            lambda: launch_backward(None, x, x, None, None, None, scale, 1e-6, "layer"),
         ),
         case(
             "gated rms",
@@ -314,6 +336,11 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
             "gated layer",
             lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False),
             lambda: launch_backward(None, x, x, x, gate, None, scale, 1e-6, "layer"),
+        ),
+        case(
+            "gated layer, kept,",
+            lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", True),
+            lambda: launch_backward(x, x, x, x, gate, None, scale, 1e-6, "layer"),
         ),
         case(
             "gated",
@@ -343,7 +370,7 @@ def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history:
         return AotCase(f"{op} {label}", run, ones=ones, budgets=budgets)
 
     return [
-        case("rms", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, forecast)),
-        case("gated rms", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, forecast)),
-        case("gated layer", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, forecast)),
+        case("rms", lambda: launch_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False, *forecast)),
+        case("gated rms", lambda: launch_forward(x, x, gate, weight, shift, scale, 1e-6, "rms", True, *forecast)),
+        case("gated layer", lambda: launch_forward(x, x, gate, None, shift, scale, 1e-6, "layer", False, *forecast)),
     ]

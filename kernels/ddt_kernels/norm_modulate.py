@@ -1,8 +1,9 @@
 """The norm family: a transformer block's element-wise passes between GEMMs. Each reads and writes memory once.
 
     rms_norm_modulate                   y  = rms_norm(x) · weight · (1 + scale) + shift
-    gated_residual_rms_norm_modulate    x' = x + gate · branch;  y as above, of x'
-    gated_residual_layer_norm_modulate  y  = layer_norm(x + gate · branch) · (1 + scale) + shift
+    layer_norm_modulate                 y  = layer_norm(x) · (1 + scale) + shift
+    gated_residual_rms_norm_modulate    x' = x + gate · branch;  y = rms_norm_modulate(x')
+    gated_residual_layer_norm_modulate  x' = x + gate · branch;  y = layer_norm_modulate(x')
     gated_residual                      x' = x + gate · branch
 
 Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), the same for all in a
@@ -13,10 +14,12 @@ With `forecast`, the norms take each modulation as a history of K cached ones an
 what a sampler extrapolates between refreshes is never written to memory.
 """
 
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 
-from ddt_kernels import norm_operators as operators
 from ddt_kernels.checks import (
     check_activations,
     check_forecast,
@@ -29,6 +32,7 @@ from ddt_kernels.checks import (
 )
 from ddt_kernels.cost import Cost
 from ddt_kernels.norm_launch import MAX_CHANNELS
+from ddt_kernels.norm_operator import norm_modulate, norm_modulate_on_cpu
 from ddt_kernels.runtime import inlined
 
 Forecast = tuple[Tensor, Tensor]
@@ -62,15 +66,20 @@ def rms_norm_modulate(
         autograd would have to record it.
     Source: the adaLN norm of DDT (arXiv 2504.05741); RMSNorm, arXiv 1910.07467.
     """
-    op = "rms_norm_modulate"
-    check_activations(op, "x", x, MAX_CHANNELS)
-    check_weight(op, "weight", weight, x)
-    _check_modulations(op, x, forecast, shift=shift, scale=scale)
-    check_positive(op, "eps", eps)
-    if forecast is not None:
-        return _with_forecast(op, x, None, None, weight, shift, scale, forecast, eps)[1]
-    function = operators.rms_norm_modulate_on_cpu if inlined(x) else operators.rms_norm_modulate
-    return function(x, weight, shift, scale, eps)
+    tensors = {"weight": weight, "shift": shift, "scale": scale}
+    return _apply("rms_norm_modulate", x, tensors, eps, forecast, keep=False)[1]
+
+
+def layer_norm_modulate(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, forecast: Forecast | None = None
+) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) · (1 + scale) + shift: the norm has no affine part.
+
+    Arguments, errors and result as in rms_norm_modulate, without a weight.
+
+    Source: the first norm of a DiT or SiT block (arXiv 2212.09748, 2401.08740).
+    """
+    return _apply("layer_norm_modulate", x, {"shift": shift, "scale": scale}, eps, forecast, keep=False)[1]
 
 
 def gated_residual_rms_norm_modulate(
@@ -98,17 +107,36 @@ def gated_residual_rms_norm_modulate(
     Raises: ValueError as rms_norm_modulate does.
     Source: the residual and the next norm of a DDT block (arXiv 2504.05741).
     """
-    op = "gated_residual_rms_norm_modulate"
-    check_activations(op, "x", x, MAX_CHANNELS)
-    check_like(op, "branch", branch, x)
-    check_weight(op, "weight", weight, x)
-    _check_modulations(op, x, forecast, gate=gate, shift=shift, scale=scale)
-    check_positive(op, "eps", eps)
-    if forecast is not None:
-        return _with_forecast(op, x, branch, gate, weight, shift, scale, forecast, eps)
-    plain = operators.gated_residual_rms_norm_modulate_on_cpu
-    function = plain if inlined(x) else operators.gated_residual_rms_norm_modulate
-    return function(x, branch, gate, weight, shift, scale, eps)
+    tensors = {"branch": branch, "weight": weight, "gate": gate, "shift": shift, "scale": scale}
+    return _apply("gated_residual_rms_norm_modulate", x, tensors, eps, forecast, keep=True)
+
+
+@overload
+def gated_residual_layer_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    keep: Literal[False] = False,
+    *,
+    forecast: Forecast | None = None,
+) -> Tensor: ...
+
+
+@overload
+def gated_residual_layer_norm_modulate(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    keep: Literal[True] = ...,
+    *,
+    forecast: Forecast | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def gated_residual_layer_norm_modulate(
@@ -118,27 +146,22 @@ def gated_residual_layer_norm_modulate(
     shift: Tensor,
     scale: Tensor,
     eps: float = 1e-6,
+    keep: bool = False,
     *,
     forecast: Forecast | None = None,
-) -> Tensor:
-    """y = layer_norm(x + gate · branch) · (1 + scale) + shift, the norm without an affine part, in one pass.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """x' = x + gate · branch and y = layer_norm_modulate(x'), in one pass.
 
-    Arguments, errors and result as in gated_residual_rms_norm_modulate, without a weight. x' is neither returned nor
-    written: nothing reads it after the final layer, and the backward pass, which reads branch and gate anyway, rebuilds
-    it from x for as many bytes as reading a stored x' would take.
+    Arguments, errors and results as in gated_residual_rms_norm_modulate, without a weight. Returns y, or (x', y) if
+    `keep`: nothing reads x' after a final layer, so that it is not even written. The backward pass, which reads branch
+    and gate anyway, rebuilds it from x for as many bytes as reading a stored x' would take.
 
-    Source: the last residual and the final layer of DDT (arXiv 2504.05741).
+    Source: the last residual and the final layer of DDT (arXiv 2504.05741); with `keep`, the residual and the next norm
+    of a DiT or SiT block (arXiv 2212.09748, 2401.08740).
     """
-    op = "gated_residual_layer_norm_modulate"
-    check_activations(op, "x", x, MAX_CHANNELS)
-    check_like(op, "branch", branch, x)
-    _check_modulations(op, x, forecast, gate=gate, shift=shift, scale=scale)
-    check_positive(op, "eps", eps)
-    if forecast is not None:
-        return _with_forecast(op, x, branch, gate, None, shift, scale, forecast, eps)[1]
-    plain = operators.gated_residual_layer_norm_modulate_on_cpu
-    function = plain if inlined(x) else operators.gated_residual_layer_norm_modulate
-    return function(x, branch, gate, shift, scale, eps)
+    tensors = {"branch": branch, "gate": gate, "shift": shift, "scale": scale}
+    residual, y = _apply("gated_residual_layer_norm_modulate", x, tensors, eps, forecast, keep)
+    return (residual, y) if keep else y
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -146,44 +169,42 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
     Returns: (B, N, C), x's dtype, contiguous. Differentiable once, in all three tensors.
     """
-    op = "gated_residual"
-    check_activations(op, "x", x, MAX_CHANNELS)
-    check_like(op, "branch", branch, x)
-    _check_modulations(op, x, None, gate=gate)
-    return (operators.gated_residual_on_cpu if inlined(x) else operators.gated_residual)(x, branch, gate)
+    return _apply("gated_residual", x, {"branch": branch, "gate": gate}, 0.0, None, keep=True)[0]
 
 
-def _with_forecast(
-    op: str,
-    x: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
-    weight: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    forecast: Forecast,
-    eps: float,
+def _apply(
+    op: str, x: Tensor, tensors: dict[str, Tensor], eps: float, forecast: Forecast | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():
-        named = {"x": x, "branch": branch, "gate": gate, "weight": weight, "shift": shift, "scale": scale}
-        for name, tensor in (named | {"forecast[0] (weights)": forecast[0]}).items():
-            if tensor is not None and tensor.requires_grad:
+    """(x', y) of the operator that has these inputs, checked in the name of `op`."""
+    _check(op, x, tensors, eps, forecast)
+    if forecast is not None and torch.is_grad_enabled():
+        for name, tensor in {"x": x, **tensors, "forecast[0] (weights)": forecast[0]}.items():
+            if tensor.requires_grad:
                 fail(op, name, "requires a gradient", "torch.no_grad() around it: a forecast has no gradient")
-    function = operators.forecast_norm_modulate_on_cpu if inlined(x) else operators.forecast_norm_modulate
-    return function(x, branch, gate, weight, shift, scale, *forecast, eps)
+    inputs = (tensors.get(name) for name in ("branch", "gate", "weight", "shift", "scale"))
+    function = norm_modulate_on_cpu if inlined(x) else norm_modulate
+    return function(x, *inputs, *(forecast or (None, None)), eps, keep)
 
 
-def _check_modulations(op: str, x: Tensor, forecast: Forecast | None, **modulations: Tensor) -> None:
-    tokens = None
+def _check(op: str, x: Tensor, tensors: dict[str, Tensor], eps: float, forecast: Forecast | None) -> None:
+    check_activations(op, "x", x, MAX_CHANNELS)
+    tokens: int | None = None
     history: tuple[int, ...] = ()
-    for name, modulation in modulations.items():
-        if tokens is None:
-            check_tensor(op, name, modulation)
-            if forecast is not None:
-                history = (_history(op, name, modulation, x),)
-                check_forecast(op, forecast, history[0], x)
-            tokens = modulation.shape[-2] if modulation.ndim == 3 + len(history) else -1
-        check_modulation(op, name, modulation, x, tokens, history)
+    for name, tensor in tensors.items():
+        if name == "branch":
+            check_like(op, name, tensor, x)
+        elif name == "weight":
+            check_weight(op, name, tensor, x)
+        else:
+            if tokens is None:
+                check_tensor(op, name, tensor)
+                if forecast is not None:
+                    history = (_history(op, name, tensor, x),)
+                    check_forecast(op, forecast, history[0], x)
+                tokens = tensor.shape[-2] if tensor.ndim == 3 + len(history) else -1
+            check_modulation(op, name, tensor, x, tokens, history)
+    if "scale" in tensors:
+        check_positive(op, "eps", eps)
 
 
 def _history(op: str, name: str, modulation: Tensor, x: Tensor) -> int:
@@ -195,91 +216,48 @@ def _history(op: str, name: str, modulation: Tensor, x: Tensor) -> int:
     return modulation.shape[0]
 
 
-def rms_norm_modulate_cost(
-    batch: int,
-    tokens: int,
-    channels: int,
-    dtype: torch.dtype,
-    per_token: bool,
-    backward: bool = False,
-    history: int = 1,
-) -> Cost:
-    """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, channels); the weight in `dtype` too.
+def _cost_function(op: str, norm: str, gated: bool, keep: bool) -> Callable[..., Cost]:
+    def cost(
+        batch: int,
+        tokens: int,
+        channels: int,
+        dtype: torch.dtype,
+        per_token: bool,
+        backward: bool = False,
+        history: int = 1,
+    ) -> Cost:
+        """Bytes and FLOPs of one call (or its backward pass) on (batch, tokens, channels); the weight in `dtype` too.
 
-    A per-token gradient of shift is the gradient of y itself and costs nothing. history: a forecast's K, or 1 without.
-    """
-    _check_history("rms_norm_modulate_cost", backward, history)
-    activations, modulations, vectors = (3, 2, 2) if backward else (2, 2, 1)
-    modulations += backward and not per_token
-    flops = 21 if backward else 7
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops, history)
+        A gradient that equals another costs nothing: per token shift's, which is y's, and gated_residual's of x, which
+        is that of x'. history: a forecast's K, or 1 without; the kernel then also reads a row of fp32 weights.
+        """
+        if history not in ((1,) if backward or norm == "none" else (1, 2, 3)):
+            expected = "1: a forecast has no backward pass" if backward else "1, 2 or 3"
+            fail(f"{op}_cost", "history", f"is {history}", expected)
+        normed = norm != "none"
+        activations = (3 * normed + 2 * gated if backward else 1 + gated + normed) + keep
+        modulations = 2 * (gated + normed) + (normed and not per_token) if backward else gated + 2 * normed
+        vectors = (1 + backward) * (norm == "rms")
+        flops = {"rms": (7, 21), "layer": (8, 18), "none": (0, 0)}[norm][backward]
+        flops += gated * (3 + 2 * normed if backward else 2)  # the backward pass of a norm makes x' again
+        elements = batch * tokens * channels
+        modulation = elements if per_token else batch * channels
+        moved = activations * elements + history * modulations * modulation + vectors * channels
+        forecast = history > 1
+        sums = forecast * modulations * (2 * history - 1) * modulation
+        return Cost(moved * dtype.itemsize + forecast * 4 * history, flops * elements + sums)
 
-
-def gated_residual_rms_norm_modulate_cost(
-    batch: int,
-    tokens: int,
-    channels: int,
-    dtype: torch.dtype,
-    per_token: bool,
-    backward: bool = False,
-    history: int = 1,
-) -> Cost:
-    """Like rms_norm_modulate_cost."""
-    _check_history("gated_residual_rms_norm_modulate_cost", backward, history)
-    activations, modulations, vectors = (6, 4, 2) if backward else (4, 3, 1)
-    modulations += backward and not per_token
-    flops = 26 if backward else 9
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, vectors, flops, history)
+    cost.__name__ = cost.__qualname__ = f"{op}_cost"
+    return cost
 
 
-def gated_residual_layer_norm_modulate_cost(
-    batch: int,
-    tokens: int,
-    channels: int,
-    dtype: torch.dtype,
-    per_token: bool,
-    backward: bool = False,
-    history: int = 1,
-) -> Cost:
-    """Like rms_norm_modulate_cost."""
-    _check_history("gated_residual_layer_norm_modulate_cost", backward, history)
-    activations, modulations = (5, 4) if backward else (3, 3)
-    modulations += backward and not per_token
-    flops = 23 if backward else 10
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops, history)
+rms_norm_modulate_cost = _cost_function("rms_norm_modulate", "rms", gated=False, keep=False)
+layer_norm_modulate_cost = _cost_function("layer_norm_modulate", "layer", gated=False, keep=False)
+gated_residual_rms_norm_modulate_cost = _cost_function("gated_residual_rms_norm_modulate", "rms", gated=True, keep=True)
+_layer_costs = [_cost_function("gated_residual_layer_norm_modulate", "layer", True, keep) for keep in (False, True)]
+gated_residual_cost = _cost_function("gated_residual", "none", gated=True, keep=True)
 
 
-def gated_residual_cost(
-    batch: int, tokens: int, channels: int, dtype: torch.dtype, per_token: bool, backward: bool = False
-) -> Cost:
-    """Like rms_norm_modulate_cost; x's gradient is that of x' itself and costs nothing."""
-    activations, modulations, flops = (3, 2, 3) if backward else (3, 1, 2)
-    return _cost(batch, tokens, channels, dtype, per_token, activations, modulations, 0, flops)
-
-
-def _check_history(op: str, backward: bool, history: int) -> None:
-    if history not in ((1,) if backward else (1, 2, 3)):
-        fail(op, "history", f"is {history}", "1: a forecast has no backward pass" if backward else "1, 2 or 3")
-
-
-def _cost(
-    batch: int,
-    tokens: int,
-    channels: int,
-    dtype: torch.dtype,
-    per_token: bool,
-    activations: int,
-    modulations: int,
-    vectors: int,
-    flops_per_element: int,
-    history: int = 1,
-) -> Cost:
-    """activations, modulations, vectors: how many (B, N, C), (B, N or 1, C) and (C,) tensors cross memory once. With a
-    forecast, each modulation is `history` entries, and a row of fp32 weights is added."""
-    elements = batch * tokens * channels
-    modulation = elements if per_token else batch * channels
-    moved = activations * elements + history * modulations * modulation + vectors * channels
-    if history == 1:
-        return Cost(moved * dtype.itemsize, flops_per_element * elements)
-    sums = modulations * (2 * history - 1) * modulation
-    return Cost(moved * dtype.itemsize + 4 * history, flops_per_element * elements + sums)
+def gated_residual_layer_norm_modulate_cost(*args: Any, keep: bool = False, **kwargs: Any) -> Cost:
+    """Like rms_norm_modulate_cost; keep: as the function takes it."""
+    return _layer_costs[keep](*args, **kwargs)

@@ -32,9 +32,33 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+def norm_modulate(
+    x: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    weight: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None]:
+    """The norm family in general: x' = x + gate · branch, or x without them; with shift and scale, its modulated norm:
+    RMSNorm, or, without weight, LayerNorm, which has no affine part."""
+    if branch is not None and gate is not None:
+        x = x + gate * branch
+    if shift is None or scale is None:
+        return x, None
+    normed = F.layer_norm(x, x.shape[-1:], eps=eps) if weight is None else rms_norm(x, weight, eps)
+    return x, modulate(normed, shift, scale)
+
+
 def rms_norm_modulate(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """rms_norm(x, weight) · (1 + scale) + shift."""
     return modulate(rms_norm(x, weight, eps), shift, scale)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """layer_norm(x) · (1 + scale) + shift."""
+    return modulate(F.layer_norm(x, x.shape[-1:], eps=eps), shift, scale)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
@@ -51,11 +75,12 @@ def gated_residual_rms_norm_modulate(
 
 
 def gated_residual_layer_norm_modulate(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
-) -> Tensor:
-    """layer_norm(x + gate · branch) · (1 + scale) + shift; the norm has no affine part."""
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, keep: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = layer_norm_modulate(x') of x' = x + gate · branch; (x', y) if keep."""
     residual = gated_residual(x, branch, gate)
-    return modulate(F.layer_norm(residual, residual.shape[-1:], eps=eps), shift, scale)
+    y = layer_norm_modulate(residual, shift, scale, eps)
+    return (residual, y) if keep else y
 
 
 def forecast(history: Tensor, weights: Tensor, step: Tensor) -> Tensor:
@@ -97,63 +122,34 @@ def _norm_backward(grad_normed: Tensor, normed: Tensor, rstd: Tensor, center: bo
     return projected * rstd
 
 
-def rms_norm_modulate_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of rms_norm_modulate in x, weight, shift and scale (shift has scale's shape)."""
-    normed, rstd = _normalize(x, eps, center=False)
-    grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
-    grad_normed = grad * factor * w
-    return (
-        _norm_backward(grad_normed, normed, rstd, center=False).to(x.dtype),
-        (grad * factor * normed).sum((0, 1)).to(weight.dtype),
-        _reduce_to(grad, scale),
-        _reduce_to(grad * normed * w, scale),
-    )
-
-
-def gated_residual_backward(grad_residual: Tensor, branch: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gated_residual in branch and gate; that in x is grad_residual itself."""
-    grad = _wide(grad_residual)
-    return (grad * _wide(gate)).to(branch.dtype), _reduce_to(grad * _wide(branch), gate)
-
-
-def gated_residual_rms_norm_modulate_backward(
-    grad_residual: Tensor,
-    grad_y: Tensor,
-    x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+def norm_modulate_backward(
+    grad_residual: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gated_residual_rms_norm_modulate in x, branch, gate, weight, shift and scale."""
-    residual = gated_residual(x, branch, gate)
-    normed, rstd = _normalize(residual, eps, center=False)
-    grad, factor, w = _wide(grad_y), 1 + _wide(scale), _wide(weight)
-    grad_stream = _wide(grad_residual) + _norm_backward(grad * factor * w, normed, rstd, center=False)
-    grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
-    return (
-        grad_stream.to(x.dtype),
-        grad_branch,
-        grad_gate,
-        (grad * factor * normed).sum((0, 1)).to(weight.dtype),
-        _reduce_to(grad, scale),
-        _reduce_to(grad * normed * w, scale),
-    )
-
-
-def gated_residual_layer_norm_modulate_backward(
-    grad_y: Tensor, x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of gated_residual_layer_norm_modulate in x, branch, gate, shift and scale."""
-    residual = gated_residual(x, branch, gate)
-    normed, rstd = _normalize(residual, eps, center=True)
-    grad = _wide(grad_y)
-    grad_stream = _norm_backward(grad * (1 + _wide(scale)), normed, rstd, center=True)
-    grad_branch, grad_gate = gated_residual_backward(grad_stream, branch, gate)
-    return grad_stream.to(x.dtype), grad_branch, grad_gate, _reduce_to(grad, scale), _reduce_to(grad * normed, scale)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of norm_modulate in x, branch, gate, weight, shift (of scale's shape) and scale, from those of x' and
+    y; None where a call has no such input. Without y's, x is not read and its gradient, that of x' itself, None."""
+    grad_x = grad_weight = grad_shift = grad_scale = grad_branch = grad_gate = None
+    grad = None if grad_residual is None else _wide(grad_residual)
+    if grad_y is not None and x is not None and scale is not None:
+        residual, _ = norm_modulate(x, branch, gate)
+        normed, rstd = _normalize(residual, eps, center=weight is None)
+        dy, factor = _wide(grad_y), 1 + _wide(scale)
+        grad_normed, grad_modulated = dy * factor, dy * normed
+        if weight is not None:
+            grad_weight = (grad_normed * normed).sum((0, 1)).to(weight.dtype)
+            grad_normed, grad_modulated = grad_normed * _wide(weight), grad_modulated * _wide(weight)
+        through_norm = _norm_backward(grad_normed, normed, rstd, center=weight is None)
+        grad = through_norm if grad is None else grad + through_norm
+        grad_x, grad_shift, grad_scale = grad.to(x.dtype), _reduce_to(dy, scale), _reduce_to(grad_modulated, scale)
+    if branch is not None and gate is not None and grad is not None:
+        grad_branch, grad_gate = (grad * _wide(gate)).to(branch.dtype), _reduce_to(grad * _wide(branch), gate)
+    return grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

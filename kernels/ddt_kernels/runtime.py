@@ -3,13 +3,16 @@
 `from ddt_kernels.runtime import launch, tl, triton` works everywhere. Without triton (on macOS, for example) kernel
 definitions can still be read, so the package imports and its CPU implementations run; launching a kernel raises.
 
-Every launch goes through `launch`, so a launcher can also be run just to see its arguments: `ddt_kernels.aot` calls
-the launchers on meta tensors under `recording` and compiles exactly what a GPU would have run.
+Every launch goes through `launch`, in a function decorated by `launcher`, which on a GPU runs once for each signature
+of its arguments. A launcher can also be run just to see its launches: `ddt_kernels.aot` calls them on meta tensors
+under `recording` and compiles exactly what a GPU would have run.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from threading import Lock
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -36,25 +39,167 @@ except ImportError:
     triton = tl = _UnavailableTriton()
     _compiling = False
 
+SMS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
+
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
 _recorded_grid: tuple[int, ...] = ()
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Runs `kernel[grid](*args, **meta)` on `device`, whatever the current device.
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
-    CPU tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
+
+def launcher(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that allocates outputs by `empty`, calls `launch`, and returns such outputs: one, None, or a tuple.
+
+    On a GPU it runs once for each signature of its arguments: of tensors (all on one device) their shape, strides,
+    dtype and alignment to 16 bytes; of others, which must be hashable, their value. From then on a call only allocates
+    the same outputs and launches the same compiled kernels, on the device of its tensors. So the function may read
+    nothing else, and the tensors that it launches with are its arguments, what it allocated, or views of that.
+    """
+    known: dict[tuple[Any, ...], _Tape] = {}
+
+    @wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
+        if _recorder is not None or not _compiling:
+            return function(*args, **kwargs)
+        pointers: list[int] = []
+        signature: list[Any] = [*kwargs]
+        device = None
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, torch.Tensor):
+                device = device or arg.device
+                pointer = arg.data_ptr()
+                pointers.append(pointer)
+                signature += arg.shape, arg.stride(), arg.dtype, pointer & 15
+            else:
+                signature.append(arg)
+        assert device is not None
+        key = (device, *signature)
+        tape = known.get(key)
+        if tape is None:
+            tape = known[key] = _Tape(device, function, args, kwargs)
+        return tape.play(pointers)
+
+    return call
+
+
+def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A new contiguous tensor on the device of `like`, and of its dtype unless another is given, in a launcher."""
+    made = like.new_empty(shape, dtype=dtype)
+    if _tape is not None:
+        _tape.allocated.append(made)
+    return made
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Runs `kernel[grid](*args, **meta)`, in a launcher. CPU tensors reach a kernel only under TRITON_INTERPRET=1.
+
+    args: first tensors (or their descriptors), then numbers; meta: constexprs and options.
     """
     global _recorded_grid
     if _recorder is not None:
         _recorded_grid = grid
         _recorder(kernel, args, meta)
-    elif device.type == "cuda":
-        with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+    elif _tape is not None:
+        _tape.launches.append(_Launch(_tape, kernel, grid, args, meta))
     else:
         kernel[grid](*args, **meta)
+
+
+class _Tape:
+    """What a launcher does for one signature."""
+
+    def __init__(
+        self, device: torch.device, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        global _tape
+        self.device = device
+        self.allocated: list[torch.Tensor] = []
+        self.launches: list[_Launch] = []
+        # A tensor may have been given twice, and two of its kind another time: as objects of their own, they differ.
+        given = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]
+        self.given = [arg for arg in given if isinstance(arg, torch.Tensor)]
+        with _recording_tape, self._current_device():
+            _tape = self
+            try:
+                result = function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
+            finally:
+                _tape = None
+        self.outputs = [(made.shape, made.dtype) for made in self.allocated]
+        self.result = self._places(result)
+        self.given, self.allocated = [], []  # keeps no tensor alive
+
+    def _places(self, result: Any) -> Any:
+        """Which of the allocated tensors are returned."""
+        if result is None or isinstance(result, tuple):
+            return None if result is None else tuple(map(self._places, result))
+        return next(index for index, made in enumerate(self.allocated) if made is result)
+
+    def _current_device(self) -> Any:
+        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
+
+    def source(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """(which of the given and then the allocated tensors it is or is a view of, the bytes it is further on)."""
+        for index, known in enumerate((*self.given, *self.allocated)):
+            if known is tensor:
+                return index, 0
+        for index, made in enumerate(self.allocated, len(self.given)):
+            if made.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                return index, tensor.data_ptr() - made.data_ptr()
+        raise AssertionError("a launch takes the launcher's arguments, what it allocated by `empty`, or views of that")
+
+    def play(self, pointers: list[int]) -> Any:
+        made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs]
+        pointers += [tensor.data_ptr() for tensor in made]
+        with self._current_device():
+            for launch in self.launches:
+                launch.run(pointers)
+        if isinstance(self.result, tuple):
+            return tuple([index if index is None else made[index] for index in self.result])
+        return self.result if self.result is None else made[self.result]
+
+
+class _Launch:
+    """A compiled kernel, its grid and its arguments, of which tensors are pointers to fill in."""
+
+    def __init__(
+        self, tape: _Tape, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
+    ) -> None:
+        self.args = [*args, *(meta[name] for name in kernel.arg_names[len(args) :])]
+        self.pointers: list[tuple[int, int, int]] = []  # place among the arguments, source, bytes from its start
+        self.descriptors: list[tuple[int, int, int, type, dict[str, Any]]] = []  # also their class and fields
+        for place, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                self.pointers.append((place, *tape.source(arg)))
+            elif hasattr(arg, "block_shape"):
+                self.descriptors.append((place, *tape.source(arg.base), type(arg), vars(arg) | {"base": None}))
+            else:
+                continue
+            self.args[place] = None
+        self.kernel = kernel.warmup(*args, grid=grid, **meta)[(*grid, 1, 1)[:3]]
+
+    def run(self, sources: list[int]) -> None:
+        args = self.args.copy()
+        for place, source, offset in self.pointers:
+            args[place] = sources[source] + offset
+        for place, source, offset, kind, fields in self.descriptors:
+            descriptor: Any = object.__new__(kind)  # its checks were made when the tape was
+            args[place] = descriptor
+            vars(descriptor).update(fields, base=_Pointer(sources[source] + offset))
+        self.kernel(*args)
+
+
+class _Pointer(int):
+    """The address of a tensor, as triton asks for it."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+_tape: _Tape | None = None
+_recording_tape = Lock()
 
 
 def launches_run(device: torch.device) -> bool:
@@ -81,7 +226,7 @@ def without_autocast(x: torch.Tensor) -> torch.autocast:
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Inside, `launch` hands (kernel, args, meta) to `recorder` instead of launching; `recorded_grid` has the grid."""
+    """Inside, launchers hand (kernel, args, meta) to `recorder` and launch nothing; `recorded_grid` has the grid."""
     global _recorder
     previous, _recorder = _recorder, recorder
     try:
@@ -93,6 +238,13 @@ def recording(recorder: Recorder) -> Iterator[None]:
 def recorded_grid() -> tuple[int, ...]:
     """The grid of the latest launch that was recorded."""
     return _recorded_grid
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many SMs it has; of an H200 when interpreted, of the chip that is compiled for on meta tensors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return SMS[target_arch(device)]
 
 
 def target_arch(device: torch.device) -> int:
@@ -109,14 +261,15 @@ def target_arch(device: torch.device) -> int:
     return 90
 
 
-def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...], strides: Sequence[int] | None = None) -> Any:
     """A host-side descriptor of `tensor`, which the copy engine (TMA, from sm_90) moves in blocks of that shape.
 
     Reads outside the tensor give zeros, writes there are dropped. `descriptor_fits` says which tensors can have one.
+    strides: in place of the tensor's.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(tensor, list(block))
+    return TensorDescriptor(tensor, tensor.shape, tensor.stride() if strides is None else strides, list(block))
 
 
 def descriptor_fits(tensor: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,9 +11,23 @@ from torch import Tensor
 from ddt_kernels import norm_launch, reference
 from kernel_testing import check_against_reference, seeded
 
-OPS = ("rms_norm_modulate", "gated_residual_rms_norm_modulate", "gated_residual_layer_norm_modulate", "gated_residual")
-FORECAST_OPS = OPS[:3]
+KEPT = "gated_residual_layer_norm_modulate, kept"
+NORMS = ("rms_norm_modulate", "layer_norm_modulate")
+OPS = (*NORMS, *(f"gated_residual_{norm}" for norm in NORMS), KEPT, "gated_residual")
+FORECAST_OPS = OPS[:4]
+INPUTS = ("x", "branch", "gate", "weight", "shift", "scale")
 Forecast = tuple[Tensor, Tensor]
+
+
+def function_of(op: str, module: Any = reference) -> Callable[..., Any]:
+    """The op in `module`; one "kept" also returns x'."""
+    name, _, kept = op.partition(", ")
+    return partial(getattr(module, name), keep=True) if kept else getattr(module, name)
+
+
+def keeps(op: str) -> bool:
+    """Whether the op returns x'."""
+    return op in (KEPT, "gated_residual", "gated_residual_rms_norm_modulate")
 
 
 def norm_of(op: str) -> str:
@@ -21,7 +37,7 @@ def norm_of(op: str) -> str:
 
 def input_names(op: str) -> list[str]:
     """The op's tensor arguments, in order."""
-    return [name for name in inspect.signature(getattr(reference, op)).parameters if name != "eps"]
+    return [name for name in inspect.signature(function_of(op)).parameters if name not in ("eps", "keep")]
 
 
 def make_inputs(
@@ -45,22 +61,22 @@ def make_inputs(
 def make_grads(op: str, inputs: dict[str, Tensor]) -> list[Tensor]:
     """A gradient for each output."""
     x, generator = inputs["x"], torch.Generator().manual_seed(1)
-    count = 2 if op == "gated_residual_rms_norm_modulate" else 1
-    return [torch.randn(x.shape, generator=generator).to(x) for _ in range(count)]
+    return [torch.randn(x.shape, generator=generator).to(x) for _ in range(keeps(op) + (op != "gated_residual"))]
 
 
 def launch_forward(op: str, i: dict[str, Tensor], forecast: Forecast | None = None) -> list[Tensor]:
     """The op's outputs, by its CUDA launcher."""
-    modulated = (i["x"], i.get("branch"), i.get("gate"), i.get("weight"), i.get("shift"), i.get("scale"))
-    stored = op in ("gated_residual", "gated_residual_rms_norm_modulate")
-    return [y for y in norm_launch.launch_forward(*modulated, 1e-6, norm_of(op), stored, forecast) if y is not None]
+    inputs = (i.get(name) for name in INPUTS)
+    return [
+        y for y in norm_launch.launch_forward(*inputs, 1e-6, norm_of(op), keeps(op), *(forecast or ())) if y is not None
+    ]
 
 
 def launch_backward(op: str, i: dict[str, Tensor], grads: list[Tensor]) -> dict[str, Tensor]:
     """The gradients the op's CUDA launcher writes, by input name."""
     norm = norm_of(op)
     grad_y = None if norm == "none" else grads[-1]
-    grad_residual = grads[0] if op in ("gated_residual", "gated_residual_rms_norm_modulate") else None
+    grad_residual = grads[0] if keeps(op) else None
     x = None if norm == "none" else i["x"]
     rest = (i.get("branch"), i.get("gate"), i.get("weight"), i.get("scale"))
     made = norm_launch.launch_backward(grad_residual, grad_y, x, *rest, 1e-6, norm)
@@ -75,7 +91,7 @@ def check_launched(op: str, inputs: dict[str, Tensor]) -> None:
     assert gradients.keys() == inputs.keys() - ({"x"} if op == "gated_residual" else set())
     if "shift" in inputs and inputs["shift"].shape == inputs["x"].shape:
         assert gradients.pop("shift").numel() == 0
-    check_against_reference(getattr(reference, op), inputs, outputs, grads, gradients)
+    check_against_reference(function_of(op), inputs, outputs, grads, gradients)
 
 
 def make_forecast_inputs(
@@ -94,6 +110,4 @@ def make_forecast_inputs(
 
 def with_forecast(op: str, forecast: Forecast) -> Callable[..., Tensor | tuple[Tensor, ...]]:
     """The op in plain PyTorch: the reference on combined modulations."""
-    return lambda *tensors: getattr(reference, op)(
-        *(t if t.ndim < 4 else reference.forecast(t, *forecast) for t in tensors)
-    )
+    return lambda *tensors: function_of(op)(*(t if t.ndim < 4 else reference.forecast(t, *forecast) for t in tensors))

@@ -13,7 +13,6 @@ import ddt_kernels
 import norm_cases
 import qk_norm_rope_cases
 import swiglu_cases
-from ddt_kernels import reference
 from kernel_testing import BF16, FP32, as_list, check_against_reference, with_gradients
 
 Inputs = dict[str, Tensor]
@@ -22,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator; the norms' are listed once per granularity.
+    """One operator; the norms' are one, listed once per public function and granularity.
 
     make: inputs by name, in order, from (shape, dtype, layout, device). make_grads: gradients of the outputs.
     saved: what the backward operator takes after those gradients, from the inputs and the operator's outputs.
@@ -53,16 +52,33 @@ class Operator:
         return f"{self.name}-{self.granularity}" if self.granularity else self.name
 
     @property
+    def is_norm(self) -> bool:
+        return bool(self.granularity)
+
+    @property
+    def function_name(self) -> str:
+        return self.name.partition(",")[0]
+
+    @property
     def public(self) -> Callable[..., Any]:
-        return getattr(ddt_kernels, self.name)
+        return norm_cases.function_of(self.name, ddt_kernels)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        return norm_cases.function_of(self.name)
 
     @property
     def registered(self) -> Callable[..., Any]:
-        return getattr(torch.ops.ddt_kernels, self.name).default
+        return getattr(torch.ops.ddt_kernels, "norm_modulate" if self.is_norm else self.name).default
 
     @property
     def backward(self) -> Callable[..., Any]:
-        return getattr(torch.ops.ddt_kernels, f"{self.name}_backward").default
+        return getattr(torch.ops.ddt_kernels, f"{'norm_modulate' if self.is_norm else self.name}_backward").default
+
+    def arguments(self, inputs: Inputs, constants: tuple[object, ...] | None = None) -> list[object]:
+        """Those of the registered operator."""
+        tensors = [inputs.get(name) for name in norm_cases.INPUTS] + [None, None] if self.is_norm else inputs.values()
+        return [*tensors, *(self.constants[0] if constants is None else constants)]
 
     def inputs(
         self, dtype: torch.dtype = FP32, layout: str = "", shape: Shape | None = None, device: str = "cpu"
@@ -81,11 +97,14 @@ class Operator:
 
     def forward_results(self, inputs: Inputs, constants: tuple[object, ...] | None = None) -> list[Tensor]:
         """All outputs of the registered operator."""
-        return as_list(self.registered(*inputs.values(), *(self.constants[0] if constants is None else constants)))
+        return as_list(self.registered(*self.arguments(inputs, constants)))
 
     def backward_arguments(self, inputs: Inputs) -> list[object]:
         """Those of the backward operator."""
-        return [*self.make_grads(inputs), *self.saved(inputs, self.forward_results(inputs))]
+        grads: list[Tensor | None] = [*self.make_grads(inputs)]
+        if self.is_norm and len(grads) == 1:
+            grads.insert(norm_cases.keeps(self.name), None)
+        return [*grads, *self.saved(inputs, self.forward_results(inputs))]
 
     def checked(self, inputs: Inputs) -> list[Tensor]:
         """The public function's outputs, within the tolerance rule, as are the gradients of the leaves."""
@@ -97,17 +116,16 @@ class Operator:
         elif self.name == "attention":
             attention_cases.check_attention(list(inputs.values()), outputs, grads, named)
         else:
-            check_against_reference(getattr(reference, self.name), inputs, outputs, grads, named, self.fixed)
+            check_against_reference(self.reference, inputs, outputs, grads, named, self.fixed)
         return outputs
 
 
 def _norm(name: str, granularity: str) -> Operator:
     def saved(inputs: Inputs, outputs: Sequence[Tensor]) -> list[object]:
         """No shift, and no x where it is not read."""
-        kept = [t for key, t in inputs.items() if key != "shift" and (key, name) != ("x", "gated_residual")]
-        return [*kept, *constants]
+        unread = ("shift",) if "scale" in inputs else ("shift", "x")
+        return [None if key in unread else inputs.get(key) for key in norm_cases.INPUTS if key != "shift"] + [1e-6]
 
-    constants = () if name == "gated_residual" else (1e-6,)
     return Operator(
         name,
         shape=(2, 3, 20),
@@ -121,8 +139,8 @@ def _norm(name: str, granularity: str) -> Operator:
         make_grads=lambda inputs: norm_cases.make_grads(name, inputs),
         saved=saved,
         flops=lambda shape, backward: (2 * math.prod(shape), 30 * math.prod(shape)),
-        constants=(constants,),
-        outputs=2 if name == "gated_residual_rms_norm_modulate" else 1,
+        constants=((1e-6, norm_cases.keeps(name)),),
+        outputs=norm_cases.keeps(name) + (name != "gated_residual"),
         granularity=granularity,
     )
 
@@ -248,8 +266,10 @@ NAMED = (*NORMS[1::2], *OPERATORS[len(NORMS) :])
 
 def cost(op: Operator, constants: tuple[object, ...] = (), backward: bool = False) -> ddt_kernels.Cost:
     """By the operator's cost function, for its shape in bf16."""
-    options: dict[str, object] = {"per_token": op.granularity == "token"} if op.granularity else {}
+    options: dict[str, object] = {"per_token": op.granularity == "token"} if op.is_norm else {}
+    if op.name == norm_cases.KEPT:
+        options["keep"] = True
     if op.name.startswith("swiglu") and not backward:
         options["training"] = constants[0]
-    function: Callable[..., ddt_kernels.Cost] = getattr(ddt_kernels, f"{op.name}_cost")
+    function: Callable[..., ddt_kernels.Cost] = getattr(ddt_kernels, f"{op.function_name}_cost")
     return function(*op.shape, BF16, backward=backward, **options)

@@ -20,22 +20,21 @@ from kernel_testing import (
     poison_empty,
     total_bytes,
 )
-from norm_cases import FORECAST_OPS, make_forecast_inputs, make_inputs, with_forecast
+from norm_cases import FORECAST_OPS, INPUTS, function_of, keeps, make_forecast_inputs, make_inputs, with_forecast
 
 SHAPE = (2, 3, 20)
-OPERATOR = torch.ops.ddt_kernels.forecast_norm_modulate.default
+OPERATOR = torch.ops.ddt_kernels.norm_modulate.default
 GRANULARITIES = pytest.mark.parametrize("per_token", [False, True], ids=["sample", "token"])
 HISTORIES = pytest.mark.parametrize("history", [2, 3])
 EVERY_OP = pytest.mark.parametrize("op", FORECAST_OPS)
 
 
 def call(op, inputs, forecast):
-    return as_list(getattr(ddt_kernels, op)(*inputs.values(), forecast=forecast))
+    return as_list(function_of(op, ddt_kernels)(*inputs.values(), forecast=forecast))
 
 
-def operator_args(inputs, forecast):
-    names = ("x", "branch", "gate", "weight", "shift", "scale")
-    return [*(inputs.get(name) for name in names), *forecast, 1e-6]
+def operator_args(op, inputs, forecast):
+    return [*(inputs.get(name) for name in INPUTS), *forecast, 1e-6, keeps(op)]
 
 
 @pytest.mark.slow
@@ -43,7 +42,7 @@ def operator_args(inputs, forecast):
 @GRANULARITIES
 @HISTORIES
 def test_opcheck(op, per_token, history):
-    torch.library.opcheck(OPERATOR, operator_args(*make_forecast_inputs(op, SHAPE, per_token, FP32, history)))
+    torch.library.opcheck(OPERATOR, operator_args(op, *make_forecast_inputs(op, SHAPE, per_token, FP32, history)))
 
 
 @pytest.mark.slow
@@ -81,10 +80,10 @@ def test_compiles_without_graph_breaks(op, history):
     inputs, (weights, step) = make_forecast_inputs(op, SHAPE, True, FP32, history)
 
     def function(weights, step, *tensors):
-        return getattr(ddt_kernels, op)(*tensors, forecast=(weights, step))
+        return function_of(op, ddt_kernels)(*tensors, forecast=(weights, step))
 
     def operator(weights, step, *tensors):
-        made = OPERATOR(*operator_args(dict(zip(inputs, tensors, strict=True)), (weights, step)))
+        made = OPERATOR(*operator_args(op, dict(zip(inputs, tensors, strict=True)), (weights, step)))
         return [output for output in made if output.numel()]
 
     expected = call(op, inputs, (weights, step))
@@ -110,7 +109,7 @@ def test_another_step_needs_no_other_graph():
 def test_exports(op):
     class Module(torch.nn.Module):
         def forward(self, weights, step, *tensors):
-            return getattr(ddt_kernels, op)(*tensors, forecast=(weights, step))
+            return function_of(op, ddt_kernels)(*tensors, forecast=(weights, step))
 
     inputs, forecast = make_forecast_inputs(op, SHAPE, True, FP32, 2)
     graph = torch.export.export(Module(), (*forecast, *inputs.values())).graph
@@ -130,7 +129,7 @@ def test_what_a_zero_weight_drops_may_be_nan(op, per_token, row):
             tensor[weights[1] == 0] = float("nan")
     made = [call(op, inputs, (weights, step))]
     if row[0] == 1:
-        function = partial(getattr(ddt_kernels, op), forecast=(weights, step))
+        function = partial(function_of(op, ddt_kernels), forecast=(weights, step))
         made.append(compiled_results(function, list(inputs.values()))[0])
     for outputs in made:
         assert all(output.isfinite().all() for output in outputs)
@@ -190,7 +189,7 @@ def test_mistakes_are_value_errors(name, change, message):
 def test_a_history_without_a_forecast_is_refused(op):
     inputs, _ = make_forecast_inputs(op, SHAPE, True, FP32, 2)
     with pytest.raises(ValueError, match=rf"{op}: (gate|shift) has shape \(2, 2, 3, 20\); expected \(2, 1, 20\)"):
-        getattr(ddt_kernels, op)(*inputs.values())
+        function_of(op, ddt_kernels)(*inputs.values())
 
 
 @EVERY_OP

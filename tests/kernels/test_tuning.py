@@ -218,7 +218,10 @@ def test_the_choice_is_what_is_launched(asked, arch):
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (norm_launch.backward_rows_per_program, {(128, 256): 32, (1, 256): 1, (1000, 1024): 32, (5000, 12): 16}),
+        (
+            norm_launch.backward_rows_per_program,
+            {(128, 256, 528): 64, (128, 256, 396): 86, (1, 256, 528): 1, (4, 5, 9): 3},
+        ),
         (qk_norm_rope_launch.tokens_per_program, {(128, 256, 4): 16, (16, 256, 4): 8, (1, 256, 4): 4, (1, 1, 32): 32}),
         (qk_norm_rope_launch.groups_per_program, {(512, 16, 4): 1, (32768, 16, 4): 4, (32768, 6, 4): 2}),
         (swiglu_launch.family, {(75,): 80, (89,): 80, (90,): 90, (100,): 100, (103,): 100, (120,): 80}),

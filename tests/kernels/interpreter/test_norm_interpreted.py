@@ -42,7 +42,7 @@ def test_matches_reference(op, shape, per_token, dtype):
 @EVERY_OP
 @GRANULARITIES
 def test_backward_programs_that_walk_many_rows(op, per_token, monkeypatch):
-    monkeypatch.setattr(norm_launch, "backward_rows_per_program", lambda batch, tokens: 3)
+    monkeypatch.setattr(norm_launch, "backward_rows_per_program", lambda batch, tokens, resident: 3)
     check_launched(op, make_inputs(op, (2, 5, 72), per_token, FP32))
 
 
@@ -69,7 +69,7 @@ def test_forecasts_that_walk_many_rows(history, monkeypatch):
     ],
 )
 def test_special_layouts_and_shapes(shape, per_token, strided):
-    assert norm_launch.backward_rows_per_program(1, 20) == 1
+    assert norm_launch.backward_rows_per_program(1, 20, 132) == 1
     op = "gated_residual_rms_norm_modulate"  # which has all inputs
     check_launched(op, make_inputs(op, shape, per_token, BF16, strided=strided))
 

@@ -1,0 +1,175 @@
+"""Launchers run once per signature; what a later call hands to the driver is what Triton itself would hand to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, runtime, swiglu_launch
+from ddt_kernels.compilation import compiling_for
+from ddt_kernels.guided_step import launch_guided_step
+from ddt_kernels.runtime import empty, launch, launcher, tl, triton
+from kernel_testing import BF16, COMPILES, seeded
+
+pytestmark = COMPILES
+
+
+@dataclass
+class Driver:
+    """Stands in for a GPU: keeps (binary, grid, arguments) of every launch, tensors as their addresses."""
+
+    launched: list[tuple[str, tuple[int, ...], list[Any]]] = field(default_factory=list)
+
+    def take(self) -> list[tuple[str, tuple[int, ...], list[Any]]]:
+        taken, self.launched = self.launched, []
+        return taken
+
+    def load(self, binary: Any) -> None:
+        def run(x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, *rest: Any) -> None:
+            self.launched.append((binary.hash, (x, y, z), [seen(arg) for arg in rest[2:]]))  # after two hooks
+
+        binary._run, binary.function, binary.module = run, 0, None
+
+
+def seen(arg: Any) -> Any:
+    """What the driver reads of an argument."""
+    if hasattr(arg, "block_shape"):
+        return arg.base.data_ptr(), tuple(arg.shape), tuple(arg.strides), tuple(arg.block_shape)
+    return arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    from triton.compiler.compiler import CompiledKernel
+
+    driver = Driver()
+    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda binary: driver.load(binary))
+    monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "0")
+    with compiling_for(90):
+        yield driver
+
+
+def norm_inputs(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
+    shift, scale, gate = randn(2, 1, 6 * 72).chunk(6, -1)[:3]
+    return randn(2, 5, 72), randn(2, 5, 72), gate, randn(72), shift, scale
+
+
+def heads(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
+    return randn(2, 16, 3, 2, 72).unbind(2)
+
+
+def qkv(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
+    table = randn(5, 36).float()
+    return randn(2, 5, 3, 2, 72), randn(72), randn(72), table, table.clone(), 1e-6
+
+
+def outputs(made: Any) -> list[torch.Tensor]:
+    if isinstance(made, norm_launch.Gradients):
+        made = tuple(vars(made).values())
+    return [made] if isinstance(made, torch.Tensor) else [t for t in made or () if isinstance(t, torch.Tensor)]
+
+
+CALLS: dict[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., Any]]] = {
+    "norm forward": (norm_inputs, lambda *i: norm_launch.launch_forward(*i, 1e-6, "rms", True)),
+    "norm backward": (
+        norm_inputs,
+        lambda x, branch, gate, weight, shift, scale: norm_launch.launch_backward(
+            x, branch, x, branch, gate, weight, scale, 1e-6, "rms"
+        ),
+    ),
+    "qk_norm_rope in place": (qkv, lambda qkv, *i: qk_norm_rope_launch.launch_forward(qkv, *i, qkv)),
+    "qk_norm_rope backward": (qkv, lambda qkv, *i: qk_norm_rope_launch.launch_backward(qkv, qkv, *i)),
+    "attention forward": (heads, lambda q, k, v: attention_launch.launch_forward(q, k, v, 0.1)),
+    "attention backward": (
+        heads,
+        lambda q, k, v: attention_launch.launch_backward(q, q.contiguous(), torch.ones(2, 2, 16), q, k, v, 0.1),
+    ),
+    "swiglu forward": (
+        lambda randn: (randn(3, 5, 64), randn(48, 64), randn(48, 64)),
+        lambda x, w1, w3: swiglu_launch.launch_forward(x, w1, w3, True, False),
+    ),
+    "guided_step": (
+        lambda randn: (randn(2, 4, 8, 8).float(), randn(2, 16, 16), randn(2, 16, 16), randn(5, 10).float()),
+        lambda x, cond, uncond, table: launch_guided_step(
+            x, cond, uncond, table, torch.ones(1, dtype=torch.int64), None, None, None, x, 2
+        ),
+    ),
+}
+
+
+def placeless(launched: Any, tensors: list[torch.Tensor]) -> Any:
+    """The launches with every address as (which tensor, bytes from its start), or "scratch" outside of all."""
+
+    def place(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(place, value))
+        if not isinstance(value, int) or value < 2**32:
+            return value
+        for index, tensor in enumerate(tensors):
+            if (
+                tensor.untyped_storage().data_ptr()
+                <= value
+                < tensor.untyped_storage().data_ptr() + tensor.untyped_storage().nbytes()
+            ):
+                return index, value - tensor.untyped_storage().data_ptr()
+        return "scratch"
+
+    return [(binary, grid, [place(arg) for arg in args]) for binary, grid, args in launched]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_known_signature_launches_what_triton_would(driver, name, monkeypatch):
+    make, call = CALLS[name]
+    results = []
+    for seed, known in ((0, False), (1, True), (2, None)):
+        inputs = make(seeded(seed, BF16))
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        if known is None:  # through Triton's own launch
+            monkeypatch.setattr(runtime, "_compiling", False)
+        made = outputs(call(*inputs))
+        results.append((placeless(driver.take(), tensors + made), [(t.shape, t.dtype, t.stride()) for t in made]))
+    assert results[0][0]
+    assert results[0] == results[1] == results[2]
+
+
+def test_other_signatures_are_other_launches(driver):
+    x, shift, scale = torch.zeros(2, 5, 73), *torch.zeros(2, 1, 2 * 73).chunk(2, -1)
+    storage = torch.zeros(2 * 5 * 72 + 1, dtype=BF16)
+    aligned, shifted = (storage[start : start + 720].view(2, 5, 72) for start in (0, 1))
+    modulations = torch.zeros(2, 1, 144, dtype=BF16).chunk(2, -1)
+    for tensor, others, eps in (
+        *((x, (shift, scale), 1e-6), (x, (shift, scale), 1e-5), (x[:1], (shift[:1], scale[:1]), 1e-6)),
+        *((aligned, modulations, 1e-6), (shifted, modulations, 1e-6)),
+    ):
+        norm_launch.launch_forward(tensor, None, None, None, *others, eps, "layer", False)
+    launched = driver.take()
+    assert [args[0] for _, _, args in launched[3:]] == [aligned.data_ptr(), shifted.data_ptr()]
+    assert launched[3][0] != launched[4][0]  # compiled without the alignment
+    assert len({(binary, grid, args[23]) for binary, grid, args in launched}) == 5
+
+
+def test_a_tensor_given_twice_and_two_given_later_are_told_apart(driver):
+    a, b = torch.zeros(2, 5, 72), torch.zeros(2, 5, 72)
+    gate = torch.zeros(2, 1, 72)
+    for x, branch in ((a, a), (a, b)):
+        norm_launch.launch_forward(x, branch, gate, None, None, None, 0.0, "none", True)
+    assert [args[:2] for _, _, args in driver.take()] == [[a.data_ptr(), a.data_ptr()], [a.data_ptr(), b.data_ptr()]]
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr):
+    tl.store(y_ptr, tl.load(x_ptr))
+
+
+def test_a_launch_with_a_tensor_from_elsewhere_is_a_bug(driver):
+    @launcher
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        made = empty(x, x.shape)
+        other = torch.empty(x.shape)
+        launch(copy_kernel, (1,), x, other)
+        return made
+
+    with pytest.raises(AssertionError, match="what it allocated by `empty`"):
+        wrong(torch.zeros(1, 2, 72))
