@@ -2,9 +2,8 @@
 
 import pytest
 
-from ddt_kernels import norm_launch, qk_norm_rope_launch
 from ddt_kernels.aot import HEADER, main, write_readme
-from ddt_kernels.compilation import Compiled, compile_case, programs_per_sm
+from ddt_kernels.compilation import Compiled, programs_per_sm
 from ddt_kernels.sass import Waits, waits
 from kernel_testing import COMPILES
 
@@ -15,23 +14,6 @@ def verdicts(output):
     """{configuration: (registers, stack, shared, tensor core, bulk, ..., verdict)}"""
     lines = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in output.splitlines()]
     return {line[1]: line[3:] for line in lines[1:] if len(line) == len(HEADER)}
-
-
-@COMPILES
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cases", "part", "kernel", "count"),
-    [
-        (norm_launch.aot_cases, "C 1152 bfloat16", "norm_modulate_forward", 8 + 6),  # without and with a forecast
-        (qk_norm_rope_launch.aot_cases, "H ", "qk_norm_rope_forward", 5),
-    ],
-)
-def test_forward_kernels_of_norms_exchange_nothing(cases, part, kernel, count):
-    """A warp owns its row: no bytes of shared memory, hence no barrier."""
-    selected = [case for case in cases() if part in case.configuration and not case.configuration.startswith("B ")]
-    rows = [row for case in selected for row in compile_case(case, 90, kernel)]
-    assert len(rows) == count
-    assert {(row.problems, row.shared) for row in rows} == {((), 0)}
 
 
 @COMPILES
