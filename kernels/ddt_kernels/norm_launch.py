@@ -312,9 +312,7 @@ def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[Aot
         whole = ("splits",) if channels == MAX_CHANNELS else ()  # so few programs fit that each walks a sample
         return (
             AotCase(f"{op} {label}", forward, ones=ones, budgets=budgets[0]),
-            AotCase(
-                f"{op} {label}", backward, ones=("splits",) if channels == MAX_CHANNELS else (), budgets=budgets[1]
-            ),
+            AotCase(f"{op} {label}", backward, ones=whole, budgets=budgets[1]),
         )
 
     pairs = (
