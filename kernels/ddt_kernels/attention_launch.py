@@ -182,6 +182,7 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         launch(
             attention_kernel,
             (B * H * blocks,),
+            q.device,
             *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
             *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
             **call.meta(q, config, config.keys),
@@ -223,6 +224,7 @@ def launch_backward(
     launch(
         attention_query_gradient_kernel,
         (B * H * blocks,),
+        q.device,
         *(*sources, lse, delta, grad_q, pitch, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
         **call.meta(q, config, keys),
     )
@@ -233,6 +235,7 @@ def launch_backward(
     launch(
         attention_key_value_gradient_kernel,
         (B * H * blocks,),
+        q.device,
         *(*sources, lse, delta, grad_k, grad_v, pitch, N, H, blocks),
         *(*scales, *call.strides(grad_out, q, k, v)),
         **call.meta(q, config, queries),

@@ -138,6 +138,7 @@ def launch_guided_step(
     launch(
         guided_step_kernel,
         (B * blocks,),
+        x.device,
         *(x, v_cond, v_uncond, coefficients, step, velocity_history, difference_history, noise, out),
         *(coefficients.numel() // ROW, blocks, x.numel(), v_cond.stride(0), v_cond.stride(1), *uncond_strides),
         C=C,

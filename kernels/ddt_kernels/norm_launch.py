@@ -128,6 +128,7 @@ def launch_forward(
     launch(
         norm_modulate_forward_kernel,
         (B * splits,),
+        x.device,
         *(x, branch, gate, weight, shift, scale, forecast_weights, step, residual, y, N, splits, rows),
         *(*_strides(x), *_strides(branch), *_strides(gate), *_strides(shift), *_strides(scale), eps),
         *(steps, _history_stride(gate), _history_stride(shift), _history_stride(scale)),
@@ -211,6 +212,7 @@ def _backward(
     launch(
         norm_modulate_backward_kernel,
         (B * splits,),
+        like.device,
         *(grad_residual, grad_y, x, branch, gate, weight, scale),
         *(grad_x, grad_branch, grad_gate, grad_scale, sum_shift, sum_scale, sum_gate),
         *(N, splits, rows, *_strides(x), *_strides(branch), *_strides(gate), *_strides(scale), eps),
@@ -228,6 +230,7 @@ def _backward(
         launch(
             modulation_gradients_kernel,
             (B, cdiv(C, columns)),
+            like.device,
             *(sum_shift, sum_scale, sum_gate, weight, scale, grad_shift, grad_scale, grad_gate, sum_weight),
             *(splits, _strides(scale)[0]),
             C=C,

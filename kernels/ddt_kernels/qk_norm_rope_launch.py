@@ -84,6 +84,7 @@ def launch_forward(
     launch(
         qk_norm_rope_forward_kernel,
         (B * token_blocks * head_blocks,),
+        qkv.device,
         *(qkv, out, q_weight, k_weight, cos, sin, N, token_blocks, head_blocks),
         *(qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps),
         GROUPS=groups,
@@ -117,6 +118,7 @@ def launch_backward(
     launch(
         qk_norm_rope_backward_kernel,
         (2 * B * splits,),
+        qkv.device,
         *(grad_out, qkv, q_weight, k_weight, cos, sin, grad_qkv, sums, N, splits, tokens),
         *(qkv.stride(0), qkv.stride(1), eps),
         GROUPS=cdiv(H, config.lane_heads),

@@ -93,8 +93,9 @@ def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = 
     return made
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Runs `kernel[grid](*args, **meta)`, in a launcher. CPU tensors reach a kernel only under TRITON_INTERPRET=1.
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Runs `kernel[grid](*args, **meta)` on `device`; in a launcher, a known signature takes little host time. CPU
+    tensors reach a kernel only under TRITON_INTERPRET=1, meta tensors only under `recording`.
 
     args: first tensors (or their descriptors), then numbers; meta: constexprs and options.
     """
@@ -105,7 +106,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     elif _tape is not None:
         _tape.launches.append(_Launch(_tape, kernel, grid, args, meta))
     else:
-        kernel[grid](*args, **meta)
+        with current_device(device):
+            kernel[grid](*args, **meta)
+
+
+def current_device(device: torch.device) -> Any:
+    """Inside, triton compiles for `device` and launches on it."""
+    return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
 class _Tape:
@@ -121,7 +128,7 @@ class _Tape:
         # A tensor may have been given twice, and two of its kind another time: as objects of their own, they differ.
         given = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]
         self.given = [arg for arg in given if isinstance(arg, torch.Tensor)]
-        with _recording_tape, self._current_device():
+        with _recording_tape, current_device(self.device):
             _tape = self
             try:
                 result = function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
@@ -137,9 +144,6 @@ class _Tape:
             return None if result is None else tuple(map(self._places, result))
         return next(index for index, made in enumerate(self.allocated) if made is result)
 
-    def _current_device(self) -> Any:
-        return torch.cuda.device(self.device.index) if self.device.type == "cuda" else nullcontext()
-
     def source(self, tensor: torch.Tensor) -> tuple[int, int]:
         """(which of the given and then the allocated tensors it is or is a view of, the bytes it is further on)."""
         for index, known in enumerate((*self.given, *self.allocated)):
@@ -153,7 +157,7 @@ class _Tape:
     def play(self, pointers: list[int]) -> Any:
         made = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.outputs]
         pointers += [tensor.data_ptr() for tensor in made]
-        with self._current_device():
+        with current_device(self.device):
             for launch in self.launches:
                 launch.run(pointers)
         if isinstance(self.result, tuple):

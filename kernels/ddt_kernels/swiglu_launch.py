@@ -149,6 +149,7 @@ def launch_forward(x: Tensor, w1: Tensor, w3: Tensor, keep: bool, tf32: bool) ->
         launch(
             swiglu_forward_kernel,
             (min(tiles, resident_programs(x.device, CHIPS[arch], config)),),
+            x.device,
             *(source(rows, config.block_m), source(w1, config.block_f), source(w3, config.block_f)),
             *(target(y.view(M, F)), target(gate), target(up), M, rows.stride(0), w1.stride(0), w3.stride(0)),
             C=C,
@@ -215,6 +216,7 @@ def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None
     launch(
         swiglu_backward_kernel,
         (cdiv(M, block_m) * cdiv(F, block_f),),
+        grad_y.device,
         *(grad_y, gate_up, grad_gate_up, y, M),
         F=F,
         BLOCK_M=block_m,

@@ -46,7 +46,7 @@ def invalid_kernel(x_ptr):
 
 
 def _chain(configuration: str, i: torch.Tensor, count: int, budget: Budget) -> AotCase:
-    run = lambda: launch(chain_kernel, (1,), i, count, SIZE=128)  # noqa: E731
+    run = lambda: launch(chain_kernel, (1,), i.device, i, count, SIZE=128)  # noqa: E731
     return AotCase(configuration, run, budgets={"chain_kernel": budget})
 
 
@@ -63,17 +63,17 @@ def aot_cases() -> list[AotCase]:
     i = torch.empty(1 << 20, dtype=torch.int32, device=device)
     x, h = torch.empty(1 << 20, device=device), torch.empty(1 << 20, dtype=torch.bfloat16, device=device)
     return [
-        AotCase("spills", lambda: launch(spilling_kernel, (1,), x, SIZE=16384, num_warps=1)),
-        AotCase("too big", lambda: launch(oversized_kernel, (1,), h, M=128, K=512, num_warps=8)),
-        AotCase("no mma", lambda: launch(plain_kernel, (1,), x, SIZE=128), tensor_cores=("plain_kernel",)),
-        AotCase("no bulk copy", lambda: launch(plain_kernel, (1,), x, SIZE=128), bulk_copies=("plain_kernel",)),
+        AotCase("spills", lambda: launch(spilling_kernel, (1,), device, x, SIZE=16384, num_warps=1)),
+        AotCase("too big", lambda: launch(oversized_kernel, (1,), device, h, M=128, K=512, num_warps=8)),
+        AotCase("no mma", lambda: launch(plain_kernel, (1,), device, x, SIZE=128), tensor_cores=("plain_kernel",)),
+        AotCase("no bulk copy", lambda: launch(plain_kernel, (1,), device, x, SIZE=128), bulk_copies=("plain_kernel",)),
         _chain("phases", i, 4, Budget(phases=1, barriers=1)),
         _chain("barriers", i, 4, Budget(phases=2)),
         _chain("slow", i, 4, Budget(phases=2, barriers=1, bytes=512)),
         _chain("excused", i, 4, Budget(phases=2, barriers=1, bytes=512, latency_bound="a chain")),
         _chain("constant", i, 1, Budget(phases=2, barriers=1)),
         AotCase("serialised", _serialised),
-        AotCase("invalid", lambda: launch(invalid_kernel, (1,), x)),
+        AotCase("invalid", lambda: launch(invalid_kernel, (1,), device, x)),
         AotCase("nothing", lambda: None),
-        AotCase("good", lambda: launch(plain_kernel, (1,), x, SIZE=128)),
+        AotCase("good", lambda: launch(plain_kernel, (1,), device, x, SIZE=128)),
     ]

@@ -168,7 +168,7 @@ def test_a_launch_with_a_tensor_from_elsewhere_is_a_bug(driver):
     def wrong(x: torch.Tensor) -> torch.Tensor:
         made = empty(x, x.shape)
         other = torch.empty(x.shape)
-        launch(copy_kernel, (1,), x, other)
+        launch(copy_kernel, (1,), x.device, x, other)
         return made
 
     with pytest.raises(AssertionError, match="what it allocated by `empty`"):
