@@ -58,6 +58,7 @@ BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
     "suite": suite,
     "CPU sampling": of_kind("cpu_sampling", tables.cpu_sampling),
     "training step": of_kind("training_step", tables.training_step),
+    "host time": of_kind("host_time", tables.host_time),
     "forecast": of_kind("forecast", tables.forecast),
     "pareto": of_kind("pareto", tables.pareto),
     "candidates": of_kind("candidates", tables.candidates),

@@ -19,6 +19,7 @@ KINDS = {
     "suite": ("pytest benchmarks --benchmark-only --results benchmarks/results/suite.json", {"format", "cases"}),
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
+    "host_time": ("python -m benchmarks.host_time", {"host_time"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),
     "pareto": ("python -m benchmarks.pareto", {"points", "budgets", "fitted", "bfloat16"}),
     "candidates": ("python -m benchmarks.candidates", {"errors", "frechet"}),

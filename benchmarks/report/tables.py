@@ -133,6 +133,16 @@ def training_step(record: Record) -> Iterator[str]:
     yield table(head + " | img/s | TFLOP/s | MFU" * gpu, rows)
 
 
+def host_time(record: Record) -> Iterator[str]:
+    """µs a call."""
+    rows = []
+    for row in record["host_time"]:
+        launches = len(row["launches"])
+        times = row["decided"], row["known"], row["known"] / launches
+        rows.append([row["call"], launches, *(f"{time:.0f}" for time in times)])
+    yield table("launcher | kernels | decided each time, µs | known signature, µs | of that a launch, µs", rows)
+
+
 # Names of `benchmarks.cpu_sampling.SETTINGS` as users know them.
 CPU_SETTINGS = {
     "refresh 1": "every step refreshed",

@@ -137,6 +137,26 @@ def compiling_for(arch: int) -> Iterator[None]:
         driver.set_active(previous)
 
 
+@contextmanager
+def launching_into(receive: Callable[[Any], Callable[..., None]], arch: int = 90) -> Iterator[None]:
+    """Inside, launchers on CPU tensors go all the way to the driver, for a GPU of this architecture.
+
+    receive: gives what stands for a binary on the GPU. It takes what triton hands to the driver: three grid sizes,
+    stream, function, packed metadata, launch metadata, two hooks, and the kernel's arguments.
+    """
+    from triton.compiler.compiler import CompiledKernel
+
+    def load(binary: Any) -> None:
+        binary._run, binary.function, binary.module = receive(binary), 0, None
+
+    original, CompiledKernel._init_handles = CompiledKernel._init_handles, load
+    try:
+        with compiling_for(arch):
+            yield
+    finally:
+        CompiledKernel._init_handles = original
+
+
 def _tile(meta: dict[str, Any]) -> str:
     """What distinguishes candidates: block sizes (constexprs BLOCK…, BM and BN), warps, stages."""
     blocks = [str(value) for name, value in meta.items() if name.startswith("BLOCK") or name in ("BM", "BN")]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, runtime, swiglu_launch
-from ddt_kernels.compilation import compiling_for
-from ddt_kernels.guided_step import launch_guided_step
+from benchmarks.host_time import calls
+from ddt_kernels import norm_launch, runtime
+from ddt_kernels.compilation import launching_into
 from ddt_kernels.runtime import empty, launch, launcher, tl, triton
 from kernel_testing import BF16, COMPILES, seeded
 
@@ -26,11 +26,11 @@ class Driver:
         taken, self.launched = self.launched, []
         return taken
 
-    def load(self, binary: Any) -> None:
-        def run(x: int, y: int, z: int, stream: int, function: Any, packed: Any, metadata: Any, *rest: Any) -> None:
-            self.launched.append((binary.hash, (x, y, z), [seen(arg) for arg in rest[2:]]))  # after two hooks
+    def receive(self, binary: Any) -> Callable[..., None]:
+        def run(x: int, y: int, z: int, *rest: Any) -> None:
+            self.launched.append((binary.hash, (x, y, z), [seen(arg) for arg in rest[6:]]))
 
-        binary._run, binary.function, binary.module = run, 0, None
+        return run
 
 
 def seen(arg: Any) -> Any:
@@ -42,27 +42,10 @@ def seen(arg: Any) -> Any:
 
 @pytest.fixture
 def driver(monkeypatch):
-    from triton.compiler.compiler import CompiledKernel
-
     driver = Driver()
-    monkeypatch.setattr(CompiledKernel, "_init_handles", lambda binary: driver.load(binary))
     monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "0")
-    with compiling_for(90):
+    with launching_into(driver.receive):
         yield driver
-
-
-def norm_inputs(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
-    shift, scale, gate = randn(2, 1, 6 * 72).chunk(6, -1)[:3]
-    return randn(2, 5, 72), randn(2, 5, 72), gate, randn(72), shift, scale
-
-
-def heads(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
-    return randn(2, 16, 3, 2, 72).unbind(2)
-
-
-def qkv(randn: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
-    table = randn(5, 36).float()
-    return randn(2, 5, 3, 2, 72), randn(72), randn(72), table, table.clone(), 1e-6
 
 
 def outputs(made: Any) -> list[torch.Tensor]:
@@ -71,32 +54,7 @@ def outputs(made: Any) -> list[torch.Tensor]:
     return [made] if isinstance(made, torch.Tensor) else [t for t in made or () if isinstance(t, torch.Tensor)]
 
 
-CALLS: dict[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., Any]]] = {
-    "norm forward": (norm_inputs, lambda *i: norm_launch.launch_forward(*i, 1e-6, "rms", True)),
-    "norm backward": (
-        norm_inputs,
-        lambda x, branch, gate, weight, shift, scale: norm_launch.launch_backward(
-            x, branch, x, branch, gate, weight, scale, 1e-6, "rms"
-        ),
-    ),
-    "qk_norm_rope in place": (qkv, lambda qkv, *i: qk_norm_rope_launch.launch_forward(qkv, *i, qkv)),
-    "qk_norm_rope backward": (qkv, lambda qkv, *i: qk_norm_rope_launch.launch_backward(qkv, qkv, *i)),
-    "attention forward": (heads, lambda q, k, v: attention_launch.launch_forward(q, k, v, 0.1)),
-    "attention backward": (
-        heads,
-        lambda q, k, v: attention_launch.launch_backward(q, q.contiguous(), torch.ones(2, 2, 16), q, k, v, 0.1),
-    ),
-    "swiglu forward": (
-        lambda randn: (randn(3, 5, 64), randn(48, 64), randn(48, 64)),
-        lambda x, w1, w3: swiglu_launch.launch_forward(x, w1, w3, True, False),
-    ),
-    "guided_step": (
-        lambda randn: (randn(2, 4, 8, 8).float(), randn(2, 16, 16), randn(2, 16, 16), randn(5, 10).float()),
-        lambda x, cond, uncond, table: launch_guided_step(
-            x, cond, uncond, table, torch.ones(1, dtype=torch.int64), None, None, None, x, 2
-        ),
-    ),
-}
+CALLS = calls(tokens=16, heads=2, width=48)
 
 
 def placeless(launched: Any, tensors: list[torch.Tensor]) -> Any:
