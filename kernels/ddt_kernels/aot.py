@@ -13,6 +13,7 @@ an SM then moves; and the verdict. Exit code 2: nothing to compile, or no way to
 
 import argparse
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import ddt_kernels
 from ddt_kernels.compilation import ARCHITECTURES, AotCase, Compiled, compile_case
@@ -33,7 +35,10 @@ README_COLUMNS = (
     *("kernel", "configuration", "regs", "shared", "per SM", "waves", "phases", "barriers", "copies", "drains"),
     *("B/ns", "verdict"),
 )
-BLOCK = re.compile(r"(<!-- binaries -->\n).*?(<!-- end of binaries -->)", re.DOTALL)
+CHANGED = {"regs": "registers", "per SM": "per_sm"} | {
+    name: name for name in ("phases", "barriers", "copies", "drains")
+}
+CHANGED_COLUMNS = ("kernel", "configuration", *CHANGED, "B/ns", "advisories")
 
 
 def op_modules() -> list[str]:
@@ -88,14 +93,37 @@ def _cells(row: Compiled) -> tuple[str, ...]:
 
 
 def write_readme(page: Path, rows: Sequence[Compiled], triton_version: str) -> None:
-    """Puts the table of the kernels with a budget between the page's markers."""
+    """Puts two tables between the page's markers: of the kernels with a budget, and of what has changed since the
+    commit in before.json, beside the page."""
     columns = [HEADER.index(name) for name in README_COLUMNS]
-    lines = [[cells[column] for column in columns] for cells in (HEADER, *(_cells(row) for row in rows if row.waits))]
-    lines.insert(1, ["---"] * len(columns))
-    rendered = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text = f"With triton {triton_version}, for sm_90:\n\n{rendered}\n"
+    budgeted = [[cells[column] for column in columns] for cells in (_cells(row) for row in rows if row.waits)]
+    before = json.loads((page.parent / "before.json").read_text(encoding="utf-8"))
+    default = {(row.kernel, row.configuration.partition(" [")[0]): row for row in rows if row.waits}  # the last tile
+    changed = [_changed(row, default.get((row["kernel"], row["configuration"]))) for row in before["rows"]]
     content = page.read_text(encoding="utf-8")
-    page.write_text(BLOCK.sub(lambda match: f"{match[1]}{text}{match[2]}", content, count=1), encoding="utf-8")
+    for name, title, table in (
+        ("binaries", f"With triton {triton_version}, for sm_90:", _markdown(README_COLUMNS, budgeted)),
+        ("before", f"Since commit {before['commit']}:", _markdown(CHANGED_COLUMNS, changed)),
+    ):
+        text = f"{title}\n\n{table}\n"
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        content = block.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", content, count=1)
+    page.write_text(content, encoding="utf-8")
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines))
+
+
+def _changed(before: dict[str, Any], row: Compiled | None) -> list[str]:
+    """What a launch's default binary was, and what it is; "gone" if it is launched no longer."""
+    cells = dict(zip(HEADER, _cells(row), strict=True)) if row is not None else {}
+    old = {name: str(before[key]) for name, key in CHANGED.items()}
+    old["B/ns"] = "-" if before["bandwidth"] is None else f"{before['bandwidth']:.1f}"
+    old["advisories"] = ", ".join(before["advisories"]) or "-"
+    new = cells | {"advisories": "-"} if cells else {}  # one that has any must not ship
+    pairs = [(value, new.get(name, "gone")) for name, value in old.items()]
+    return [before["kernel"], before["configuration"], *(a if a == b else f"{a} → {b}" for a, b in pairs)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """`python -m ddt_kernels.aot`: green on what ships, red on what must not."""
 
+import json
+
 import pytest
 
 from ddt_kernels.aot import HEADER, main, write_readme
@@ -91,19 +93,25 @@ def test_waits_for_copies_and_drains_are_counted():
 
 def test_the_readme_gets_the_rows_with_a_budget(tmp_path):
     page = tmp_path / "README.md"
-    page.write_text("before\n<!-- binaries -->\nold\n<!-- end of binaries -->\nafter\n")
+    page.write_text("a\n<!-- binaries -->\nold\n<!-- end of binaries -->\n<!-- before -->\n<!-- end of before -->\nz\n")
+    old = dict(registers=80, per_sm=6, phases=2, barriers=8, copies=0, drains=0, bandwidth=28.8, advisories=["C7512"])
+    before = [{"kernel": "a", "configuration": "of 1", **old}, {"kernel": "c", "configuration": "of 3", **old}]
+    (tmp_path / "before.json").write_text(json.dumps({"commit": "c00814a", "rows": before}))
     rows = [
-        Compiled("a", "of 1", 90, 64, per_sm=8, waves=1.5, waits=Waits(2, 3), bandwidth=40.0),
+        Compiled("a", "of 1 [64x32, 4 warps]", 90, 70, per_sm=7, waits=Waits(2, 5), bandwidth=30.0),
+        Compiled("a", "of 1 [64x64, 4 warps]", 90, 64, per_sm=8, waves=1.5, waits=Waits(2, 3), bandwidth=40.0),
         Compiled("b", "of 2", 90),
     ]
     write_readme(page, rows, "3.8.0")
-    lines = page.read_text().splitlines()
-    assert lines[:2] == ["before", "<!-- binaries -->"]
-    assert lines[-3:] == [
-        "| a | of 1 | 64 | 0 | 8 | 1.50 | 2 | 3 | 0 | 0 | 40.0 | ok |",
-        "<!-- end of binaries -->",
-        "after",
+    lines = [line for line in page.read_text().splitlines() if line]
+    assert lines[:3] == ["a", "<!-- binaries -->", "With triton 3.8.0, for sm_90:"]
+    assert [line for line in lines if line.startswith(("| a", "| b", "| c"))] == [
+        "| a | of 1 [64x32, 4 warps] | 70 | 0 | 7 | 0.00 | 2 | 5 | 0 | 0 | 30.0 | ok |",
+        "| a | of 1 [64x64, 4 warps] | 64 | 0 | 8 | 1.50 | 2 | 3 | 0 | 0 | 40.0 | ok |",
+        "| a | of 1 | 80 → 64 | 6 → 8 | 2 | 8 → 3 | 0 | 0 | 28.8 → 40.0 | C7512 → - |",
+        "| c | of 3 | 80 → gone | 6 → gone | 2 → gone | 8 → gone | 0 → gone | 0 → gone | 28.8 → gone | C7512 → gone |",
     ]
+    assert lines[-2:] == ["<!-- end of before -->", "z"]
 
 
 @COMPILES
