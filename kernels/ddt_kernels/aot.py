@@ -105,9 +105,8 @@ def write_readme(page: Path, rows: Sequence[Compiled], triton_version: str) -> N
         ("binaries", f"With triton {triton_version}, for sm_90:", _markdown(README_COLUMNS, budgeted)),
         ("before", f"Since commit {before['commit']}:", _markdown(CHANGED_COLUMNS, changed)),
     ):
-        text = f"{title}\n\n{table}\n"
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        content = block.sub(lambda match, text=text: f"{match[1]}{text}{match[2]}", content, count=1)
+        block = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end of {name} -->)", re.DOTALL)
+        content = block.sub(f"{title}\n\n{table}\n", content, count=1)
     page.write_text(content, encoding="utf-8")
 
 

@@ -94,7 +94,8 @@ def test_waits_for_copies_and_drains_are_counted():
 def test_the_readme_gets_the_rows_with_a_budget(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("a\n<!-- binaries -->\nold\n<!-- end of binaries -->\n<!-- before -->\n<!-- end of before -->\nz\n")
-    old = dict(registers=80, per_sm=6, phases=2, barriers=8, copies=0, drains=0, bandwidth=28.8, advisories=["C7512"])
+    old = {"registers": 80, "per_sm": 6, "phases": 2, "barriers": 8, "copies": 0, "drains": 0}
+    old |= {"bandwidth": 28.8, "advisories": ["C7512"]}
     before = [{"kernel": "a", "configuration": "of 1", **old}, {"kernel": "c", "configuration": "of 3", **old}]
     (tmp_path / "before.json").write_text(json.dumps({"commit": "c00814a", "rows": before}))
     rows = [
