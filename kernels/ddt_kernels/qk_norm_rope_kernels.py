@@ -23,10 +23,15 @@ element's neighbour; a token needs tables and weights worth as many bytes as a f
  - Rows are LANE_HEADS heads, then tokens: the lanes of a warp cover LANE_HEADS heads of a token or, if it has fewer,
    several tokens. A program walks GROUPS such groups of heads, q and k together, with the tables and weights in
    registers, loaded once. Each warp has a group's q and k in flight, at 64 registers.
- - q and k are both loaded before either is stored: the compiler may not move a load across a store.
- - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient. A lane sums
-   its own columns of du·n in registers; lanes and warps are combined once, at the end. Each program leaves one fp32
-   partial sum per column; these are added in a fixed order, so the result is deterministic.
+ - A group's loads (q, k and v; backward: x, its gradient and v's) are all under way before the first is waited for:
+   one round trip to memory per group, in every shipped binary for sm_90. The compiler may not move a load across a
+   store, so the loads come first; and v's store comes next, since ptxas defers the load of what is stored last.
+ - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient: by a mask,
+   because a load inside a branch would wait for the others. A lane sums its own columns of du·n in registers; lanes
+   and warps are combined once, at the end. Each program leaves one fp32 partial sum per column; these are added in a
+   fixed order, so the result is deterministic.
+ - Nothing is copied ahead (cp.async): at XL/2 that takes 142 registers and 3 barriers a group, which by the budget of
+   waits costs more (34 B/ns per SM) than four programs per SM that wait once a group (53).
 
 Tile suffixes: R rows, M main, T tail; 0 and 1 the even and odd members of pairs. Those of M are [R, LANES, columns].
 """
