@@ -13,6 +13,7 @@ from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
 from ddt_kernels.runtime import cdiv, launch, next_power_of_2
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
+FEW_ROWS = 1024  # 8 an SM, which are its 64 warps if a row takes 8, or 32 if it takes 4 (C 1152)
 BACKWARD_STAGES = 2  # while a row is computed, the next one's loads are under way
 
 
@@ -32,10 +33,15 @@ class TileConfig:
 
 
 @cache
-def forward_config(channels: int) -> TileConfig:
-    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input."""
+def forward_config(channels: int, few_rows: bool = False) -> TileConfig:
+    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input.
+
+    Few rows leave an SM most of its warps: a row takes as many as the backward pass gives it.
+    """
     main, tail = _tiles(channels)
     num_warps = 1 if main + tail <= 1536 else min(next_power_of_2(cdiv(main + tail, 1024)), 8)
+    if few_rows:
+        num_warps = backward_config(channels).num_warps
     return TileConfig(main, max(tail, min(32 * num_warps, main)), num_warps)
 
 
@@ -105,7 +111,7 @@ def launch_forward(
     forecast: (weights, step), of modulations (K, B, N or 1, C).
     """
     B, N, C = x.shape
-    config = forward_config(C)
+    config = forward_config(C, B * N <= FEW_ROWS)
     modulation = gate if scale is None else scale
     assert modulation is not None
     residual = x.new_empty(x.shape) if store_residual else None
@@ -129,6 +135,7 @@ def launch_forward(
         GATED=gate is not None,
         STORE_RESIDUAL=store_residual,
         PER_TOKEN=per_token,
+        SINGLE_ROW=rows == 1,
         HISTORY=history,
         num_warps=config.num_warps,
         maxnreg=255,  # unset, ptxas may spill a few registers to save some
