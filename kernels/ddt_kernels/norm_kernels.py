@@ -21,12 +21,16 @@ instructions and barriers in between.
  - C is not a power of two, and Triton's tiles are. Padding 1152 to 2048 would waste 44% of all lanes. So a row is two
    tiles: MAIN, the largest power of two below C, whose columns are never masked, and TAIL, the rest rounded up: 1152 =
    1024 + 128 (256 in the backward kernel). Both stay in registers: one read.
- - All loads of a row come before its first store, which the compiler may move none across. (ptxas still lets some wait
-   for others where that saves registers; a forecast has to wait for its step, then for its weights.)
+ - All loads of a row come before its first store, which the compiler may move none across, and are under way before
+   the first is waited for: forward one round trip to memory, of every op at the models' widths. To save registers ptxas
+   delays a load until its first use, unless it is predicated: so what is loaded ahead is loaded by a predicate that
+   always holds (`exists`), and where a program has one row a branch separates its loads from their use.
  - Rows are processed one at a time, so their statistics are scalars, which have no layout. Each thread first adds what
    it holds of both tiles (`per_thread`), and those sums cross lanes and warps.
  - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
-   With per-sample modulations it walks a few rows, with the modulations in registers.
+   With per-sample modulations and many rows it walks a few, with the modulations in registers. At most 512 rows in all
+   have more warps each (C 1152: four), since one per row would leave schedulers idle, for one barrier (triton 3.6: two;
+   layer: three and five).
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
    gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,
    as <g·n> = rstd·<g·x>; layer: Σx and Σg, then Σ(x - mean)² and Σg·(x - mean)), for two barriers (triton 3.6: three).
@@ -39,7 +43,9 @@ instructions and barriers in between.
    registers and uses the sum unrounded: one more read per entry, no extra pass, nothing written. Its weights are a row
    of a device table, chosen by a device counter, so nothing on the host depends on the step. Modulations are affine in
    the state and weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its
-   entry's loads: no traffic, and what an unwritten entry holds does not matter.
+   entry's loads: no traffic, and what an unwritten entry holds does not matter. So there are three round trips: the
+   step, its weights, the entries; x, branch and weight come with the first. Entries loaded with the step would save
+   one of the three, and cost their bytes at every step that does without them: 3 to 6 of up to 13 rows moved.
 
 Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset; `cols` is what `columns` returns. LANES threads
 hold VECTOR adjacent columns of a tile at a time.
@@ -229,6 +235,7 @@ def norm_modulate_forward_kernel(
     mod_n = first if PER_TOKEN else 0  # a program walks several rows of one sample, or one row
     gate_row = b * gate_sb + mod_n * gate_sn
     shift_row, scale_row = b * shift_sb + mod_n * shift_sn, b * scale_sb + mod_n * scale_sn
+    # A predicate costs "none" registers for nothing: without one its loads are under way together.
     exists = True if NORM == "none" else rows > 0
     weight = (1.0, 1.0)
     x, branch = weight, weight
@@ -260,6 +267,6 @@ def norm_modulate_forward_kernel(
             if GATED:
                 row_branch = load_row(branch_ptr, b * branch_sb + n * branch_sn, cols)
             _finish_row(
-                residual_ptr, y_ptr, (b * N + n) * C, row_x, row_branch, gates, weight, scales, shifts, weights, cols, eps,
-                C, LANES, VECTOR, NORM, GATED, STORE_RESIDUAL, HISTORY,
+                residual_ptr, y_ptr, (b * N + n) * C, row_x, row_branch, gates, weight, scales, shifts, weights, cols,
+                eps, C, LANES, VECTOR, NORM, GATED, STORE_RESIDUAL, HISTORY,
             )  # fmt: skip
