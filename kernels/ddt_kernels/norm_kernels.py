@@ -21,12 +21,16 @@ instructions and barriers in between.
  - C is not a power of two, and Triton's tiles are. Padding 1152 to 2048 would waste 44% of all lanes. So a row is two
    tiles: MAIN, the largest power of two below C, whose columns are never masked, and TAIL, the rest rounded up: 1152 =
    1024 + 128 (256 in the backward kernel). Both stay in registers: one read.
- - All loads of a row come before its first store, which the compiler may move none across. (ptxas still lets some wait
-   for others where that saves registers; a forecast has to wait for its step, then for its weights.)
+ - All loads of a row come before its first store, which the compiler may move none across, and are under way before
+   the first is waited for: forward one round trip to memory, of every op at the models' widths. To save registers ptxas
+   delays a load until its first use, unless it is predicated: so what is loaded ahead is loaded by a predicate that
+   always holds (`exists`), and where a program has one row a branch separates its loads from their use.
  - Rows are processed one at a time, so their statistics are scalars, which have no layout. Each thread first adds what
    it holds of both tiles (`per_thread`), and those sums cross lanes and warps.
  - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
-   With per-sample modulations it walks a few rows, with the modulations in registers.
+   With per-sample modulations and many rows it walks a few, with the modulations in registers. At most 512 rows in all
+   have more warps each (C 1152: four), since one per row would leave schedulers idle, for one barrier (triton 3.6: two;
+   layer: three and five).
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
    gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,
    as <g·n> = rstd·<g·x>; layer: Σx and Σg, then Σ(x - mean)² and Σg·(x - mean)), for two barriers (triton 3.6: three).
@@ -39,7 +43,9 @@ instructions and barriers in between.
    registers and uses the sum unrounded: one more read per entry, no extra pass, nothing written. Its weights are a row
    of a device table, chosen by a device counter, so nothing on the host depends on the step. Modulations are affine in
    the state and weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its
-   entry's loads: no traffic, and what an unwritten entry holds does not matter.
+   entry's loads: no traffic, and what an unwritten entry holds does not matter. So there are three round trips: the
+   step, its weights, the entries; x, branch and weight come with the first. Entries loaded with the step would save
+   one of the three, and cost their bytes at every step that does without them: 3 to 6 of up to 13 rows moved.
 
 Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset; `cols` is what `columns` returns. LANES threads
 hold VECTOR adjacent columns of a tile at a time.
@@ -88,25 +94,24 @@ def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
 
 
 @triton.jit
-def _load_entry(ptr, row, weight, cols):
-    """A cached modulation; nothing is read if its weight is 0."""
-    used = weight != 0
+def _load_if(ptr, row, used, cols):
+    """`load_row` if `used`, else zeros without a read: a predicated load, which ptxas issues where it stands."""
     value_W = tl.load(ptr + row + cols[0], mask=used & (cols[0] >= 0), other=0.0)
     return value_W, tl.load(ptr + row + cols[1], mask=used & cols[2], other=0.0)
 
 
 @triton.jit
-def _load_modulation(ptr, row, stride_k, weights, cols, HISTORY: tl.constexpr):
+def _load_modulation(ptr, row, stride_k, used, weights, cols, HISTORY: tl.constexpr):
     """A modulation as `_modulation` takes it: three entries, of which the first HISTORY count."""
     if HISTORY == 1:
-        first = load_row(ptr, row, cols)
+        first = _load_if(ptr, row, used, cols)
         second, third = first, first
     else:
-        first = _load_entry(ptr, row, weights[0], cols)
-        second = _load_entry(ptr, row + stride_k, weights[1], cols)
+        first = _load_if(ptr, row, weights[0] != 0, cols)
+        second = _load_if(ptr, row + stride_k, weights[1] != 0, cols)
         third = second
         if HISTORY > 2:
-            third = _load_entry(ptr, row + 2 * stride_k, weights[2], cols)
+            third = _load_if(ptr, row + 2 * stride_k, weights[2] != 0, cols)
     return first, second, third
 
 
@@ -154,6 +159,33 @@ def _modulated(d_X, rstd, weight_X, scale_X, shift_X):
 
 
 @triton.jit
+def _finish_row(
+    residual_ptr, y_ptr, out_row, x, branch, gates, weight, scales, shifts, weights, cols, eps,
+    C: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, STORE_RESIDUAL: tl.constexpr, HISTORY: tl.constexpr,
+):  # fmt: skip
+    """Computes and stores x' and y of a row, given all it reads, as loaded."""
+    x_W, x_T = x
+    if GATED:
+        gate_W, gate_T = _modulation(gates, weights, HISTORY)
+        x_W, x_T = stream(x_W, branch[0], gate_W), stream(x_T, branch[1], gate_T)
+    else:
+        x_W, x_T = wide(x)
+    if STORE_RESIDUAL:
+        store_row(residual_ptr, out_row, cols, x_W, x_T)
+    if NORM != "none":
+        if NORM == "layer":
+            mean = row_mean(x_W, x_T, C, LANES, VECTOR)
+            x_W, x_T = x_W - mean, tl.where(cols[2], x_T - mean, 0.0)
+        rstd = tl.math.rsqrt(row_mean(x_W * x_W, x_T * x_T, C, LANES, VECTOR) + eps)
+        scale_W, scale_T = _modulation(scales, weights, HISTORY)
+        shift_W, shift_T = _modulation(shifts, weights, HISTORY)
+        y_W = _modulated(x_W, rstd, weight[0], scale_W, shift_W)
+        y_T = _modulated(x_T, rstd, weight[1], scale_T, shift_T)
+        store_row(y_ptr, out_row, cols, y_W, y_T)
+
+
+@triton.jit
 def norm_modulate_forward_kernel(
     x_ptr,  # (B, N, C), as are branch, residual and y
     branch_ptr,
@@ -192,6 +224,7 @@ def norm_modulate_forward_kernel(
     GATED: tl.constexpr,
     STORE_RESIDUAL: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    SINGLE_ROW: tl.constexpr,  # rows_per_program is 1
     HISTORY: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -199,39 +232,41 @@ def norm_modulate_forward_kernel(
     first = ((pid % splits) * rows_per_program).to(tl.int64)
     rows = tl.minimum(rows_per_program, N - first)
     cols = columns(MAIN, TAIL, C)
-    mask_T = cols[2]
     mod_n = first if PER_TOKEN else 0  # a program walks several rows of one sample, or one row
     gate_row = b * gate_sb + mod_n * gate_sn
     shift_row, scale_row = b * shift_sb + mod_n * shift_sn, b * scale_sb + mod_n * scale_sn
-    weight_W, weight_T = 1.0, 1.0
-    if NORM == "rms":
-        weight_W, weight_T = load_row(weight_ptr, 0, cols)
-    weights = _load_forecast(forecast_ptr, step_ptr, steps, HISTORY)
-    if GATED:
-        gates = _load_modulation(gate_ptr, gate_row, gate_sk, weights, cols, HISTORY)
-    if NORM != "none":
-        scales = _load_modulation(scale_ptr, scale_row, scale_sk, weights, cols, HISTORY)
-        shifts = _load_modulation(shift_ptr, shift_row, shift_sk, weights, cols, HISTORY)
-
-    for row in range(0, rows):
-        n = first + row
-        out_row = (b * N + n) * C
-        x_W, x_T = load_row(x_ptr, b * x_sb + n * x_sn, cols)
+    # A predicate costs "none" registers for nothing: without one its loads are under way together.
+    exists = True if NORM == "none" else rows > 0
+    weight = (1.0, 1.0)
+    x, branch = weight, weight
+    if SINGLE_ROW:
+        x = _load_if(x_ptr, b * x_sb + first * x_sn, exists, cols)
         if GATED:
-            branch_W, branch_T = load_row(branch_ptr, b * branch_sb + n * branch_sn, cols)
-            gate_W, gate_T = _modulation(gates, weights, HISTORY)
-            x_W, x_T = stream(x_W, branch_W, gate_W), stream(x_T, branch_T, gate_T)
-        else:
-            x_W, x_T = wide((x_W, x_T))
-        if STORE_RESIDUAL:
-            store_row(residual_ptr, out_row, cols, x_W, x_T)
-        if NORM != "none":
-            if NORM == "layer":
-                mean = row_mean(x_W, x_T, C, LANES, VECTOR)
-                x_W, x_T = x_W - mean, tl.where(mask_T, x_T - mean, 0.0)
-            rstd = tl.math.rsqrt(row_mean(x_W * x_W, x_T * x_T, C, LANES, VECTOR) + eps)
-            scale_W, scale_T = _modulation(scales, weights, HISTORY)
-            shift_W, shift_T = _modulation(shifts, weights, HISTORY)
-            y_W = _modulated(x_W, rstd, weight_W, scale_W, shift_W)
-            y_T = _modulated(x_T, rstd, weight_T, scale_T, shift_T)
-            store_row(y_ptr, out_row, cols, y_W, y_T)
+            branch = _load_if(branch_ptr, b * branch_sb + first * branch_sn, exists, cols)
+    if NORM == "rms":
+        weight = _load_if(weight_ptr, 0, exists, cols)
+    weights = _load_forecast(forecast_ptr, step_ptr, steps, HISTORY)
+    gates, scales, shifts = weight, weight, weight
+    if GATED:
+        gates = _load_modulation(gate_ptr, gate_row, gate_sk, exists, weights, cols, HISTORY)
+    if NORM != "none":
+        scales = _load_modulation(scale_ptr, scale_row, scale_sk, exists, weights, cols, HISTORY)
+        shifts = _load_modulation(shift_ptr, shift_row, shift_sk, exists, weights, cols, HISTORY)
+
+    if SINGLE_ROW:
+        if exists:
+            _finish_row(
+                residual_ptr, y_ptr, (b * N + first) * C, x, branch, gates, weight, scales, shifts, weights, cols, eps,
+                C, LANES, VECTOR, NORM, GATED, STORE_RESIDUAL, HISTORY,
+            )  # fmt: skip
+    else:
+        for row in range(0, rows):
+            n = first + row
+            row_x = load_row(x_ptr, b * x_sb + n * x_sn, cols)
+            row_branch = row_x
+            if GATED:
+                row_branch = load_row(branch_ptr, b * branch_sb + n * branch_sn, cols)
+            _finish_row(
+                residual_ptr, y_ptr, (b * N + n) * C, row_x, row_branch, gates, weight, scales, shifts, weights, cols,
+                eps, C, LANES, VECTOR, NORM, GATED, STORE_RESIDUAL, HISTORY,
+            )  # fmt: skip

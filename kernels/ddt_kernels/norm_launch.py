@@ -13,6 +13,7 @@ from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
 from ddt_kernels.runtime import cdiv, empty, launch, launcher, multiprocessors, next_power_of_2
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
+FEW_ROWS = 512  # 4 an SM: with a warp each, a scheduler has one, which waits more than it issues
 BACKWARD_STAGES = 2  # while a row is computed, the next one's loads are under way
 
 
@@ -32,10 +33,15 @@ class TileConfig:
 
 
 @cache
-def forward_config(channels: int) -> TileConfig:
-    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input."""
+def forward_config(channels: int, few_rows: bool = False) -> TileConfig:
+    """One warp on a row of at most 48 columns per lane; at most 32 on wider rows, since registers hold every input.
+
+    Few rows leave an SM most of its warps: a row takes as many as the backward pass gives it.
+    """
     main, tail = _tiles(channels)
     num_warps = 1 if main + tail <= 1536 else min(next_power_of_2(cdiv(main + tail, 1024)), 8)
+    if few_rows:
+        num_warps = backward_config(channels).num_warps
     return TileConfig(main, max(tail, min(32 * num_warps, main)), num_warps)
 
 
@@ -43,20 +49,21 @@ def forward_config(channels: int) -> TileConfig:
 def backward_config(channels: int) -> TileConfig:
     """Eight columns of `main` per thread, a 16-byte access in bf16, on up to 8 warps.
 
-    At least two of `tail`: an asynchronous copy moves 4 bytes or more.
+    At least two of `tail`: an asynchronous copy moves 4 bytes or more. Columns that are loaded one at a time need more
+    registers, so at most four per thread.
     """
     main, tail = _tiles(channels)
-    num_warps = min(max(main // 256, 1), 8)
+    num_warps = min(max(main // (128 if channels % 16 else 256), 1), 8)
     return TileConfig(main, max(tail, min(64 * num_warps, main)), num_warps)
 
 
-def backward_register_limit(config: TileConfig, itemsize: int, most_inputs: bool) -> int:
+def backward_register_limit(config: TileConfig, channels: int, itemsize: int, most_inputs: bool) -> int:
     """The `maxnreg` of the backward kernel: 128 up to ten columns of 2 bytes per thread (C 1152), so that four programs
     of four warps fit on an SM. More need more; 255 is the hardware limit. Unset, ptxas may spill to save a few.
 
     most_inputs: a gate and a scale per token; Triton 3.6 spills two registers of them at 128.
     """
-    if itemsize != 2 or config.main + config.tail > 10 * 32 * config.num_warps:
+    if itemsize != 2 or channels % 16 or config.main + config.tail > 10 * 32 * config.num_warps:
         return 255
     return 136 if most_inputs else 128
 
@@ -116,7 +123,7 @@ def launch_forward(
     forecast_weights, step: of modulations (K, B, N or 1, C).
     """
     B, N, C = x.shape
-    config = forward_config(C)
+    config = forward_config(C, B * N <= FEW_ROWS)
     modulation = gate if scale is None else scale
     assert modulation is not None
     residual = empty(x, x.shape) if store_residual else None
@@ -137,6 +144,7 @@ def launch_forward(
         GATED=gate is not None,
         STORE_RESIDUAL=store_residual,
         PER_TOKEN=per_token,
+        SINGLE_ROW=rows == 1,
         HISTORY=history,
         num_warps=config.num_warps,
         maxnreg=255,  # unset, ptxas may spill a few registers to save some
@@ -194,7 +202,7 @@ def _backward(
     B, N, C = like.shape
     config, per_token = backward_config(C), modulation.shape[1] == N
     has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
-    registers = backward_register_limit(config, like.dtype.itemsize, per_token and gated and has_norm)
+    registers = backward_register_limit(config, C, like.dtype.itemsize, per_token and gated and has_norm)
     rows = backward_rows_per_program(B, N, resident_programs(like.device, config, registers))
     splits = cdiv(N, rows)
 
@@ -245,17 +253,18 @@ def _backward(
 
 def aot_cases() -> list[AotCase]:
     """Every op at XL/2's width in bf16; at other widths the op with the most live tensors, which spills first."""
-    cases = [case for per_token in (False, True) for case in _width_cases(1152, torch.bfloat16, per_token)]
-    for channels, dtype in ((1152, torch.float32), (768, torch.bfloat16), (341, torch.bfloat16)):
+    half = torch.bfloat16
+    cases = [case for per_token in (False, True) for case in _width_cases(1152, half, per_token)]
+    for channels, dtype in ((1152, torch.float32), (1024, half), (341, half)):
         cases += _heaviest(_width_cases(channels, dtype, True))
-    for channels in (768, 1536):  # the most columns per thread among real models' widths
-        cases += _heaviest(_width_cases(channels, torch.bfloat16, False))[1:]
+    for channels in (384, 768, 1536):  # the narrowest of real models and, of 1536, the most columns per thread
+        cases += _heaviest(_width_cases(channels, half, False))[1:]
+    cases += _heaviest(_width_cases(1152, half, False, 1))[:1]
     for per_token in (False, True):
-        cases += _heaviest(_width_cases(MAX_CHANNELS, torch.bfloat16, per_token))
-    for history in (2, 3):
-        cases += _forecast_cases(1152, torch.bfloat16, True, history)
+        cases += _heaviest(_width_cases(MAX_CHANNELS, half, per_token))
+    cases += _heaviest(_forecast_cases(1152, half, True, 2)) + _forecast_cases(1152, half, True, 3)
     for per_token in (False, True):
-        cases += _heaviest(_forecast_cases(MAX_CHANNELS, torch.bfloat16, per_token, 3))
+        cases += _heaviest(_forecast_cases(MAX_CHANNELS, half, per_token, 3))
     return cases
 
 
@@ -263,55 +272,49 @@ def _heaviest(cases: list[AotCase]) -> list[AotCase]:
     return [case for case in cases if case.configuration.startswith("gated rms")]
 
 
-# Of C 1152 in bf16, on triton 3.6 or 3.8, whichever waits more: (phases, barriers, rows moved per sample, per token).
-_FORWARD_WAITS = {
-    "rms": (2, 0, 2, 4),
-    "layer": (2, 0, 2, 4),
-    "gated rms": (3, 0, 4, 7),
-    "gated layer": (2, 0, 3, 6),
-    "gated layer, kept,": (3, 0, 4, 7),
-    "gated": (1, 0, 3, 4),
-}
-_BACKWARD_WAITS = {
-    "rms": (1, 7, 3, 5),
-    "layer": (1, 12, 3, 5),
-    "gated rms": (1, 9, 6, 10),
-    "gated layer": (1, 12, 5, 9),
-    "gated layer, kept,": (1, 12, 6, 10),
-    "gated": (1, 4, 3, 5),
+# In bf16, on triton 3.6 or 3.8, whichever waits more: rows moved forward, barriers and rows moved backward; of both the
+# rows moved per sample, then per token.
+_WAITS = {
+    "rms": ((2, 4), 7, (3, 5)),
+    "layer": ((2, 4), 12, (3, 5)),
+    "gated rms": ((4, 7), 9, (6, 10)),
+    "gated layer": ((3, 6), 12, (5, 9)),
+    "gated layer, kept,": ((4, 7), 12, (6, 10)),
+    "gated": ((3, 4), 4, (3, 5)),
 }
 _LATENCY_BOUND = "two rows read and one written are too few bytes for a round trip of four programs"
 
 
 def _budgets(
-    op: str, channels: int, dtype: torch.dtype, per_token: bool
+    op: str, channels: int, dtype: torch.dtype, per_token: bool, few_rows: bool
 ) -> tuple[dict[str, Budget], dict[str, Budget]]:
-    """Of the forward and of the backward pass; none for widths that no model here has."""
-    if channels != 1152 or dtype != torch.bfloat16:
+    """Of the forward and of the backward pass, at the widths of the models here: a forward pass waits for memory once
+    and, on a warp per row, for no barrier."""
+    if channels not in (384, 768, 1024, 1152, 1536) or dtype != torch.bfloat16:
         return {}, {}
     row = channels * dtype.itemsize
-    phases, barriers, *rows = _FORWARD_WAITS[op]
-    forward = Budget(phases, barriers, bytes=rows[per_token] * row)
-    phases, barriers, *rows = _BACKWARD_WAITS[op]
+    forward_rows, barriers, backward_rows = _WAITS[op]
+    forward = Budget(1, 2 if few_rows else 0, bytes=forward_rows[per_token] * row)
     waits = _LATENCY_BOUND if op in ("rms", "layer") and not per_token else ""
-    backward = Budget(phases, barriers, bytes=rows[per_token] * row, latency_bound=waits)
+    backward = Budget(1, barriers, bytes=backward_rows[per_token] * row, latency_bound=waits)
     return {norm_modulate_forward_kernel.__name__: forward}, {
         norm_modulate_backward_kernel.__name__: backward,
         modulation_gradients_kernel.__name__: Budget(phases=4),
     }
 
 
-def _width_cases(channels: int, dtype: torch.dtype, per_token: bool) -> list[AotCase]:
-    B, N = 128, 256
+def _width_cases(channels: int, dtype: torch.dtype, per_token: bool, batch: int = 128) -> list[AotCase]:
+    B, N = batch, 256
     x = torch.empty(B, N, channels, dtype=dtype, device="meta")
     weight = torch.empty(channels, dtype=dtype, device="meta")
     modulations = torch.empty(B, N if per_token else 1, 6 * channels, dtype=dtype, device="meta").chunk(6, dim=-1)
     shift, scale, gate = modulations[:3]
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
+    label += f", {B * N} rows" if B * N <= FEW_ROWS else ""
 
     def case(op: str, forward: Callable[[], object], backward: Callable[[], object]) -> tuple[AotCase, AotCase]:
-        budgets = _budgets(op, channels, dtype, per_token)
-        ones = ("rows_per_program",) if per_token else ()
+        budgets = _budgets(op, channels, dtype, per_token, B * N <= FEW_ROWS)
+        ones = ("rows_per_program",) if forward_rows_per_program(B, N, per_token) == 1 else ()
         whole = ("splits",) if channels == MAX_CHANNELS else ()  # so few programs fit that each walks a sample
         return (
             AotCase(f"{op} {label}", forward, ones=ones, budgets=budgets[0]),
@@ -363,12 +366,12 @@ def _forecast_cases(channels: int, dtype: torch.dtype, per_token: bool, history:
     label = f"C {channels} {str(dtype).removeprefix('torch.')} {'per token' if per_token else 'per sample'}"
     label = f"{label}, forecast from {history}"
     ones = ("rows_per_program",) if per_token else ()
-    phases = {"rms": 5, "gated rms": 5, "gated layer": 4}
+    rows = {"rms": 4 + 2 * (history - 1), "gated rms": 7 + 3 * (history - 1), "gated layer": 6 + 3 * (history - 1)}
 
     def case(op: str, run: Callable[[], object]) -> AotCase:
         budgets = {}
         if (channels, dtype) == (1152, torch.bfloat16):
-            budgets = {norm_modulate_forward_kernel.__name__: Budget(phases[op])}
+            budgets = {norm_modulate_forward_kernel.__name__: Budget(3, bytes=rows[op] * channels * dtype.itemsize)}
         return AotCase(f"{op} {label}", run, ones=ones, budgets=budgets)
 
     return [

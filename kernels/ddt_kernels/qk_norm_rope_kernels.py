@@ -23,10 +23,15 @@ element's neighbour; a token needs tables and weights worth as many bytes as a f
  - Rows are LANE_HEADS heads, then tokens: the lanes of a warp cover LANE_HEADS heads of a token or, if it has fewer,
    several tokens. A program walks GROUPS such groups of heads, q and k together, with the tables and weights in
    registers, loaded once. Each warp has a group's q and k in flight, at 64 registers.
- - q and k are both loaded before either is stored: the compiler may not move a load across a store.
- - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient. A lane sums
-   its own columns of du·n in registers; lanes and warps are combined once, at the end. Each program leaves one fp32
-   partial sum per column; these are added in a fixed order, so the result is deterministic.
+ - A group's loads (q, k and v; backward: x, its gradient and v's) are all under way before the first is waited for:
+   one round trip to memory per group, in every shipped binary for sm_90. The compiler may not move a load across a
+   store, so the loads come first; and v's store comes next, since ptxas defers the load of what is stored last.
+ - A backward program walks a run of tokens, for q or for k, and copies every other group of v's gradient: by a mask,
+   because a load inside a branch would wait for the others. A lane sums its own columns of du·n in registers; lanes
+   and warps are combined once, at the end. Each program leaves one fp32 partial sum per column; these are added in a
+   fixed order, so the result is deterministic.
+ - Nothing is copied ahead (cp.async): at XL/2 that takes 142 registers and 3 barriers a group, which by the budget of
+   waits costs more (34 B/ns per SM) than four programs per SM that wait once a group (53).
 
 Tile suffixes: R rows, M main, T tail; 0 and 1 the even and odd members of pairs. Those of M are [R, LANES, columns].
 """
@@ -104,16 +109,24 @@ def _store_pairs(
 
 
 @triton.jit
-def _copy(
-    from_ptr, from_R, to_ptr, to_R, mask_R,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
-    col_W = _columns(0, MAIN, MAIN // LANES)
-    tl.store(to_ptr + (to_R + col_W), tl.load(from_ptr + (from_R + col_W), mask=mask_R), mask=mask_R)
+def _load_head(ptr, row_R, mask_R, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr):
+    """Rows of D columns as they are stored, [R, MAIN] and [R, TAIL]."""
+    main = tl.load(ptr + row_R + _columns(0, MAIN, MAIN // LANES), mask=mask_R)
+    tail = main
     if TAIL > 0:
         col_T = _columns(MAIN, TAIL, TAIL // LANES)
-        mask = mask_R & (col_T < D)
-        tl.store(to_ptr + (to_R + col_T), tl.load(from_ptr + (from_R + col_T), mask=mask), mask=mask)
+        tail = tl.load(ptr + row_R + col_T, mask=mask_R & (col_T < D))
+    return main, tail
+
+
+@triton.jit
+def _store_head(
+    ptr, row_R, main, tail, mask_R, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, LANES: tl.constexpr
+):
+    _store(ptr, row_R + _columns(0, MAIN, MAIN // LANES), main, mask_R)
+    if TAIL > 0:
+        col_T = _columns(MAIN, TAIL, TAIL // LANES)
+        _store(ptr, row_R + col_T, tail, mask_R & (col_T < D))
 
 
 @triton.jit
@@ -192,7 +205,8 @@ def qk_norm_rope_forward_kernel(
         q0_M, q1_M, q0_T, q1_T = _load_pairs(qkv_ptr, in_R + q_R, mask, D, MAIN, TAIL, LANES)
         k0_M, k1_M, k0_T, k1_T = _load_pairs(qkv_ptr, in_R + k_R, mask, D, MAIN, TAIL, LANES)
         if COPY_V:
-            _copy(qkv_ptr, in_R + v_R, out_ptr, out_R + v_R, mask, D, MAIN, TAIL, LANES)
+            v_M, v_T = _load_head(qkv_ptr, in_R + v_R, mask, D, MAIN, TAIL, LANES)
+            _store_head(out_ptr, out_R + v_R, v_M, v_T, mask, D, MAIN, TAIL, LANES)
         _norm_rotate_store(
             out_ptr, out_R + q_R, q0_M, q1_M, q0_T, q1_T, qw0_M, qw1_M, qw0_T, qw1_T,
             cos_M, sin_M, cos_T, sin_T, eps, mask, D, MAIN, TAIL, LANES,
@@ -286,8 +300,10 @@ def qk_norm_rope_backward_kernel(
             mask, x_R, v_R = token_mask & (h_R < H), (part * H + h_R) * D, (2 * H + h_R) * D
             x0_M, x1_M, x0_T, x1_T = _load_pairs(qkv_ptr, in_R + x_R, mask, D, MAIN, TAIL, LANES)
             dy0_M, dy1_M, dy0_T, dy1_T = _load_pairs(grad_out_ptr, out_R + x_R, mask, D, MAIN, TAIL, LANES)
-            if COPY_V and group % 2 == part:
-                _copy(grad_out_ptr, out_R + v_R, grad_qkv_ptr, out_R + v_R, mask, D, MAIN, TAIL, LANES)
+            if COPY_V:
+                v_mask = mask & (group % 2 == part)
+                v_M, v_T = _load_head(grad_out_ptr, out_R + v_R, v_mask, D, MAIN, TAIL, LANES)
+                _store_head(grad_qkv_ptr, out_R + v_R, v_M, v_T, v_mask, D, MAIN, TAIL, LANES)
             dun0_M, dun1_M, dun0_T, dun1_T = _unrotate_unnorm_store(
                 grad_qkv_ptr, out_R + x_R, dy0_M, dy1_M, dy0_T, dy1_T, x0_M, x1_M, x0_T, x1_T,
                 w0_M, w1_M, w0_T, w1_T, cos_M, sin_M, cos_T, sin_T, eps, mask, D, MAIN, TAIL, LANES,

@@ -59,7 +59,9 @@ def tokens_per_program(batch: int, tokens: int, tile_tokens: int) -> int:
     return max(tile_tokens, min(tokens_each, 16))
 
 
-def _constants(qkv: Tensor, config: TileConfig) -> dict[str, object]:
+def _constants(qkv: Tensor, config: TileConfig, registers: int) -> dict[str, object]:
+    """registers: enough, without spills, for heads without a tail. Left to itself, ptxas saves more than it needs to by
+    loading k, or v's gradient, only once the other loads are back; heads with a tail it compiles as they should be."""
     return {
         "H": qkv.shape[3],
         "D": qkv.shape[4],
@@ -69,6 +71,7 @@ def _constants(qkv: Tensor, config: TileConfig) -> dict[str, object]:
         "LANE_HEADS": config.lane_heads,
         "ROWS": config.rows,
         "num_warps": NUM_WARPS,
+        "maxnreg": None if config.tail else registers,
     }
 
 
@@ -89,7 +92,7 @@ def launch_forward(
         *(qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps),
         GROUPS=groups,
         COPY_V=out is not qkv and out.shape[2] == 3,
-        **_constants(qkv, config),
+        **_constants(qkv, config, 64),
     )
     return out
 
@@ -123,7 +126,7 @@ def launch_backward(
         *(qkv.stride(0), qkv.stride(1), eps),
         GROUPS=cdiv(H, config.lane_heads),
         COPY_V=not in_place,
-        **_constants(qkv, config),
+        **_constants(qkv, config, 84),
     )
     return grad_qkv, sums[:, 0].sum(0).to(q_weight.dtype), sums[:, 1].sum(0).to(k_weight.dtype)
 
@@ -133,7 +136,7 @@ def aot_cases() -> list[AotCase]:
     cases = _cases(128, 16, 72, torch.bfloat16)
     cases += _cases(1, 16, 72, torch.bfloat16)[:1]
     cases += _cases(128, 16, 72, torch.float32)[::2]
-    cases += _cases(128, 16, 128, torch.bfloat16)[::2]
+    cases += _cases(128, 16, 128, torch.bfloat16)
     for heads, head_dim in ((12, 64), (3, 20)):
         cases += _cases(128, heads, head_dim, torch.bfloat16)[2:3]
     return cases
@@ -149,27 +152,14 @@ def _cases(batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> list[Ao
     label = f"B {batch} H {heads} D {head_dim} {str(dtype).removeprefix('torch.')}"
     tile = tile_config(heads, head_dim, dtype.itemsize).rows * head_dim * dtype.itemsize  # bytes of one group of heads
 
-    def case(what: str, kernel: Any, run: Callable[[], object], budget: Budget) -> AotCase:
+    def case(what: str, kernel: Any, run: Callable[[], object], tiles: int) -> AotCase:
         ones = ("head_blocks",) if kernel is qk_norm_rope_forward_kernel and batch > 1 else ()
-        return AotCase(f"{what}{label}", run, ones=ones, budgets={kernel.__name__: budget})
+        return AotCase(f"{what}{label}", run, ones=ones, budgets={kernel.__name__: Budget(1, bytes=tiles * tile)})
 
     forward, backward = qk_norm_rope_forward_kernel, qk_norm_rope_backward_kernel
-    copying = "v's gradient, copied by every other group, is loaded after the rest"
     return [
-        case(
-            *("in place ", forward, lambda: launch_forward(*arguments, out=qkv)),
-            Budget(2 if head_dim == 128 else 1, bytes=4 * tile),
-        ),
-        case(
-            *("functional ", forward, lambda: launch_forward(*arguments, out=qkv.new_empty(qkv.shape))),
-            Budget(2, bytes=6 * tile),
-        ),
-        case(
-            *("", backward, lambda: launch_backward(qkv, *arguments)),
-            Budget(3, bytes=4 * tile, latency_bound=copying),
-        ),
-        case(
-            *("in place ", backward, lambda: launch_backward(qkv, *arguments, in_place=True)),
-            Budget(1, bytes=3 * tile),
-        ),
+        case("in place ", forward, lambda: launch_forward(*arguments, out=qkv), 4),
+        case("functional ", forward, lambda: launch_forward(*arguments, out=qkv.new_empty(qkv.shape)), 6),
+        case("", backward, lambda: launch_backward(qkv, *arguments), 4),
+        case("in place ", backward, lambda: launch_backward(qkv, *arguments, in_place=True), 3),
     ]

@@ -265,7 +265,8 @@ def test_a_cuda_graph_walks_the_table_without_the_host(op, history):
 
 def test_tiles_cover_every_width():
     for channels in range(1, norm_launch.MAX_CHANNELS + 1):
-        for config in (norm_launch.forward_config(channels), norm_launch.backward_config(channels)):
+        configs = [norm_launch.forward_config(channels, few_rows) for few_rows in (False, True)]
+        for config in (*configs, norm_launch.backward_config(channels)):
             assert config.main <= channels <= config.main + config.tail < 2 * channels + 16
             assert config.num_warps in (1, 2, 4, 8)
             for size in (config.main, config.tail or 1):
