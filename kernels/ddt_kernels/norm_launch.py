@@ -10,7 +10,7 @@ from torch import Tensor
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
-from ddt_kernels.runtime import cdiv, empty, launch, launcher, multiprocessors, next_power_of_2
+from ddt_kernels.runtime import cdiv, empty, launch, launcher, multiprocessors, next_power_of_2, target_arch
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
 FEW_ROWS = 512  # 4 an SM: with a warp each, a scheduler has one, which waits more than it issues
@@ -61,7 +61,7 @@ def backward_register_limit(config: TileConfig, channels: int, itemsize: int, mo
     """The `maxnreg` of the backward kernel: 128 up to ten columns of 2 bytes per thread (C 1152), so that four programs
     of four warps fit on an SM. More need more; 255 is the hardware limit. Unset, ptxas may spill to save a few.
 
-    most_inputs: a gate and a scale per token; Triton 3.6 spills two registers of them at 128.
+    most_inputs: a gate and a scale per token or, on sm_100, per sample; Triton 3.6 spills two registers of them at 128.
     """
     if itemsize != 2 or channels % 16 or config.main + config.tail > 10 * 32 * config.num_warps:
         return 255
@@ -202,7 +202,8 @@ def _backward(
     B, N, C = like.shape
     config, per_token = backward_config(C), modulation.shape[1] == N
     has_norm, gated, weighted = norm != "none", gate is not None, weight is not None
-    registers = backward_register_limit(config, C, like.dtype.itemsize, per_token and gated and has_norm)
+    most_inputs = gated and has_norm and (per_token or target_arch(like.device) >= 100)
+    registers = backward_register_limit(config, C, like.dtype.itemsize, most_inputs)
     rows = backward_rows_per_program(B, N, resident_programs(like.device, config, registers))
     splits = cdiv(N, rows)
 
