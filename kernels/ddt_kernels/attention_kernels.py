@@ -48,8 +48,8 @@ def _load(
     row = tl.arange(0, ROWS)[:, None]
     col = column + tl.arange(0, WIDTH)[None, :]
     first_64 = tl.full([], 0, tl.int64) + first
-    start = (b * source[2] + first_64 * source[3] + h * source[4]) * VECTOR
-    pointers = source[0] + start + row * (source[3] * VECTOR) + col
+    start = (b * source[1] + first_64 * source[2] + h * source[3]) * VECTOR
+    pointers = source[0] + start + row * (source[2] * VECTOR) + col
     if MASK_ROWS and MASK_COLUMNS:
         return tl.load(pointers, mask=(row < N - first) & (col < D), other=0.0)
     elif MASK_ROWS:
@@ -72,7 +72,7 @@ def _load_head(
         main = source[0].load([b_32, first, h, 0]).reshape([ROWS, MAIN])
         tail = main
         if TAIL > 0:
-            tail = source[1].load([b_32, first, h, MAIN]).reshape([ROWS, TAIL])
+            tail = source[4].load([b_32, first, h, MAIN]).reshape([ROWS, TAIL])
     else:
         main = _load(source, b, h, first, N, 0, MAIN, ROWS, D, VECTOR, MASKED, MAIN > D)
         tail = main
@@ -92,14 +92,14 @@ def _product(a_RD, a_RT, b_SD, b_ST, TAIL: tl.constexpr):
 
 @triton.jit
 def _chunked_product(
-    x, y, b, h, first_x, first_y, N,
+    x, y, b, h, first_x, first_y, N_x, N_y,
     ROWS_X: tl.constexpr, ROWS_Y: tl.constexpr, D: tl.constexpr, VECTOR: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """x·yᵀ of a head's rows from first_x and first_y on, CHUNK columns of the head dim at a time, in exact fp32."""
     product = tl.zeros([ROWS_X, ROWS_Y], tl.float32)
     for column in range(0, D, CHUNK):
-        x_RC = _load(x, b, h, first_x, N, column, CHUNK, ROWS_X, D, VECTOR, True, True)
-        y_SC = _load(y, b, h, first_y, N, column, CHUNK, ROWS_Y, D, VECTOR, True, True)
+        x_RC = _load(x, b, h, first_x, N_x, column, CHUNK, ROWS_X, D, VECTOR, True, True)
+        y_SC = _load(y, b, h, first_y, N_y, column, CHUNK, ROWS_Y, D, VECTOR, True, True)
         product = tl.dot(x_RC, y_SC.T, product, input_precision="ieee")
     return product
 
@@ -138,23 +138,23 @@ def _locate(H, blocks):
 
 @triton.jit
 def _attend(
-    q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, N, scale_log2,
+    q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, Nq, Nk, scale_log2,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
     CHUNK: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the tile of keys from first_n on."""
     if CHUNK > 0:
-        s_MN = _chunked_product(q, k, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
+        s_MN = _chunked_product(q, k, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
     else:
-        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
+        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
         s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
     if MASKED:
-        s_MN = tl.where((first_n + tl.arange(0, BN) < N)[None, :], s_MN, -float("inf"))
+        s_MN = tl.where((first_n + tl.arange(0, BN) < Nk)[None, :], s_MN, -float("inf"))
     new_m_M = tl.maximum(m_M, tl.max(s_MN, axis=1) * scale_log2)
     p_MN = tl.exp2(s_MN * scale_log2 - new_m_M[:, None])
     alpha_M = tl.exp2(m_M - new_m_M)
     l_M = l_M * alpha_M + tl.sum(p_MN, axis=1)
-    v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
+    v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
     acc_MD *= alpha_M[:, None]
     if TAIL > 0:
         acc_MT *= alpha_M[:, None]
@@ -164,17 +164,17 @@ def _attend(
 
 @triton.jit
 def attention_kernel(
-    q,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
-    q_tail,
-    k,
+    q_ptr,  # (B, Nq, H, D)
+    k,  # (B, Nk, H, D), as is v; X and X_tail are descriptors, or a pointer and None
     k_tail,
     v,
     v_tail,
-    out_ptr,  # out, (B, N, H, D) contiguous
-    lse_ptr,  # out, fp32 (B, H, N) contiguous
-    N,
+    out_ptr,  # out, (B, Nq, H, D) contiguous
+    lse_ptr,  # out, fp32 (B, H, Nq) contiguous
+    Nq,
+    Nk,
     H,
-    blocks,  # ceil(N / BM)
+    blocks,  # ceil(Nq / BM)
     scale_log2,  # scale · log2(e)
     q_sb,  # strides in units of VECTOR elements; unused with descriptors
     q_sn,
@@ -193,11 +193,11 @@ def attention_kernel(
     VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BN divides Nk
 ):
-    q = (q, q_tail, q_sb, q_sn, q_sh)
-    k = (k, k_tail, k_sb, k_sn, k_sh)
-    v = (v, v_tail, v_sb, v_sn, v_sh)
+    q = (q_ptr, q_sb, q_sn, q_sh)
+    k = (k, k_sb, k_sn, k_sh, k_tail)
+    v = (v, v_sb, v_sn, v_sh, v_tail)
     b, h, block = _locate(H, blocks)
     first_m = block * BM
     acc_MD = tl.zeros([BM, MAIN], tl.float32)
@@ -206,43 +206,41 @@ def attention_kernel(
     m_M = tl.full([BM], -float("inf"), tl.float32)
     q_MD, q_MT = acc_MD, acc_MT
     if CHUNK == 0:
-        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
-    full = N // BN * BN
+        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
+    full = Nk // BN * BN
     for first_n in range(0, full, BN):
         acc_MD, acc_MT, l_M, m_M = _attend(
-            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, N, scale_log2,
+            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, Nq, Nk, scale_log2,
             BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, False,
         )  # fmt: skip
     if not EVEN:
         acc_MD, acc_MT, l_M, m_M = _attend(
-            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, full, N, scale_log2,
+            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, full, Nq, Nk, scale_log2,
             BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, True,
         )  # fmt: skip
     row = first_m + tl.arange(0, BM)
-    tl.store(lse_ptr + (b * H + h) * N + row, (m_M + tl.log2(l_M)) * 0.6931471805599453, mask=row < N)
+    tl.store(lse_ptr + (b * H + h) * Nq + row, (m_M + tl.log2(l_M)) * 0.6931471805599453, mask=row < Nq)
     inverse_M1 = (1.0 / l_M)[:, None]
-    _store_head(out_ptr, acc_MD * inverse_M1, acc_MT * inverse_M1, b, h, first_m, N, H, BM, D, MAIN, TAIL)
+    _store_head(out_ptr, acc_MD * inverse_M1, acc_MT * inverse_M1, b, h, first_m, Nq, H, BM, D, MAIN, TAIL)
 
 
 @triton.jit
 def attention_query_gradient_kernel(
-    grad_out,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
-    grad_out_tail,
-    out,
-    out_tail,
-    q,
-    q_tail,
-    k,
+    grad_out_ptr,  # (B, Nq, H, D), as are out and q
+    out_ptr,
+    q_ptr,
+    k,  # (B, Nk, H, D), as is v; X and X_tail are descriptors, or a pointer and None
     k_tail,
     v,
     v_tail,
-    lse_ptr,  # fp32 (B, H, N) contiguous
-    delta_ptr,  # out, fp32 (B, H, N) contiguous, for the next kernel
-    grad_q_ptr,  # out, (B, N, H, D)
+    lse_ptr,  # fp32 (B, H, Nq) contiguous
+    terms_ptr,  # out, fp32 (B·H, blocks · BM, 2) contiguous, for the next kernel: log2(e)·lse and delta of a query
+    grad_q_ptr,  # out, (B, Nq, H, D)
     grad_pitch,  # heads from one of its tokens to the next
-    N,
+    Nq,
+    Nk,
     H,
-    blocks,  # ceil(N / BM)
+    blocks,  # ceil(Nq / BM)
     scale,
     scale_log2,
     grad_out_sb,  # strides in units of VECTOR elements; unused with descriptors
@@ -251,7 +249,7 @@ def attention_query_gradient_kernel(
     out_sb,
     out_sn,
     out_sh,
-    q_sb,  # strides in units of VECTOR elements; unused with descriptors
+    q_sb,
     q_sn,
     q_sh,
     k_sb,
@@ -268,78 +266,88 @@ def attention_query_gradient_kernel(
     VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BN divides Nk
 ):
-    grad_out = (grad_out, grad_out_tail, grad_out_sb, grad_out_sn, grad_out_sh)
-    out = (out, out_tail, out_sb, out_sn, out_sh)
-    q = (q, q_tail, q_sb, q_sn, q_sh)
-    k = (k, k_tail, k_sb, k_sn, k_sh)
-    v = (v, v_tail, v_sb, v_sn, v_sh)
+    grad_out = (grad_out_ptr, grad_out_sb, grad_out_sn, grad_out_sh)
+    out = (out_ptr, out_sb, out_sn, out_sh)
+    q = (q_ptr, q_sb, q_sn, q_sh)
+    k = (k, k_sb, k_sn, k_sh, k_tail)
+    v = (v, v_sb, v_sn, v_sh, v_tail)
     b, h, block = _locate(H, blocks)
     first_m = block * BM
     row = first_m + tl.arange(0, BM)
-    lse_M = tl.load(lse_ptr + (b * H + h) * N + row, mask=row < N, other=0.0) * 1.4426950408889634
-    do_MD, do_MT = _load_head(grad_out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
-    out_MD, out_MT = _load_head(out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    lse_M = tl.load(lse_ptr + (b * H + h) * Nq + row, mask=row < Nq, other=0.0) * 1.4426950408889634
+    do_MD, do_MT = _load_head(grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
+    out_MD, out_MT = _load_head(out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
+    q_MD, q_MT = do_MD, do_MT
+    if CHUNK == 0:
+        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
     delta_M = tl.sum(do_MD.to(tl.float32) * out_MD.to(tl.float32), axis=1)
     if TAIL > 0:
         delta_M += tl.sum(do_MT.to(tl.float32) * out_MT.to(tl.float32), axis=1)
-    tl.store(delta_ptr + (b * H + h) * N + row, delta_M, mask=row < N)
-    q_MD, q_MT = do_MD, do_MT
-    if CHUNK == 0:
-        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
+    terms = terms_ptr + ((b * H + h) * blocks * BM + row[:, None]) * 2 + tl.arange(0, 2)[None, :]
+    tl.store(terms, tl.join(lse_M, delta_M))
 
     dq_MD = tl.zeros([BM, MAIN], tl.float32)
     dq_MT = tl.zeros([BM, TAIL if TAIL > 0 else 1], tl.float32)
-    for first_n in range(0, N, BN):
-        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+    for first_n in range(0, Nk, BN):
+        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
         if CHUNK > 0:
-            s_MN = _chunked_product(q, k, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
-            dp_MN = _chunked_product(grad_out, v, b, h, first_m, first_n, N, BM, BN, D, VECTOR, CHUNK)
+            s_MN = _chunked_product(q, k, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
+            dp_MN = _chunked_product(grad_out, v, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
         else:
-            v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+            v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
             s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
             dp_MN = _product(do_MD, do_MT, v_ND, v_NT, TAIL)
         p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
         if not EVEN:
-            p_MN = tl.where((first_n + tl.arange(0, BN) < N)[None, :], p_MN, 0.0)
+            p_MN = tl.where((first_n + tl.arange(0, BN) < Nk)[None, :], p_MN, 0.0)
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MD, dq_MT = _accumulate(ds_MN, k_ND, k_NT, dq_MD, dq_MT, TAIL)
-    _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, N, grad_pitch, BM, D, MAIN, TAIL)
+    _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, Nq, grad_pitch, BM, D, MAIN, TAIL)
+
+
+@triton.jit
+def _load_terms(terms, pitch, b, h, H, first, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
+    """(log2(e)·lse, delta) of ROWS queries from `first` on; both 0 past the last."""
+    if DESCRIPTORS:
+        pairs = terms.load([(b * H + h).to(tl.int32), first * 2])
+    else:
+        pairs = tl.load(terms + (b * H + h) * pitch + first * 2 + tl.arange(0, 2 * ROWS))
+    return tl.split(pairs.reshape([ROWS, 2]))
 
 
 @triton.jit
 def attention_key_value_gradient_kernel(
-    grad_out,  # (B, N, H, D), as are all up to v_tail; X and X_tail are descriptors, or a pointer and None
+    k_ptr,  # (B, Nk, H, D), as is v
+    v_ptr,
+    grad_out,  # (B, Nq, H, D), as is q; X and X_tail are descriptors, or a pointer and None
     grad_out_tail,
     q,
     q_tail,
-    k,
-    k_tail,
-    v,
-    v_tail,
-    lse_ptr,  # fp32 (B, H, N) contiguous, as is delta
-    delta_ptr,
-    grad_k_ptr,  # out, (B, N, H, D)
+    terms,  # the query gradient's, as (B·H, terms_pitch): a descriptor or a pointer
+    grad_k_ptr,  # out, (B, Nk, H, D)
     grad_v_ptr,
     grad_pitch,  # heads from one of their tokens to the next
-    N,
+    Nq,
+    Nk,
     H,
-    blocks,  # ceil(N / BN)
+    blocks,  # ceil(Nk / BN)
+    terms_pitch,
     scale,
     scale_log2,
-    grad_out_sb,  # strides in units of VECTOR elements; unused with descriptors
-    grad_out_sn,
-    grad_out_sh,
-    q_sb,  # strides in units of VECTOR elements; unused with descriptors
-    q_sn,
-    q_sh,
-    k_sb,
+    k_sb,  # strides in units of VECTOR elements; unused with descriptors
     k_sn,
     k_sh,
     v_sb,
     v_sn,
     v_sh,
+    grad_out_sb,
+    grad_out_sn,
+    grad_out_sh,
+    q_sb,
+    q_sn,
+    q_sh,
     BM: tl.constexpr,
     BN: tl.constexpr,
     D: tl.constexpr,
@@ -348,12 +356,12 @@ def attention_key_value_gradient_kernel(
     VECTOR: tl.constexpr,
     CHUNK: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # whether BM divides Nq
 ):
-    grad_out = (grad_out, grad_out_tail, grad_out_sb, grad_out_sn, grad_out_sh)
-    q = (q, q_tail, q_sb, q_sn, q_sh)
-    k = (k, k_tail, k_sb, k_sn, k_sh)
-    v = (v, v_tail, v_sb, v_sn, v_sh)
+    k = (k_ptr, k_sb, k_sn, k_sh)
+    v = (v_ptr, v_sb, v_sn, v_sh)
+    grad_out = (grad_out, grad_out_sb, grad_out_sn, grad_out_sh, grad_out_tail)
+    q = (q, q_sb, q_sn, q_sh, q_tail)
     b, h, block = _locate(H, blocks)
     first_n = block * BN
     dk_ND = tl.zeros([BN, MAIN], tl.float32)
@@ -361,17 +369,15 @@ def attention_key_value_gradient_kernel(
     dk_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
     dv_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
     if CHUNK == 0:
-        k_ND, k_NT = _load_head(k, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
-        v_ND, v_NT = _load_head(v, b, h, first_n, N, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, True)
-    for first_m in range(0, N, BM):
-        row = first_m + tl.arange(0, BM)
-        lse_M = tl.load(lse_ptr + (b * H + h) * N + row, mask=row < N, other=0.0) * 1.4426950408889634
-        delta_M = tl.load(delta_ptr + (b * H + h) * N + row, mask=row < N, other=0.0)
-        q_MD, q_MT = _load_head(q, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
-        do_MD, do_MT = _load_head(grad_out, b, h, first_m, N, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, False, True)
+        v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, False, True)
+    for first_m in range(0, Nq, BM):
+        lse_M, delta_M = _load_terms(terms, terms_pitch, b, h, H, first_m, BM, DESCRIPTORS)
+        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        do_MD, do_MT = _load_head(grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
         if CHUNK > 0:
-            s_NM = _chunked_product(k, q, b, h, first_n, first_m, N, BN, BM, D, VECTOR, CHUNK)
-            dp_NM = _chunked_product(v, grad_out, b, h, first_n, first_m, N, BN, BM, D, VECTOR, CHUNK)
+            s_NM = _chunked_product(k, q, b, h, first_n, first_m, Nk, Nq, BN, BM, D, VECTOR, CHUNK)
+            dp_NM = _chunked_product(v, grad_out, b, h, first_n, first_m, Nk, Nq, BN, BM, D, VECTOR, CHUNK)
         else:
             s_NM = _product(k_ND, k_NT, q_MD, q_MT, TAIL)
             dp_NM = _product(v_ND, v_NT, do_MD, do_MT, TAIL)
@@ -379,5 +385,5 @@ def attention_key_value_gradient_kernel(
         dv_ND, dv_NT = _accumulate(p_NM, do_MD, do_MT, dv_ND, dv_NT, TAIL)
         ds_NM = p_NM * (dp_NM - delta_M[None, :])
         dk_ND, dk_NT = _accumulate(ds_NM, q_MD, q_MT, dk_ND, dk_NT, TAIL)
-    _store_head(grad_k_ptr, dk_ND * scale, dk_NT * scale, b, h, first_n, N, grad_pitch, BN, D, MAIN, TAIL)
-    _store_head(grad_v_ptr, dv_ND, dv_NT, b, h, first_n, N, grad_pitch, BN, D, MAIN, TAIL)
+    _store_head(grad_k_ptr, dk_ND * scale, dk_NT * scale, b, h, first_n, Nk, grad_pitch, BN, D, MAIN, TAIL)
+    _store_head(grad_v_ptr, dv_ND, dv_NT, b, h, first_n, Nk, grad_pitch, BN, D, MAIN, TAIL)

@@ -136,32 +136,29 @@ class _Call:
         pitches = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
         return _Call(main, tail, math.gcd(16 // first.element_size(), *pitches), half, descriptors, arch)
 
-    def sources(self, *reads: tuple[Tensor, int]) -> list[Any]:
-        """The kernels' arguments for tensors, each with the rows of its tiles: descriptors or pointers."""
+    def sources(self, rows: int, *walked: Tensor) -> list[Any]:
+        """The kernels' arguments for tensors that loops read in tiles of `rows`: descriptors, or pointers and None."""
+        widths = (self.main, self.tail)
         if not self.descriptors:
-            return [source for tensor, _ in reads for source in (tensor, None)]
-        sources: list[Any] = []
-        for tensor, rows in reads:
-            tail = tensor_descriptor(tensor, (1, rows, 1, self.tail)) if self.tail else None
-            sources += tensor_descriptor(tensor, (1, rows, 1, self.main)), tail
-        return sources
+            return [source for tensor in walked for source in (tensor, None)]
+        return [tensor_descriptor(t, (1, rows, 1, width)) if width else None for t in walked for width in widths]
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """The kernels' arguments for those tensors' strides."""
         return [stride // self.vector for tensor in tensors for stride in tensor.stride()[:-1]]
 
-    def meta(self, tensor: Tensor, config: TileConfig, walked: int) -> dict[str, Any]:
-        """Constexprs and options; `walked` is the size of the tiles that a program's loop walks over."""
+    def meta(self, config: TileConfig, head_dim: int, even: bool) -> dict[str, Any]:
+        """Constexprs and options; even: whether a program's loop walks over whole tiles only."""
         return {
             "BM": config.queries,
             "BN": config.keys,
-            "D": tensor.shape[-1],
+            "D": head_dim,
             "MAIN": self.main,
             "TAIL": self.tail,
             "VECTOR": self.vector,
             "CHUNK": 0 if self.half else FP32_CHUNK,
             "DESCRIPTORS": self.descriptors,
-            "EVEN": tensor.shape[1] % walked == 0,
+            "EVEN": even,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             # 255 is the hardware's limit; unnamed, ptxas aims at 128 on sm_100 and spills two registers (at D 76 with
@@ -171,25 +168,27 @@ class _Call:
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse): (B, N, H, D) contiguous and the fp32 (B, H, N) logarithm of the softmax's denominator."""
-    B, N, H, D = q.shape
+    """(out, lse): q's shape, contiguous, and the fp32 (B, H, Nq) logarithm of the softmax's denominator."""
+    B, Nq, H, D = q.shape
+    Nk = k.shape[1]
     q, k, v = _pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v)
     call = _Call.of(q, k, v)
-    out, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+    out, lse = q.new_empty((B, Nq, H, D)), q.new_empty((B, H, Nq), dtype=torch.float32)
 
     def run(config: TileConfig) -> None:
-        blocks = cdiv(N, config.queries)
+        blocks = cdiv(Nq, config.queries)
         launch(
             attention_kernel,
             (B * H * blocks,),
             q.device,
-            *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
-            *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
-            **call.meta(q, config, config.keys),
+            *(q, *call.sources(config.keys, k, v), out, lse),
+            *(Nq, Nk, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
+            **call.meta(config, D, Nk % config.keys == 0),
         )
 
-    key = (next_power_of_2(B * H), next_power_of_2(N), D, q.dtype, call.descriptors, call.vector)
+    sizes = next_power_of_2(B * H), next_power_of_2(Nq), next_power_of_2(Nk)
     candidates = forward_candidates(D, call.half, call.arch, call.descriptors)
+    key = (*sizes, D, q.dtype, call.descriptors, call.vector)
     run(choose("attention", key, candidates, candidates[0], run, q.device))
     return out, lse
 
@@ -204,41 +203,40 @@ def launch_backward(
     scale: float,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, N, H, D): contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
-    B, N, H, D = q.shape
+    """Gradients of q, k and v, in their shapes: contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
+    B, Nq, H, D = q.shape
+    Nk = k.shape[1]
     # Autograd passes gradients with any strides, even 0 (from a sum).
     grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
     call = _Call.of(grad_out, out, q, k, v)
     if packed is None:
-        grad_q, grad_k, grad_v = (q.new_empty((B, N, H, D)) for _ in range(3))
+        grad_q, grad_k, grad_v = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
     else:
         grad_q, grad_k, grad_v = packed.unbind(2)
     pitch = H if packed is None else 3 * H
-    delta = lse.new_empty(lse.shape)
     scales = (scale, scale * math.log2(math.e))
 
     config = query_gradient_config(D, call.half, call.arch, call.descriptors)
-    queries, keys = config.queries, config.keys
-    sources = call.sources((grad_out, queries), (out, queries), (q, queries), (k, keys), (v, keys))
-    blocks = cdiv(N, queries)
+    blocks = cdiv(Nq, config.queries)
+    terms = lse.new_empty((B * H, 2 * blocks * config.queries))
     launch(
         attention_query_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_q, pitch, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
-        **call.meta(q, config, keys),
+        *(grad_out, out, q, *call.sources(config.keys, k, v), lse, terms, grad_q),
+        *(pitch, Nq, Nk, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
+        **call.meta(config, D, Nk % config.keys == 0),
     )
     config = key_value_gradient_config(D, call.half, call.arch, call.descriptors)
-    queries, keys = config.queries, config.keys
-    sources = call.sources((grad_out, queries), (q, queries), (k, keys), (v, keys))
-    blocks = cdiv(N, keys)
+    blocks = cdiv(Nk, config.keys)
+    walked = tensor_descriptor(terms, (1, 2 * config.queries)) if call.descriptors else terms
     launch(
         attention_key_value_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_k, grad_v, pitch, N, H, blocks),
-        *(*scales, *call.strides(grad_out, q, k, v)),
-        **call.meta(q, config, queries),
+        *(k, v, *call.sources(config.queries, grad_out, q), walked, grad_k, grad_v),
+        *(pitch, Nq, Nk, H, blocks, terms.shape[1], *scales, *call.strides(k, v, grad_out, q)),
+        **call.meta(config, D, Nq % config.queries == 0),
     )
     return grad_q, grad_k, grad_v
 
@@ -247,7 +245,7 @@ def aot_cases() -> list[AotCase]:
     """bf16 at every width, with a partial tile, which includes the code for whole ones; every other variant once."""
     cases = [case for head_dim in (64, 72, 80, 96, 128) for case in _cases(head_dim, torch.bfloat16)]
     cases += _cases(72, torch.bfloat16, tokens=1024)[:1] + _cases(72, torch.float16)[:1]
-    single = ("N", "H", "blocks", "grad_pitch", "grad_out_sb", "out_sb")
+    single = ("Nq", "Nk", "H", "blocks", "grad_pitch", "grad_out_sb", "out_sb")
     cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90), ones=single)
     for head_dim in (76, 100):  # rows of 152 and 200 bytes: pointers everywhere
         cases += _cases(head_dim, torch.bfloat16, archs=(90, 100))
