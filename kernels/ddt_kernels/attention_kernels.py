@@ -61,24 +61,40 @@ def _load(
 
 
 @triton.jit
-def _load_head(
+def _load_rows(
     source, b, h, first, N,
+    ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """(main, tail) tiles of ROWS rows from `first` on, by pointers."""
+    main = _load(source, b, h, first, N, 0, MAIN, ROWS, D, VECTOR, MASKED, MAIN > D)
+    tail = main
+    if TAIL > 0:
+        tail = _load(source, b, h, first, N, MAIN, TAIL, ROWS, D, VECTOR, MASKED, MAIN + TAIL > D)
+    return main, tail
+
+
+@triton.jit
+def _load_tiles(
+    x, y, b, h, first, N,
     ROWS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
     DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """(main, tail) tiles of ROWS rows from `first` on. Descriptors read zeros outside, MASKED or not."""
+    """A step's tiles of x and y, (main, tail) of each. Descriptors read zeros outside, MASKED or not."""
     if DESCRIPTORS:
+        # Every copy before the first use, even a reshape: copies between two uses share a barrier, so this waits once.
         b_32 = b.to(tl.int32)
-        main = source[0].load([b_32, first, h, 0]).reshape([ROWS, MAIN])
-        tail = main
+        x_RD, y_RD = x[0].load([b_32, first, h, 0]), y[0].load([b_32, first, h, 0])
         if TAIL > 0:
-            tail = source[4].load([b_32, first, h, MAIN]).reshape([ROWS, TAIL])
+            x_RT, y_RT = x[4].load([b_32, first, h, MAIN]), y[4].load([b_32, first, h, MAIN])
+            x_RT, y_RT = x_RT.reshape([ROWS, TAIL]), y_RT.reshape([ROWS, TAIL])
+        x_RD, y_RD = x_RD.reshape([ROWS, MAIN]), y_RD.reshape([ROWS, MAIN])
+        if TAIL == 0:
+            x_RT, y_RT = x_RD, y_RD
     else:
-        main = _load(source, b, h, first, N, 0, MAIN, ROWS, D, VECTOR, MASKED, MAIN > D)
-        tail = main
-        if TAIL > 0:
-            tail = _load(source, b, h, first, N, MAIN, TAIL, ROWS, D, VECTOR, MASKED, MAIN + TAIL > D)
-    return main, tail
+        x_RD, x_RT = _load_rows(x, b, h, first, N, ROWS, D, MAIN, TAIL, VECTOR, MASKED)
+        y_RD, y_RT = _load_rows(y, b, h, first, N, ROWS, D, MAIN, TAIL, VECTOR, MASKED)
+    return x_RD, x_RT, y_RD, y_RT
 
 
 @triton.jit
@@ -137,32 +153,6 @@ def _locate(H, blocks):
 
 
 @triton.jit
-def _attend(
-    q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, Nq, Nk, scale_log2,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr, DESCRIPTORS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: the tile of keys from first_n on."""
-    if CHUNK > 0:
-        s_MN = _chunked_product(q, k, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
-    else:
-        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
-        s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
-    if MASKED:
-        s_MN = tl.where((first_n + tl.arange(0, BN) < Nk)[None, :], s_MN, -float("inf"))
-    new_m_M = tl.maximum(m_M, tl.max(s_MN, axis=1) * scale_log2)
-    p_MN = tl.exp2(s_MN * scale_log2 - new_m_M[:, None])
-    alpha_M = tl.exp2(m_M - new_m_M)
-    l_M = l_M * alpha_M + tl.sum(p_MN, axis=1)
-    v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, MASKED)
-    acc_MD *= alpha_M[:, None]
-    if TAIL > 0:
-        acc_MT *= alpha_M[:, None]
-    acc_MD, acc_MT = _accumulate(p_MN, v_ND, v_NT, acc_MD, acc_MT, TAIL)
-    return acc_MD, acc_MT, l_M, new_m_M
-
-
-@triton.jit
 def attention_kernel(
     q_ptr,  # (B, Nq, H, D)
     k,  # (B, Nk, H, D), as is v; X and X_tail are descriptors, or a pointer and None
@@ -206,18 +196,26 @@ def attention_kernel(
     m_M = tl.full([BM], -float("inf"), tl.float32)
     q_MD, q_MT = acc_MD, acc_MT
     if CHUNK == 0:
-        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
-    full = Nk // BN * BN
-    for first_n in range(0, full, BN):
-        acc_MD, acc_MT, l_M, m_M = _attend(
-            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, first_n, Nq, Nk, scale_log2,
-            BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, False,
+        q_MD, q_MT = _load_rows(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, True)
+    for first_n in range(0, Nk, BN):
+        k_ND, k_NT, v_ND, v_NT = _load_tiles(
+            k, v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN
         )  # fmt: skip
-    if not EVEN:
-        acc_MD, acc_MT, l_M, m_M = _attend(
-            q, k, v, q_MD, q_MT, acc_MD, acc_MT, l_M, m_M, b, h, first_m, full, Nq, Nk, scale_log2,
-            BM, BN, D, MAIN, TAIL, VECTOR, CHUNK, DESCRIPTORS, True,
-        )  # fmt: skip
+        if CHUNK > 0:
+            s_MN = _chunked_product(q, k, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
+        else:
+            s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
+        if not EVEN:
+            s_MN = tl.where((first_n + tl.arange(0, BN) < Nk)[None, :], s_MN, -float("inf"))
+        new_m_M = tl.maximum(m_M, tl.max(s_MN, axis=1) * scale_log2)
+        p_MN = tl.exp2(s_MN * scale_log2 - new_m_M[:, None])
+        alpha_M = tl.exp2(m_M - new_m_M)
+        l_M = l_M * alpha_M + tl.sum(p_MN, axis=1)
+        m_M = new_m_M
+        acc_MD *= alpha_M[:, None]
+        if TAIL > 0:
+            acc_MT *= alpha_M[:, None]
+        acc_MD, acc_MT = _accumulate(p_MN, v_ND, v_NT, acc_MD, acc_MT, TAIL)
     row = first_m + tl.arange(0, BM)
     tl.store(lse_ptr + (b * H + h) * Nq + row, (m_M + tl.log2(l_M)) * 0.6931471805599453, mask=row < Nq)
     inverse_M1 = (1.0 / l_M)[:, None]
@@ -277,11 +275,11 @@ def attention_query_gradient_kernel(
     first_m = block * BM
     row = first_m + tl.arange(0, BM)
     lse_M = tl.load(lse_ptr + (b * H + h) * Nq + row, mask=row < Nq, other=0.0) * 1.4426950408889634
-    do_MD, do_MT = _load_head(grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
-    out_MD, out_MT = _load_head(out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
+    do_MD, do_MT = _load_rows(grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, True)
+    out_MD, out_MT = _load_rows(out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, True)
     q_MD, q_MT = do_MD, do_MT
     if CHUNK == 0:
-        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, False, True)
+        q_MD, q_MT = _load_rows(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, True)
     delta_M = tl.sum(do_MD.to(tl.float32) * out_MD.to(tl.float32), axis=1)
     if TAIL > 0:
         delta_M += tl.sum(do_MT.to(tl.float32) * out_MT.to(tl.float32), axis=1)
@@ -291,12 +289,13 @@ def attention_query_gradient_kernel(
     dq_MD = tl.zeros([BM, MAIN], tl.float32)
     dq_MT = tl.zeros([BM, TAIL if TAIL > 0 else 1], tl.float32)
     for first_n in range(0, Nk, BN):
-        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        k_ND, k_NT, v_ND, v_NT = _load_tiles(
+            k, v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN
+        )  # fmt: skip
         if CHUNK > 0:
             s_MN = _chunked_product(q, k, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
             dp_MN = _chunked_product(grad_out, v, b, h, first_m, first_n, Nq, Nk, BM, BN, D, VECTOR, CHUNK)
         else:
-            v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
             s_MN = _product(q_MD, q_MT, k_ND, k_NT, TAIL)
             dp_MN = _product(do_MD, do_MT, v_ND, v_NT, TAIL)
         p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
@@ -305,16 +304,6 @@ def attention_query_gradient_kernel(
         ds_MN = p_MN * (dp_MN - delta_M[:, None])
         dq_MD, dq_MT = _accumulate(ds_MN, k_ND, k_NT, dq_MD, dq_MT, TAIL)
     _store_head(grad_q_ptr, dq_MD * scale, dq_MT * scale, b, h, first_m, Nq, grad_pitch, BM, D, MAIN, TAIL)
-
-
-@triton.jit
-def _load_terms(terms, pitch, b, h, H, first, ROWS: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """(log2(e)·lse, delta) of ROWS queries from `first` on; both 0 past the last."""
-    if DESCRIPTORS:
-        pairs = terms.load([(b * H + h).to(tl.int32), first * 2])
-    else:
-        pairs = tl.load(terms + (b * H + h) * pitch + first * 2 + tl.arange(0, 2 * ROWS))
-    return tl.split(pairs.reshape([ROWS, 2]))
 
 
 @triton.jit
@@ -369,12 +358,17 @@ def attention_key_value_gradient_kernel(
     dk_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
     dv_NT = tl.zeros([BN, TAIL if TAIL > 0 else 1], tl.float32)
     if CHUNK == 0:
-        k_ND, k_NT = _load_head(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, False, True)
-        v_ND, v_NT = _load_head(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, False, True)
+        k_ND, k_NT = _load_rows(k, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, True)
+        v_ND, v_NT = _load_rows(v, b, h, first_n, Nk, BN, D, MAIN, TAIL, VECTOR, True)
     for first_m in range(0, Nq, BM):
-        lse_M, delta_M = _load_terms(terms, terms_pitch, b, h, H, first_m, BM, DESCRIPTORS)
-        q_MD, q_MT = _load_head(q, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
-        do_MD, do_MT = _load_head(grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN)
+        if DESCRIPTORS:
+            pairs = terms.load([(b * H + h).to(tl.int32), first_m * 2])
+        else:
+            pairs = tl.load(terms + (b * H + h) * terms_pitch + first_m * 2 + tl.arange(0, 2 * BM))
+        q_MD, q_MT, do_MD, do_MT = _load_tiles(
+            q, grad_out, b, h, first_m, Nq, BM, D, MAIN, TAIL, VECTOR, DESCRIPTORS, not EVEN
+        )  # fmt: skip
+        lse_M, delta_M = tl.split(pairs.reshape([BM, 2]))
         if CHUNK > 0:
             s_NM = _chunked_product(k, q, b, h, first_n, first_m, Nk, Nq, BN, BM, D, VECTOR, CHUNK)
             dp_NM = _chunked_product(v, grad_out, b, h, first_n, first_m, Nk, Nq, BN, BM, D, VECTOR, CHUNK)
