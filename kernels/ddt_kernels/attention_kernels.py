@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
 """The Triton kernels of attention; `attention_launch.py` launches them.
 
-Forward, one program per head and BM queries, walking the keys in tiles of BN (online softmax, arXiv 2205.14135):
+Nq queries attend to Nk keys. Forward, one program per head and BM queries, walking the keys in tiles of BN (online
+softmax, arXiv 2205.14135):
 
     s = q·kᵀ,  m' = max(m, scale·max_n s),  p = 2^(scale·s - m'),  a = 2^(m - m'),  l' = a·l + Σ_n p,  o' = a·o + p·v
     out = o / l,  lse = ln 2 · (m + log2 l);       scale includes log2(e): one FMA and one EX2 per score
@@ -15,22 +16,43 @@ Why it looks like this.
    while padding to 128 would spend 44% of the multiplications on zeros. q·kᵀ is the sum of two dots; p·v goes to two
    accumulators. Columns past D are read as zeros, by the copy engine's bounds check or by a constant mask.
  - Each score takes one EX2 (16 per clock and SM on sm_90) and 320 FLOPs of MMA (4096 per clock): 0.063 and 0.078
-   clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 80 the tile is
-   128x32 and registers are capped at 128 (98 to 113 used, no spill), which puts two programs of 8 warps on an SM, one
-   multiplying while the other exponentiates. 128x64 fits the cap too, but leaves ptxas too few registers to keep a
-   wgmma in flight (advisory C7512): it would wait after each. 128x128 needs 171 to 186 and is alone.
- - All tiles of keys except the last, partial one are computed without masks; that one is peeled off (absent if EVEN).
+   clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 96 the tile is
+   128x64 and registers are capped at 128 (107 to 126 used, no spill), which puts two programs of 8 warps on an SM, one
+   multiplying while the other exponentiates. Issuing the loop's 381 instructions takes 0.093 clocks a score (D 72, no
+   mask), where 128x32 takes 0.155: per step, not per score, it rescales accumulators and copies. At D 128 the cap
+   leaves ptxas too few registers to keep a wgmma in flight (advisory C7512: it would wait after each), so the program
+   is alone on its SM and takes the largest step, 128x128. The tile does not depend on Nq and Nk: 128 divides the tokens
+   of an image, 64 those of an image and a text. 64 queries would read keys and values from L2 twice as often.
+ - A program waits for memory twice before its first wgmma. First its own rows, by pointers: the loads of all of them,
+   MAIN and TAIL, are in flight together. By descriptors each copy outside a loop is followed by its own wait in Triton
+   (3.6 to 3.8), which made 2 (forward), 6 (dq) and 4 (dk, dv) waits. Then the loop's first tiles, one wait, as in every
+   step: Triton lets copies share a barrier if no use of one stands before another (`_load_tiles`). These two do not
+   overlap: Triton issues a loop's first copies after what stands before the loop, the rows' way into shared memory.
+ - Loops have three stages: with two, Triton issues a step's copies at the end of the step before and waits at once.
+ - If BN does not divide Nk, every step masks (a tenth more instructions). A last step of its own would wait for each of
+   its copies, and ptxas would serialise all wgmmas of the kernel (C7515).
+ - dk and dv take lse and delta as pairs that dq's kernel leaves in rows padded to whole tiles: one copy a step by the
+   copy engine. Read from lse and delta as they are, Nq apart, every thread would copy 4 bytes of each (LDGSTS).
+ - A step of the backward pass drains the wgmmas twice per product of two heads' tiles (once if a head is one dot), so
+   other warps must have work meanwhile: up to D 96 two programs share an SM here too. dq takes 128x32, 8 warps, at most
+   115 registers: 128x64 would issue a third fewer instructions a score but needs 130 (D 64: 122, so there it is taken;
+   at D 128 128x32 would spill, and the program is alone). dk and dv take 64 keys, 4 warps, 188 to 236 registers, at
+   D 128 too. 128 keys and 8 warps (191 to 229) would be alone; with 32 queries, capped at 128, they spill and serialise
+   (C7512). The price: q and do come from L2 for every 64 keys, 18 KB per 64x64 scores at D 72. At the MMA's full rate
+   these were 29 bytes per clock and SM; the L2 of an H100 is said to give 24 (neither rate was measured here).
  - The backward pass has no atomics: two kernels, each the only writer of its outputs, so results repeat bit for bit.
    The price is seven products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for
    five padded to 96. PyTorch's own backward passes were the alternative: its flash attention is not deterministic by
    default and takes neither fp32 nor D 20, the others differ in what they take, and none runs without a GPU, where
-   these kernels are checked. Rows past N are zeros, which need no mask, except for p in dq: 2^-lse may be infinite.
+   these kernels are checked. Rows past the last are zeros, which need no mask, except for p in dq: 2^-lse may be
+   infinite.
  - fp32 uses no tensor cores: TF32 would lose 13 bits, and three TF32 products, whose operands have to be split in
    registers, spill at any tile size. CHUNK > 0 contracts over D in a loop that reads CHUNK columns of both at a time.
 
-Within a kernel a tensor is a tuple (main, tail, stride_b, stride_n, stride_h): descriptors of [1, rows, 1, MAIN or
-TAIL] blocks over (B, N, H, D) if DESCRIPTORS, else a pointer, with strides in units of VECTOR elements, so that the
-compiler knows what divides them. (They are passed one by one: Triton 3.6 cannot launch a descriptor inside a tuple.)
+Within a kernel a tensor is a tuple (main, stride_b, stride_n, stride_h, tail): a pointer without a tail or, for what
+loops walk over if DESCRIPTORS, descriptors of [1, rows, 1, MAIN or TAIL] blocks over (B, N, H, D). Strides are in units
+of VECTOR elements, so that the compiler knows what divides them. (They are passed one by one: Triton 3.6 cannot launch
+a descriptor inside a tuple.)
 Tile suffixes: M queries, N keys, D = MAIN, T = TAIL; R and S are rows of either, C is CHUNK. Without a tail, any tile
 stands in for it.
 """
@@ -166,7 +188,7 @@ def attention_kernel(
     H,
     blocks,  # ceil(Nq / BM)
     scale_log2,  # scale · log2(e)
-    q_sb,  # strides in units of VECTOR elements; unused with descriptors
+    q_sb,  # strides in units of VECTOR elements; those of descriptors are unused
     q_sn,
     q_sh,
     k_sb,
@@ -241,7 +263,7 @@ def attention_query_gradient_kernel(
     blocks,  # ceil(Nq / BM)
     scale,
     scale_log2,
-    grad_out_sb,  # strides in units of VECTOR elements; unused with descriptors
+    grad_out_sb,  # strides in units of VECTOR elements; those of descriptors are unused
     grad_out_sn,
     grad_out_sh,
     out_sb,
@@ -325,7 +347,7 @@ def attention_key_value_gradient_kernel(
     terms_pitch,
     scale,
     scale_log2,
-    k_sb,  # strides in units of VECTOR elements; unused with descriptors
+    k_sb,  # strides in units of VECTOR elements; those of descriptors are unused
     k_sn,
     k_sh,
     v_sb,

@@ -60,7 +60,7 @@ def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> T
         return TileConfig(128, 64, 8, 2, max_registers=128 if head_dim <= 96 else 168)
     if head_dim <= 96:
         return TileConfig(128, 64, 8, 3, max_registers=128)
-    return TileConfig(128, 128, 8, 3)  # 128 registers would spill, so one program per SM: the larger tile
+    return TileConfig(128, 128, 8, 3)  # capped, ptxas would serialise wgmmas, so one program per SM: the larger tile
 
 
 @cache
