@@ -30,7 +30,7 @@ def make_heads(
     tokens = (N, keys or N, keys or N)
     if layout == "packed":
         heads = list(randn(B, N, 3, H, D).unbind(2))
-        if keys is not None:
+        if keys not in (None, N):
             heads[1:] = randn(B, keys, 3, H, D).unbind(2)[1:]
     elif layout == "contiguous":
         heads = [randn(B, n, H, D) for n in tokens]
