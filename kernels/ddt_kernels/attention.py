@@ -2,8 +2,9 @@
 
     attention(q, k, v) = softmax(scale · q·kᵀ)·v, per sample and head
 
-q, k and v are (B, N, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so `.flatten(2)` is the
-(B, N, C) that the next GEMM reads: nothing is transposed or copied on either side. Autograd keeps the inputs, the
+q is (B, Nq, H, D), k and v are (B, Nk, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so
+`.flatten(2)` is the (B, Nq, C) that the next GEMM reads: nothing is transposed or copied on either side. Queries of an
+image may attend to the image and a text: Nk is then larger than Nq. Autograd keeps the inputs, the
 output and the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own
 backward pass instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same
 log-sum-exp.
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ddt_kernels import reference
 from ddt_kernels.attention_launch import MAX_HEAD_DIM, launch_backward, launch_forward
-from ddt_kernels.checks import check_kind, check_like, check_positive, check_tensor, check_unit_stride, fail
+from ddt_kernels.checks import check_kind, check_positive, check_same_kind, check_tensor, check_unit_stride, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.runtime import inlined
 
@@ -27,11 +28,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """softmax(scale · q·kᵀ)·v for every sample and head: no mask, scores and softmax in fp32.
 
     Args:
-        q, k, v: (B, N, H, D), any N and H, D divisible by 4 and at most 128; bf16, fp16 or fp32 (fp64 on a CPU). Any
-            strides, except 1 for the last dimension. Fastest where all others are multiples of 16 bytes.
+        q: (B, Nq, H, D), any Nq and H, D divisible by 4 and at most 128; bf16, fp16 or fp32 (fp64 on a CPU).
+        k, v: (B, Nk, H, D), any Nk; q's dtype. All three may have any strides, except 1 for the last dimension. Fastest
+            where all others are multiples of 16 bytes.
         scale: above 0; None: D**-0.5.
 
-    Returns: (B, N, H, D), q's dtype, contiguous. Differentiable once, in all three. All results repeat bit for bit
+    Returns: (B, Nq, H, D), q's dtype, contiguous. Differentiable once, in all three. All results repeat bit for bit
         once the shape's tile is chosen; processes may choose differently unless DDT_KERNELS_AUTOTUNE=0 (`tuning`).
 
     Raises: ValueError on any other shape, dtype, device mix, scale, or a last stride other than 1.
@@ -39,8 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """
     op = "attention"
     _check_heads(op, "q", q)
-    check_like(op, "k", k, q)
-    check_like(op, "v", v, q)
+    _check_keys(op, q, k, v)
     for name, heads in (("q", q), ("k", k), ("v", v)):
         check_strides(op, name, heads)
     if scale is None:
@@ -62,6 +63,20 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
     check_unit_stride(op, name, x)
 
 
+def _check_keys(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """k must be q except for its tokens, v have k's shape."""
+    B, _, H, D = q.shape
+    check_tensor(op, "k", k)
+    if k.ndim != 4 or k.shape[1] < 1 or k.shape != (B, k.shape[1], H, D):
+        fail(op, "k", f"has shape {tuple(k.shape)}", f"shape ({B}, Nk, {H}, {D}), Nk at least 1")
+    check_tensor(op, "v", v)
+    if v.shape != k.shape:
+        fail(op, "v", f"has shape {tuple(v.shape)}", f"{tuple(k.shape)}, like k")
+    for name, x in (("k", k), ("v", v)):
+        check_same_kind(op, name, x, q)
+        check_unit_stride(op, name, x)
+
+
 def check_strides(op: str, name: str, x: Tensor) -> None:
     """Refuses strides with which the kernels' 32-bit offsets, within a tile and from head to head, would overflow."""
     _, N, H, _ = x.shape
@@ -72,7 +87,7 @@ def check_strides(op: str, name: str, x: Tensor) -> None:
 
 @torch.library.custom_op("ddt_kernels::attention", mutates_args=(), device_types="cuda")
 def attention_operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse), lse the (B, H, N) natural log of Σ exp(scale · q·kᵀ), fp32 (fp64 for fp64); not differentiable."""
+    """(out, lse), lse the (B, H, Nq) natural log of Σ exp(scale · q·kᵀ), fp32 (fp64 for fp64); not differentiable."""
     return launch_forward(q, k, v, scale)
 
 
@@ -133,14 +148,21 @@ attention_operator.register_autograd(_autograd, setup_context=_setup)
 
 
 def attention_cost(
-    batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, backward: bool = False
+    batch: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    backward: bool = False,
+    key_tokens: int | None = None,
 ) -> Cost:
-    """Bytes and FLOPs of one call (or of its backward pass) on (batch, tokens, heads, head_dim).
+    """Bytes and FLOPs of one call (or of its backward pass) from (batch, tokens, heads, head_dim) queries to key_tokens
+    keys; None: as many as queries.
 
     FLOPs are those of the products alone (two forward, five backward), as is usual for attention: padded columns,
     repeated products and the softmax do not count. Bytes include the fp32 log-sum-exp.
     """
-    head_tensors, products = (8, 5) if backward else (4, 2)
-    rows = batch * tokens * heads
-    moved = head_tensors * rows * head_dim * dtype.itemsize + 4 * rows
-    return Cost(moved, products * 2 * rows * tokens * head_dim)
+    keys = tokens if key_tokens is None else key_tokens
+    tensors, products = (4, 5) if backward else (2, 2)  # of the queries' shape, and as many of the keys'
+    moved = (tensors * (tokens + keys) * head_dim * dtype.itemsize + 4 * tokens) * batch * heads
+    return Cost(moved, products * 2 * batch * heads * tokens * keys * head_dim)

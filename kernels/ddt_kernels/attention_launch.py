@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -33,9 +33,9 @@ class TileConfig:
 
 
 # fp32 multiplies without tensor cores, with operands in registers: small tiles, and CHUNK columns of the head dim at a
-# time for q·kᵀ.
+# time for q·kᵀ. Without a cap, ptxas aims at 80 registers of the forward kernel on sm_90 and spills.
 FP32_CHUNK = 16
-FP32_QUERY_MAJOR, FP32_SMALL = TileConfig(32, 16, 8, 1), TileConfig(16, 16, 4, 1)
+FP32_QUERY_MAJOR, FP32_SMALL = TileConfig(32, 16, 8, 1, max_registers=128), TileConfig(16, 16, 4, 1)
 
 
 @cache
@@ -54,13 +54,13 @@ def forward_config(head_dim: int, half: bool, arch: int, descriptors: bool) -> T
     """The forward kernel's tile if none is timed. half: bf16 or fp16. attention_kernels.py has the reasons on sm_90."""
     if not half:
         return FP32_QUERY_MAJOR if arch < 100 else FP32_SMALL  # triton 3.7 spills from the larger tile on sm_100
-    if not descriptors:  # pipelined on sm_90, ptxas would serialise every wgmma (advisory C7515)
-        return TileConfig(128, 64, 8, 1 if 90 <= arch < 100 else 3)
+    if not descriptors:
+        return TileConfig(128, 64, 8, 3)
     if arch >= 100:  # accumulators live in tensor memory, so 128 do for more; uncapped, D 128 gets 128 and spills
         return TileConfig(128, 64, 8, 2, max_registers=128 if head_dim <= 96 else 168)
-    if head_dim <= 80:
-        return TileConfig(128, 32, 8, 3, max_registers=128)
-    return TileConfig(128, 128, 8, 2)  # 128 registers would spill, so one program per SM: the larger tile
+    if head_dim <= 96:
+        return TileConfig(128, 64, 8, 3, max_registers=128)
+    return TileConfig(128, 128, 8, 3)  # capped, ptxas would serialise wgmmas, so one program per SM: the larger tile
 
 
 @cache
@@ -73,8 +73,8 @@ def forward_candidates(head_dim: int, half: bool, arch: int, descriptors: bool) 
     """
     default = forward_config(head_dim, half, arch, descriptors)
     if descriptors:
-        small = TileConfig(64, 64, 4, 3 if arch < 100 else 2)
-        return tuple(dict.fromkeys((default, TileConfig(128, 128, 8, 2), small)))
+        stages = 3 if arch < 100 else 2
+        return tuple(dict.fromkeys((default, TileConfig(128, 128, 8, stages), TileConfig(64, 64, 4, stages))))
     if half and not 90 <= arch < 120 and head_dim <= 96:
         return default, TileConfig(64, 32, 4, 3)
     return (default,)
@@ -85,7 +85,13 @@ def query_gradient_config(head_dim: int, half: bool, arch: int, descriptors: boo
     """The tile of the kernel for dq and delta."""
     if not half:
         return FP32_QUERY_MAJOR
-    return TileConfig(128, 64 if descriptors else 32, 8, 2)
+    if not descriptors:
+        return TileConfig(128, 32, 8, 2)
+    if arch >= 100:
+        return TileConfig(128, 64, 8, 2)
+    if 64 < head_dim <= 96:
+        return TileConfig(128, 32, 8, 3, max_registers=128)
+    return TileConfig(128, 64, 8, 3, max_registers=128 if head_dim <= 64 else None)
 
 
 @cache
@@ -97,9 +103,7 @@ def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors:
         return TileConfig(32, 128 if head_dim <= 80 else 64, 8, 2)
     if arch >= 100:
         return TileConfig(64 if head_dim <= 96 else 32, 128, 8, 2)
-    if 64 < head_dim <= 80:  # with 128 keys, triton 3.8 leaves ptxas too few registers to run wgmmas asynchronously
-        return TileConfig(64, 64, 8, 2)
-    return TileConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
+    return TileConfig(64 if head_dim <= 96 else 32, 64, 4, 3)
 
 
 def _pin_single_strides(tensor: Tensor) -> Tensor:
@@ -136,32 +140,29 @@ class _Call:
         pitches = [stride for tensor in tensors for stride in tensor.stride()[:-1]]
         return _Call(main, tail, math.gcd(16 // first.element_size(), *pitches), half, descriptors, arch)
 
-    def sources(self, *reads: tuple[Tensor, int]) -> list[Any]:
-        """The kernels' arguments for tensors, each with the rows of its tiles: descriptors or pointers."""
+    def sources(self, rows: int, *walked: Tensor) -> list[Any]:
+        """The kernels' arguments for tensors that loops read in tiles of `rows`: descriptors, or pointers and None."""
+        widths = (self.main, self.tail)
         if not self.descriptors:
-            return [source for tensor, _ in reads for source in (tensor, None)]
-        sources: list[Any] = []
-        for tensor, rows in reads:
-            tail = tensor_descriptor(tensor, (1, rows, 1, self.tail)) if self.tail else None
-            sources += tensor_descriptor(tensor, (1, rows, 1, self.main)), tail
-        return sources
+            return [source for tensor in walked for source in (tensor, None)]
+        return [tensor_descriptor(t, (1, rows, 1, width)) if width else None for t in walked for width in widths]
 
     def strides(self, *tensors: Tensor) -> list[int]:
         """The kernels' arguments for those tensors' strides."""
         return [stride // self.vector for tensor in tensors for stride in tensor.stride()[:-1]]
 
-    def meta(self, tensor: Tensor, config: TileConfig, walked: int) -> dict[str, Any]:
-        """Constexprs and options; `walked` is the size of the tiles that a program's loop walks over."""
+    def meta(self, config: TileConfig, head_dim: int, even: bool) -> dict[str, Any]:
+        """Constexprs and options; even: whether a program's loop walks over whole tiles only."""
         return {
             "BM": config.queries,
             "BN": config.keys,
-            "D": tensor.shape[-1],
+            "D": head_dim,
             "MAIN": self.main,
             "TAIL": self.tail,
             "VECTOR": self.vector,
             "CHUNK": 0 if self.half else FP32_CHUNK,
             "DESCRIPTORS": self.descriptors,
-            "EVEN": tensor.shape[1] % walked == 0,
+            "EVEN": even,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             # 255 is the hardware's limit; unnamed, ptxas aims at 128 on sm_100 and spills two registers (at D 76 with
@@ -171,25 +172,27 @@ class _Call:
 
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out, lse): (B, N, H, D) contiguous and the fp32 (B, H, N) logarithm of the softmax's denominator."""
-    B, N, H, D = q.shape
+    """(out, lse): q's shape, contiguous, and the fp32 (B, H, Nq) logarithm of the softmax's denominator."""
+    B, Nq, H, D = q.shape
+    Nk = k.shape[1]
     q, k, v = _pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v)
     call = _Call.of(q, k, v)
-    out, lse = q.new_empty((B, N, H, D)), q.new_empty((B, H, N), dtype=torch.float32)
+    out, lse = q.new_empty((B, Nq, H, D)), q.new_empty((B, H, Nq), dtype=torch.float32)
 
     def run(config: TileConfig) -> None:
-        blocks = cdiv(N, config.queries)
+        blocks = cdiv(Nq, config.queries)
         launch(
             attention_kernel,
             (B * H * blocks,),
             q.device,
-            *(*call.sources((q, config.queries), (k, config.keys), (v, config.keys)), out, lse),
-            *(N, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
-            **call.meta(q, config, config.keys),
+            *(q, *call.sources(config.keys, k, v), out, lse),
+            *(Nq, Nk, H, blocks, scale * math.log2(math.e), *call.strides(q, k, v)),
+            **call.meta(config, D, Nk % config.keys == 0),
         )
 
-    key = (next_power_of_2(B * H), next_power_of_2(N), D, q.dtype, call.descriptors, call.vector)
+    sizes = next_power_of_2(B * H), next_power_of_2(Nq), next_power_of_2(Nk)
     candidates = forward_candidates(D, call.half, call.arch, call.descriptors)
+    key = (*sizes, D, q.dtype, call.descriptors, call.vector)
     run(choose("attention", key, candidates, candidates[0], run, q.device))
     return out, lse
 
@@ -204,84 +207,96 @@ def launch_backward(
     scale: float,
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each (B, N, H, D): contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
-    B, N, H, D = q.shape
+    """Gradients of q, k and v, in their shapes: contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
+    B, Nq, H, D = q.shape
+    Nk = k.shape[1]
     # Autograd passes gradients with any strides, even 0 (from a sum).
     grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
     call = _Call.of(grad_out, out, q, k, v)
     if packed is None:
-        grad_q, grad_k, grad_v = (q.new_empty((B, N, H, D)) for _ in range(3))
+        grad_q, grad_k, grad_v = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
     else:
         grad_q, grad_k, grad_v = packed.unbind(2)
     pitch = H if packed is None else 3 * H
-    delta = lse.new_empty(lse.shape)
     scales = (scale, scale * math.log2(math.e))
 
     config = query_gradient_config(D, call.half, call.arch, call.descriptors)
-    queries, keys = config.queries, config.keys
-    sources = call.sources((grad_out, queries), (out, queries), (q, queries), (k, keys), (v, keys))
-    blocks = cdiv(N, queries)
+    blocks = cdiv(Nq, config.queries)
+    terms = lse.new_empty((B * H, 2 * blocks * config.queries))
     launch(
         attention_query_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_q, pitch, N, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
-        **call.meta(q, config, keys),
+        *(grad_out, out, q, *call.sources(config.keys, k, v), lse, terms, grad_q),
+        *(pitch, Nq, Nk, H, blocks, *scales, *call.strides(grad_out, out, q, k, v)),
+        **call.meta(config, D, Nk % config.keys == 0),
     )
     config = key_value_gradient_config(D, call.half, call.arch, call.descriptors)
-    queries, keys = config.queries, config.keys
-    sources = call.sources((grad_out, queries), (q, queries), (k, keys), (v, keys))
-    blocks = cdiv(N, keys)
+    blocks = cdiv(Nk, config.keys)
+    walked = tensor_descriptor(terms, (1, 2 * config.queries)) if call.descriptors else terms
     launch(
         attention_key_value_gradient_kernel,
         (B * H * blocks,),
         q.device,
-        *(*sources, lse, delta, grad_k, grad_v, pitch, N, H, blocks),
-        *(*scales, *call.strides(grad_out, q, k, v)),
-        **call.meta(q, config, queries),
+        *(k, v, *call.sources(config.queries, grad_out, q), walked, grad_k, grad_v),
+        *(pitch, Nq, Nk, H, blocks, terms.shape[1], *scales, *call.strides(k, v, grad_out, q)),
+        **call.meta(config, D, Nq % config.queries == 0),
     )
     return grad_q, grad_k, grad_v
 
 
 def aot_cases() -> list[AotCase]:
-    """bf16 at every width, with a partial tile, which includes the code for whole ones; every other variant once."""
+    """bf16 at every width, with a partial last tile; every other variant once. 256 to 384: an image and 128 of text."""
     cases = [case for head_dim in (64, 72, 80, 96, 128) for case in _cases(head_dim, torch.bfloat16)]
-    cases += _cases(72, torch.bfloat16, tokens=1024)[:1] + _cases(72, torch.float16)[:1]
-    single = ("N", "H", "blocks", "grad_pitch", "grad_out_sb", "out_sb")
-    cases += _cases(8, torch.bfloat16, tokens=1, heads=1, archs=(80, 90), ones=single)
+    cases += _cases(72, torch.bfloat16, 1024)[:1] + _cases(72, torch.bfloat16, 256, 384)
+    cases += _cases(72, torch.float16)[:1]
+    single = ("Nq", "Nk", "H", "blocks", "grad_pitch", "grad_out_sb", "out_sb")
+    cases += _cases(8, torch.bfloat16, 1, heads=1, archs=(80, 90), ones=single)
     for head_dim in (76, 100):  # rows of 152 and 200 bytes: pointers everywhere
         cases += _cases(head_dim, torch.bfloat16, archs=(90, 100))
     return cases + _cases(128, torch.float32)
 
 
+# By whether a head takes two dots. Of the barriers, triton 3.6 puts two less into the key and value gradients.
 _BUDGETS = {
-    attention_kernel.__name__: Budget(barriers=8, copies=3, drains=2),
-    attention_query_gradient_kernel.__name__: Budget(barriers=8, copies=7, drains=4),
-    attention_key_value_gradient_kernel.__name__: Budget(barriers=10, copies=5, drains=4),
+    attention_kernel.__name__: (Budget(barriers=4, copies=1, drains=1), Budget(barriers=6, copies=1, drains=2)),
+    attention_query_gradient_kernel.__name__: (
+        *(Budget(barriers=4, copies=1, drains=2), Budget(barriers=6, copies=1, drains=4)),
+    ),
+    attention_key_value_gradient_kernel.__name__: (
+        *(Budget(barriers=6, copies=1, drains=2), Budget(barriers=8, copies=1, drains=4)),
+    ),
 }
 
 
 def _cases(
     head_dim: int,
     dtype: torch.dtype,
-    tokens: int = 1000,
+    queries: int = 1000,
+    keys: int | None = None,
     heads: int = 16,
     archs: tuple[int, ...] = ARCHITECTURES,
     ones: tuple[str, ...] = (),
 ) -> list[AotCase]:
     """Forward, backward; of 32 images."""
-    q, k, v = torch.empty(32, tokens, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
-    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(32, heads, tokens, device="meta")
+    q, _, _ = torch.empty(32, queries, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
+    _, k, v = torch.empty(32, keys or queries, 3, heads, head_dim, dtype=dtype, device="meta").unbind(2)
+    out, lse = torch.empty(q.shape, dtype=dtype, device="meta"), torch.empty(32, heads, queries, device="meta")
     half = dtype.itemsize == 2
     described = half and head_dim % 8 == 0
 
     def case(run: Callable[[], object], *kernels: Any) -> AotCase:
-        label = f"D {head_dim} {str(dtype).removeprefix('torch.')} N {tokens}"
+        tokens = f"N {queries}" + (f" to {keys}" if keys else "")
         names = tuple(kernel.__name__ for kernel in kernels)
-        budgets = {name: _BUDGETS[name] for name in names} if described and tokens > 1 else {}
-        if half and not described:
-            budgets = dict.fromkeys(names, Budget(barriers=4, copies=1, drains=4))
-        return AotCase(label, run, names if half else (), names if described else (), archs, ones, budgets)
+        budgets = {name: _BUDGETS[name][split_head(head_dim)[1] > 0] for name in names}
+        if not described:
+            budgets = {name: replace(budget, barriers=2) for name, budget in budgets.items()}
+        return AotCase(
+            f"D {head_dim} {str(dtype).removeprefix('torch.')} {tokens}",
+            run,
+            *(names if half else (), names if described else (), archs, ones),
+            budgets if half and queries > 1 else {},
+        )
 
     return [
         case(lambda: launch_forward(q, k, v, 0.1), attention_kernel),

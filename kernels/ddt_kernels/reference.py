@@ -243,7 +243,8 @@ def guided_step(
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale · q·kᵀ)·v of (B, N, H, D) heads, by whichever implementation PyTorch picks."""
+    """softmax(scale · q·kᵀ)·v of (B, Nq, H, D) queries and (B, Nk, H, D) keys, by whichever implementation PyTorch
+    picks."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
@@ -263,7 +264,7 @@ def qkv_attention(
 
 
 def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
-    """ln Σ exp(scale · q·kᵀ) of every query, (B, H, N), with fp32 arithmetic."""
+    """ln Σ exp(scale · q·kᵀ) of every query, (B, H, Nq), with fp32 arithmetic."""
     scores = torch.einsum("bnhd,bmhd->bhnm", _wide(q), _wide(k))
     return torch.logsumexp(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
 

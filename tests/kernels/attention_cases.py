@@ -13,24 +13,32 @@ LAYOUTS = ("packed", "contiguous", "heads first", "odd pitch")
 
 
 def make_heads(
-    shape: Shape, dtype: torch.dtype, layout: str = "packed", device: str = "cpu", size: float = 1.0
+    shape: Shape,
+    dtype: torch.dtype,
+    layout: str = "packed",
+    device: str = "cpu",
+    size: float = 1.0,
+    keys: int | None = None,
 ) -> list[Tensor]:
-    """Seeded q, k and v, q times `size`.
+    """Seeded q, k and v, q times `size`; k and v have `keys` tokens, or as many as q.
 
-    packed: views of one (B, N, 3, H, D). heads first: (B, H, N, D) transposed. odd pitch: rows 2D + 1 elements apart,
-    which no copy of more than one element fits.
+    packed: views of one (B, N, 3, H, D), or of one such for q and one for k and v. heads first: (B, H, N, D)
+    transposed. odd pitch: rows 2D + 1 elements apart, which no copy of more than one element fits.
     """
     B, N, H, D = shape
     randn = seeded(0, dtype, device)
+    tokens = (N, keys or N, keys or N)
     if layout == "packed":
         heads = list(randn(B, N, 3, H, D).unbind(2))
+        if keys not in (None, N):
+            heads[1:] = randn(B, keys, 3, H, D).unbind(2)[1:]
     elif layout == "contiguous":
-        heads = [randn(*shape) for _ in "qkv"]
+        heads = [randn(B, n, H, D) for n in tokens]
     elif layout == "heads first":
-        heads = [randn(B, H, N, D).transpose(1, 2) for _ in "qkv"]
+        heads = [randn(B, H, n, D).transpose(1, 2) for n in tokens]
     else:
         assert layout == "odd pitch"
-        heads = [randn(B, N, H, 2 * D + 1)[..., 1 : D + 1] for _ in "qkv"]
+        heads = [randn(B, n, H, 2 * D + 1)[..., 1 : D + 1] for n in tokens]
     heads[0].mul_(size)
     return heads
 

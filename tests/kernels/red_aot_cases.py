@@ -52,7 +52,7 @@ def _chain(configuration: str, i: torch.Tensor, count: int, budget: Budget) -> A
 
 def _serialised() -> None:
     """Attention with a tile for which 128 registers are too few to run wgmmas asynchronously."""
-    q = torch.empty(2, 1000, 16, 72, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(2, 1000, 16, 128, dtype=torch.bfloat16, device="meta")
     tile = attention_launch.TileConfig(128, 64, 8, 3, max_registers=128)
     with patch.object(attention_launch, "forward_candidates", lambda *_: (tile,)):
         attention_launch.launch_forward(q, q, q, 0.1)

@@ -9,18 +9,24 @@ from ddt_kernels.qkv_attention import launch_backward, launch_forward
 from kernel_testing import BF16, FP16, FP32, assert_all_equal, check_against_reference, poison_empty
 from qk_norm_rope_cases import FIXED, make_inputs
 
-# Every split of the head (one dot, two, either padded) and every kind of N: below a tile, whole tiles, more.
+# (shape of q, keys): every split of the head (one dot, two, either padded), and every kind of number of queries and of
+# keys: below a tile, whole tiles, more; as many of both or not.
 SHAPES = [
-    (2, 24, 2, 72),
-    (1, 1, 3, 24),
-    (1, 65, 1, 80),
-    (1, 130, 1, 128),
-    (1, 128, 1, 72),
-    (1, 64, 2, 96),
-    (2, 5, 1, 20),
+    ((2, 24, 2, 72), 70),
+    ((1, 1, 3, 24), 1),
+    ((1, 65, 1, 80), 33),
+    ((1, 130, 1, 128), 130),
+    ((1, 128, 1, 72), 128),
+    ((1, 128, 1, 72), 65),
+    ((1, 65, 1, 72), 128),
+    ((1, 64, 2, 96), 64),
+    ((2, 5, 1, 20), 3),
 ]
-CASES = [*((shape, BF16) for shape in SHAPES), ((1, 70, 2, 72), FP16)]
-FP32_CASES = [((2, 9, 2, 72), None), ((1, 1, 3, 24), None), ((1, 32, 1, 80), None), ((1, 33, 1, 64), 0.3)]
+CASES = [*((*shape, BF16) for shape in SHAPES), ((1, 70, 2, 72), 70, FP16)]
+FP32_CASES = [
+    *(((2, 9, 2, 72), 9, None), ((1, 1, 3, 24), 1, None), ((1, 32, 1, 80), 32, None), ((1, 33, 1, 64), 33, 0.3)),
+    *(((1, 21, 1, 72), 35, None), ((1, 40, 1, 20), 17, None)),
+]
 
 
 def run(heads, scale=None):
@@ -59,15 +65,15 @@ def loads(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", [80, 90], indirect=True)
-@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
-def test_matches_reference(shape, dtype, arch, loads):
-    check(make_heads(shape, dtype))
+@pytest.mark.parametrize(("shape", "keys", "dtype"), CASES, ids=str)
+def test_matches_reference(shape, keys, dtype, arch, loads):
+    check(make_heads(shape, dtype, keys=keys))
     assert loads == [arch >= 90 and shape[-1] % 8 == 0] * 3
 
 
-@pytest.mark.parametrize(("shape", "scale"), FP32_CASES, ids=str)
-def test_fp32(shape, scale):
-    check(make_heads(shape, FP32), scale)
+@pytest.mark.parametrize(("shape", "keys", "scale"), FP32_CASES, ids=str)
+def test_fp32(shape, keys, scale):
+    check(make_heads(shape, FP32, keys=keys), scale)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -75,7 +81,7 @@ def test_fp32(shape, scale):
     ("shape", "arch"), [((2, 24, 2, 72), 80), ((2, 24, 2, 72), 90), ((1, 24, 1, 72), 90)], indirect=["arch"]
 )
 def test_layouts(shape, layout, arch, loads):
-    check(make_heads(shape, BF16, layout))
+    check(make_heads(shape, BF16, layout, keys=40))
     assert loads == [arch == 90 and layout != "odd pitch"] * 3
 
 
