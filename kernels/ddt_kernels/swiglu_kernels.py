@@ -164,7 +164,6 @@ def swiglu_forward_kernel(
     LOAD_DESCRIPTORS: tl.constexpr,
     STORE_DESCRIPTORS: tl.constexpr,
     KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
@@ -175,7 +174,7 @@ def swiglu_forward_kernel(
         for c in range(0, C, BLOCK_K):
             x_MK = _load_tile(x, m, c, M, x_sm, C, BLOCK_M, BLOCK_K, LOAD_DESCRIPTORS)
             weights_FK = _load_pair(weights, f, c, F, weights_sh, weights_sf, C, BLOCK_F, BLOCK_K, LOAD_DESCRIPTORS)
-            both_MF = tl.dot(x_MK, weights_FK.T, both_MF, input_precision=PRECISION)
+            both_MF = tl.dot(x_MK, weights_FK.T, both_MF, input_precision="tf32")
 
         gate_MF, up_MF = _halves(both_MF, BLOCK_M, 2 * BLOCK_F)
         gate_MF = _add_bias(gate_MF, b1_ptr, f, F, BLOCK_F)
@@ -215,15 +214,15 @@ def _store_gradients(
 
 @triton.jit
 def swiglu_mlp_backward_kernel(
-    grad_z,  # (M, O), as is w2 a descriptor or a pointer
-    w2,  # (O, F)
+    grad_z,  # (M, OUT), as is w2 a descriptor or a pointer
+    w2,  # (OUT, F)
     gate_up_ptr,  # (M, 2F) contiguous, as is the gradient
     grad_gate_up_ptr,  # out
     y_ptr,  # out, (M, F) contiguous
     M,
     grad_z_sm,
     w2_so,
-    O: tl.constexpr,
+    OUT: tl.constexpr,
     F: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -240,9 +239,9 @@ def swiglu_mlp_backward_kernel(
         row, column = _origin(tile, tiles_m, tiles_f, GROUP)
         m, f = row * BLOCK_M, column * BLOCK_F
         grad_MF = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
-        for o in range(0, O, BLOCK_K):
-            grad_z_MK = _load_tile(grad_z, m, o, M, grad_z_sm, O, BLOCK_M, BLOCK_K, DESCRIPTORS)
-            w2_KF = _load_tile(w2, o, f, O, w2_so, F, BLOCK_K, BLOCK_F, DESCRIPTORS)
+        for o in range(0, OUT, BLOCK_K):
+            grad_z_MK = _load_tile(grad_z, m, o, M, grad_z_sm, OUT, BLOCK_M, BLOCK_K, DESCRIPTORS)
+            w2_KF = _load_tile(w2, o, f, OUT, w2_so, F, BLOCK_K, BLOCK_F, DESCRIPTORS)
             grad_MF = tl.dot(grad_z_MK, w2_KF, grad_MF)
 
         left_MF, right_MF = _halves(grad_MF, BLOCK_M, BLOCK_F)

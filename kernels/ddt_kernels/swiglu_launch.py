@@ -50,7 +50,7 @@ CHIPS = {80: Chip(108, 1024), 90: Chip(132, 2048), 100: Chip(148, 4096)}  # A100
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A program's tile of y, or of its gradient; per_sm: how many programs fit on an SM by registers and shared memory."""
+    """A program's tile of y or its gradient; per_sm: how many programs fit on an SM by registers and shared memory."""
 
     block_m: int
     block_f: int
@@ -69,16 +69,26 @@ HALF_BY_DESCRIPTOR = (
     TileConfig(64, 64, 64, 4, 4, 2),
     TileConfig(64, 32, 64, 4, 5, 2),
 )
+HALF_ODD_WIDTH = (TileConfig(128, 128, 64, 8, 4), TileConfig(128, 64, 64, 8, 3), TileConfig(64, 64, 64, 4, 3, 2))
 HALF_BY_POINTER = (
     TileConfig(128, 128, 32, 8, 3),
     TileConfig(128, 64, 32, 4, 3, 2),
-    TileConfig(64, 64, 32, 4, 4, 2),
-    TileConfig(64, 32, 32, 4, 5, 2),
+    TileConfig(64, 64, 32, 4, 4, 3),
+    TileConfig(64, 32, 32, 4, 5, 4),
 )
 TF32_BY_DESCRIPTOR = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3, 2))
-TF32_BY_POINTER = (TileConfig(128, 64, 32, 8, 2), TileConfig(64, 64, 32, 4, 3))
+TF32_BY_POINTER = (TileConfig(128, 64, 32, 8, 2, 2), TileConfig(64, 64, 32, 4, 3, 3))
 BACKWARD_BY_DESCRIPTOR = (TileConfig(128, 128, 64, 8, 3, 2), TileConfig(128, 256, 64, 8, 3))
-BACKWARD_BY_POINTER = (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4, 2))
+BACKWARD_BY_POINTER = (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4, 4))
+
+
+def forward_configs(dtype: torch.dtype, by_descriptor: bool, odd_width: bool) -> tuple[TileConfig, ...]:
+    """odd_width: rows of y are no multiple of 16 bytes, so stores cannot go by descriptor and take more registers."""
+    if dtype == torch.float32:
+        return TF32_BY_DESCRIPTOR if by_descriptor else TF32_BY_POINTER
+    if by_descriptor:
+        return HALF_ODD_WIDTH if odd_width else HALF_BY_DESCRIPTOR
+    return HALF_BY_POINTER
 
 
 def family(arch: int) -> int:
@@ -131,7 +141,8 @@ def launch_forward(
     """
     rows, weights = x.reshape(-1, x.shape[-1]), stacked(w1, w3)
     F, lead = w1.shape[0], x.shape[:-1]
-    if FUSED and (tf32 or x.dtype != torch.float32) and descriptor_fits(rows) and descriptor_fits(weights):
+    tensor_cores = tf32 and F % 4 == 0 if x.dtype == torch.float32 else True
+    if FUSED and tensor_cores and descriptor_fits(rows) and descriptor_fits(weights):
         y, gate_up = x.new_empty((*lead, F)), x.new_empty((*lead, 2 * F) if keep else 0)
         _launch_fused_forward(rows, weights, y.view(-1, F), gate_up.view(-1, 2 * F) if keep else None, b1, b3)
         return y, gate_up
@@ -150,9 +161,9 @@ def _launch_fused_forward(
     gate, up = (None, None) if gate_up is None else gate_up.split(F, dim=1)
     arch = family(target_arch(x.device))
     load_descriptors = arch >= 90
-    store_descriptors = load_descriptors and F * x.element_size() % 16 == 0
-    tf32 = x.dtype == torch.float32
-    configs = _FORWARD_CONFIGS[tf32, load_descriptors]
+    odd_width = F * x.element_size() % 16 != 0
+    store_descriptors = load_descriptors and not odd_width
+    configs = forward_configs(x.dtype, load_descriptors, odd_width)
 
     def run(config: TileConfig) -> None:
         def loaded(tensor: Tensor, *block: int) -> Any:
@@ -180,7 +191,6 @@ def _launch_fused_forward(
             LOAD_DESCRIPTORS=load_descriptors,
             STORE_DESCRIPTORS=store_descriptors,
             KEEP=gate_up is not None,
-            PRECISION="tf32" if tf32 else "ieee",
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -190,18 +200,11 @@ def _launch_fused_forward(
     run(choose("swiglu", key, configs, forward_config(M, C, F, configs, CHIPS[arch]), run, x.device))
 
 
-_FORWARD_CONFIGS = {
-    (False, True): HALF_BY_DESCRIPTOR,
-    (False, False): HALF_BY_POINTER,
-    (True, True): TF32_BY_DESCRIPTOR,
-    (True, False): TF32_BY_POINTER,
-}
-
-
 def launch_backward(
     grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), and of the biases, (2F,), or nothing."""
+    """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), and, if `biased`, of the biases (b1; b3),
+    (2F,), else an empty tensor."""
     F = w1.shape[0]
     grad_gate_up = launch_backward_activation(grad_y.reshape(-1, F).contiguous(), gate_up.view(-1, 2 * F))
     return _input_gradients(grad_gate_up, x, w1, w3, biased)
@@ -236,8 +239,8 @@ def launch_mlp_forward(
 def launch_mlp_backward(
     grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor, biased: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), of w2, and of b1 and b3, (2F,), or
-    nothing."""
+    """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), of w2, and, if `biased`, of the biases
+    (b1; b3; b2), (2F + O,), else an empty tensor."""
     grad_z, gate_up = grad_z.reshape(-1, w2.shape[0]), gate_up.view(-1, 2 * w1.shape[0])
     with without_autocast(x):
         if FUSED and x.dtype != torch.float32 and descriptor_fits(grad_z) and descriptor_fits(w2):
@@ -247,13 +250,13 @@ def launch_mlp_backward(
             grad_gate_up = launch_backward_activation(y, gate_up, y)
         grad_w2 = grad_z.T @ y
     del y
-    grad_x, grad_weights, grad_bias = _input_gradients(grad_gate_up, x, w1, w3, biased)
-    return grad_x, grad_weights, grad_w2, grad_bias
+    grad_x, grad_weights, grad_biases = _input_gradients(grad_gate_up, x, w1, w3, biased)
+    return grad_x, grad_weights, grad_w2, torch.cat([grad_biases, grad_z.sum(0)]) if biased else grad_biases
 
 
 def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gate_up (M, 2F), y (M, F)) from that of z = y · w2ᵀ, (M, O). F is a multiple of 8."""
-    (M, O), F = grad_z.shape, w2.shape[1]
+    (M, out), F = grad_z.shape, w2.shape[1]
     y, grad_gate_up = gate_up.new_empty((M, F)), torch.empty_like(gate_up)
     arch = family(target_arch(grad_z.device))
     descriptors = arch >= 90
@@ -272,7 +275,7 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
             moved(w2, config.block_k, config.block_f),
             *(gate_up, grad_gate_up, y),
             *(M, grad_z.stride(0), w2.stride(0)),
-            O=O,
+            OUT=out,
             F=F,
             BLOCK_M=config.block_m,
             BLOCK_F=config.block_f,
@@ -284,7 +287,7 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
             num_stages=config.num_stages,
         )
 
-    key = (next_power_of_2(M), O, F, grad_z.dtype)
+    key = (next_power_of_2(M), out, F, grad_z.dtype)
     run(choose("swiglu_mlp_backward", key, configs, configs[0], run, grad_z.device))
     return grad_gate_up, y
 
@@ -319,7 +322,7 @@ def _pass_blocks(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def aot_cases() -> list[AotCase]:
-    """Every candidate at XL/2's shape, and a width whose rows of y are no multiple of 16 bytes, as the digits model's."""
+    """Every candidate at XL/2's shape, and a width whose rows of y are no multiple of 16 bytes, as the digits model has."""
     half, full = torch.bfloat16, torch.float32
     cases = [
         *(_forward_case(16384, 1152, 3072, half, keep) for keep in (False, True)),
