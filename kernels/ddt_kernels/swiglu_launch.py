@@ -322,7 +322,7 @@ def _pass_blocks(rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 def aot_cases() -> list[AotCase]:
-    """Every candidate at XL/2's shape, and a width whose rows of y are no multiple of 16 bytes, as the digits model has."""
+    """Every candidate at XL/2's shape, and at a width whose rows of y are no multiple of 16 bytes (the digits model)."""
     half, full = torch.bfloat16, torch.float32
     cases = [
         *(_forward_case(16384, 1152, 3072, half, keep) for keep in (False, True)),
