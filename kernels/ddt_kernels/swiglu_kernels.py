@@ -52,9 +52,9 @@ if _compiling:
         return tl.inline_asm_elementwise(
             """{
             .reg .f32 t;
-            mul.f32 t, $1, 0fBFB8AA3B;
+            mul.f32 t, $1, 0fBFB8AA3B;  // -log2 e
             ex2.approx.ftz.f32 t, t;
-            add.f32 t, t, 0f3F800000;
+            add.f32 t, t, 0f3F800000;  // 1
             rcp.approx.ftz.f32 $0, t;
             }""",
             "=f,f",
@@ -68,7 +68,6 @@ else:
 
     @triton.jit
     def _sigmoid(x):
-        """1 / (1 + 2^(-x · log2 e)): what is compiled, in the interpreter's arithmetic."""
         return 1.0 / (1.0 + tl.exp2(x * -1.44269504))
 
 
@@ -167,7 +166,8 @@ def swiglu_forward_kernel(
 ):
     tiles_m = (M + BLOCK_M - 1) // BLOCK_M
     tiles_f: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_f, tl.num_programs(0), flatten=True):
+    flatten: tl.constexpr = STORE_DESCRIPTORS or not LOAD_DESCRIPTORS
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_f, tl.num_programs(0), flatten=flatten):
         row, column = _origin(tile, tiles_m, tiles_f, GROUP)
         m, f = row * BLOCK_M, column * BLOCK_F
         both_MF = tl.zeros([BLOCK_M, 2 * BLOCK_F], tl.float32)
