@@ -1,13 +1,16 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
 """The Triton kernels of swiglu; `swiglu_launch.py` launches them, `swiglu.py` is the operator.
 
-    gate = x · w1ᵀ,  up = x · w3ᵀ,  y = silu(gate) · up                    fp32 until the store
+    gate = x · w1ᵀ + b1,  up = x · w3ᵀ + b3,  y = silu(gate) · up          fp32 until the store
     dgate = dy · up · s·(1 + gate·(1 - s)),  dup = dy · gate · s           s = sigmoid(gate)
-    dx = dgate · w1 + dup · w3,  dw1 = dgateᵀ · x,  dw3 = dupᵀ · x
-    of a whole MLP, z = y · w2ᵀ:  dy = dz · w2,  dw2 = dzᵀ · y
+    dx = dgate · w1 + dup · w3,  dw1 = dgateᵀ · x,  dw3 = dupᵀ · x;  db1, db3 are the sums of dgate's and dup's rows
+    of a whole MLP, z = y · w2ᵀ + b2:  dy = dz · w2,  dw2 = dzᵀ · y
 
-Forward: one dual GEMM. A tile of x is loaded once and multiplied into two accumulators; the activation is the epilogue;
-F columns are written, and (gate | up) packed, (M, 2F), if the backward pass will need it.
+Forward: one GEMM. A tile of x is multiplied by the same rows of w1 and w3, one below the other, into one accumulator,
+[M, 2F]; a thread holds gate and up of the same elements, so the activation is the epilogue, in registers. F columns are
+written, and (gate | up) packed, (M, 2F), if the backward pass will need it. w1 and w3 are read as one (2, F, C): in
+place if they are the halves of one tensor, as in FusedDDT and in models that keep them together; else the launcher
+copies them into one first, 28 MB of traffic at XL/2, 1% of this GEMM at 32K rows, and once more in the backward pass.
 
 Keep or recompute? Per token at C = 1152, F = 3072 in bf16 on an H200; this is arithmetic from its ceilings
 (790 TFLOP/s, 4.3 TB/s), not timings. The GEMMs that follow take 35.7 ns either way.
@@ -20,25 +23,33 @@ Keep or recompute? Per token at C = 1152, F = 3072 in bf16 on an H200; this is a
 They are kept, because time is the scarcer resource: this saves 11 to 16% of the op for 344 KB per token over 28 blocks
 (5.6 GB for 64 images of 256 px), where the rest of the network keeps about 1.1 MB. To save memory instead, put
 torch.utils.checkpoint around the MLP, at the price of a second forward pass. The packed layout makes dx one GEMM over
-2F with a single accumulation, and (dw1; dw3) another, both cuBLAS's. They need w1 and w3 stacked; that copy moves
-28 MB, 2% of dx's time at 16K rows, less than rereading dx in a second GEMM, and rounds once less.
+2F with a single accumulation, and (dw1; dw3) another, both cuBLAS's, without a copy where w1 and w3 lie together.
 
-swiglu_mlp does not keep y, F more columns that dw2 needs: the backward kernel has gate and up in registers, and writes
-y over dy, which no other program reads. That is one more store in a pass of five columns, 1.4 ns per token, for 172 KB.
+swiglu_mlp does not keep y, F more columns that dw2 needs, nor does its backward pass write dy: the GEMM dz · w2 has dy
+in its accumulators, reads gate and up in its epilogue, and writes dgate, dup and y. That moves 5F columns where a GEMM
+and a pass over its result move 7F: 2.9 ns less per token, and the 7.1 that are left run beside 8.9 of multiplication.
 
-Why the forward looks like this (an H200's SM does 2048 bf16 multiply-adds per cycle; L2 gives it at most 64 bytes):
- - 128 x 128 twice is the widest tile Triton can hold: its two accumulators are 128 of a thread's 255 registers, as in
-   a plain 128 x 256 GEMM. 64 channels of it are 1024 cycles and 48 KB, 48 bytes a cycle; 128 x 64 would need 64.
- - Programs stay on their SM and walk over the tiles in groups of GROUP tile rows, so that those running at one time
+Counted in the binary (sm_90, 128 x 128, bf16; triton 3.6 and 3.8 agree), then argued. An H200's SM does 2048 bf16
+multiply-adds per cycle; L2 gives it at most 64 bytes, shared memory 128.
+ - 64 channels of a forward tile are 4 wgmma 64 x 256 x 16 a warp group, 1024 cycles. They stay in flight until those of
+   the next step are issued; the tensor cores are drained once, at a tile's end. A step has 4 barriers.
+ - L2: 48 KB a step, 48 bytes a cycle; 128 x 64 would need 64. Shared memory: a wgmma reads 2 KB of x and 8 of weights
+   in 128 cycles, 80 bytes a cycle; with an accumulator each for w1 and w3, x would be read twice: 96.
+ - 128 x 128 is the widest tile Triton can hold: its accumulator is 128 of the 255 registers a thread can have, of 177.
+   Programs stay on their SM and walk over the tiles in groups of GROUP tile rows, so that those running at one time
    read few distinct bytes (10 MB at XL/2), once from memory, then from L2. On sm_90 the ring of four stages and the
    32 KB staged for the stores take 229,408 of 232,448 bytes.
- - FLATTEN fuses the two loops, so that the next tile's first loads are in flight during the epilogue. On sm_100 it also
-   alternates between two pairs of accumulators in tensor memory; on sm_80 it keeps the kernel from spilling. It is off
-   where wgmma is used (sm_90): in the fused loop the compiler waits for the two accumulators one after the other, and
-   ptxas (advisory C7515) then drains the tensor cores after every single wgmma. A test reads that off the binary.
-   The price: about 1000 of a tile's 22,000 cycles, in which the ring refills.
+ - The loops over tiles and channels are one (flatten), so that the next tile's loads are in flight in the epilogue. On
+   sm_100 it also alternates between two accumulators in tensor memory. It is off where y's rows are no multiple of 16
+   bytes on these chips: stores by pointer then take the registers that it would need.
+ - The epilogue's floor is the special-function unit: 2 instructions for each element of y (ex2, rcp), 16 a cycle, 2048
+   cycles beside a tile's 18,432. Its `silu` errs by at most (4 + 0.62·|min(gate, 0)|) · 2^-23 of its value, or by
+   1.1e-36, which it reaches below -87.3, where it is 0. (0.62·|gate| is the rounding of gate · log2 e.)
+ - dz · w2: 128 x 128 needs 64 bytes a cycle from L2, but two programs fit on an SM (124 registers, 98,328 bytes), so
+   that one multiplies while the other's epilogue waits for memory. 128 x 256 needs 48, and is alone. The epilogue
+   takes a quarter of the columns at a time, for which its registers suffice.
  - From sm_90 on, tiles move by descriptor (TMA), in both directions, if the row pitch is a multiple of 16 bytes. sm_80
-   has no TMA and uses pointers, whose loads become cp.async; odd pitches use pointers everywhere.
+   has no TMA and uses pointers, whose loads become cp.async.
 
 Tile suffixes: M rows of x, F columns of y (rows of w1 and w3), K channels.
 """
