@@ -10,7 +10,7 @@ The state_dict is that of `reference.DDT`: modulations are merged on loading and
 On a CPU, every operation is ddt_kernels' plain PyTorch version.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any, Self, TypeGuard, cast
 
@@ -34,6 +34,28 @@ from ddt_kernels import (
 
 
 class FusedSwiGLU(SwiGLU):
+    """`SwiGLU` by one operator. The weights w1 and w3 are the halves of one tensor, which the operator reads in place;
+    it would copy them into one at every call."""
+
+    def __init__(self, config: DDTConfig) -> None:
+        super().__init__(config)
+        self._join()
+
+    def _join(self) -> None:
+        if _is_plain(self.w1) and _is_plain(self.w3):
+            self.w1.weight.data, self.w3.weight.data = torch.stack([self.w1.weight.data, self.w3.weight.data])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """After `.to` and its like, which make tensors one by one."""
+        super()._apply(fn, recurse)
+        self._join()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a copy."""
+        super().__setstate__(state)
+        self._join()
+
     def forward(self, x: Tensor) -> Tensor:
         if not all(_is_plain(layer) for layer in (self.w1, self.w2, self.w3)):
             return super().forward(x)

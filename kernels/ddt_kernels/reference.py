@@ -269,9 +269,9 @@ def attention_logsumexp(q: Tensor, k: Tensor, scale: float | None = None) -> Ten
     return torch.logsumexp(scores * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
 
 
-def swiglu(x: Tensor, w1: Tensor, w3: Tensor) -> Tensor:
-    """silu(x · w1ᵀ) · (x · w3ᵀ)."""
-    return F.silu(F.linear(x, w1)) * F.linear(x, w3)
+def swiglu(x: Tensor, w1: Tensor, w3: Tensor, b1: Tensor | None = None, b3: Tensor | None = None) -> Tensor:
+    """silu(x · w1ᵀ + b1) · (x · w3ᵀ + b3)."""
+    return F.silu(F.linear(x, w1, b1)) * F.linear(x, w3, b3)
 
 
 def _swiglu_activation_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
@@ -283,23 +283,35 @@ def _swiglu_activation_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(
-    grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor
+    grad_y: Tensor, x: Tensor, w1: Tensor, w3: Tensor, gate_up: Tensor, biased: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of swiglu in x, w1 and w3, given gate_up = (x · w1ᵀ | x · w3ᵀ), side by side in the last dimension."""
+    """Gradients of swiglu in x, in (w1; w3), stacked, and, if `biased`, in (b1; b3), else an empty tensor, given
+    gate_up = (x · w1ᵀ + b1 | x · w3ᵀ + b3), side by side in the last dimension."""
     grad_gate_up = _swiglu_activation_backward(grad_y, gate_up)
-    grad_w1, grad_w3 = (grad_gate_up.flatten(0, -2).mT @ x.flatten(0, -2)).chunk(2)
-    return grad_gate_up @ torch.cat([w1, w3]), grad_w1, grad_w3
+    grad_rows = grad_gate_up.flatten(0, -2)
+    grad_biases = grad_rows.sum(0) if biased else x.new_empty(0)
+    return grad_gate_up @ torch.cat([w1, w3]), grad_rows.mT @ x.flatten(0, -2), grad_biases
 
 
-def swiglu_mlp(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-    """(silu(x · w1ᵀ) · (x · w3ᵀ)) · w2ᵀ."""
-    return F.linear(swiglu(x, w1, w3), w2)
+def swiglu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    b1: Tensor | None = None,
+    b3: Tensor | None = None,
+    b2: Tensor | None = None,
+) -> Tensor:
+    """swiglu(x, w1, w3, b1, b3) · w2ᵀ + b2."""
+    return F.linear(swiglu(x, w1, w3, b1, b3), w2, b2)
 
 
 def swiglu_mlp_backward(
-    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor
+    grad_z: Tensor, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, gate_up: Tensor, biased: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of swiglu_mlp in x, w1, w3 and w2, given gate_up as `swiglu_backward` is."""
+    """Gradients of swiglu_mlp in x, (w1; w3), w2 and (b1; b3; b2), given gate_up as `swiglu_backward` is."""
     gate, up = _wide(gate_up).chunk(2, -1)
-    grad_w2 = grad_z.flatten(0, -2).mT @ F.silu(gate).mul_(up).to(x.dtype).flatten(0, -2)
-    return *swiglu_backward(grad_z @ w2, x, w1, w3, gate_up), grad_w2
+    grad_rows = grad_z.flatten(0, -2)
+    grad_w2 = grad_rows.mT @ F.silu(gate).mul_(up).to(x.dtype).flatten(0, -2)
+    grad_x, grad_weights, grad_biases = swiglu_backward(grad_z @ w2, x, w1, w3, gate_up, biased)
+    return grad_x, grad_weights, grad_w2, torch.cat([grad_biases, grad_rows.sum(0)]) if biased else grad_biases

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator; the norms' are one, listed once per public function and granularity.
+    """One operator; the norms' are one, listed once per public function and granularity, the MLP's without and with
+    biases.
 
     make: inputs by name, in order, from (shape, dtype, layout, device). make_grads: gradients of the outputs.
     saved: what the backward operator takes after those gradients, from the inputs and the operator's outputs.
@@ -53,7 +54,7 @@ class Operator:
 
     @property
     def is_norm(self) -> bool:
-        return bool(self.granularity)
+        return self.granularity in ("sample", "token")
 
     @property
     def function_name(self) -> str:
@@ -177,8 +178,8 @@ def _make_heads(shape: Shape, dtype: torch.dtype, layout: str, device: str) -> I
     return dict(zip("qkv", attention_cases.make_heads(shape, dtype, layout, device), strict=True))
 
 
-def _make_mlp(shape: Shape, dtype: torch.dtype, layout: str, device: str) -> Inputs:
-    return swiglu_cases.make_mlp_inputs(shape[:4], dtype, device, layout, out=shape[4] if len(shape) > 4 else 0)
+def _make_mlp(make: Callable[..., Inputs]) -> Callable[[Any, torch.dtype, str, str], Inputs]:
+    return lambda shape, dtype, layout, device: make(shape[:4], dtype, device, layout, *shape[4:])
 
 
 NORMS = tuple(_norm(name, granularity) for name in norm_cases.OPS for granularity in ("sample", "token"))
@@ -242,9 +243,9 @@ SWIGLU = Operator(
     layouts=swiglu_cases.LAYOUTS,
     make=lambda shape, dtype, layout, device: swiglu_cases.make_inputs(shape, dtype, device, layout),
     make_grads=lambda inputs: [swiglu_cases.make_grad(inputs)],
-    saved=lambda inputs, outputs: [*inputs.values(), outputs[1]],
+    saved=lambda inputs, outputs: [*inputs.values(), outputs[1], False],
     flops=_mlp_flops(2),
-    constants=((True,), (False,)),
+    constants=((None, None, True), (None, None, False)),
 )
 SWIGLU_MLP = Operator(
     "swiglu_mlp",
@@ -253,15 +254,23 @@ SWIGLU_MLP = Operator(
     gpu_shapes=((3, 24, 72, 170, 40), (2, 40, 341, 909), (8, 256, 1152, 3072)),
     graph_shape=(4, 256, 1152, 3072),
     layouts=swiglu_cases.LAYOUTS,
-    make=_make_mlp,
+    make=_make_mlp(swiglu_cases.make_mlp_inputs),
     make_grads=lambda inputs: [swiglu_cases.make_grad(inputs)],
-    saved=lambda inputs, outputs: [*inputs.values(), outputs[1]],
+    saved=lambda inputs, outputs: [*inputs.values(), outputs[1], False],
     flops=_mlp_flops(3),
+    constants=((None, None, None, True), (None, None, None, False)),
+)
+BIASED_MLP = replace(
+    SWIGLU_MLP,
+    granularity="biased",
+    layouts=("contiguous",),
+    make=_make_mlp(swiglu_cases.make_biased_inputs),
+    saved=lambda inputs, outputs: [*list(inputs.values())[:4], outputs[1], True],
     constants=((True,), (False,)),
 )
-OPERATORS = (*NORMS, QK_NORM_ROPE, ATTENTION, QKV_ATTENTION, SWIGLU, SWIGLU_MLP)
-NAMED = (*NORMS[1::2], *OPERATORS[len(NORMS) :])
-"""One of each name: the norms per token."""
+OPERATORS = (*NORMS, QK_NORM_ROPE, ATTENTION, QKV_ATTENTION, SWIGLU, SWIGLU_MLP, BIASED_MLP)
+NAMED = (*NORMS[1::2], *(op for op in OPERATORS[len(NORMS) :] if op != SWIGLU_MLP))
+"""One of each name: the norms per token, the MLP with biases."""
 
 
 def cost(op: Operator, constants: tuple[object, ...] = (), backward: bool = False) -> ddt_kernels.Cost:
@@ -269,7 +278,7 @@ def cost(op: Operator, constants: tuple[object, ...] = (), backward: bool = Fals
     options: dict[str, object] = {"per_token": op.granularity == "token"} if op.is_norm else {}
     if op.name == norm_cases.KEPT:
         options["keep"] = True
-    if op.name.startswith("swiglu") and not backward:
-        options["training"] = constants[0]
+    if op.name.startswith("swiglu"):
+        options = {"training": not backward and constants[-1], "biased": op.granularity == "biased"}
     function: Callable[..., ddt_kernels.Cost] = getattr(ddt_kernels, f"{op.function_name}_cost")
     return function(*op.shape, BF16, backward=backward, **options)

@@ -19,7 +19,7 @@ from kernel_testing import (
     total_bytes,
     with_gradients,
 )
-from operators import ATTENTION, NAMED, OPERATORS, QK_NORM_ROPE, QKV_ATTENTION, SWIGLU, SWIGLU_MLP, cost
+from operators import ATTENTION, BIASED_MLP, NAMED, OPERATORS, QK_NORM_ROPE, QKV_ATTENTION, SWIGLU, SWIGLU_MLP, cost
 
 EVERY_OPERATOR = pytest.mark.parametrize("op", OPERATORS, ids=str)
 EVERY_NAME = pytest.mark.parametrize("op", NAMED, ids=lambda op: op.name)
@@ -101,7 +101,7 @@ def test_exports(op):
 
     graph = torch.export.export(Module(), tuple(op.inputs().values())).graph
     (node,) = [node for node in graph.nodes if node.target == op.registered]
-    if op in (SWIGLU, SWIGLU_MLP):
+    if op.name.startswith("swiglu"):
         assert node.args[-1] is False  # keeps nothing for a backward pass
 
 
@@ -225,7 +225,7 @@ def test_eps_and_scale_are_finite_and_positive(op, value):
 
 
 NORM = next(op for op in OPERATORS if str(op) == "gated_residual_rms_norm_modulate-sample")
-QK, QKV, MLP = QK_NORM_ROPE, QKV_ATTENTION, SWIGLU_MLP
+QK, QKV, MLP = QK_NORM_ROPE, QKV_ATTENTION, BIASED_MLP
 MISTAKES = [
     (NORM, "x", lambda t: t[:, :0], r"x has shape \(2, 0, 20\); expected B and N at least 1, C in 1..6144"),
     (NORM, "x", lambda t: t.new_zeros(1, 1, 6145), r"x has shape .* C in 1..6144"),
@@ -264,6 +264,9 @@ MISTAKES = [
     (SWIGLU, "w3", lambda t: t[:11], r"w3 has shape \(11, 20\); expected \(12, 20\), like w1"),
     (MLP, "w2", lambda t: t[:, :11], r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1"),
     (MLP, "w2", lambda t: t[:0], r"w2 has shape \(0, 12\); expected shape \(O, 12\)"),
+    (MLP, "b1", lambda t: t[:11], r"b1 has shape \(11,\); expected \(12,\)"),
+    (MLP, "b2", lambda t: t[:12], r"b2 has shape \(12,\); expected \(20,\)"),
+    (MLP, "b3", lambda t: None, r"b3 is a NoneType; expected a torch.Tensor"),
 ]
 
 

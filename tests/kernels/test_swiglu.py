@@ -1,7 +1,6 @@
 """swiglu and swiglu_mlp: what is kept for the backward pass, tiles, machine code."""
 
 import re
-import subprocess
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ddt_kernels
 from ddt_kernels import reference, runtime, swiglu_launch
-from ddt_kernels.compilation import compiling_for
+from ddt_kernels.compilation import compiling_for, programs_per_sm, resource_usage
 from dispatched import Dispatched
 from kernel_testing import (
     BF16,
@@ -23,7 +22,7 @@ from kernel_testing import (
     with_gradients,
 )
 from operators import SWIGLU, SWIGLU_MLP
-from swiglu_cases import make_grad, make_inputs
+from swiglu_cases import assert_silu, check_silu, make_grad, make_inputs, silu_gates
 
 BOTH = pytest.mark.parametrize("op", [SWIGLU, SWIGLU_MLP], ids=str)
 
@@ -38,7 +37,9 @@ def test_reference_backward_is_the_gradient():
     grad = make_grad(inputs)
     gate_up = torch.cat([inputs["x"] @ inputs["w1"].T, inputs["x"] @ inputs["w3"].T], -1)
     expected = with_gradients(reference.swiglu, list(inputs.values()), [grad])[1]
-    torch.testing.assert_close(list(reference.swiglu_backward(grad, *inputs.values(), gate_up)), expected)
+    grad_x, grad_weights, nothing = reference.swiglu_backward(grad, *inputs.values(), gate_up)
+    torch.testing.assert_close([grad_x, *grad_weights.chunk(2)], expected)
+    assert nothing.numel() == 0
 
 
 @pytest.mark.parametrize("lead", [(4,), (1, 4), (2, 2, 3)])
@@ -68,7 +69,7 @@ def test_inference_writes_nothing_for_a_backward_pass(op):
 @BOTH
 def test_what_was_not_kept_is_recomputed(op):
     leaves = op.leaves(op.inputs())
-    made = [torch.autograd.grad(op.registered(*leaves, keep)[0].sum(), leaves) for keep in (True, False)]
+    made = [torch.autograd.grad(op.registered(*leaves, *kept)[0].sum(), leaves) for kept in op.constants]
     assert_all_equal(*made)
 
 
@@ -100,27 +101,54 @@ def test_the_tile_follows_the_shape():
             assert chosen(rows, chip, configs) == (128, 128)
 
 
+def test_halves_of_one_tensor_are_stacked_in_place():
+    whole = torch.arange(48.0).reshape(8, 6)
+    w1, w3 = whole[:, :4].chunk(2)
+    for first, second, in_place in ((w1, w3, True), (w1, w3.clone(), False), (w3, w1, False), (w1, w1, False)):
+        made = swiglu_launch.stacked(first, second)
+        assert torch.equal(made, torch.stack([first, second]))
+        assert (made.data_ptr() == first.data_ptr()) == in_place
+
+
+@pytest.mark.parametrize("exponential", [-1, 1])
+@pytest.mark.parametrize("reciprocal", [-1, 1])
+def test_silu_of_approximate_instructions_errs_as_little_as_it_says(exponential, reciprocal):
+    """What ex2.approx.ftz and rcp.approx.ftz may err by at most (PTX: 2^-22 and 2^-23), everywhere at once."""
+
+    def flushed(exact):
+        return torch.where(exact < 2.0**-126, 0.0, exact).float()
+
+    gate = silu_gates()
+    power = flushed(torch.exp2((gate * -1.44269504).double()) * (1 + exponential * 2.0**-22))
+    assert_silu(gate, gate * flushed((1 + power).double().reciprocal() * (1 + reciprocal * 2.0**-23)))
+
+
 @pytest.mark.slow
 @COMPILES
-@pytest.mark.parametrize("keep", [False, True])
-def test_wgmmas_are_in_flight_together(keep, tmp_path):
-    """The wgmmas of the 128x128 tile of XL/2's forward on sm_90, and the waits for them."""
-    from triton import knobs
+@pytest.mark.parametrize("width", [3072, 341])
+def test_a_tile_says_how_many_programs_fit_and_its_silu_takes_two_special_instructions(width):
+    """The 128x64 tile on sm_90."""
 
-    def disassemble(kernel, args, meta):
-        if (meta["BLOCK_M"], meta["BLOCK_F"]) == (128, 128):
-            file = tmp_path / "kernel.cubin"
-            file.write_bytes(kernel.warmup(*args, grid=(1,), **meta).asm["cubin"])
-            command = [knobs.nvidia.nvdisasm.path, str(file)]
-            found.append(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    def compile_one(kernel, args, meta):
+        if meta["BLOCK_F"] == 64 and meta["BLOCK_M"] == 128:
+            found.append(kernel.warmup(*args, grid=(1,), **meta))
 
-    x, w = (torch.empty(rows, 1152, dtype=BF16, device="meta") for rows in (16384, 3072))
+    x, w = (torch.empty(rows, 1152, dtype=BF16, device="meta") for rows in (16384, width))
     found = []
-    with compiling_for(90), runtime.recording(disassemble):
-        swiglu_launch.launch_forward(x, w, w, keep, False)
-    (code,) = found
-    order = [match.group(1) or "wgmma" for match in re.finditer(r"HGMMA|DEPBAR\.LE gsb0, (0x\d)", code)]
-    assert order == [*["wgmma"] * 8, "0x2", "0x0"]  # two accumulators, 64 channels
+    with compiling_for(90), runtime.recording(compile_one):
+        swiglu_launch.launch_forward(x, w, w, True, False)
+    (binary,) = found
+    configs = swiglu_launch.forward_configs(BF16, True, width % 8 != 0)
+    (declared,) = [config.per_sm for config in configs if (config.block_m, config.block_f) == (128, 64)]
+    assert declared == programs_per_sm(90, resource_usage(binary.asm["cubin"])[0], binary.metadata.shared, 8)
+    instructions = re.findall(r"\b(ex2|rcp|div\.full)\.", binary.asm["ptx"])
+    assert instructions.count("ex2") == instructions.count("rcp") > 0
+    assert "div.full" not in instructions
+
+
+@pytest.mark.gpu
+def test_silu_on_a_gpu():
+    check_silu("cuda")
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ def swiglu_tiles(run, arch):
     names = ("BLOCK_M", "BLOCK_F", "BLOCK_K", "num_warps", "num_stages", "LOAD_DESCRIPTORS", "STORE_DESCRIPTORS")
     launches = launched(run, arch)
     forward = [(meta, size) for name, meta, size in launches if name == "swiglu_forward_kernel"]
-    return {(*(meta[name] for name in names), meta["PRECISION"], size) for meta, size in forward}
+    return {(*(meta[name] for name in names), size) for meta, size in forward}
 
 
 def swiglu_call(rows, channels, width, dtype=BF16, keep=True, tf32=False):
@@ -135,7 +135,11 @@ def test_every_tile_swiglu_can_choose_is_compiled(arch):
             for rows in (1, 100, 16384):
                 missing = swiglu_tiles(swiglu_call(rows, channels, width, dtype, tf32=tf32), arch) - shipped
                 assert not missing, f"M {rows} C {channels} F {width} {dtype}"
-    descriptors = (swiglu_launch.HALF_BY_DESCRIPTOR, swiglu_launch.TF32_BY_DESCRIPTOR)
+    descriptors = (
+        swiglu_launch.HALF_BY_DESCRIPTOR,
+        swiglu_launch.HALF_ODD_WIDTH,
+        swiglu_launch.TF32_BY_DESCRIPTOR,
+    )
     pointers = (swiglu_launch.HALF_BY_POINTER, swiglu_launch.TF32_BY_POINTER)
     declared = {config for configs in (pointers if arch == 80 else descriptors) for config in configs}
     tiles = {tile[:5] for tile in shipped}

@@ -85,6 +85,16 @@ def test_from_reference_keeps_dtype_and_mode_and_copies():
     assert reference.x_embedder.proj.weight.abs().sum() > 0
 
 
+def test_the_weights_of_a_swiglu_stay_halves_of_one_tensor():
+    model = fused("tiny_h48_d24")
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    for made in (model, copy.deepcopy(model), moved, moved.to_empty(device="cpu")):
+        for block in made.blocks:
+            w1, w3 = block.mlp.w1.weight, block.mlp.w3.weight
+            assert w3.data_ptr() - w1.data_ptr() == w1.nbytes
+            assert w1.is_leaf
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     heads=st.tuples(st.integers(1, 3), st.sampled_from([4, 8, 12, 20])),
