@@ -15,7 +15,16 @@ from ddt_kernels.attention_kernels import (
     attention_query_gradient_kernel,
 )
 from ddt_kernels.compilation import ARCHITECTURES, AotCase, Budget
-from ddt_kernels.runtime import cdiv, descriptor_fits, launch, next_power_of_2, target_arch, tensor_descriptor
+from ddt_kernels.runtime import (
+    cdiv,
+    descriptor_fits,
+    empty,
+    launch,
+    launcher,
+    next_power_of_2,
+    target_arch,
+    tensor_descriptor,
+)
 from ddt_kernels.tuning import choose
 
 MAX_HEAD_DIM = 128  # a tile of queries, its accumulators and a tile of scores share one program's registers
@@ -108,6 +117,8 @@ def key_value_gradient_config(head_dim: int, half: bool, arch: int, descriptors:
 
 def _pin_single_strides(tensor: Tensor) -> Tensor:
     """The same elements; a dimension of size 1, whose stride has no meaning, gets one that alignment tests accept."""
+    if 1 not in tensor.shape:
+        return tensor
     strides = [
         MAX_HEAD_DIM if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
@@ -173,11 +184,15 @@ class _Call:
 
 def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse): q's shape, contiguous, and the fp32 (B, H, Nq) logarithm of the softmax's denominator."""
+    return _forward(_pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v), scale)
+
+
+@launcher
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, Nq, H, D = q.shape
     Nk = k.shape[1]
-    q, k, v = _pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v)
     call = _Call.of(q, k, v)
-    out, lse = q.new_empty((B, Nq, H, D)), q.new_empty((B, H, Nq), dtype=torch.float32)
+    out, lse = empty(q, (B, Nq, H, D)), empty(q, (B, H, Nq), torch.float32)
 
     def run(config: TileConfig) -> None:
         blocks = cdiv(Nq, config.queries)
@@ -208,21 +223,38 @@ def launch_backward(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their shapes: contiguous, or the parts of a contiguous `packed` (B, N, 3, H, D)."""
-    B, Nq, H, D = q.shape
-    Nk = k.shape[1]
+    grads = (tensor.new_empty(tensor.shape) for tensor in (q, k, v)) if packed is None else packed.unbind(2)
+    grad_q, grad_k, grad_v = grads
     # Autograd passes gradients with any strides, even 0 (from a sum).
     grad_out, out, q, k, v = (_pin_single_strides(t) for t in (grad_out.contiguous(), out, q, k, v))
+    _backward(grad_out, out, lse, q, k, v, scale, grad_q, grad_k, grad_v, packed is not None)
+    return grad_q, grad_k, grad_v
+
+
+@launcher
+def _backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    packed: bool,
+) -> None:
+    """Writes grad_q, grad_k and grad_v, which are contiguous or parts of a (B, N, 3, H, D)."""
+    B, Nq, H, D = q.shape
+    Nk = k.shape[1]
     call = _Call.of(grad_out, out, q, k, v)
-    if packed is None:
-        grad_q, grad_k, grad_v = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
-    else:
-        grad_q, grad_k, grad_v = packed.unbind(2)
-    pitch = H if packed is None else 3 * H
+    pitch = 3 * H if packed else H
     scales = (scale, scale * math.log2(math.e))
 
     config = query_gradient_config(D, call.half, call.arch, call.descriptors)
     blocks = cdiv(Nq, config.queries)
-    terms = lse.new_empty((B * H, 2 * blocks * config.queries))
+    terms = empty(lse, (B * H, 2 * blocks * config.queries))
     launch(
         attention_query_gradient_kernel,
         (B * H * blocks,),
@@ -242,7 +274,6 @@ def launch_backward(
         *(pitch, Nq, Nk, H, blocks, terms.shape[1], *scales, *call.strides(k, v, grad_out, q)),
         **call.meta(config, D, Nq % config.queries == 0),
     )
-    return grad_q, grad_k, grad_v
 
 
 def aot_cases() -> list[AotCase]:

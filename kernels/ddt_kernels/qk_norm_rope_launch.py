@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.qk_norm_rope_kernels import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
-from ddt_kernels.runtime import cdiv, launch, next_power_of_2
+from ddt_kernels.runtime import cdiv, empty, launch, launcher, next_power_of_2
 
 NUM_WARPS = 4
 
@@ -80,6 +80,21 @@ def launch_forward(
 ) -> Tensor:
     """Runs the forward kernel into `out` and returns it: a (B, N, 3, H, D), with v copied; a (B, N, 2, H, D), only q
     and k; or qkv itself, with v untouched. The last three dimensions of `out` are contiguous."""
+    _forward(qkv, q_weight, k_weight, cos, sin, eps, out, out is not qkv and out.shape[2] == 3)
+    return out
+
+
+@launcher
+def _forward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    out: Tensor,
+    copy_v: bool,
+) -> None:
     B, N, _, H, D = qkv.shape
     config = tile_config(H, D, qkv.element_size())
     groups = groups_per_program(B * N, H, config.lane_heads)
@@ -91,10 +106,9 @@ def launch_forward(
         *(qkv, out, q_weight, k_weight, cos, sin, N, token_blocks, head_blocks),
         *(qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps),
         GROUPS=groups,
-        COPY_V=out is not qkv and out.shape[2] == 3,
+        COPY_V=copy_v,
         **_constants(qkv, config, 64),
     )
-    return out
 
 
 def launch_backward(
@@ -111,24 +125,43 @@ def launch_backward(
 
     in_place: qkv's overwrites grad_out, which is contiguous and whose v is left as it is.
     """
+    grad_out = grad_out.contiguous()
+    grad_qkv, sums = _backward(grad_out, qkv, q_weight, k_weight, cos, sin, eps, in_place)
+    grad_weights = sums.sum(0)
+    grad_q_weight, grad_k_weight = grad_weights[0].to(q_weight.dtype), grad_weights[1].to(k_weight.dtype)
+    return grad_out if grad_qkv is None else grad_qkv, grad_q_weight, grad_k_weight
+
+
+@launcher
+def _backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    in_place: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """qkv's gradient, unless it overwrites grad_out, and fp32 (..., 2, D) whose sums are the weights' gradients."""
     B, N, _, H, D = qkv.shape
     config = tile_config(H, D, qkv.element_size())
     tokens = tokens_per_program(B, N, config.tokens)
     splits = cdiv(N, tokens)
-    grad_out = grad_out.contiguous()
-    grad_qkv = grad_out if in_place else qkv.new_empty(qkv.shape)
-    sums = qkv.new_empty((B * splits, 2, D), dtype=torch.float32)
+    grad_qkv = None if in_place else empty(qkv, qkv.shape)
+    sums = empty(qkv, (B * splits, 2, D), torch.float32)
     launch(
         qk_norm_rope_backward_kernel,
         (2 * B * splits,),
         qkv.device,
-        *(grad_out, qkv, q_weight, k_weight, cos, sin, grad_qkv, sums, N, splits, tokens),
+        *(grad_out, qkv, q_weight, k_weight, cos, sin),
+        *(grad_out if grad_qkv is None else grad_qkv, sums, N, splits, tokens),
         *(qkv.stride(0), qkv.stride(1), eps),
         GROUPS=cdiv(H, config.lane_heads),
         COPY_V=not in_place,
         **_constants(qkv, config, 84),
     )
-    return grad_qkv, sums[:, 0].sum(0).to(q_weight.dtype), sums[:, 1].sum(0).to(k_weight.dtype)
+    return grad_qkv, sums
 
 
 def aot_cases() -> list[AotCase]:

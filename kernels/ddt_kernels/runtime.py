@@ -79,7 +79,9 @@ def launcher(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         key = (device, *signature)
         tape = known.get(key)
         if tape is None:
-            tape = known[key] = _Tape(device, function, args, kwargs)
+            tape = _Tape(device, function, args, kwargs)
+            if not tape.provisional:
+                known[key] = tape
         return tape.play(pointers)
 
     return call
@@ -110,6 +112,23 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
             kernel[grid](*args, **meta)
 
 
+@contextmanager
+def untaped() -> Iterator[None]:
+    """In a launcher: `launch` runs the kernel at once, and a later call will not."""
+    global _tape
+    tape, _tape = _tape, None
+    try:
+        yield
+    finally:
+        _tape = tape
+
+
+def provisional() -> None:
+    """In a launcher: the next call of the same signature is to run it again."""
+    if _tape is not None:
+        _tape.provisional = True
+
+
 def current_device(device: torch.device) -> Any:
     """Inside, triton compiles for `device` and launches on it."""
     return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
@@ -125,6 +144,7 @@ class _Tape:
         self.device = device
         self.allocated: list[torch.Tensor] = []
         self.launches: list[_Launch] = []
+        self.provisional = False
         # A tensor may have been given twice, and two of its kind another time: as objects of their own, they differ.
         given = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]
         self.given = [arg for arg in given if isinstance(arg, torch.Tensor)]

@@ -17,7 +17,10 @@ from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.runtime import (
     cdiv,
     descriptor_fits,
+    empty,
     launch,
+    launcher,
+    multiprocessors,
     next_power_of_2,
     target_arch,
     tensor_descriptor,
@@ -114,12 +117,9 @@ def forward_config(rows: int, channels: int, width: int, configs: tuple[TileConf
     return min(configs, key=cycles)
 
 
-def resident_programs(device: torch.device, chip: Chip, config: TileConfig) -> int:
+def resident_programs(device: torch.device, config: TileConfig) -> int:
     """How many programs run at once: more would wait, fewer would leave SMs idle."""
-    sms = chip.sms
-    if device.type == "cuda":
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return sms * config.per_sm
+    return multiprocessors(device) * config.per_sm
 
 
 def stacked(w1: Tensor, w3: Tensor) -> Tensor:
@@ -143,9 +143,8 @@ def launch_forward(
     F, lead = w1.shape[0], x.shape[:-1]
     tensor_cores = tf32 and F % 4 == 0 if x.dtype == torch.float32 else True
     if FUSED and tensor_cores and descriptor_fits(rows) and descriptor_fits(weights):
-        y, gate_up = x.new_empty((*lead, F)), x.new_empty((*lead, 2 * F) if keep else 0)
-        _launch_fused_forward(rows, weights, y.view(-1, F), gate_up.view(-1, 2 * F) if keep else None, b1, b3)
-        return y, gate_up
+        y, gate_up = _fused_forward(rows, weights, b1, b3, keep)
+        return y.view(*lead, F), x.new_empty(0) if gate_up is None else gate_up.view(*lead, 2 * F)
     with without_autocast(x):
         bias = None if b1 is None or b3 is None else torch.cat([b1, b3])
         gate_up = torch.nn.functional.linear(rows, weights.flatten(0, 1), bias)
@@ -153,11 +152,13 @@ def launch_forward(
     return y, gate_up.view(*lead, 2 * F) if keep else x.new_empty(0)
 
 
-def _launch_fused_forward(
-    x: Tensor, weights: Tensor, y: Tensor, gate_up: Tensor | None, b1: Tensor | None, b3: Tensor | None
-) -> None:
-    """x (M, C), weights (2, F, C); writes y (M, F) and gate_up (M, 2F)."""
-    (M, C), F = x.shape, y.shape[1]
+@launcher
+def _fused_forward(
+    x: Tensor, weights: Tensor, b1: Tensor | None, b3: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y (M, F) and, if kept, gate_up (M, 2F) of x (M, C) and weights (2, F, C)."""
+    (M, C), F = x.shape, weights.shape[1]
+    y, gate_up = empty(x, (M, F)), empty(x, (M, 2 * F)) if keep else None
     gate, up = (None, None) if gate_up is None else gate_up.split(F, dim=1)
     arch = family(target_arch(x.device))
     load_descriptors = arch >= 90
@@ -176,7 +177,7 @@ def _launch_fused_forward(
         tiles = cdiv(M, config.block_m) * cdiv(F, config.block_f)
         launch(
             swiglu_forward_kernel,
-            (min(tiles, resident_programs(x.device, CHIPS[arch], config)),),
+            (min(tiles, resident_programs(x.device, config)),),
             x.device,
             loaded(x, config.block_m, config.block_k),
             loaded(weights, 2, config.block_f, config.block_k),
@@ -198,6 +199,7 @@ def _launch_fused_forward(
     # Not keyed by what is kept: a checkpointed forward, which keeps nothing, and its recomputation agree on every bit.
     key = (next_power_of_2(M), C, F, x.dtype, load_descriptors)
     run(choose("swiglu", key, configs, forward_config(M, C, F, configs, CHIPS[arch]), run, x.device))
+    return y, gate_up
 
 
 def launch_backward(
@@ -254,10 +256,11 @@ def launch_mlp_backward(
     return grad_x, grad_weights, grad_w2, torch.cat([grad_biases, grad_z.sum(0)]) if biased else grad_biases
 
 
+@launcher
 def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gate_up (M, 2F), y (M, F)) from that of z = y · w2ᵀ, (M, O). F is a multiple of 8."""
     (M, out), F = grad_z.shape, w2.shape[1]
-    y, grad_gate_up = gate_up.new_empty((M, F)), torch.empty_like(gate_up)
+    y, grad_gate_up = empty(gate_up, (M, F)), empty(gate_up, gate_up.shape)
     arch = family(target_arch(grad_z.device))
     descriptors = arch >= 90
     configs = BACKWARD_BY_DESCRIPTOR if descriptors else BACKWARD_BY_POINTER
@@ -269,7 +272,7 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
         tiles = cdiv(M, config.block_m) * cdiv(F, config.block_f)
         launch(
             swiglu_mlp_backward_kernel,
-            (min(tiles, resident_programs(grad_z.device, CHIPS[arch], config)),),
+            (min(tiles, resident_programs(grad_z.device, config)),),
             grad_z.device,
             moved(grad_z, config.block_m, config.block_k),
             moved(w2, config.block_k, config.block_f),
@@ -292,22 +295,24 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
     return grad_gate_up, y
 
 
+@launcher
 def launch_activation(gate_up: Tensor) -> Tensor:
     """silu(gate) · up (M, F) of gate_up (M, 2F), contiguous."""
     M, F = gate_up.shape[0], gate_up.shape[1] // 2
-    y = gate_up.new_empty((M, F))
+    y = empty(gate_up, (M, F))
     grid, blocks = _pass_blocks(M, F)
     launch(swiglu_activation_kernel, grid, y.device, gate_up, y, M, F=F, **blocks, num_warps=4)
     return y
 
 
+@launcher
 def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
     """The gradient of gate_up (M, 2F) from that of y (M, F), both contiguous, by the backward kernel.
 
     y: where to write silu(gate) · up, if anywhere: (M, F) contiguous; may be grad_y itself.
     """
     M, F = grad_y.shape
-    grad_gate_up = gate_up.new_empty(gate_up.shape)
+    grad_gate_up = empty(gate_up, gate_up.shape)
     grid, blocks = _pass_blocks(M, F)
     arguments = grad_y, gate_up, grad_gate_up, y, M
     launch(swiglu_backward_kernel, grid, grad_y.device, *arguments, F=F, **blocks, num_warps=4)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ddt_kernels.runtime import launches_run
+from ddt_kernels.runtime import launches_run, provisional, untaped
 
 VARIABLE = "DDT_KERNELS_AUTOTUNE"
 Config = TypeVar("Config")
@@ -82,8 +82,10 @@ def choose(
     known = _choices.get((op, device, key))
     if known is None:
         if not _can_time(device):
+            provisional()
             return default
-        timed = [(candidate, _milliseconds(run, candidate, device)) for candidate in candidates]
+        with untaped():
+            timed = [(candidate, _milliseconds(run, candidate, device)) for candidate in candidates]
         known = Choice(op, device, key, min(timed, key=lambda pair: pair[1])[0], tuple(timed))
         _choices[op, device, key] = known
     config: Config = known.config
