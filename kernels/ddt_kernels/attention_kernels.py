@@ -18,18 +18,19 @@ Why it looks like this.
  - Each score takes one EX2 (16 per clock and SM on sm_90) and 320 FLOPs of MMA (4096 per clock): 0.063 and 0.078
    clocks. A warp does one after the other, so independent warps must overlap them: on sm_90 at D ≤ 96 the tile is
    128x64 and registers are capped at 128 (107 to 126 used, no spill), which puts two programs of 8 warps on an SM, one
-   multiplying while the other exponentiates. Issuing the loop's 381 instructions takes 0.093 clocks a score (D 72, no
-   mask), where 128x32 takes 0.155: per step, not per score, it rescales accumulators and copies. At D 128 the cap
+   multiplying while the other exponentiates. Issuing the loop's 380 instructions takes 0.093 clocks a score (D 72, no
+   mask), where 128x32 takes 0.149: per step, not per score, it rescales accumulators and copies. At D 128 the cap
    leaves ptxas too few registers to keep a wgmma in flight (advisory C7512: it would wait after each), so the program
    is alone on its SM and takes the largest step, 128x128. The tile does not depend on Nq and Nk: 128 divides the tokens
    of an image, 64 those of an image and a text. 64 queries would read keys and values from L2 twice as often.
  - A program waits for memory twice before its first wgmma. First its own rows, by pointers: the loads of all of them,
    MAIN and TAIL, are in flight together. By descriptors each copy outside a loop is followed by its own wait in Triton
-   (3.6 to 3.8), which made 2 (forward), 6 (dq) and 4 (dk, dv) waits. Then the loop's first tiles, one wait, as in every
-   step: Triton lets copies share a barrier if no use of one stands before another (`_load_tiles`). These two do not
+   (3.6 and 3.8), which made 2 (forward), 6 (dq) and 4 (dk, dv) waits. Then the loop's first tiles, one wait, as in each
+   step: Triton lets copies share a barrier if no use of one stands before another (`_load_tiles`). The two do not
    overlap: Triton issues a loop's first copies after what stands before the loop, the rows' way into shared memory.
+   (`aot` counts only the second, as "copies". After the first, dq reads lse again, in the wgmma's layout.)
  - Loops have three stages: with two, Triton issues a step's copies at the end of the step before and waits at once.
- - If BN does not divide Nk, every step masks (a tenth more instructions). A last step of its own would wait for each of
+ - If BN does not divide Nk, every step masks (a sixth more instructions). A last step of its own would wait for each of
    its copies, and ptxas would serialise all wgmmas of the kernel (C7515).
  - dk and dv take lse and delta as pairs that dq's kernel leaves in rows padded to whole tiles: one copy a step by the
    copy engine. Read from lse and delta as they are, Nq apart, every thread would copy 4 bytes of each (LDGSTS).
@@ -37,9 +38,9 @@ Why it looks like this.
    other warps must have work meanwhile: up to D 96 two programs share an SM here too. dq takes 128x32, 8 warps, at most
    115 registers: 128x64 would issue a third fewer instructions a score but needs 130 (D 64: 122, so there it is taken;
    at D 128 128x32 would spill, and the program is alone). dk and dv take 64 keys, 4 warps, 188 to 236 registers, at
-   D 128 too. 128 keys and 8 warps (191 to 229) would be alone; with 32 queries, capped at 128, they spill and serialise
-   (C7512). The price: q and do come from L2 for every 64 keys, 18 KB per 64x64 scores at D 72. At the MMA's full rate
-   these were 29 bytes per clock and SM; the L2 of an H100 is said to give 24 (neither rate was measured here).
+   D 128 too. 128 keys and 8 warps (192 to 229) would be alone; capped at 128, with 32 queries, they spill and
+   serialise (C7512, D 72). The price: q and do come from L2 for every 64 keys, 18 KB per 64x64 scores at D 72. At the
+   MMA's full rate these were 29 bytes per clock and SM; the L2 of an H100 is said to give 24 (neither was measured).
  - The backward pass has no atomics: two kernels, each the only writer of its outputs, so results repeat bit for bit.
    The price is seven products where an atomic dq takes five: 7·80 multiplications per score at D 72, against 5·96 for
    five padded to 96. PyTorch's own backward passes were the alternative: its flash attention is not deterministic by
