@@ -23,8 +23,8 @@ instructions and barriers in between.
    1024 + 128 (256 in the backward kernel). Both stay in registers: one read.
  - All loads of a row come before its first store, which the compiler may move none across, and are under way before
    the first is waited for: forward one round trip to memory, of every op at the models' widths. To save registers ptxas
-   delays a load until its first use, unless it is predicated: so what is loaded ahead is loaded by a predicate that
-   always holds (`exists`), and where a program has one row a branch separates its loads from their use.
+   delays a load until its first use, even beyond a branch, unless it is predicated: so what is loaded ahead has a
+   predicate that always holds (`exists`), and where a program has one row a branch separates loads and use.
  - Rows are processed one at a time, so their statistics are scalars, which have no layout. Each thread first adds what
    it holds of both tiles (`per_thread`), and those sums cross lanes and warps.
  - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
@@ -44,7 +44,7 @@ instructions and barriers in between.
    of a device table, chosen by a device counter, so nothing on the host depends on the step. Modulations are affine in
    the state and weights add up to 1, so this is the forecast of the state, without its GEMM. A weight of 0 masks its
    entry's loads: no traffic, and what an unwritten entry holds does not matter. So there are three round trips: the
-   step, its weights, the entries; x, branch and weight come with the first. Entries loaded with the step would save
+   step, its weights, the entries with x, branch and weight. Entries loaded with the step would save
    one of the three, and cost their bytes at every step that does without them: 3 to 6 of up to 13 rows moved.
 
 Tile suffixes: W = MAIN, T = TAIL, X either. `x_row` is a row's offset; `cols` is what `columns` returns. LANES threads
@@ -95,7 +95,7 @@ def _load_forecast(forecast_ptr, step_ptr, steps, HISTORY: tl.constexpr):
 
 @triton.jit
 def _load_if(ptr, row, used, cols):
-    """`load_row` if `used`, else zeros without a read: a predicated load, which ptxas issues where it stands."""
+    """`load_row` if `used`, else zeros without a read: a predicated load, which ptxas does not move beyond a branch."""
     value_W = tl.load(ptr + row + cols[0], mask=used & (cols[0] >= 0), other=0.0)
     return value_W, tl.load(ptr + row + cols[1], mask=used & cols[2], other=0.0)
 
