@@ -5,7 +5,8 @@
 writes host_time.json and prints its table. Kernels are compiled for sm_90 and handed to a stand-in for the driver, so
 the driver's own time (about 5 µs a launch) is left out; outputs are allocated on the CPU. "decided each time" runs the
 launcher and Triton's own launch at every call; "known signature" is what every call but the first does
-(`ddt_kernels.runtime.launcher`). Both take turns in one run; medians of the rounds.
+(`ddt_kernels.runtime.launcher`). Both take turns in one run; medians of the rounds. The backward passes of the norms and
+of qk_norm_rope end in torch's sums, which are counted here.
 """
 
 import os
@@ -49,7 +50,7 @@ def calls(tokens: int, heads: int, width: int) -> dict[str, tuple[Make, Call]]:
         return *randn(2, tokens, 3, heads, 72).unbind(2), randn(2, tokens, heads, 72), lse
 
     def mlp(randn: Callable[..., Tensor]) -> tuple[Any, ...]:
-        return randn(2, tokens, channels), randn(width, channels), randn(width, channels)
+        return randn(2, tokens, channels), *randn(2 * width, channels).chunk(2)  # as FusedDDT has them
 
     def step(randn: Callable[..., Tensor]) -> tuple[Any, ...]:
         counter = torch.ones(1, dtype=torch.int64)
