@@ -3,10 +3,11 @@
     python -m benchmarks.host_time
 
 writes host_time.json and prints its table. Kernels are compiled for sm_90 and handed to a stand-in for the driver, so
-the driver's own time (about 5 µs a launch) is left out; outputs are allocated on the CPU. "decided each time" runs the
+the driver's own time (about 5 µs a launch) is left out; outputs are allocated on the CPU, of few tokens, since large ones
+take the CPU, but not a GPU's allocator, long. "decided each time" runs the
 launcher and Triton's own launch at every call; "known signature" is what every call but the first does
-(`ddt_kernels.runtime.launcher`). Both take turns in one run; medians of the rounds. The backward passes of the norms and
-of qk_norm_rope end in torch's sums, which are counted here.
+(`ddt_kernels.runtime.launcher`). Both take turns in one run; medians of the rounds. The backward passes of the norms
+and of qk_norm_rope end in sums by torch, which are counted here.
 """
 
 import os
@@ -104,7 +105,7 @@ def measure() -> list[dict[str, Any]]:
         return lambda *arguments: launches.append(binary.name)
 
     with launching_into(receive), torch.no_grad():
-        for name, (make, call) in calls(tokens=256, heads=16, width=3072).items():
+        for name, (make, call) in calls(tokens=4, heads=16, width=3072).items():
             inputs = make(lambda *size: torch.randn(*size).to(torch.bfloat16))
             known = lambda inputs=inputs, call=call: call(*inputs)  # noqa: E731
             known()
