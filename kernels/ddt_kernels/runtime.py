@@ -301,14 +301,10 @@ def tensor_descriptor(tensor: torch.Tensor, block: tuple[int, ...], strides: Seq
 
 def descriptor_fits(tensor: torch.Tensor) -> bool:
     """Whether the hardware can describe it: base and pitches multiples of 16 bytes, no overlap, unit last stride."""
-    *pitches, last = tensor.stride()
-    if last != 1 or (tensor.device.type != "meta" and tensor.data_ptr() % 16):
-        return False
     size, columns = tensor.element_size(), tensor.shape[-1]
-    for pitch in pitches:
-        if pitch < columns or pitch * size % 16:
-            return False
-    return True
+    aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
+    pitches = tensor.stride()[:-1]
+    return aligned and tensor.stride(-1) == 1 and all(p >= columns and p * size % 16 == 0 for p in pitches)
 
 
 def cdiv(a: int, b: int) -> int:
