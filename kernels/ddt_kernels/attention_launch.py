@@ -187,7 +187,24 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return _forward(_pin_single_strides(q), _pin_single_strides(k), _pin_single_strides(v), scale)
 
 
-@launcher
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    made = [_plain_sample(*sample, scale) for sample in zip(q, k, v, strict=True)]
+    outs, lses = zip(*made, strict=True)
+    return torch.stack(outs), torch.stack(lses)
+
+
+def _plain_sample(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Of one sample, since its scores are all kept at once: (Nq, H, D) and (H, Nq)."""
+    scores = torch.einsum("nhd,mhd->hnm", q, k).to(_wide(q)) * scale
+    out = torch.einsum("hnm,mhd->nhd", torch.softmax(scores, -1).to(q.dtype), v)
+    return out.contiguous(), torch.logsumexp(scores, -1)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@launcher(_plain_forward, q=0, k=0, v=0)
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, Nq, H, D = q.shape
     Nk = k.shape[1]
@@ -231,7 +248,35 @@ def launch_backward(
     return grad_q, grad_k, grad_v
 
 
-@launcher
+def _plain_backward(
+    grad_out: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    packed: bool,
+) -> None:
+    """A sample at a time, since its scores are all kept at once."""
+    for b in range(len(q)):
+        scores = torch.einsum("nhd,mhd->hnm", q[b], k[b]).to(_wide(q)) * scale
+        p = torch.exp(scores - lse[b][..., None])
+        delta = (grad_out[b].to(p.dtype) * out[b].to(p.dtype)).sum(-1).T[..., None]
+        grad_p = torch.einsum("nhd,mhd->hnm", grad_out[b], v[b]).to(p.dtype)
+        grad_scores = (p * (grad_p - delta)).to(q.dtype)
+        grad_q[b] = torch.einsum("hnm,mhd->nhd", grad_scores, k[b]) * scale
+        grad_k[b] = torch.einsum("hnm,nhd->mhd", grad_scores, q[b]) * scale
+        grad_v[b] = torch.einsum("hnm,nhd->mhd", p.to(q.dtype), grad_out[b])
+
+
+@launcher(
+    _plain_backward,
+    **dict.fromkeys(("q", "k", "v", "grad_out", "out", "lse", "grad_q", "grad_k", "grad_v"), 0),
+)
 def _backward(
     grad_out: Tensor,
     out: Tensor,

@@ -118,7 +118,26 @@ def guided_step_kernel(
     tl.store(out_ptr + offset, total, mask=mask)
 
 
-@launcher
+def _plain_step(
+    x: Tensor,
+    v_cond: Tensor,
+    v_uncond: Tensor | None,
+    coefficients: Tensor,
+    step: Tensor | None,
+    velocity_history: Tensor | None,
+    difference_history: Tensor | None,
+    noise: Tensor | None,
+    out: Tensor,
+    patch_size: int,
+) -> None:
+    state = (velocity_history, difference_history, noise)
+    out.copy_(reference.guided_step(x, v_cond, v_uncond, coefficients, step, *state, patch_size=patch_size))
+
+
+@launcher(
+    _plain_step,
+    **{"v_cond": 0, "v_uncond": 0, "x": 0, "noise": 0, "out": 0, "velocity_history": 1, "difference_history": 1},
+)
 def launch_guided_step(
     x: Tensor,
     v_cond: Tensor,
@@ -386,7 +405,7 @@ def _(
     patch_size: int,
 ) -> None:
     state = (velocity_history, difference_history, noise)
-    out.copy_(reference.guided_step(x, v_cond, v_uncond, coefficients, step, *state, patch_size=patch_size))
+    _plain_step(x, v_cond, v_uncond, coefficients, step, *state, out, patch_size)
 
 
 @_operator.register_fake

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
@@ -104,7 +105,30 @@ def _history_stride(modulation: Tensor | None) -> int:
     return 0 if modulation is None or modulation.ndim == 3 else modulation.stride(0)
 
 
-@launcher
+def plain_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm: str,
+    store_residual: bool,
+    forecast_weights: Tensor | None = None,
+    step: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`launch_forward` in PyTorch."""
+    if forecast_weights is not None and step is not None:
+        gate, shift, scale = (
+            history if history is None else reference.forecast(history, forecast_weights, step)
+            for history in (gate, shift, scale)
+        )
+    residual, y = reference.norm_modulate(x, branch, gate, weight, shift, scale, eps)
+    return residual.contiguous() if store_residual else None, None if y is None else y.contiguous()
+
+
+@launcher(plain_forward, x=0, branch=0, gate=-3, shift=-3, scale=-3)
 def launch_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -183,7 +207,28 @@ def launch_backward(
     return Gradients(grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale)
 
 
-@launcher
+def _plain_backward(
+    grad_residual: Tensor | None,
+    grad_y: Tensor | None,
+    x: Tensor | None,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    norm: str,
+) -> tuple[Tensor | None, ...]:
+    grads = reference.norm_modulate_backward(grad_residual, grad_y, x, branch, gate, weight, scale, eps)
+    grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale = grads
+    if grad_y is not None and scale is not None and scale.shape == grad_y.shape:
+        grad_shift = grad_y.new_empty(0)
+    if grad_weight is not None:
+        grad_weight = grad_weight[None].to(torch.promote_types(grad_weight.dtype, torch.float32))
+    made = grad_x, grad_branch, grad_gate, grad_weight, grad_shift, grad_scale
+    return tuple(grad if grad is None else grad.contiguous() for grad in made)
+
+
+@launcher(_plain_backward, grad_y=0, grad_residual=0, x=0, branch=0, gate=0, scale=0)
 def _backward(
     grad_residual: Tensor | None,
     grad_y: Tensor | None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.norm_launch import launch_backward, launch_forward
+from ddt_kernels.norm_launch import launch_backward, launch_forward, plain_forward
 
 
 def _or_empty(made: Tensor | None, like: Tensor) -> Tensor:
@@ -54,13 +54,9 @@ def norm_modulate_on_cpu(
     eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    if forecast_weights is not None and step is not None:
-        gate, shift, scale = (
-            history if history is None else reference.forecast(history, forecast_weights, step)
-            for history in (gate, shift, scale)
-        )
-    residual, y = reference.norm_modulate(x, branch, gate, weight, shift, scale, eps)
-    return _or_empty(residual if keep else None, x), _or_empty(y, x)
+    forecast, norm = (forecast_weights, step), _norm(weight, scale)
+    residual, y = plain_forward(x, branch, gate, weight, shift, scale, eps, norm, keep, *forecast)
+    return _or_empty(residual, x), _or_empty(y, x)
 
 
 @norm_modulate.register_fake

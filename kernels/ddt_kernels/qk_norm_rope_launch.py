@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.qk_norm_rope_kernels import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
 from ddt_kernels.runtime import cdiv, empty, launch, launcher, next_power_of_2
@@ -84,7 +85,23 @@ def launch_forward(
     return out
 
 
-@launcher
+def _plain_forward(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    out: Tensor,
+    copy_v: bool,
+) -> None:
+    for part, weight in enumerate((q_weight, k_weight)):
+        out[:, :, part] = reference.norm_rope(qkv[:, :, part], weight, cos, sin, eps)
+    if copy_v:
+        out[:, :, 2] = qkv[:, :, 2]
+
+
+@launcher(_plain_forward, qkv=0, out=0)
 def _forward(
     qkv: Tensor,
     q_weight: Tensor,
@@ -132,7 +149,26 @@ def launch_backward(
     return grad_out if grad_qkv is None else grad_qkv, grad_q_weight, grad_k_weight
 
 
-@launcher
+def _plain_backward(
+    grad_out: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    in_place: bool,
+) -> tuple[Tensor | None, Tensor]:
+    grad_qkv, sums = grad_out if in_place else grad_out.clone(), []
+    for part, weight in enumerate((q_weight, k_weight)):
+        grad, made = grad_out[:, :, part], qkv[:, :, part]
+        grad_qkv[:, :, part], grad_weight = reference.norm_rope_backward(grad, made, weight, cos, sin, eps)
+        sums.append(grad_weight)
+    stacked = torch.stack(sums)[None]
+    return None if in_place else grad_qkv, stacked.to(torch.promote_types(stacked.dtype, torch.float32))
+
+
+@launcher(_plain_backward, grad_out=0, qkv=0)
 def _backward(
     grad_out: Tensor,
     qkv: Tensor,

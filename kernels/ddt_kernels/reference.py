@@ -274,7 +274,7 @@ def swiglu(x: Tensor, w1: Tensor, w3: Tensor, b1: Tensor | None = None, b3: Tens
     return F.silu(F.linear(x, w1, b1)) * F.linear(x, w3, b3)
 
 
-def _swiglu_activation_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
+def swiglu_activation_backward(grad_y: Tensor, gate_up: Tensor) -> Tensor:
     # In place: training on a CPU runs this, and its memory peaks here.
     (gate, up), grad = _wide(gate_up).chunk(2, -1), _wide(grad_y)
     sigmoid = torch.sigmoid(gate)
@@ -287,7 +287,7 @@ def swiglu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of swiglu in x, in (w1; w3), stacked, and, if `biased`, in (b1; b3), else an empty tensor, given
     gate_up = (x · w1ᵀ + b1 | x · w3ᵀ + b3), side by side in the last dimension."""
-    grad_gate_up = _swiglu_activation_backward(grad_y, gate_up)
+    grad_gate_up = swiglu_activation_backward(grad_y, gate_up)
     grad_rows = grad_gate_up.flatten(0, -2)
     grad_biases = grad_rows.sum(0) if biased else x.new_empty(0)
     return grad_gate_up @ torch.cat([w1, w3]), grad_rows.mT @ x.flatten(0, -2), grad_biases

@@ -16,7 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from ddt_kernels import verification
+
+USES_TRITON = verification.mode() != "torch"
+
 try:
+    if not USES_TRITON:
+        raise ImportError
     import triton
     import triton.language as tl
 
@@ -50,41 +56,60 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
-def launcher(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that allocates outputs by `empty`, calls `launch`, and returns such outputs: one, None, or a tuple.
+def launcher(
+    plain: Callable[Parameters, Result], **samples: int
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Makes of a function that allocates outputs by `empty`, calls `launch`, and returns such outputs (one, None, or a
+    tuple) one that takes little host time and whose kernels are verified.
 
-    On a GPU it runs once for each signature of its arguments: of tensors (all on one device) their shape, strides,
-    dtype and alignment to 16 bytes; of others, which must be hashable, their value. From then on a call only allocates
-    the same outputs and launches the same compiled kernels, on the device of its tensors. So the function may read
-    nothing else, and the tensors that it launches with are its arguments, what it allocated, or views of that.
+    On a GPU the function runs once for each signature of its arguments: of tensors (all on one device) their shape,
+    strides, dtype and alignment to 16 bytes; of others, which must be hashable, their value. From then on a call only
+    allocates the same outputs and launches the same compiled kernels, on the device of its tensors. So the function may
+    read nothing else, and the tensors that it launches with are its arguments, what it allocated, or views of that.
+
+    plain: the same in PyTorch, which runs where the kernels must not (`verification`). samples: which axis of an
+    argument has the samples, for those that have one; the next axis of the first has the tokens.
     """
-    known: dict[tuple[Any, ...], _Tape] = {}
 
-    @wraps(function)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
-        if _recorder is not None or not _compiling:
-            return function(*args, **kwargs)
-        pointers: list[int] = []
-        signature: list[Any] = [*kwargs]
-        device = None
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, torch.Tensor):
-                device = device or arg.device
-                pointer = arg.data_ptr()
-                pointers.append(pointer)
-                signature += arg.shape, arg.stride(), arg.dtype, pointer & 15
-            else:
-                signature.append(arg)
-        assert device is not None
-        key = (device, *signature)
-        tape = known.get(key)
-        if tape is None:
-            tape = _Tape(device, function, args, kwargs)
-            if not tape.provisional:
-                known[key] = tape
-        return tape.play(pointers)
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        known: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
-    return call
+        def run_plain(_: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with without_autocast(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+                return plain(*args, **kwargs)
+
+        @wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
+            if _recorder is not None or not _compiling:
+                return function(*args, **kwargs) if USES_TRITON else run_plain([], args, kwargs)
+            pointers: list[int] = []
+            signature: list[Any] = [*kwargs]
+            device = None
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, torch.Tensor):
+                    device = device or arg.device
+                    pointer = arg.data_ptr()
+                    pointers.append(pointer)
+                    signature += arg.shape, arg.stride(), arg.dtype, pointer & 15
+                else:
+                    signature.append(arg)
+            assert device is not None
+            key = (device, *signature)
+            run = known.get(key)
+            if run is None:
+                if verification.failure(call, args, kwargs, device):
+                    run = known[key] = run_plain
+                else:
+                    tape = _Tape(device, function, args, kwargs)
+                    run = tape.play
+                    if not tape.provisional:
+                        known[key] = run
+            return run(pointers, args, kwargs)
+
+        call.plain, call.samples = plain, samples  # type: ignore[attr-defined]
+        return call
+
+    return decorate
 
 
 def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -174,7 +199,7 @@ class _Tape:
                 return index, tensor.data_ptr() - made.data_ptr()
         raise AssertionError("a launch takes the launcher's arguments, what it allocated by `empty`, or views of that")
 
-    def play(self, pointers: list[int]) -> Any:
+    def play(self, pointers: list[int], *_: Any) -> Any:
         device = self.device  # of all ways to allocate, empty_strided takes the least time
         made = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.outputs

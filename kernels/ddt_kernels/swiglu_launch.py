@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.runtime import (
     cdiv,
@@ -152,7 +153,14 @@ def launch_forward(
     return y, gate_up.view(*lead, 2 * F) if keep else x.new_empty(0)
 
 
-@launcher
+def _plain_forward(
+    x: Tensor, weights: Tensor, b1: Tensor | None, b3: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    gate, up = (torch.nn.functional.linear(x, *pair) for pair in zip(weights, (b1, b3), strict=True))
+    return _plain_activation(gate_up := torch.cat([gate, up], -1)), gate_up if keep else None
+
+
+@launcher(_plain_forward, x=0)
 def _fused_forward(
     x: Tensor, weights: Tensor, b1: Tensor | None, b3: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -256,7 +264,11 @@ def launch_mlp_backward(
     return grad_x, grad_weights, grad_w2, torch.cat([grad_biases, grad_z.sum(0)]) if biased else grad_biases
 
 
-@launcher
+def _plain_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return _plain_activation_backward(grad_z @ w2, gate_up), _plain_activation(gate_up)
+
+
+@launcher(_plain_mlp_backward, grad_z=0, gate_up=0)
 def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gate_up (M, 2F), y (M, F)) from that of z = y · w2ᵀ, (M, O). F is a multiple of 8."""
     (M, out), F = grad_z.shape, w2.shape[1]
@@ -295,7 +307,12 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
     return grad_gate_up, y
 
 
-@launcher
+def _plain_activation(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.to(torch.promote_types(gate_up.dtype, torch.float32)).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+@launcher(_plain_activation, gate_up=0)
 def launch_activation(gate_up: Tensor) -> Tensor:
     """silu(gate) · up (M, F) of gate_up (M, 2F), contiguous."""
     M, F = gate_up.shape[0], gate_up.shape[1] // 2
@@ -305,7 +322,14 @@ def launch_activation(gate_up: Tensor) -> Tensor:
     return y
 
 
-@launcher
+def _plain_activation_backward(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
+    grad_gate_up = reference.swiglu_activation_backward(grad_y, gate_up)
+    if y is not None:
+        y.copy_(_plain_activation(gate_up))
+    return grad_gate_up
+
+
+@launcher(_plain_activation_backward, grad_y=0, gate_up=0, y=0)
 def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
     """The gradient of gate_up (M, 2F) from that of y (M, F), both contiguous, by the backward kernel.
 
