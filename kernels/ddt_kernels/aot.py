@@ -69,7 +69,8 @@ def compile_all(modules: Sequence[str], archs: Sequence[int], jobs: int, kernel:
     if jobs == 1:
         results = [compile_task(task) for task in tasks]
     else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        # Forked: a worker has imported what this process has, which compiles nothing itself.
+        with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
             results = list(pool.map(compile_task, tasks))
     return [row for rows in results for row in rows]
 

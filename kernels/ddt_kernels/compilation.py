@@ -203,6 +203,7 @@ def _compile(kernel: Any, args: tuple[Any, ...], meta: dict[str, Any], arch: int
     kernel.device_caches.pop(arch, None)  # a binary known already would come without ptxas's report
     with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as report:
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.disable_line_info = True  # the same instructions, compiled sooner
         binary = kernel.warmup(*args, grid=(1,), **meta)
     return binary, [f"ptxas advisory {code}" for code in sorted(set(re.findall(r"\b(C75\d\d)\b", report.getvalue())))]
 

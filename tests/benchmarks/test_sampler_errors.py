@@ -13,6 +13,7 @@ from benchmarks.report.tables import FORECAST_ROWS, SHORT
 from benchmarks.sampler_errors import PUBLISHED, DigitsRuns, kept_samples, sample_errors, write_record
 from ddt_fast import SamplingConfig
 from ddt_fast.sampling import SamplingPlan, sample
+from ddt_fast.work import tune_sampler
 
 CONFIG = SamplingConfig(num_steps=2, guidance_scale=1.0, last_step=None)
 
@@ -97,10 +98,13 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "STEPS", (8, 15))
     monkeypatch.setattr(pareto, "FITTED_STEPS", (6,))
     monkeypatch.setattr(pareto, "BFLOAT16_STEPS", (8, 15))
-    few = partial(pareto.fit_schedule, num_samples=48, guidance_scales=[2.0])
+    few = partial(pareto.fit_schedule, num_samples=24, guidance_scales=[2.0])
     monkeypatch.setattr(pareto, "fit_schedule", few)
+    monkeypatch.setattr(tune_sampler, "_ITERATIONS", 8)
+    monkeypatch.setattr(pareto, "BUDGET_SCALES", (2.0, 4.0))
+    monkeypatch.setitem(pareto.NUMBERS, "--truth-steps", (60, 60, "enough for 15 steps"))
     monkeypatch.setattr(tables, "BUDGETS", (10.0, 15.0))
-    pareto.main(["--samples", "65", "--truth-steps", "210", "--output-dir", str(tmp_path)])
+    pareto.main(["--samples", "65", "--truth-steps", "60", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "pareto.json").read_text())
     assert 0 < record["truth"]["own_error"] < 1e-3
     points = {point["series"]: point for point in record["points"]}

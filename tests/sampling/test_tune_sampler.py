@@ -130,7 +130,7 @@ def fitted(tmp_path_factory) -> tuple[Tuned, str]:
     """A schedule of six steps for the digits, and its file."""
     file = str(tmp_path_factory.mktemp("fitted") / "tuned.json")
     start = replace(START, num_steps=6, guidance_interval=(0.3, 1.0))
-    tuned = fit_schedule(start=start, guidance_scales=[2.0], num_samples=48, output=file)
+    tuned = fit_schedule(start=start, guidance_scales=[2.0], num_samples=24, output=file)
     assert tuned is not None
     return tuned, file
 
@@ -139,7 +139,7 @@ def fitted(tmp_path_factory) -> tuple[Tuned, str]:
 def test_the_command_fits_a_model_and_sample_uses_it(fitted, tmp_path, capsys):
     tuned, file = fitted
     (row,) = tuned.evidence
-    assert row["samples"] == 48
+    assert row["samples"] == 24
     assert row["tuned"]["error_median"] < 0.7 * row["rule"]["error_median"]
     assert row["tuned"]["error"] < row["rule"]["error"]
     assert Tuned.read(file) == tuned
