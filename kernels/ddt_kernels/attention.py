@@ -4,10 +4,9 @@
 
 q is (B, Nq, H, D), k and v are (B, Nk, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so
 `.flatten(2)` is the (B, Nq, C) that the next GEMM reads: nothing is transposed or copied on either side. Queries of an
-image may attend to the image and a text: Nk is then larger than Nq. Autograd keeps the inputs, the
-output and the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own
-backward pass instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same
-log-sum-exp.
+image may attend to the image and a text: Nk is then larger than Nq. Autograd keeps the inputs, the output and the fp32
+log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own backward pass
+instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same log-sum-exp.
 """
 
 from typing import Any
@@ -28,9 +27,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     """softmax(scale · q·kᵀ)·v for every sample and head: no mask, scores and softmax in fp32.
 
     Args:
-        q: (B, Nq, H, D), any Nq and H, D divisible by 4 and at most 128; bf16, fp16 or fp32 (fp64 on a CPU).
-        k, v: (B, Nk, H, D), any Nk; q's dtype. All three may have any strides, except 1 for the last dimension. Fastest
-            where all others are multiples of 16 bytes.
+        q: (B, Nq, H, D), not PyTorch's (B, H, Nq, D); any Nq and H, D divisible by 4 and at most 128; bf16, fp16 or
+            fp32 (fp64 on a CPU).
+        k, v: (B, Nk, H, D), any Nk; q's dtype. The last stride of all three is 1; the others may be anything, and are
+            fastest as multiples of 16 bytes.
         scale: above 0; None: D**-0.5.
 
     Returns: (B, Nq, H, D), q's dtype, contiguous. Differentiable once, in all three. All results repeat bit for bit
@@ -58,7 +58,7 @@ def _check_heads(op: str, name: str, x: Tensor) -> None:
         fail(op, name, f"has shape {tuple(x.shape)}", "shape (B, N, H, D)")
     check_kind(op, name, x)
     B, N, H, D = x.shape
-    if min(B, N, H) < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
+    if B < 1 or N < 1 or H < 1 or D % 4 or not 4 <= D <= MAX_HEAD_DIM:
         fail(op, name, f"has shape {tuple(x.shape)}", f"B, N and H at least 1, D a multiple of 4 in 4..{MAX_HEAD_DIM}")
     check_unit_stride(op, name, x)
 

@@ -18,10 +18,16 @@ def fail(op: str, name: str, given: str, expected: str) -> NoReturn:
     raise ValueError(f"{op}: {name} {given}; expected {expected}")
 
 
+def kind_of(value: object) -> str:
+    """What was given instead, in one line: "is None", "is a list", "is an int"."""
+    kind = type(value).__name__
+    return "is None" if value is None else f"is a{'n' * (kind[0] in 'aeiou')} {kind}"
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     """A torch.Tensor without a tangent: operators drop tangents, so torch would take the result for a constant."""
     if not isinstance(value, Tensor):
-        fail(op, name, f"is a {type(value).__name__}", "a torch.Tensor")
+        fail(op, name, kind_of(value), "a torch.Tensor")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         fail(op, name, "is a dual tensor of forward-mode differentiation", "reverse mode, or ddt_kernels.reference")
 
@@ -70,18 +76,19 @@ def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_modulation(
-    op: str, name: str, modulation: Tensor, x: Tensor, tokens: int, history: tuple[int, ...] = ()
+    op: str, name: str, modulation: Tensor, x: Tensor, tokens: int, history: tuple[int, ...] = (), like: str = ""
 ) -> None:
     """(*history, B, tokens, C) for x's B and C, where tokens is N or 1; x's dtype and device, unit last stride.
 
     `tokens` is the first modulation's: all modulations of a call have the same granularity. history: a forecast's (K,).
+    like: the first modulation's name, empty if this is it.
     """
     check_tensor(op, name, modulation)
     B, N, C = x.shape
     if modulation.shape != (*history, B, tokens, C) or tokens not in (1, N):
         given = f"has shape {tuple(modulation.shape)}"
-        if tokens in (1, N):
-            fail(op, name, given, f"{(*history, B, tokens, C)}, the same for all modulations")
+        if like:
+            fail(op, name, given, f"{(*history, B, tokens, C)}, like {like}")
         fail(op, name, given, f"{(*history, B, 1, C)} (per sample) or {(*history, B, N, C)} (per token)")
     check_same_kind(op, name, modulation, x)
     check_unit_stride(op, name, modulation)
@@ -90,8 +97,8 @@ def check_modulation(
 def check_forecast(op: str, forecast: object, history: int, x: Tensor) -> None:
     """(weights, step) on x's device: (steps, history) fp32, contiguous, and an int32 or int64 of shape () or (1,)."""
     if not isinstance(forecast, tuple) or len(forecast) != 2:
-        kind = f"tuple of {len(forecast)}" if isinstance(forecast, tuple) else type(forecast).__name__
-        fail(op, "forecast", f"is a {kind}", "a tuple (weights, step)")
+        given = f"is a tuple of {len(forecast)}" if isinstance(forecast, tuple) else kind_of(forecast)
+        fail(op, "forecast", given, "a tuple (weights, step)")
     weights, step = forecast
     names = "forecast[0] (weights)", "forecast[1] (step)"
     for name, tensor in zip(names, forecast, strict=True):
@@ -116,14 +123,28 @@ def check_weight(op: str, name: str, weight: Tensor, x: Tensor) -> None:
     check_tensor(op, name, weight)
     if weight.shape != x.shape[-1:]:
         fail(op, name, f"has shape {tuple(weight.shape)}", f"{tuple(x.shape[-1:])}")
-    if weight.dtype not in (x.dtype, torch.float32):
-        fail(op, name, f"is {weight.dtype}", f"{x.dtype} or torch.float32")
+    check_weight_dtype(op, name, weight, x)
     if weight.device != x.device:
         fail(op, name, f"is on {weight.device}", f"{x.device}, like the first argument")
     check_unit_stride(op, name, weight)
 
 
+def check_weight_dtype(op: str, name: str, weight: Tensor, x: Tensor) -> None:
+    """x's dtype or float32."""
+    if weight.dtype not in (x.dtype, torch.float32):
+        expected = "torch.float32" if x.dtype == torch.float32 else f"{x.dtype} or torch.float32"
+        fail(op, name, f"is {weight.dtype}", expected)
+
+
 def check_positive(op: str, name: str, value: float) -> None:
-    """A finite number above 0."""
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        fail(op, name, f"is {value!r}", "a finite number above 0")
+    """A finite number above 0. A bool is refused: it is a flag in the wrong place."""
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        given = kind_of(value) if isinstance(value, Tensor) else f"is {value!r}"
+        fail(op, name, given, "a finite number above 0")
+
+
+def check_flag(op: str, name: str, value: bool) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        given = kind_of(value) if isinstance(value, Tensor) else f"is {value!r}"
+        fail(op, name, given, "True or False")

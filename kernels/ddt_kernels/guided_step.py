@@ -321,7 +321,7 @@ def _check(
     B, C, H, W = x.shape
     p = patch_size
     if not isinstance(p, int) or p < 1 or H % p or W % p:
-        fail(op, "patch_size", f"is {p}", f"a positive divisor of H {H} and W {W}")
+        fail(op, "patch_size", f"is {p!r}", f"a positive divisor of H {H} and W {W}")
     if v_cond.dtype not in FLOATS:
         fail(op, "v_cond", f"is {v_cond.dtype}", "bfloat16, float16 or float32")
     _check_tensor(op, "x", x, x, x.shape)
@@ -333,8 +333,10 @@ def _check(
     if step is None:
         _check_tensor(op, "coefficients", coefficients, x, (ROW,))
     else:
-        rows = max(coefficients.shape[0], 1) if coefficients.ndim else 1
-        _check_tensor(op, "coefficients", coefficients, x, (rows, ROW))
+        if coefficients.ndim != 2 or coefficients.shape[0] < 1 or coefficients.shape[1] != ROW:
+            given = f"has shape {tuple(coefficients.shape)}"
+            fail(op, "coefficients", given, f"(steps, {ROW}), because step is given")
+        _check_tensor(op, "coefficients", coefficients, x, coefficients.shape)
         if step.dtype not in (torch.int32, torch.int64):
             fail(op, "step", f"is {step.dtype}", "torch.int32 or torch.int64")
         _check_tensor(op, "step", step, x, () if step.ndim == 0 else (1,), step.dtype)

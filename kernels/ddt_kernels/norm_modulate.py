@@ -6,7 +6,7 @@
     gated_residual_layer_norm_modulate  x' = x + gate · branch;  y = layer_norm_modulate(x')
     gated_residual                      x' = x + gate · branch
 
-Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), the same for all in a
+Activations are (B, N, C); shift, scale and gate are per sample (B, 1, C) or per token (B, N, C), all alike in one
 call. All dimensions except the last may have any stride: chunks of one adaLN GEMM's output are read in place. Autograd
 keeps only inputs; the backward kernels recompute x' and the statistics. Kernels and formulas: `norm_kernels.py`.
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ddt_kernels.checks import (
     check_activations,
+    check_flag,
     check_forecast,
     check_like,
     check_modulation,
@@ -52,7 +53,7 @@ def rms_norm_modulate(
     Args:
         x: (B, N, C), C ≤ 6144; bf16, fp16 or fp32 (fp64 on a CPU).
         weight: (C,), x's dtype or fp32.
-        shift, scale: (B, 1, C) or (B, N, C), both the same, x's dtype.
+        shift, scale: (B, 1, C) or (B, N, C), both of one shape, x's dtype.
         eps: above 0.
         forecast: (weights, step); shift and scale are then (K, B, 1 or N, C), K 2 or 3, and stand for
             Σ_k weights[step, k] · shift[k], summed in fp32. An entry with weight 0 is ignored, whatever it holds.
@@ -97,7 +98,7 @@ def gated_residual_rms_norm_modulate(
 
     Args:
         x, branch: (B, N, C), like rms_norm_modulate's x.
-        gate, shift, scale: (B, 1, C) or (B, N, C), all the same, x's dtype.
+        gate, shift, scale: (B, 1, C) or (B, N, C), all of one shape, x's dtype.
         weight, eps: as in rms_norm_modulate.
         forecast: as in rms_norm_modulate, for gate too.
 
@@ -153,12 +154,13 @@ def gated_residual_layer_norm_modulate(
     """x' = x + gate · branch and y = layer_norm_modulate(x'), in one pass.
 
     Arguments, errors and results as in gated_residual_rms_norm_modulate, without a weight. Returns y, or (x', y) if
-    `keep`: nothing reads x' after a final layer, so that it is not even written. The backward pass, which reads branch
-    and gate anyway, rebuilds it from x for as many bytes as reading a stored x' would take.
+    `keep` is True. Nothing reads x' after a final layer, so without `keep` it is not even written. The backward pass
+    reads branch and gate anyway; it rebuilds x' from x for as many bytes as reading a stored x' would take.
 
     Source: the last residual and the final layer of DDT (arXiv 2504.05741); with `keep`, the residual and the next norm
     of a DiT or SiT block (arXiv 2212.09748, 2401.08740).
     """
+    check_flag("gated_residual_layer_norm_modulate", "keep", keep)
     tensors = {"branch": branch, "gate": gate, "shift": shift, "scale": scale}
     residual, y = _apply("gated_residual_layer_norm_modulate", x, tensors, eps, forecast, keep)
     return (residual, y) if keep else y
@@ -188,7 +190,7 @@ def _apply(
 
 def _check(op: str, x: Tensor, tensors: dict[str, Tensor], eps: float, forecast: Forecast | None) -> None:
     check_activations(op, "x", x, MAX_CHANNELS)
-    tokens: int | None = None
+    tokens, first = 0, ""
     history: tuple[int, ...] = ()
     for name, tensor in tensors.items():
         if name == "branch":
@@ -196,13 +198,14 @@ def _check(op: str, x: Tensor, tensors: dict[str, Tensor], eps: float, forecast:
         elif name == "weight":
             check_weight(op, name, tensor, x)
         else:
-            if tokens is None:
+            if not first:
                 check_tensor(op, name, tensor)
                 if forecast is not None:
                     history = (_history(op, name, tensor, x),)
                     check_forecast(op, forecast, history[0], x)
                 tokens = tensor.shape[-2] if tensor.ndim == 3 + len(history) else -1
-            check_modulation(op, name, tensor, x, tokens, history)
+            check_modulation(op, name, tensor, x, tokens, history, first)
+            first = first or name
     if "scale" in tensors:
         check_positive(op, "eps", eps)
 

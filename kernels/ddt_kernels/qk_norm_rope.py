@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddt_kernels import reference
-from ddt_kernels.checks import check_kind, check_positive, check_tensor, fail
+from ddt_kernels.checks import check_kind, check_positive, check_tensor, check_weight_dtype, fail
 from ddt_kernels.cost import Cost
 from ddt_kernels.qk_norm_rope_launch import launch_backward, launch_forward
 from ddt_kernels.runtime import inlined
@@ -89,8 +89,7 @@ def check_inputs(
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight.shape != (D,):
             fail(op, name, f"has shape {tuple(weight.shape)}", f"{(D,)}")
-        if weight.dtype not in (qkv.dtype, torch.float32):
-            fail(op, name, f"is {weight.dtype}", f"{qkv.dtype} or torch.float32")
+        check_weight_dtype(op, name, weight, qkv)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.shape != (N, D // 2):
             fail(op, name, f"has shape {tuple(table.shape)}", f"{(N, D // 2)}, one angle per token and pair")

@@ -59,7 +59,7 @@ def check_inputs(op: str, x: Tensor, w1: Tensor, w3: Tensor, b1: Tensor | None, 
     check_unit_stride(op, "x", x)
     for name, weight in (("w1", w1), ("w3", w3)):
         if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] < 1:
-            fail(op, name, f"has shape {tuple(weight.shape)}", f"shape (F, {x.shape[-1]}), like x's last dimension")
+            fail(op, name, f"has shape {tuple(weight.shape)}", f"shape (F, {x.shape[-1]}), columns like x")
         if weight.shape != w1.shape:
             fail(op, name, f"has shape {tuple(weight.shape)}", f"{tuple(w1.shape)}, like w1")
         check_same_kind(op, name, weight, x)
@@ -72,6 +72,9 @@ def check_biases(op: str, biases: dict[str, tuple[Any, Tensor]], x: Tensor) -> N
     if all(bias is None for bias, _ in biases.values()):
         return
     for name, (bias, weight) in biases.items():
+        if bias is None:
+            *others, last = biases
+            fail(op, name, "is None", f"a torch.Tensor: {', '.join(others)} and {last} go together, all or none")
         check_tensor(op, name, bias)
         if bias.shape != weight.shape[:1]:
             fail(op, name, f"has shape {tuple(bias.shape)}", f"{tuple(weight.shape[:1])}")

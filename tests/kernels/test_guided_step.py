@@ -127,9 +127,9 @@ MISTAKES = [
     ("v_cond", lambda t: t[:, :5], r"v_cond has shape \(2, 5, 12\); expected \(2, 6, 12\)"),
     ("v_cond", lambda t: t.double(), r"v_cond is torch.float64; expected bfloat16, float16 or float32"),
     ("v_uncond", lambda t: t[:1], r"v_uncond has shape \(1, 6, 12\); expected \(2, 6, 12\)"),
-    ("coefficients", lambda t: t[0], r"coefficients has shape \(10,\); expected \(10, 10\)"),
-    ("coefficients", lambda t: t[:, :9], r"coefficients has shape \(3, 9\); expected \(3, 10\)"),
-    ("coefficients", lambda t: t[:0], r"coefficients has shape \(0, 10\); expected \(1, 10\)"),
+    ("coefficients", lambda t: t[0], r"coefficients has shape \(10,\); expected \(steps, 10\), because"),
+    ("coefficients", lambda t: t[:, :9], r"coefficients has shape \(3, 9\); expected \(steps, 10\), because"),
+    ("coefficients", lambda t: t[:0], r"coefficients has shape \(0, 10\); expected \(steps, 10\), because"),
     ("step", lambda t: None, r"coefficients has shape \(3, 10\); expected \(10,\)"),
     ("step", lambda t: t.repeat(2), r"step has shape \(2,\); expected \(1,\)"),
     ("velocity_history", lambda t: t[0], r"velocity_history has shape .*; expected \(1 to 3, 2, 3, 4, 6\)"),
@@ -154,7 +154,7 @@ def test_every_argument_is_checked(op, name):
     """Each argument is refused as a list, with another dtype, device or column stride, and with a gradient."""
     inputs = fresh(ALL)
     tensor = inputs[name]
-    cases = [(tensor.tolist(), r"is a \w+; expected a torch.Tensor")]
+    cases = [(tensor.tolist(), r"is an? \w+; expected a torch.Tensor")]
     cases += [(tensor.double(), r"is torch.float64; expected (torch.float32|bfloat16, float16 or|torch.int32 or)")]
     if name != "x":
         cases += [(tensor.to("meta"), "is on meta; expected cpu, like x")]

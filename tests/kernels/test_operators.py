@@ -194,8 +194,8 @@ def test_every_argument_is_checked(op, name):
     """Refused: anything but a tensor; another dtype, device or column stride; one dimension less."""
     inputs = op.inputs(FP32, "contiguous")
     tensor, first = inputs[name], next(iter(inputs))
-    others = (None, 1.0, [1.0], np.ones(3))
-    cases = [(other, f"is a {type(other).__name__}; expected a torch.Tensor$") for other in others]
+    others = ((None, "None"), (1, "an int"), (1.0, "a float"), ([1.0], "a list"), (np.ones(3), "a ndarray"))
+    cases = [(other, f"is {kind}; expected a torch.Tensor") for other, kind in others]
     strided = tensor.repeat_interleave(2, -1)[..., ::2]
     cases += [(strided, r"has strides \(.*\); expected (a last stride of 1|a contiguous tensor|its last three dim)")]
     if name == first:
@@ -214,7 +214,7 @@ def test_every_argument_is_checked(op, name):
 
 
 @pytest.mark.parametrize("op", [op for op in NAMED if "swiglu" not in op.name], ids=lambda op: op.name)
-@pytest.mark.parametrize("value", ["a", None, 0, -1e-6, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["a", None, 0, -1e-6, float("nan"), float("inf"), True])
 def test_eps_and_scale_are_finite_and_positive(op, value):
     inputs = op.inputs()
     names = {"gated_residual": (), "attention": ("scale",), "qkv_attention": ("eps", "scale")}.get(op.name, ("eps",))
@@ -232,7 +232,9 @@ MISTAKES = [
     (NORM, "branch", lambda t: t[:, :2], r"branch has shape \(2, 2, 20\); expected \(2, 3, 20\)"),
     (NORM, "weight", lambda t: t[:19], r"weight has shape \(19,\); expected \(20,\)"),
     (NORM, "gate", lambda t: t[:, 0], r"gate has shape .*; expected \(2, 1, 20\) \(per sample\) or \(2, 3, 20\)"),
-    (NORM, "shift", lambda t: t.expand(2, 3, 20), r"shift has shape \(2, 3, 20\); expected \(2, 1, 20\), "),
+    (NORM, "gate", lambda t: t[:1], r"gate has shape \(1, 1, 20\); expected \(2, 1, 20\) \(per sample\) or"),
+    (NORM, "shift", lambda t: t.expand(2, 3, 20), r"shift has shape \(2, 3, 20\); expected \(2, 1, 20\), like gate$"),
+    (NORM, "weight", lambda t: t.half(), r"weight is torch.float16; expected torch.float32$"),
     (NORM, "scale", lambda t: t[:1], r"scale has shape \(1, 1, 20\); expected \(2, 1, 20\)"),
     (QK, "qkv", lambda t: t[:, :, :2], r"qkv has shape \(2, 3, 2, 2, 12\); expected shape \(B, N, 3, H, D\)"),
     (QK, "qkv", lambda t: t[:, :0], r"qkv has shape \(2, 0, 3, 2, 12\); expected B, N and H at least 1"),
@@ -259,14 +261,15 @@ MISTAKES = [
     (QKV, "sin", lambda t: t.clone().requires_grad_(), r"sin requires a gradient; expected a table without one"),
     (SWIGLU, "x", lambda t: t[0, 0], r"x has shape \(20,\); expected shape \(\.\.\., C\)"),
     (SWIGLU, "x", lambda t: t[:, :0], r"x has shape \(2, 0, 20\); expected shape \(\.\.\., C\)"),
-    (SWIGLU, "w1", lambda t: t[:, :19], r"w1 has shape \(12, 19\); expected shape \(F, 20\), like x's last"),
+    (SWIGLU, "w1", lambda t: t[:, :19], r"w1 has shape \(12, 19\); expected shape \(F, 20\), columns like x"),
     (SWIGLU, "w1", lambda t: t[:0], r"w1 has shape \(0, 20\); expected shape \(F, 20\)"),
     (SWIGLU, "w3", lambda t: t[:11], r"w3 has shape \(11, 20\); expected \(12, 20\), like w1"),
     (MLP, "w2", lambda t: t[:, :11], r"w2 has shape \(20, 11\); expected shape \(O, 12\), one column per row of w1"),
     (MLP, "w2", lambda t: t[:0], r"w2 has shape \(0, 12\); expected shape \(O, 12\)"),
     (MLP, "b1", lambda t: t[:11], r"b1 has shape \(11,\); expected \(12,\)"),
     (MLP, "b2", lambda t: t[:12], r"b2 has shape \(12,\); expected \(20,\)"),
-    (MLP, "b3", lambda t: None, r"b3 is a NoneType; expected a torch.Tensor"),
+    (MLP, "b3", lambda t: None, r"b3 is None; expected a torch.Tensor: b1, b3 and b2 go together, all or none$"),
+    (MLP, "b1", lambda t: None, r"b1 is None; expected a torch.Tensor: b1, b3 and b2 go together, all or none$"),
 ]
 
 
@@ -277,6 +280,35 @@ def test_mistakes_are_value_errors(op, name, change, message):
     for function in public_names(op):
         with pytest.raises(ValueError, match=f"^{function}: {message}"):
             getattr(ddt_kernels, function)(*inputs.values())
+
+
+def test_a_tensor_for_a_number_is_refused_in_one_line():
+    q = torch.ones(1, 2, 1, 4)
+    with pytest.raises(ValueError, match=r"^attention: scale is a Tensor; expected a finite number above 0$"):
+        ddt_kernels.attention(q, q, q, torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_keep_is_a_flag(value):
+    x, shift = torch.ones(2, 3, 4), torch.ones(2, 1, 4)
+    message = f"^gated_residual_layer_norm_modulate: keep is {value!r}; expected True or False$"
+    with pytest.raises(ValueError, match=message):
+        ddt_kernels.gated_residual_layer_norm_modulate(x, x, shift, shift, shift, keep=value)
+
+
+def test_attention_exports_for_any_number_of_samples_and_tokens():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ddt_kernels.attention(q, k, v)
+
+    def heads(batch, tokens):
+        return torch.randn(batch, tokens, 2, 8)
+
+    batch, tokens, keys = (torch.export.Dim(name, min=2) for name in ("batch", "tokens", "keys"))
+    shapes = {0: batch, 1: tokens}, {0: batch, 1: keys}, {0: batch, 1: keys}
+    exported = torch.export.export(Module(), (heads(3, 5), heads(3, 7), heads(3, 7)), dynamic_shapes=shapes)
+    inputs = heads(9, 2), heads(9, 4), heads(9, 4)
+    torch.testing.assert_close(exported.module()(*inputs), ddt_kernels.attention(*inputs))
 
 
 def test_strides_past_32_bits_are_refused():

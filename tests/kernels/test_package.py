@@ -1,4 +1,4 @@
-"""The package as shipped: README's example and table, installed alone, without triton, without atomics."""
+"""The package as shipped: README's examples and table, installed alone, without triton, without atomics."""
 
 import re
 import shutil
@@ -21,11 +21,23 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 README = (KERNELS / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("tokens", [1, 24], ids=["sample", "token"])
-def test_the_example_is_a_block_forward_and_backward(tokens):
-    (source,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def example(number):
+    """The `forward` of README's Python block of this number."""
     namespace = {}
-    exec(source, namespace)
+    exec(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number], namespace)
+    return namespace["forward"]
+
+
+def assert_same_block(y, expected, parameters):
+    """Equal, and so are the gradients of a random projection in all parameters."""
+    torch.testing.assert_close(y, expected)
+    weights = torch.randn(y.shape)
+    made, expected_gradients = (torch.autograd.grad((output * weights).sum(), parameters) for output in (y, expected))
+    torch.testing.assert_close(made, expected_gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 24], ids=["sample", "token"])
+def test_the_first_example_is_a_ddt_block_forward_and_backward(tokens):
     torch.manual_seed(0)
     config = DDTConfig(4, 2, hidden_size=40, num_heads=2, num_blocks=2, num_encoder_blocks=1, num_classes=10)
     block = Block(config)
@@ -41,13 +53,35 @@ def test_the_example_is_a_block_forward_and_backward(tokens):
     )
     cos, sin = rotary_tables(config.head_dim, 4, 6)
     x, c = torch.randn(2, 24, 40), torch.randn(2, tokens, 40)
-    y = namespace["forward"](theirs, x, c, cos, sin)
     expected = block(x, block.adaLN_modulation(c), cos, sin)
-    torch.testing.assert_close(y, expected)
-    parameters = list(block.parameters())
-    weights = torch.randn(y.shape)
-    made, expected_gradients = (torch.autograd.grad((output * weights).sum(), parameters) for output in (y, expected))
-    torch.testing.assert_close(made, expected_gradients, rtol=1e-4, atol=1e-4)
+    assert_same_block(example(0)(theirs, x, c, cos, sin), expected, list(block.parameters()))
+
+
+class DiTBlock(nn.Module):
+    """A DiT block (arXiv 2212.09748) in plain PyTorch, with its names."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False, eps=1e-6)
+        self.attn = nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.attn.num_heads = heads
+        hidden = 4 * channels
+        self.mlp = nn.Sequential(nn.Linear(channels, hidden), nn.GELU("tanh"), nn.Linear(hidden, channels))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        qkv = self.attn.qkv(self.norm(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.attn.num_heads, -1))
+        heads = nn.functional.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        x = x + gate1 * self.attn.proj(heads.transpose(1, 2).flatten(2))
+        return x + gate2 * self.mlp(self.norm(x) * (1 + scale2) + shift2)
+
+
+def test_the_second_example_is_a_dit_block_forward_and_backward():
+    torch.manual_seed(0)
+    block, x, c = DiTBlock(40, 2), torch.randn(2, 24, 40), torch.randn(2, 40)
+    assert_same_block(example(1)(block, x, c), block(x, c), list(block.parameters()))
 
 
 def test_the_floors_are_what_the_command_prints():
