@@ -3,11 +3,11 @@
     python -m benchmarks.host_time
 
 writes host_time.json and prints its table. Kernels are compiled for sm_90 and handed to a stand-in for the driver, so
-the driver's own time (about 5 µs a launch) is left out. Outputs are allocated on the CPU, of few tokens: large ones take
-a CPU long, but not a GPU's allocator. "decided each time" runs the launcher and Triton's own launch at every call;
-"known signature" is what every call but the first does (`ddt_kernels.runtime.launcher`). Both take turns in one run; the
-fastest round counts, as other programs only add to it. The backward passes of the norms and of qk_norm_rope end in sums
-by torch, which are counted here.
+the driver's own time (about 5 µs a launch) is left out. Outputs are allocated on the CPU, of few tokens: large ones
+take a CPU long, but not a GPU's allocator. "decided each time" runs the launcher and Triton's own launch at every call;
+"known signature" is what every call but the first does (`ddt_kernels.runtime.launcher`). Both take turns in one run;
+the fastest round counts, as other programs only add to it. The backward passes of the norms and of qk_norm_rope end in
+sums by torch, which are counted here.
 """
 
 import os

@@ -4,10 +4,9 @@
 
 q is (B, Nq, H, D), k and v are (B, Nk, H, D), usually views of one (B, N, 3, H, D); the result is contiguous, so
 `.flatten(2)` is the (B, Nq, C) that the next GEMM reads: nothing is transposed or copied on either side. Queries of an
-image may attend to the image and a text: Nk is then larger than Nq. Autograd keeps the inputs, the
-output and the fp32 log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own
-backward pass instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same
-log-sum-exp.
+image may attend to the image and a text: Nk is then larger than Nq. Autograd keeps the inputs, the output and the fp32
+log-sum-exp of every row; probabilities are recomputed. Kernels, formulas and the reason for our own backward pass
+instead of PyTorch's: `attention_kernels.py`. A CPU runs PyTorch's flash attention, which keeps the same log-sum-exp.
 """
 
 from typing import Any
