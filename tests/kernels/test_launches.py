@@ -131,3 +131,18 @@ def test_a_launch_with_a_tensor_from_elsewhere_is_a_bug(driver):
 
     with pytest.raises(AssertionError, match="what it allocated by `empty`"):
         wrong(torch.zeros(1, 2, 72))
+
+
+def test_a_launcher_that_calls_another_is_a_bug(driver):
+    @launcher
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return empty(x, x.shape)
+
+    @launcher
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x)
+
+    x = torch.zeros(1, 2, 72)
+    with pytest.raises(AssertionError, match="calls no other launcher"):
+        outer(x)
+    assert inner(x).shape == x.shape  # and nothing is left locked
