@@ -78,7 +78,7 @@ def kernel_cases(
 
 
 NORMS = (
-    *("rms_norm_modulate", "gated_residual_rms_norm_modulate"),
+    *("rms_norm_modulate", "layer_norm_modulate", "gated_residual_rms_norm_modulate"),
     *("gated_residual_layer_norm_modulate", "gated_residual"),
 )
 MODULATIONS = ("shift", "scale", "gate")
@@ -117,7 +117,7 @@ def norm_cases(shape: Shape) -> Iterator[Case]:
     """The norm family, at both granularities of modulation, and reading modulations forecast from two."""
     for name in NORMS:
         plain, fused = getattr(reference, name), getattr(ops, name)
-        names = tuple(parameter for parameter in signature(plain).parameters if parameter != "eps")
+        names = tuple(parameter for parameter in signature(plain).parameters if parameter not in ("eps", "keep"))
         cost: Callable[..., Cost] = partial(getattr(ops, f"{name}_cost"), *shape.activations, DTYPE)
         for per_token in (True, False):
             make = partial(norm_tensors, shape, names, per_token, 1)

@@ -30,7 +30,7 @@ instructions and barriers in between.
  - A forward program is a single warp (C up to 1536): its statistics are shuffles, without barriers or shared memory.
    With per-sample modulations and many rows it walks a few, with the modulations in registers. At most 512 rows in all
    have more warps each (C 1152: four), since one per row would leave schedulers idle, for one barrier (triton 3.6: two;
-   layer: three and five).
+   layer: three and five). So have forecasts from three entries, which would fill a warp's registers.
  - A backward program is several warps, so that a thread has few columns: the sums over rows, which every parameter
    gradient is, then take a few registers and no exchange at all. Two sums cross warps together (rms: Σx² and Σg·x,
    as <g·n> = rstd·<g·x>; layer: Σx and Σg, then Σ(x - mean)² and Σg·(x - mean)), for two barriers (triton 3.6: three).

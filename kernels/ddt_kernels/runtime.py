@@ -11,7 +11,7 @@ under `recording` and compiles exactly what a GPU would have run.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import wraps
-from threading import Lock
+from threading import RLock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -65,7 +65,8 @@ def launcher(
     On a GPU the function runs once for each signature of its arguments: of tensors (all on one device) their shape,
     strides, dtype and alignment to 16 bytes; of others, which must be hashable, their value. From then on a call only
     allocates the same outputs and launches the same compiled kernels, on the device of its tensors. So the function may
-    read nothing else, and the tensors that it launches with are its arguments, what it allocated, or views of that.
+    read nothing else and call no other launcher, and the tensors that it launches with are its arguments, what it
+    allocated, or views of that.
 
     plain: the same in PyTorch, which runs where the kernels must not (`verification`). samples: which axis of an
     argument has the samples, for those that have one; the next axis of the first has the tokens.
@@ -174,6 +175,7 @@ class _Tape:
         given = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in (*args, *kwargs.values())]
         self.given = [arg for arg in given if isinstance(arg, torch.Tensor)]
         with _recording_tape, current_device(self.device):
+            assert _tape is None, "a launcher calls no other launcher"
             _tape = self
             try:
                 result = function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
@@ -251,7 +253,7 @@ class _Pointer(int):
 
 
 _tape: _Tape | None = None
-_recording_tape = Lock()
+_recording_tape = RLock()
 
 
 def launches_run(device: torch.device) -> bool:

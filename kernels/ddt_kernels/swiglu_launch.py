@@ -80,6 +80,7 @@ HALF_BY_POINTER = (
     TileConfig(64, 64, 32, 4, 4, 3),
     TileConfig(64, 32, 32, 4, 5, 4),
 )
+HALF_ODD_BY_POINTER = HALF_BY_POINTER[2:]
 TF32_BY_DESCRIPTOR = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3, 2))
 TF32_BY_POINTER = (TileConfig(128, 64, 32, 8, 2, 2), TileConfig(64, 64, 32, 4, 3, 3))
 BACKWARD_BY_DESCRIPTOR = (TileConfig(128, 128, 64, 8, 3, 2), TileConfig(128, 256, 64, 8, 3))
@@ -87,12 +88,12 @@ BACKWARD_BY_POINTER = (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4,
 
 
 def forward_configs(dtype: torch.dtype, by_descriptor: bool, odd_width: bool) -> tuple[TileConfig, ...]:
-    """odd_width: rows of y are no multiple of 16 bytes, so stores cannot go by descriptor and take more registers."""
+    """odd_width: rows of y are no multiple of 16 bytes: stores of single elements, by pointer, take more registers."""
     if dtype == torch.float32:
         return TF32_BY_DESCRIPTOR if by_descriptor else TF32_BY_POINTER
     if by_descriptor:
         return HALF_ODD_WIDTH if odd_width else HALF_BY_DESCRIPTOR
-    return HALF_BY_POINTER
+    return HALF_ODD_BY_POINTER if odd_width else HALF_BY_POINTER
 
 
 def family(arch: int) -> int:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, swiglu_launch
 from ddt_kernels.aot import HEADER, main, write_readme
-from ddt_kernels.compilation import Compiled, programs_per_sm
+from ddt_kernels.compilation import Compiled, compile_case, programs_per_sm
 from ddt_kernels.sass import Waits, waits
 from kernel_testing import COMPILES
 
@@ -43,6 +44,26 @@ def test_what_must_not_ship_is_red_and_the_reason_is_named(capsys):
     assert int(rows["spills"][1]) > 0
     assert rows["too big"][3] == "wgmma"
     assert rows["good"][1:5] == ["0", "0", "-", "-"]
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 100])
+@pytest.mark.parametrize(
+    ("cases", "configuration"),
+    [
+        (norm_launch.aot_cases, "gated rms C 1152 bfloat16 per token"),
+        (qk_norm_rope_launch.aot_cases, "B 128 H 16 D 72 bfloat16"),
+        (attention_launch.aot_cases, "D 72 bfloat16 N 1000"),
+        (swiglu_launch.aot_cases, "M 16384 O 1152 F 3072 bfloat16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_chips_get_clean_binaries_of_the_heaviest_kernels(cases, configuration, arch):
+    """The test command compiles everything for sm_90 alone; `python -m ddt_kernels.aot` does for all three."""
+    rows = [row for case in cases() if case.configuration == configuration for row in compile_case(case, arch)]
+    assert rows
+    assert [row.problems for row in rows] == [()] * len(rows)
 
 
 @pytest.mark.parametrize(
