@@ -15,12 +15,12 @@ from ddt_kernels.attention_kernels import (
     attention_query_gradient_kernel,
 )
 from ddt_kernels.compilation import ARCHITECTURES, AotCase, Budget
+from ddt_kernels.launcher import launcher
 from ddt_kernels.runtime import (
     cdiv,
     descriptor_fits,
     empty,
     launch,
-    launcher,
     next_power_of_2,
     target_arch,
     tensor_descriptor,
@@ -204,7 +204,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-@launcher(_plain_forward, q=0, k=0, v=0)
+@launcher("attention", _plain_forward, samples={"q": 0, "k": 0, "v": 0})
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, Nq, H, D = q.shape
     Nk = k.shape[1]
@@ -225,7 +225,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     sizes = next_power_of_2(B * H), next_power_of_2(Nq), next_power_of_2(Nk)
     candidates = forward_candidates(D, call.half, call.arch, call.descriptors)
     key = (*sizes, D, q.dtype, call.descriptors, call.vector)
-    run(choose("attention", key, candidates, candidates[0], run, q.device))
+    run(choose("attention tile", key, candidates, candidates[0], run, q.device))
     return out, lse
 
 
@@ -274,8 +274,10 @@ def _plain_backward(
 
 
 @launcher(
+    "attention backward",
     _plain_backward,
-    **dict.fromkeys(("q", "k", "v", "grad_out", "out", "lse", "grad_q", "grad_k", "grad_v"), 0),
+    writes=("grad_q", "grad_k", "grad_v"),
+    samples=dict.fromkeys(("q", "k", "v", "grad_out", "out", "lse", "grad_q", "grad_k", "grad_v"), 0),
 )
 def _backward(
     grad_out: Tensor,

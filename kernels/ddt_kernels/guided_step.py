@@ -25,7 +25,8 @@ from ddt_kernels import reference
 from ddt_kernels.checks import DEVICES, FLOATS, check_tensor, check_unit_stride, fail
 from ddt_kernels.compilation import AotCase
 from ddt_kernels.cost import Cost
-from ddt_kernels.runtime import cdiv, launch, launcher, tl, triton
+from ddt_kernels.launcher import launcher
+from ddt_kernels.runtime import cdiv, launch, tl, triton
 
 TERMS = 4  # velocities, and differences, for which a row has coefficients, including the newest
 ROW = 2 + 2 * TERMS
@@ -135,8 +136,12 @@ def _plain_step(
 
 
 @launcher(
+    "guided_step",
     _plain_step,
-    **{"v_cond": 0, "v_uncond": 0, "x": 0, "noise": 0, "out": 0, "velocity_history": 1, "difference_history": 1},
+    samples=dict.fromkeys(("v_cond", "v_uncond", "x", "noise", "out"), 0)
+    | dict.fromkeys(("velocity_history", "difference_history"), 1),
+    compiled=True,
+    writes=("out", "velocity_history", "difference_history"),
 )
 def launch_guided_step(
     x: Tensor,

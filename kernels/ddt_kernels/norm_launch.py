@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
+from ddt_kernels.launcher import launcher
 from ddt_kernels.norm_backward_kernels import modulation_gradients_kernel, norm_modulate_backward_kernel
 from ddt_kernels.norm_kernels import norm_modulate_forward_kernel
-from ddt_kernels.runtime import cdiv, empty, launch, launcher, multiprocessors, next_power_of_2, target_arch
+from ddt_kernels.runtime import cdiv, empty, launch, multiprocessors, next_power_of_2, target_arch
 
 MAX_CHANNELS = 6144  # one program holds a row in registers; wider rows spill
 FEW_ROWS = 512  # 4 an SM: with a warp each, a scheduler has one, which waits more than it issues
@@ -129,7 +130,7 @@ def plain_forward(
     return residual.contiguous() if store_residual else None, None if y is None else y.contiguous()
 
 
-@launcher(plain_forward, x=0, branch=0, gate=-3, shift=-3, scale=-3)
+@launcher("norm_modulate", plain_forward, {"x": 0, "branch": 0, "gate": -3, "shift": -3, "scale": -3}, compiled=True)
 def launch_forward(
     x: Tensor,
     branch: Tensor | None,
@@ -229,7 +230,12 @@ def _plain_backward(
     return tuple(grad if grad is None else grad.contiguous() for grad in made)
 
 
-@launcher(_plain_backward, grad_y=0, grad_residual=0, x=0, branch=0, gate=0, scale=0)
+@launcher(
+    "norm_modulate backward",
+    _plain_backward,
+    dict.fromkeys(("grad_y", "grad_residual", "x", "branch", "gate", "scale"), 0),
+    compiled=True,
+)
 def _backward(
     grad_residual: Tensor | None,
     grad_y: Tensor | None,

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
+from ddt_kernels.launcher import launcher
 from ddt_kernels.qk_norm_rope_kernels import qk_norm_rope_backward_kernel, qk_norm_rope_forward_kernel
-from ddt_kernels.runtime import cdiv, empty, launch, launcher, next_power_of_2
+from ddt_kernels.runtime import cdiv, empty, launch, next_power_of_2
 
 NUM_WARPS = 4
 
@@ -101,7 +102,7 @@ def _plain_forward(
         out[:, :, 2] = qkv[:, :, 2]
 
 
-@launcher(_plain_forward, qkv=0, out=0)
+@launcher("qk_norm_rope", _plain_forward, {"qkv": 0, "out": 0}, compiled=True, writes=("out",))
 def _forward(
     qkv: Tensor,
     q_weight: Tensor,
@@ -168,7 +169,7 @@ def _plain_backward(
     return None if in_place else grad_qkv, stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 
-@launcher(_plain_backward, grad_out=0, qkv=0)
+@launcher("qk_norm_rope backward", _plain_backward, {"grad_out": 0, "qkv": 0}, compiled=True, writes=("grad_out",))
 def _backward(
     grad_out: Tensor,
     qkv: Tensor,

@@ -3,31 +3,30 @@
 `from ddt_kernels.runtime import launch, tl, triton` works everywhere. Without triton (on macOS, for example) kernel
 definitions can still be read, so the package imports and its CPU implementations run; launching a kernel raises.
 
-Every launch goes through `launch`, in a function decorated by `launcher`, which on a GPU runs once for each signature
-of its arguments. A launcher can also be run just to see its launches: `ddt_kernels.aot` calls them on meta tensors
-under `recording` and compiles exactly what a GPU would have run.
+Every launch goes through `launch`, in a function decorated by `launcher.launcher`, which on a GPU runs once for each
+signature of its arguments, for a `Tape`. A launcher can also be run just to see its launches: `ddt_kernels.aot` calls
+them on meta tensors under `recording` and compiles exactly what a GPU would have run.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import wraps
 from threading import RLock
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 
 from ddt_kernels import verification
 
-USES_TRITON = verification.mode() != "torch"
-
 try:
-    if not USES_TRITON:
+    if verification.mode() == "torch":
         raise ImportError
     import triton
     import triton.language as tl
 
+    HAS_TRITON = True
     _compiling = not triton.knobs.runtime.interpret  # read when kernels are defined, as triton does
 except ImportError:
+    HAS_TRITON = _compiling = False
 
     class _UnavailableKernel:
         def __init__(self, function: Callable[..., Any]) -> None:
@@ -43,74 +42,12 @@ except ImportError:
         constexpr = staticmethod(lambda value: value)
 
     triton = tl = _UnavailableTriton()
-    _compiling = False
 
 SMS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
 _recorded_grid: tuple[int, ...] = ()
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def launcher(
-    plain: Callable[Parameters, Result], **samples: int
-) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Makes of a function that allocates outputs by `empty`, calls `launch`, and returns such outputs (one, None, or a
-    tuple) one that takes little host time and whose kernels are verified.
-
-    On a GPU the function runs once for each signature of its arguments: of tensors (all on one device) their shape,
-    strides, dtype and alignment to 16 bytes; of others, which must be hashable, their value. From then on a call only
-    allocates the same outputs and launches the same compiled kernels, on the device of its tensors. So the function may
-    read nothing else and call no other launcher, and the tensors that it launches with are its arguments, what it
-    allocated, or views of that.
-
-    plain: the same in PyTorch, which runs where the kernels must not (`verification`). samples: which axis of an
-    argument has the samples, for those that have one; the next axis of the first has the tokens.
-    """
-
-    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        known: dict[tuple[Any, ...], Callable[..., Any]] = {}
-
-        def run_plain(_: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with without_autocast(next(arg for arg in args if isinstance(arg, torch.Tensor))):
-                return plain(*args, **kwargs)
-
-        @wraps(function)
-        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Any:
-            if _recorder is not None or not _compiling:
-                return function(*args, **kwargs) if USES_TRITON else run_plain([], args, kwargs)
-            pointers: list[int] = []
-            signature: list[Any] = [*kwargs]
-            device = None
-            for arg in (*args, *kwargs.values()):
-                if isinstance(arg, torch.Tensor):
-                    device = device or arg.device
-                    pointer = arg.data_ptr()
-                    pointers.append(pointer)
-                    signature += arg.shape, arg.stride(), arg.dtype, pointer & 15
-                else:
-                    signature.append(arg)
-            assert device is not None
-            key = (device, *signature)
-            run = known.get(key)
-            if run is None:
-                if verification.failure(call, args, kwargs, device):
-                    run = known[key] = run_plain
-                else:
-                    tape = _Tape(device, function, args, kwargs)
-                    run = tape.play
-                    if not tape.provisional:
-                        known[key] = run
-            return run(pointers, args, kwargs)
-
-        call.plain, call.samples = plain, samples  # type: ignore[attr-defined]
-        return call
-
-    return decorate
 
 
 def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -160,7 +97,7 @@ def current_device(device: torch.device) -> Any:
     return torch.cuda.device(device.index) if device.type == "cuda" else nullcontext()
 
 
-class _Tape:
+class Tape:
     """What a launcher does for one signature."""
 
     def __init__(
@@ -202,6 +139,7 @@ class _Tape:
         raise AssertionError("a launch takes the launcher's arguments, what it allocated by `empty`, or views of that")
 
     def play(self, pointers: list[int], *_: Any) -> Any:
+        """Allocates and launches; returns what the launcher does. pointers: of the tensors among its arguments."""
         device = self.device  # of all ways to allocate, empty_strided takes the least time
         made = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in self.outputs
@@ -219,7 +157,7 @@ class _Launch:
     """A compiled kernel, its grid and its arguments, of which tensors are pointers to fill in."""
 
     def __init__(
-        self, tape: _Tape, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
+        self, tape: Tape, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]
     ) -> None:
         self.args = [*args, *(meta[name] for name in kernel.arg_names[len(args) :])]
         self.pointers: list[tuple[int, int, int]] = []  # place among the arguments, source, bytes from its start
@@ -252,13 +190,13 @@ class _Pointer(int):
         return self
 
 
-_tape: _Tape | None = None
+_tape: Tape | None = None
 _recording_tape = RLock()
 
 
-def launches_run(device: torch.device) -> bool:
-    """Whether a launch on `device` would now run compiled code on a GPU: not recorded, interpreted or on a CPU."""
-    return device.type == "cuda" and _recorder is None and _compiling
+def taping() -> bool:
+    """Whether launchers now make and play tapes: there is triton, and launches are neither recorded nor interpreted."""
+    return _recorder is None and _compiling
 
 
 def inlined(x: torch.Tensor) -> bool:

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import IO, Any
 
 import torch
 
@@ -32,6 +34,8 @@ class Store:
         self.path = folder / f"{gpu}-{digest}.json"
         self._known: dict[str, Any] = {}
         self._writable = True
+        self._threads, self._depth = RLock(), 0
+        self._lock: IO[str] | None = None
 
     def get(self, key: str) -> Any:
         """The value of `key`, or None."""
@@ -40,15 +44,18 @@ class Store:
         return self._known.get(key)
 
     def find(self, key: str, find_out: Callable[[], Any]) -> Any:
-        """The value of `key`, which `find_out` returns if no process has found it out yet."""
+        """The value of `key`, which `find_out` returns if no process has found it out yet; its None is not kept."""
         known = self.get(key)
         if known is not None:
             return known
-        with self._alone():
+        with self.alone():
             known = self.get(key)
             if known is None:
-                known = self._known[key] = find_out()
-                self._write()
+                _say_once(self.environment["gpu"], self.path)
+                known = find_out()
+                if known is not None:
+                    self._known[key] = known
+                    self._write()
         return known
 
     def _read(self) -> dict[str, Any]:
@@ -70,23 +77,31 @@ class Store:
             self._say_unwritable(error)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Inside, no other process finds something out; where files cannot be locked, several may."""
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process of this node, nor another thread, is; where files cannot be locked, others may be.
+        It may be entered again inside."""
+        with self._threads:
+            self._depth += 1
+            try:
+                if self._depth == 1:
+                    self._lock = self._locked()
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0 and self._lock is not None:
+                    self._lock.close()
+
+    def _locked(self) -> IO[str] | None:
         try:
             import fcntl
 
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = self.path.with_suffix(".lock").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
             self._say_unwritable(error)
-            yield
-            return
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError as error:
-                self._say_unwritable(error)
-            yield
+            return None
+        return lock
 
     def _say_unwritable(self, error: Exception) -> None:
         if self._writable:
@@ -96,6 +111,16 @@ class Store:
                 f"this GPU is lost when the process ends; set {VARIABLE} to another folder",
                 stacklevel=2,
             )
+
+
+@cache
+def _say_once(gpu: str, path: Path) -> None:
+    print(
+        f"ddt_kernels: verifying and timing kernels on {gpu}, once, at the first use of each: about a minute in all; "
+        f"kept in {path}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def folder() -> Path:

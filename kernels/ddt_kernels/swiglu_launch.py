@@ -1,9 +1,9 @@
 """Launches the kernels of swiglu and swiglu_mlp: tile configurations, descriptors, outputs, and the plain GEMMs around
 them.
 
-Each has two implementations: the fused kernels, and the plain composition, cuBLAS's GEMMs and one pass for the
-activation. `FUSED` says which one runs. Where the tensor cores cannot be fed by bulk or 16-byte copies (fp32 without
-TF32, row pitches that are no multiple of 16 bytes), it is always the plain one.
+Each has two implementations: the fused kernels, and cuBLAS's GEMMs with one pass for the activation. The faster one on
+this GPU runs. Where the tensor cores cannot be fed by bulk or 16-byte copies (fp32 without TF32, row pitches that are
+no multiple of 16 bytes), it is always cuBLAS.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
+from ddt_kernels.launcher import launcher
 from ddt_kernels.runtime import (
     cdiv,
     descriptor_fits,
     empty,
     launch,
-    launcher,
     multiprocessors,
     next_power_of_2,
     target_arch,
@@ -33,9 +33,9 @@ from ddt_kernels.swiglu_kernels import (
     swiglu_forward_kernel,
     swiglu_mlp_backward_kernel,
 )
-from ddt_kernels.tuning import choose
+from ddt_kernels.tuning import choose, implementation
 
-FUSED = True
+IMPLEMENTATIONS = ("fused", "cublas")
 GROUP = 16  # tile rows walked together: √(132 SMs · 2·BLOCK_F / BLOCK_M) minimises a wave's distinct bytes
 L2_BYTES = 48  # that L2 delivers to an SM per cycle while all SMs are reading
 TILE_OVERHEAD = 1000  # cycles for a tile's stores and barriers; the activation takes as many whatever the tiles
@@ -144,14 +144,19 @@ def launch_forward(
     rows, weights = x.reshape(-1, x.shape[-1]), stacked(w1, w3)
     F, lead = w1.shape[0], x.shape[:-1]
     tensor_cores = tf32 and F % 4 == 0 if x.dtype == torch.float32 else True
-    if FUSED and tensor_cores and descriptor_fits(rows) and descriptor_fits(weights):
-        y, gate_up = _fused_forward(rows, weights, b1, b3, keep)
-        return y.view(*lead, F), x.new_empty(0) if gate_up is None else gate_up.view(*lead, 2 * F)
-    with without_autocast(x):
-        bias = None if b1 is None or b3 is None else torch.cat([b1, b3])
-        gate_up = torch.nn.functional.linear(rows, weights.flatten(0, 1), bias)
-    y = launch_activation(gate_up).view(*lead, F)
-    return y, gate_up.view(*lead, 2 * F) if keep else x.new_empty(0)
+    fused = tensor_cores and descriptor_fits(rows) and descriptor_fits(weights)
+
+    def run(name: str) -> tuple[Tensor, Tensor | None]:
+        if name == "fused":
+            return _fused_forward(rows, weights, b1, b3, keep)
+        with without_autocast(x):
+            bias = None if b1 is None or b3 is None else torch.cat([b1, b3])
+            gate_up = torch.nn.functional.linear(rows, weights.flatten(0, 1), bias)
+        return launch_activation(gate_up), gate_up
+
+    key = (next_power_of_2(rows.shape[0]), x.shape[-1], F, x.dtype)  # not what is kept: see `_fused_forward`
+    y, gate_up = run(implementation("swiglu", key, IMPLEMENTATIONS if fused else ("cublas",), run, x.device))
+    return y.view(*lead, F), x.new_empty(0) if gate_up is None or not keep else gate_up.view(*lead, 2 * F)
 
 
 def _plain_forward(
@@ -161,7 +166,7 @@ def _plain_forward(
     return _plain_activation(gate_up := torch.cat([gate, up], -1)), gate_up if keep else None
 
 
-@launcher(_plain_forward, x=0)
+@launcher("swiglu GEMM", _plain_forward, {"x": 0})
 def _fused_forward(
     x: Tensor, weights: Tensor, b1: Tensor | None, b3: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -207,7 +212,7 @@ def _fused_forward(
 
     # Not keyed by what is kept: a checkpointed forward, which keeps nothing, and its recomputation agree on every bit.
     key = (next_power_of_2(M), C, F, x.dtype, load_descriptors)
-    run(choose("swiglu", key, configs, forward_config(M, C, F, configs, CHIPS[arch]), run, x.device))
+    run(choose("swiglu tile", key, configs, forward_config(M, C, F, configs, CHIPS[arch]), run, x.device))
     return y, gate_up
 
 
@@ -253,12 +258,18 @@ def launch_mlp_backward(
     """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), of w2, and, if `biased`, of the biases
     (b1; b3; b2), (2F + O,), else an empty tensor."""
     grad_z, gate_up = grad_z.reshape(-1, w2.shape[0]), gate_up.view(-1, 2 * w1.shape[0])
+    fused = x.dtype != torch.float32 and descriptor_fits(grad_z) and descriptor_fits(w2)
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        if name == "fused":
+            return launch_fused_mlp_backward(grad_z, w2, gate_up)
+        y = grad_z @ w2  # the gradient of y, until the kernel overwrites it with y
+        return launch_backward_activation(y, gate_up, y), y
+
+    key = (next_power_of_2(grad_z.shape[0]), w2.shape[0], w2.shape[1], x.dtype)
     with without_autocast(x):
-        if FUSED and x.dtype != torch.float32 and descriptor_fits(grad_z) and descriptor_fits(w2):
-            grad_gate_up, y = launch_fused_mlp_backward(grad_z, w2, gate_up)
-        else:
-            y = grad_z @ w2  # the gradient of y, until the kernel overwrites it with y
-            grad_gate_up = launch_backward_activation(y, gate_up, y)
+        names = IMPLEMENTATIONS if fused else ("cublas",)
+        grad_gate_up, y = run(implementation("swiglu_mlp backward", key, names, run, x.device))
         grad_w2 = grad_z.T @ y
     del y
     grad_x, grad_weights, grad_biases = _input_gradients(grad_gate_up, x, w1, w3, biased)
@@ -269,7 +280,7 @@ def _plain_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Te
     return _plain_activation_backward(grad_z @ w2, gate_up), _plain_activation(gate_up)
 
 
-@launcher(_plain_mlp_backward, grad_z=0, gate_up=0)
+@launcher("swiglu_mlp backward GEMM", _plain_mlp_backward, {"grad_z": 0, "gate_up": 0})
 def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """(gradient of gate_up (M, 2F), y (M, F)) from that of z = y · w2ᵀ, (M, O). F is a multiple of 8."""
     (M, out), F = grad_z.shape, w2.shape[1]
@@ -304,7 +315,7 @@ def launch_fused_mlp_backward(grad_z: Tensor, w2: Tensor, gate_up: Tensor) -> tu
         )
 
     key = (next_power_of_2(M), out, F, grad_z.dtype)
-    run(choose("swiglu_mlp_backward", key, configs, configs[0], run, grad_z.device))
+    run(choose("swiglu_mlp backward tile", key, configs, configs[0], run, grad_z.device))
     return grad_gate_up, y
 
 
@@ -313,7 +324,7 @@ def _plain_activation(gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
 
 
-@launcher(_plain_activation, gate_up=0)
+@launcher("swiglu activation", _plain_activation, {"gate_up": 0}, compiled=True)
 def launch_activation(gate_up: Tensor) -> Tensor:
     """silu(gate) · up (M, F) of gate_up (M, 2F), contiguous."""
     M, F = gate_up.shape[0], gate_up.shape[1] // 2
@@ -330,7 +341,13 @@ def _plain_activation_backward(grad_y: Tensor, gate_up: Tensor, y: Tensor | None
     return grad_gate_up
 
 
-@launcher(_plain_activation_backward, grad_y=0, gate_up=0, y=0)
+@launcher(
+    "swiglu activation backward",
+    _plain_activation_backward,
+    {"grad_y": 0, "gate_up": 0, "y": 0},
+    compiled=True,
+    writes=("y",),
+)
 def launch_backward_activation(grad_y: Tensor, gate_up: Tensor, y: Tensor | None = None) -> Tensor:
     """The gradient of gate_up (M, 2F) from that of y (M, F), both contiguous, by the backward kernel.
 

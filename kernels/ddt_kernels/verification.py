@@ -1,12 +1,14 @@
-"""Whether a launcher's kernels compute on this GPU what PyTorch computes: asked once per class of calls, and kept.
+"""Whether an op computes on this GPU what PyTorch computes: asked once per class of calls, and kept.
 
-A launcher with a plain implementation (`runtime.launcher`) is compared with it before its kernels run for the first
-time. That happens in another process, so that an illegal access, a crash of the compiler or a kernel that never ends
-cannot take the user's process down. What is found is kept in the `store`, for other processes and later runs. A
-launcher that failed is replaced by its plain implementation, with a warning.
+An op here is a function with a plain version in PyTorch, as `launcher.launcher` makes them. The two are compared before
+the op's first use, in every configuration that may be chosen, on random inputs. That happens in another process, so
+that an illegal access, a crash of the compiler or a kernel that never ends cannot take the user's process down. What is
+found is kept in the `store`, for other processes and later runs. An op that failed does not run, and a configuration
+that failed is not chosen.
 
-A class of calls: the launcher, dtypes, sizes and strides of its tensors, and its other arguments. It is checked with as
-few samples as make MAX_ROWS tokens, on random inputs. The rule is that of the tests (`excess`).
+A class of calls: the op, dtypes, sizes and strides of its tensors, and its other arguments; of the number of samples,
+only its largest power of two counts, whether it is one, and no more than make MAX_ELEMENTS. The rule is that of the
+tests: `share_of_allowed`.
 """
 
 import atexit
@@ -21,122 +23,262 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddt_kernels.store import store
+from ddt_kernels.store import Store, store
 
 VARIABLE = "DDT_KERNELS"
 MODES = ("auto", "triton", "torch")
-MAX_ROWS = 8192  # tokens in a check; more change nothing but the grid
-SECONDS = 120.0  # after which a check is given up; it takes some, mostly to compile
-VERIFIED = "agrees"
+MAX_ELEMENTS = 1 << 23  # of a tensor in a check; more change nothing but the grid
+SECONDS = 180.0  # after which a check is given up; it takes some, mostly to compile
+COMPILED = "torch.compile"
+BUSY = "busy or unavailable"  # of CUDA, to a second process on a GPU in exclusive mode
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found about a class of calls.
+
+    Attributes:
+        reason: why the op must not run; empty if it may.
+        candidates: by name, configurations that failed, and why.
+        share: the largest error of those that may run, as a share of what is allowed.
+        lasting: whether it holds for later runs too: it does not where memory ran out.
+    """
+
+    reason: str = ""
+    candidates: dict[str, str] = field(default_factory=dict)
+    share: float = 0.0
+    lasting: bool = True
 
 
 def mode() -> str:
-    """DDT_KERNELS: "auto" verifies kernels and replaces those that fail, "triton" trusts all, "torch" uses none."""
+    """DDT_KERNELS: "auto" verifies kernels and replaces those that fail or are slow, "triton" trusts all, "torch" uses
+    none."""
     value = os.environ.get(VARIABLE, "auto")
     if value not in MODES:
         raise ValueError(f"{VARIABLE} is {value!r}; expected auto, triton or torch")
     return value
 
 
-def failure(launcher: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device) -> str:
-    """Why the launcher's kernels must not run on such arguments, of which it then warns; empty if they may."""
-    if device.type != "cuda" or mode() == "triton":
-        return ""
-    spec = specification(launcher, args, kwargs)
-    verdict: dict[str, Any] = store(device).find(json.dumps(spec), lambda: _worker().check(spec, device))
-    if verdict["verdict"] == VERIFIED:
-        return ""
-    _warn_once(spec["launcher"], verdict["reason"])
-    return str(verdict["reason"])
+def verdict(
+    op: Any, args: Sequence[Any], kwargs: dict[str, Any], device: torch.device, compiled: bool = False
+) -> Verdict:
+    """Whether the op may run on such arguments. compiled: torch.compile of its plain version is to be verified too, as
+    the candidate COMPILED."""
+    if mode() == "triton":
+        return Verdict()
+    spec = specification(op, args, kwargs, compiled)
+    key = words(op.op, spec["args"]) + (f", {COMPILED}" if compiled else "")
+    known = store(device)
+    found = known.get(key)
+    return Verdict(**found) if found is not None else _found_out(known, key, spec, device)
+
+
+def _found_out(known: Store, key: str, spec: Mapping[str, Any], device: torch.device) -> Verdict:
+    made = Verdict()
+
+    def find_out() -> dict[str, Any] | None:
+        nonlocal made
+        torch.cuda.empty_cache()  # the other process needs memory too
+        made = worker().check(spec, device)
+        if BUSY in made.reason:  # a GPU that takes one process only
+            made = check(spec, device)
+        return asdict(made) if made.lasting else None
+
+    found = known.find(key, find_out)
+    return made if found is None else Verdict(**found)
 
 
 @cache
-def _warn_once(launcher: str, reason: str) -> None:
+def warn_once(what: str, reason: str) -> None:
+    """what: an op is replaced or left out."""
     warnings.warn(
-        f"ddt_kernels: {launcher} fails on this GPU and is replaced by PyTorch: {reason}. Please report this with the "
-        f"output of python -m ddt_kernels.check; {VARIABLE}=triton uses the kernel all the same",
+        f"ddt_kernels: {what} on this GPU: {reason}. Please report this with the output of "
+        f"python -m ddt_kernels.check; {VARIABLE}=triton takes kernels without verifying them, {VARIABLE}=torch none",
         stacklevel=2,
     )
 
 
-def specification(launcher: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold of a call: tensors as {shape, strides, dtype}, with fewer samples than in `args`."""
-    names = list(inspect.signature(launcher).parameters)
-    given = dict(zip(names, args, strict=False)) | kwargs
-    axes = {name: axis for name, axis in launcher.samples.items() if given.get(name) is not None}
-    first, axis = next(iter(axes.items()))
-    tokens = given[first].shape[axis + 1]
-    samples = min(given[first].shape[axis], max(MAX_ROWS // tokens, 1))
+def bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name, in the order of the call."""
+    names = inspect.signature(op).parameters
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def specification(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], compiled: bool = False) -> dict[str, Any]:
+    """What JSON can hold of a class of calls: tensors as {shape, strides, dtype}, or {same} as another one."""
+    described = describe(bound(op, args, kwargs), op.samples)
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    name = f"{op.__module__}:{op.__qualname__}"
+    return {"function": name, "args": described, "compiled": compiled, "tf32": tf32}
+
+
+def describe(given: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, Any]:
     described: dict[str, Any] = {}
+    seen: dict[tuple[Any, ...], str] = {}
     for name, arg in given.items():
-        described[name] = arg
-        if isinstance(arg, Tensor):
-            shape = list(arg.shape)
-            if name in axes:
-                shape[axes[name]] = samples
-            dtype = str(arg.dtype).removeprefix("torch.")
-            described[name] = {"shape": shape, "strides": list(arg.stride()), "dtype": dtype}
-    return {"launcher": f"{launcher.__module__}:{launcher.__qualname__}", "args": described}
+        if not isinstance(arg, Tensor):
+            described[name] = arg
+            continue
+        place = arg.data_ptr() if arg.device.type != "meta" else id(arg), arg.shape, arg.stride(), arg.dtype
+        if (same := seen.setdefault(place, name)) != name:
+            described[name] = {"same": same}
+            continue
+        shape = list(arg.shape)
+        if name in samples:
+            shape[samples[name]] = _fewer(shape[samples[name]], prod(shape))
+        dtype = str(arg.dtype).removeprefix("torch.")
+        described[name] = {"shape": shape, "strides": list(arg.stride()), "dtype": dtype}
+    shapes = {name: described[name]["shape"] for name in samples if "shape" in (described.get(name) or {})}
+    for name, shape in shapes.items():  # the same number in all
+        shape[samples[name]] = min(other[samples[key]] for key, other in shapes.items())
+    return described
 
 
-def arguments(spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _fewer(samples: int, elements: int) -> int:
+    """A power of two, and one more where `samples` is none: the last tile of a kernel may be partial."""
+    most = 1 << (max(MAX_ELEMENTS * samples // max(elements, 1), 1).bit_length() - 1)
+    power = 1 << (samples.bit_length() - 1)
+    return min(power, most) + (samples != power)
+
+
+def words(op: str, described: Mapping[str, Any]) -> str:
+    """A class of calls in one line."""
+
+    def word(arg: Any) -> str:
+        if not isinstance(arg, dict):
+            return str(arg)
+        return arg.get("same") or f"{arg['dtype']}{arg['shape']}{tuple(arg['strides'])}".replace(" ", "")
+
+    return f"{op} {' '.join(f'{name}={word(arg)}' for name, arg in described.items() if arg is not None)}"
+
+
+def arguments(spec: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Random arguments of a specified call; integers are zeros."""
     generator = torch.Generator(device).manual_seed(0)
+    made: dict[str, Any] = {}
+    for name, arg in spec["args"].items():
+        made[name] = arg
+        if isinstance(arg, dict) and "same" in arg:
+            made[name] = made[arg["same"]]
+        elif isinstance(arg, dict):
+            dtype = getattr(torch, arg["dtype"])
+            tensor = torch.empty_strided(arg["shape"], arg["strides"], dtype=dtype, device=device)
+            random = torch.randn(arg["shape"], generator=generator, device=device)
+            made[name] = tensor.copy_(random) if tensor.is_floating_point() else tensor.zero_()
+    return made
 
-    def made(arg: Any) -> Any:
-        if not isinstance(arg, dict):
-            return arg
-        tensor = torch.empty_strided(arg["shape"], arg["strides"], dtype=getattr(torch, arg["dtype"]), device=device)
-        if not tensor.is_floating_point():
-            return tensor.zero_()
-        return tensor.copy_(torch.randn(arg["shape"], generator=generator, device=device))
 
-    return {name: made(arg) for name, arg in spec["args"].items()}
+def copies(args: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The arguments, those tensors copied that are named, or the same as a named one."""
+    made: dict[int, Tensor] = {}
+
+    def copy(arg: Tensor) -> Tensor:
+        if id(arg) not in made:
+            empty = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device=arg.device)
+            made[id(arg)] = empty.copy_(arg)
+        return made[id(arg)]
+
+    for name in names:
+        if isinstance(args.get(name), Tensor):
+            copy(args[name])
+    return {name: made.get(id(arg), arg) for name, arg in args.items()}
 
 
-def excess(actual: Tensor, plain: Tensor, exact: Tensor) -> float:
-    """How far `actual` errs beyond what it may: twice the largest error of plain PyTorch in the same dtype, and two
-    ulps. Above 0 it is wrong; NaN counts as infinite. exact: the same in a wider dtype."""
+def share_of_allowed(actual: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The largest error of `actual`, as a share of what is allowed: twice the largest error of plain PyTorch in the
+    same dtype, and two ulps. Above 1 it is wrong; NaN counts as infinite. exact: the same in a wider dtype."""
     wide = exact.double()
     allowed = 2 * (plain.double() - wide).abs().max() + 2 * torch.finfo(actual.dtype).eps * wide.abs()
-    return float(((actual.double() - wide).abs() - allowed).nan_to_num(nan=torch.inf).max())
+    errors = (actual.double() - wide).abs()
+    return float(torch.where(errors == 0, 0.0, errors / allowed).nan_to_num(nan=torch.inf).max())
 
 
-def results(function: Callable[..., Any], args: dict[str, Any]) -> dict[str, Tensor]:
+def results(function: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, Tensor]:
     """What a call returns and leaves in its arguments, floats only."""
-    args = {name: arg.clone() if isinstance(arg, Tensor) else arg for name, arg in args.items()}
+    args = copies(args, list(args))
     returned = function(*args.values())
     returned = returned if isinstance(returned, tuple) else (returned,)
     found = {f"result {index}": value for index, value in enumerate(returned)} | args
     return {name: value for name, value in found.items() if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def check(spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The verdict on a specified call: what a launcher makes of random arguments, compared with its plain version."""
-    module, _, name = spec["launcher"].partition(":")
-    launcher = getattr(importlib.import_module(module), name)
-    args = arguments(spec, device)
-    wider = {
-        name: arg.to(torch.float64 if arg.dtype == torch.float32 else torch.float32)
-        if isinstance(arg, Tensor) and arg.is_floating_point()
-        else arg
-        for name, arg in args.items()
-    }
-    actual, plain, exact = results(launcher, args), results(launcher.plain, args), results(launcher.plain, wider)
-    for name, made in actual.items():
-        compared = [made, plain[name], exact[name]]
-        if made.shape != plain[name].shape:  # partial sums, of which another implementation may have another number
-            compared = [tensor.sum(0) for tensor in compared]
-        if made.numel() and (worst := excess(*compared)) > 0:
-            return {"verdict": "wrong", "reason": f"{name} is off by {worst:.3g} more than it may be"}
-    return {"verdict": VERIFIED}
+def check(spec: Mapping[str, Any], device: torch.device) -> Verdict:
+    """The verdict on a specified call: what each configuration makes of random arguments, compared with plain
+    PyTorch."""
+    module, _, name = spec["function"].partition(":")
+    op = getattr(importlib.import_module(module), name)
+    settings = torch.backends.cuda.matmul
+    before, settings.fp32_precision = settings.fp32_precision, "tf32" if spec["tf32"] else "ieee"
+    try:
+        with torch.no_grad():
+            args = arguments(spec, device)
+            return _compare(op, args, spec["compiled"])
+    finally:
+        settings.fp32_precision = before
+
+
+def _compare(op: Any, args: dict[str, Any], compiled: bool) -> Verdict:
+    from ddt_kernels.tuning import Trial, compiled_version
+
+    plain, exact = results(op.plain, args), results(op.plain, _wider(args))
+    shares: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    trial = Trial(0)
+    while trial.index == 0 or trial.index < len(trial.names):
+        with trial.running():
+            share, reason = _judged(getattr(op, "__wrapped__", op), args, plain, exact)
+        name = trial.names[trial.index] if trial.names else op.op
+        shares[name], failed[name] = share, reason
+        trial.index += 1
+    right = [share for name, share in shares.items() if not failed[name]]
+    if not right:
+        return Verdict(next(iter(failed.values())), share=min(shares.values()))
+    if compiled:
+        _, failed[COMPILED] = _judged(compiled_version(op.plain), args, plain, exact)
+    return Verdict("", {name: reason for name, reason in failed.items() if reason}, max(right))
+
+
+def _judged(
+    function: Callable[..., Any], args: Mapping[str, Any], plain: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> tuple[float, str]:
+    """The largest error as a share of what is allowed, and what is wrong, if anything."""
+    try:
+        actual = results(function, args)
+        worst, output = 0.0, ""
+        for name, made in actual.items():
+            compared = [made, plain[name], exact[name]]
+            if made.shape != plain[name].shape:  # partial sums, of which another implementation has another number
+                compared = [tensor.sum(0) for tensor in compared]
+            share = share_of_allowed(*compared) if made.numel() else 0.0
+            if share > worst:
+                worst, output = share, name
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "CUDA error" in str(error):
+            raise  # says nothing about the function, or nothing works in this process any more
+        return torch.inf, _line(error)
+    return worst, f"{output} is off by {worst:.3g} times what is allowed" if worst > 1 else ""
+
+
+def _wider(args: Mapping[str, Any]) -> dict[str, Any]:
+    made: dict[int, Any] = {}
+    for arg in args.values():
+        made[id(arg)] = arg
+        if isinstance(arg, Tensor) and arg.is_floating_point():
+            made[id(arg)] = arg.to(torch.float64 if arg.dtype == torch.float32 else torch.float32)
+    return {name: made[id(arg)] for name, arg in args.items()}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def serve(requests: Iterator[str], answer: Callable[[str], object]) -> None:
@@ -144,12 +286,12 @@ def serve(requests: Iterator[str], answer: Callable[[str], object]) -> None:
     for request in requests:
         spec, device = json.loads(request)
         try:
-            with torch.no_grad():
-                verdict = check(spec, torch.device(device))
+            found = check(spec, torch.device(device))
         except Exception as error:
             traceback.print_exc()
-            verdict = {"verdict": "failed", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-        answer(json.dumps(verdict))
+            lasting = not isinstance(error, torch.OutOfMemoryError) and BUSY not in str(error)
+            found = Verdict(_line(error), lasting=lasting)
+        answer(json.dumps(asdict(found)))
 
 
 class Worker:
@@ -159,7 +301,7 @@ class Worker:
         self.command, self.seconds = command, seconds
         self._process: subprocess.Popen[str] | None = None
 
-    def check(self, spec: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    def check(self, spec: Mapping[str, Any], device: torch.device) -> Verdict:
         """A verdict, whatever happens to the process."""
         process = self._running()
         assert process.stdin is not None
@@ -177,10 +319,10 @@ class Worker:
         line = process.stdout.readline()
         if not line:
             return self._ended("ended")
-        verdict: dict[str, Any] = json.loads(line)
-        if verdict["verdict"] == "failed":  # after an illegal access, everything fails that follows in its process
+        found = Verdict(**json.loads(line))
+        if found.reason:  # after an illegal access, everything fails that follows in its process
             self.close()
-        return verdict
+        return found
 
     def close(self) -> None:
         if self._process is not None:
@@ -191,9 +333,9 @@ class Worker:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            print("ddt_kernels: verifying kernels on this GPU, once: some seconds each", file=sys.stderr, flush=True)
-            environment = os.environ | {VARIABLE: "triton", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-            self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+            paths = os.pathsep.join(filter(None, sys.path))
+            environment = os.environ | {VARIABLE: "triton", "DDT_KERNELS_AUTOTUNE": "0", "PYTHONPATH": paths}
+            self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
             self._process = subprocess.Popen(
                 self.command,
                 text=True,
@@ -204,7 +346,7 @@ class Worker:
             )
         return self._process
 
-    def _ended(self, how: str) -> dict[str, Any]:
+    def _ended(self, how: str) -> Verdict:
         process, self._process = self._process, None
         assert process is not None
         process.communicate()
@@ -212,21 +354,22 @@ class Worker:
         self._errors.seek(0)
         by = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         last = self._errors.read().strip().splitlines()[-1:]
-        return {"verdict": "failed", "reason": ": ".join([f"the process that checked it {how} ({by})", *last])}
+        self._errors.close()
+        return Verdict(": ".join([f"the process that checked it {how} ({by})", *last]))
 
 
 @cache
-def _worker() -> Worker:
-    worker = Worker()
-    atexit.register(worker.close)
-    return worker
+def worker() -> Worker:
+    made = Worker()
+    atexit.register(made.close)
+    return made
 
 
 def _main() -> None:
     """stdout is for verdicts alone: whatever else is printed goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(iter(sys.stdin.readline, ""), lambda verdict: print(verdict, file=answers, flush=True))
+    serve(iter(sys.stdin.readline, ""), lambda found: print(found, file=answers, flush=True))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ PACKAGES = {
 def fresh(monkeypatch):
     """Nothing resolved or imported before a test, or after it."""
     monkeypatch.setattr(backends, "_imported", {})
-    package_of_attention._resolve.cache_clear()
+    package_of_attention._usable.cache_clear()
     yield
-    package_of_attention._resolve.cache_clear()
+    package_of_attention._usable.cache_clear()
 
 
 @pytest.fixture

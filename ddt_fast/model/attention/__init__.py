@@ -15,6 +15,8 @@ from torch import Tensor
 from ddt_fast.checks import require
 from ddt_fast.device import cpu_has_bf16
 from ddt_fast.model.attention.backends import BACKENDS, preferences, sdpa, unavailable
+from ddt_fast.model.attention.choice import fastest, latest
+from ddt_kernels.tuning import timing_enabled
 
 AttentionBackend = str
 """"auto", or the name of one of `BACKENDS`."""
@@ -52,10 +54,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: AttentionBackend = "auto
 
 
 def backend_for(x: Tensor, backend: AttentionBackend, gradient: bool) -> str:
-    """`resolve_backend` for tensors like x (B, N, ..., D), even in a compiled function."""
-    # While compiling, N may be symbolic, and stays so; operator.index makes D a number.
-    head_dim, tokens = operator.index(x.shape[-1]), None if torch.compiler.is_compiling() else x.shape[1]
-    return resolve_backend(backend, x.device, x.dtype, head_dim, tokens, gradient)
+    """`resolve_backend` for tensors like x (B, N, ..., H, D), even in a compiled function."""
+    if torch.compiler.is_compiling():  # B and N may be symbolic, and stay so; operator.index makes D a number
+        return resolve_backend(backend, x.device, x.dtype, operator.index(x.shape[-1]), gradient=gradient)
+    batch, tokens, *_, heads, head_dim = x.shape
+    return resolve_backend(backend, x.device, x.dtype, head_dim, tokens, gradient, batch, heads)
 
 
 @torch.compiler.assume_constant_result
@@ -66,20 +69,38 @@ def resolve_backend(
     head_dim: int,
     tokens: int | None = None,
     gradient: bool = False,
+    batch: int | None = None,
+    heads: int | None = None,
 ) -> str:
     """The concrete backend that `attention` uses for such tensors. `tokens` is N, if known; it matters to "auto" and
-    sdpa_cudnn. Whether gradients are needed matters to "auto".
+    sdpa_cudnn. Whether gradients are needed, B and H, if known, matter to "auto".
 
-    On a GPU, "auto" warns once per case if only sdpa_math is left, which is slow and writes all N² scores. Raises
-    ValueError if `backend` cannot be used: why, how to get it, and which backends are usable.
+    On a GPU, "auto" verifies and times the usable ones at the first call for a shape (`choice.py`), and warns once per
+    case if only sdpa_math is left, which is slow and writes all N² scores. Raises ValueError if `backend` cannot be
+    used: why, how to get it, and which backends are usable.
     """
-    return _resolve(backend, torch.device(device), dtype, head_dim, tokens, gradient)
+    device = torch.device(device)
+    if device.type != "cuda" or backend != "auto" or tokens is None or batch is None or heads is None:
+        names = _usable(backend, device, dtype, head_dim, tokens, gradient, all_of_them=False)
+        return (
+            names[0] if len(names) == 1 or device.type != "cuda" else latest(names, dtype, device, head_dim, gradient)
+        )
+    names = _usable(backend, device, dtype, head_dim, tokens, gradient, all_of_them=timing_enabled())
+    return fastest(names, (batch, tokens, heads, head_dim), dtype, device, gradient)
 
 
 @cache
-def _resolve(
-    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, tokens: int | None, gradient: bool
-) -> str:
+def _usable(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int | None,
+    gradient: bool,
+    all_of_them: bool,
+) -> tuple[str, ...]:
+    """That backend, or those that "auto" may take, the preferred ones first. all_of_them: others too, if any is."""
+
     def reason(name: str) -> str | None:
         return unavailable(name, device, dtype, head_dim, tokens)
 
@@ -88,16 +109,16 @@ def _resolve(
         if (why := reason(backend)) is not None:
             usable = ", ".join(name for name in CONCRETE_BACKENDS if reason(name) is None)
             raise ValueError(f"attention backend {backend!r} cannot be used here: {why}; usable: {usable}")
-        return backend
-    reasons = []
-    for name in preferences(device, dtype, tokens, gradient):
-        if (why := reason(name)) is None:
-            return name
-        reasons.append(f"{name}: {why}")
-    if reasons:
-        text = f"attention runs as sdpa_math, which is slow and writes all scores. {'. '.join(reasons)}"
-        warnings.warn(text, stacklevel=3)
-    return "sdpa_math"
+        return (backend,)
+    preferred = preferences(device, dtype, tokens, gradient)
+    names = [name for name in preferred if reason(name) is None]
+    if names and all_of_them:
+        others = [name for name in CONCRETE_BACKENDS if name not in (*names, "sdpa_math")]
+        names += [name for name in others if reason(name) is None]
+    if preferred and not names:
+        reasons = ". ".join(f"{name}: {reason(name)}" for name in preferred)
+        warnings.warn(f"attention runs as sdpa_math, which is slow and writes all scores. {reasons}", stacklevel=4)
+    return tuple(names) or ("sdpa_math",)
 
 
 def available_backends(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:

@@ -1,8 +1,8 @@
 """Every implementation of attention, in one dict: `BACKENDS`.
 
 To add one, write a function of q, k and v and add a `Backend` for it there; one that runs
-without CUDA also needs a case in `unavailable`: `--attention NAME` then accepts it. "auto" takes
-only what `preferences` names: installing an optional package must not change anyone's samples.
+without CUDA also needs a case in `unavailable`: `--attention NAME` then accepts it. On a
+GPU, "auto" takes the fastest that is right (`choice.py`).
 """
 
 import importlib
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ddt_kernels
+from ddt_kernels.verification import mode
 
 HALF = (torch.bfloat16, torch.float16)
 WIDE = (*HALF, torch.float32)
@@ -122,7 +123,7 @@ FEW_TOKENS = {torch.float32: 16, torch.bfloat16: 128}
 
 
 def preferences(device: torch.device, dtype: torch.dtype, tokens: int | None, gradient: bool) -> tuple[str, ...]:
-    """What "auto" tries, in this order, before sdpa_math.
+    """What "auto" tries, in this order, before sdpa_math; where it times, the first wins ties.
 
     CPU: measured with torch 2.13 on 2 cores of an AMD EPYC with AVX-512 bf16 (XL/2: B 2, N 256, H 16, D 72). sdpa_flash
     takes 0.65 of sdpa_math's time in fp32 and 0.62 in bf16; with the backward pass and few tokens, sdpa_math wins.
@@ -165,7 +166,9 @@ def unavailable(
         reasons.append(f"takes head dimensions up to {backend.max_head_dim} divisible by {multiple}, not {head_dim}")
     if name == "sdpa_cudnn" and tokens == 1:
         reasons.append("takes 2 tokens or more, not 1")
-    if backend.module is not None and not _is_installed(backend.module):
+    if name == "triton" and mode() == "torch":
+        reasons.append("DDT_KERNELS=torch turns it off")
+    elif backend.module is not None and not _is_installed(backend.module):
         reasons.append(f"{backend.module} is not installed: {backend.install}")
     elif not any(reasons):
         module, function = backend.module, backend.function
