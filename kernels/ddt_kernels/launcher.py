@@ -5,7 +5,8 @@ the configuration that is fastest (`tuning.choose`), and may compete with torch.
 been found out is kept, also for other processes; whatever loses or fails is never launched again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from ddt_kernels.verification import COMPILED
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+_collected: list[dict[str, Any]] | None = None
 Run = Callable[[list[int], tuple[Any, ...], dict[str, Any]], Any]
 
 WORTH_COMPILING = 1 << 20  # elements of the largest tensor; with fewer, a pass takes less time than its launch
@@ -75,7 +77,7 @@ def launcher(
                     known[key] = run
             return run(pointers, args, kwargs)
 
-        vars(call).update(op=op, plain=plain, samples=samples, compiled=compiled, writes=writes)
+        vars(call).update(op=op, plain=plain, samples=samples, compiled=compiled, writes=writes, known=known)
         return call
 
     return decorate
@@ -83,18 +85,34 @@ def launcher(
 
 def _untriton(args: tuple[Any, ...]) -> bool:
     """Whether these are on a GPU and there is no triton: then PyTorch does the work."""
-    return not runtime.HAS_TRITON and any(isinstance(arg, Tensor) and arg.is_cuda for arg in args)
+    return not runtime.HAS_TRITON and any(isinstance(arg, Tensor) and runtime.is_gpu(arg.device) for arg in args)
+
+
+@contextmanager
+def collecting() -> Iterator[list[dict[str, Any]]]:
+    """Inside, launchers on a GPU run their plain versions where they have not run yet; yields the specifications of
+    what would have been verified."""
+    global _collected
+    _collected = []
+    try:
+        with tuning.untimed():
+            yield _collected
+    finally:
+        _collected = None
 
 
 def _decide(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> tuple[Run, bool]:
     """What runs on such arguments, and whether that is settled."""
-    if device.type != "cuda":  # a stand-in for one: `compilation.launching_into`
+    if not runtime.is_gpu(device):  # a stand-in for one: `compilation.launching_into`
         return runtime.Tape(device, launcher.__wrapped__, args, kwargs).play, True
     if not runtime.HAS_TRITON:
         if verification.mode() != "torch":
             verification.warn_once(f"{launcher.op} runs in PyTorch", "triton is not installed: pip install triton")
         tuning.note(launcher.op, "torch")
         return _in_pytorch(launcher.plain), True
+    if _collected is not None:
+        _collected.append(verification.specification(launcher, args, kwargs, competes(launcher, args)))
+        return _in_pytorch(launcher.plain), False
     with store(device).alone():  # one process of a node compiles and times; the others find what it left
         verdict = verification.verdict(launcher, args, kwargs, device, competes(launcher, args))
         if verdict.reason:

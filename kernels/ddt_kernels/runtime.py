@@ -194,6 +194,10 @@ _tape: Tape | None = None
 _recording_tape = RLock()
 
 
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def taping() -> bool:
     """Whether launchers now make and play tapes: there is triton, and launches are neither recorded nor interpreted."""
     return _recorder is None and _compiling

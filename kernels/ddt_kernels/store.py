@@ -58,6 +58,12 @@ class Store:
                     self._write()
         return known
 
+    def put(self, key: str, value: Any) -> None:
+        """In place of whatever was known."""
+        with self.alone():
+            self._known[key] = value
+            self._write()
+
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))

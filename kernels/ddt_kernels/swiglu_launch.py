@@ -17,6 +17,7 @@ from ddt_kernels import reference
 from ddt_kernels.compilation import AotCase, Budget
 from ddt_kernels.launcher import launcher
 from ddt_kernels.runtime import (
+    HAS_TRITON,
     cdiv,
     descriptor_fits,
     empty,
@@ -144,7 +145,7 @@ def launch_forward(
     rows, weights = x.reshape(-1, x.shape[-1]), stacked(w1, w3)
     F, lead = w1.shape[0], x.shape[:-1]
     tensor_cores = tf32 and F % 4 == 0 if x.dtype == torch.float32 else True
-    fused = tensor_cores and descriptor_fits(rows) and descriptor_fits(weights)
+    fused = HAS_TRITON and tensor_cores and descriptor_fits(rows) and descriptor_fits(weights)
 
     def run(name: str) -> tuple[Tensor, Tensor | None]:
         if name == "fused":
@@ -258,7 +259,7 @@ def launch_mlp_backward(
     """Returns the gradients of x, of the stacked weights (w1; w3), (2F, C), of w2, and, if `biased`, of the biases
     (b1; b3; b2), (2F + O,), else an empty tensor."""
     grad_z, gate_up = grad_z.reshape(-1, w2.shape[0]), gate_up.view(-1, 2 * w1.shape[0])
-    fused = x.dtype != torch.float32 and descriptor_fits(grad_z) and descriptor_fits(w2)
+    fused = HAS_TRITON and x.dtype != torch.float32 and descriptor_fits(grad_z) and descriptor_fits(w2)
 
     def run(name: str) -> tuple[Tensor, Tensor]:
         if name == "fused":

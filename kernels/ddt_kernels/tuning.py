@@ -49,6 +49,7 @@ _choices: dict[tuple[str, torch.device, Key], Choice] = {}
 _running: dict[str, set[str]] = {}
 _excluded: Collection[str] = ()
 _trial: "Trial | None" = None
+_timing = True
 
 
 def choices() -> list[Choice]:
@@ -72,6 +73,17 @@ def timing_enabled() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{VARIABLE} is {value!r}; expected 0 (never time candidates) or 1 (time them once)")
     return value == "1"
+
+
+@contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, nothing is timed, as during a capture."""
+    global _timing
+    _timing = False
+    try:
+        yield
+    finally:
+        _timing = True
 
 
 @contextmanager
@@ -155,7 +167,7 @@ def decide(
     if not named:
         raise RuntimeError(f"{op}: none of {', '.join(map(str, ordered))} works on this GPU")
     first = next(iter(named.values()))
-    if device.type != "cuda" or len(named) == 1 or not timing_enabled():
+    if not runtime.is_gpu(device) or len(named) == 1 or not timing_enabled():
         return first, True
     if known is None or known.chosen not in named:
         words = f"{op} {key}: {', '.join(named)}"
@@ -172,7 +184,7 @@ def implementation(op: str, key: Key, names: Sequence[str], run: Callable[[str],
     """Which of an op's implementations runs, the first where nothing is timed. With DDT_KERNELS=triton, it is the first
     too. The parameters are those of `choose`."""
     chosen = names[0]
-    if device.type == "cuda" and len(names) > 1 and verification.mode() == "auto":
+    if runtime.is_gpu(device) and len(names) > 1 and verification.mode() == "auto":
         chosen, _ = decide(op, key, names, chosen, run, device)
     note(op, chosen)
     return chosen
@@ -188,9 +200,9 @@ def compiled_version(function: Callable[..., Any]) -> Callable[..., Any]:
 def can_time(device: torch.device) -> bool:
     """Whether the GPU's time may be measured now."""
     interpreted = runtime.HAS_TRITON and not runtime.taping()
-    if device.type != "cuda" or interpreted or torch.compiler.is_compiling():
+    if not _timing or not runtime.is_gpu(device) or interpreted or torch.compiler.is_compiling():
         return False
-    with torch.cuda.device(device):
+    with runtime.current_device(device):
         return not torch.cuda.is_current_stream_capturing()
 
 
@@ -199,7 +211,7 @@ def _time(named: dict[str, Config], run: Callable[[Config], object], device: tor
     milliseconds, failed = {}, {}
     for name, candidate in named.items():
         try:
-            milliseconds[name] = _milliseconds(run, candidate, device)
+            milliseconds[name] = milliseconds_of(run, candidate, device)
         except Exception as error:  # of any compiler or package
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     if not milliseconds:
@@ -209,7 +221,7 @@ def _time(named: dict[str, Config], run: Callable[[Config], object], device: tor
     return {"chosen": chosen, "milliseconds": milliseconds, "failed": failed}
 
 
-def _milliseconds(run: Callable[[Config], object], candidate: Config, device: torch.device) -> float:
+def milliseconds_of(run: Callable[[Config], object], candidate: Config, device: torch.device) -> float:
     """The median GPU time of a run that starts with a cold L2 cache, its launches queued beforehand."""
     with torch.cuda.device(device):
         run(candidate)  # compiles

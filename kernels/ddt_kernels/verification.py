@@ -24,15 +24,17 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from math import prod
+from queue import Queue
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddt_kernels.store import Store, store
+from ddt_kernels.store import store
 
 VARIABLE = "DDT_KERNELS"
 MODES = ("auto", "triton", "torch")
@@ -76,13 +78,40 @@ def verdict(
     if mode() == "triton":
         return Verdict()
     spec = specification(op, args, kwargs, compiled)
-    key = words(op.op, spec["args"]) + (f", {COMPILED}" if compiled else "")
-    known = store(device)
-    found = known.get(key)
-    return Verdict(**found) if found is not None else _found_out(known, key, spec, device)
+    found = store(device).get(key_of(spec))
+    return Verdict(**found) if found is not None else _found_out(spec, device)
 
 
-def _found_out(known: Store, key: str, spec: Mapping[str, Any], device: torch.device) -> Verdict:
+def verify_all(specs: Sequence[Mapping[str, Any]], device: torch.device, processes: int) -> dict[str, Verdict]:
+    """Verdicts on specified calls by their `key_of`, found out anew, several at a time in processes of their own."""
+    distinct = {key_of(spec): spec for spec in specs}
+    idle: Queue[Worker] = Queue()
+    for _ in range(processes):
+        idle.put(Worker())
+
+    def verify(spec: Mapping[str, Any]) -> Verdict:
+        own = idle.get()
+        try:
+            return own.check(spec, device)
+        finally:
+            idle.put(own)
+
+    with store(device).alone():
+        with ThreadPoolExecutor(processes) as pool:
+            found = dict(zip(distinct, pool.map(verify, distinct.values()), strict=True))
+        for key, verdict in found.items():
+            if verdict.lasting:
+                store(device).put(key, asdict(verdict))
+    while not idle.empty():
+        idle.get().close()
+    return found
+
+
+def key_of(spec: Mapping[str, Any]) -> str:
+    return words(spec["op"], spec["args"]) + (f", {COMPILED}" if spec["compiled"] else "")
+
+
+def _found_out(spec: Mapping[str, Any], device: torch.device) -> Verdict:
     made = Verdict()
 
     def find_out() -> dict[str, Any] | None:
@@ -93,7 +122,7 @@ def _found_out(known: Store, key: str, spec: Mapping[str, Any], device: torch.de
             made = check(spec, device)
         return asdict(made) if made.lasting else None
 
-    found = known.find(key, find_out)
+    found = store(device).find(key_of(spec), find_out)
     return made if found is None else Verdict(**found)
 
 
@@ -118,7 +147,7 @@ def specification(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], compi
     described = describe(bound(op, args, kwargs), op.samples)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     name = f"{op.__module__}:{op.__qualname__}"
-    return {"function": name, "args": described, "compiled": compiled, "tf32": tf32}
+    return {"op": op.op, "function": name, "args": described, "compiled": compiled, "tf32": tf32}
 
 
 def describe(given: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, Any]:
@@ -282,16 +311,19 @@ def _line(error: Exception) -> str:
 
 
 def serve(requests: Iterator[str], answer: Callable[[str], object]) -> None:
-    """The other process: a verdict for each specified call, a line of JSON each."""
+    """The other process: for each specified call a line of JSON, the verdict and whether the process is still of
+    use."""
     for request in requests:
         spec, device = json.loads(request)
+        usable = True
         try:
             found = check(spec, torch.device(device))
         except Exception as error:
+            usable = False  # after an illegal access, everything fails that follows
             traceback.print_exc()
             lasting = not isinstance(error, torch.OutOfMemoryError) and BUSY not in str(error)
             found = Verdict(_line(error), lasting=lasting)
-        answer(json.dumps(asdict(found)))
+        answer(json.dumps([asdict(found), usable]))
 
 
 class Worker:
@@ -319,10 +351,10 @@ class Worker:
         line = process.stdout.readline()
         if not line:
             return self._ended("ended")
-        found = Verdict(**json.loads(line))
-        if found.reason:  # after an illegal access, everything fails that follows in its process
+        found, usable = json.loads(line)
+        if not usable:
             self.close()
-        return found
+        return Verdict(**found)
 
     def close(self) -> None:
         if self._process is not None:

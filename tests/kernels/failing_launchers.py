@@ -2,19 +2,22 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ddt_kernels.tuning import choose
+
 
 def doubled(x: Tensor) -> Tensor:
     return x * 2
 
 
-def _launcher(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    function.plain, function.samples = doubled, {"x": 0}  # type: ignore[attr-defined]
+def _launcher(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    vars(function).update(op=function.__name__, plain=doubled, samples={"x": 0})
     return function
 
 
@@ -50,3 +53,33 @@ def crashes(x: Tensor) -> Tensor:
 def hangs(x: Tensor) -> Tensor:
     time.sleep(600)
     return x
+
+
+@_launcher
+def ends(x: Tensor) -> Tensor:
+    print("out of registers", file=sys.stderr, flush=True)
+    os._exit(3)
+
+
+@_launcher
+def runs_out_of_memory(x: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("of 1 TiB")
+
+
+@_launcher
+def has_candidates(x: Tensor) -> Tensor:
+    if (chosen := choose("doubling", (), (1, 2, 3), 1, lambda candidate: None, x.device)) == 3:
+        raise RuntimeError("no room")
+    return x * 2 * chosen if chosen == 1 else x * 2 + 1e-6
+
+
+@_launcher
+def has_wrong_candidates(x: Tensor) -> Tensor:
+    return x + choose("doubling", (), (1, 2, 3), 1, lambda candidate: None, x.device)
+
+
+def in_place(x: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(x * 2)
+
+
+vars(in_place).update(op="in_place", plain=in_place, samples={"x": 0, "out": 0})

@@ -10,7 +10,8 @@ import torch
 from benchmarks.host_time import calls
 from ddt_kernels import norm_launch, runtime
 from ddt_kernels.compilation import launching_into
-from ddt_kernels.runtime import empty, launch, launcher, tl, triton
+from ddt_kernels.launcher import launcher
+from ddt_kernels.runtime import empty, launch, tl, triton
 from kernel_testing import BF16, COMPILES, seeded
 
 pytestmark = COMPILES
@@ -122,7 +123,7 @@ def copy_kernel(x_ptr, y_ptr):
 
 
 def test_a_launch_with_a_tensor_from_elsewhere_is_a_bug(driver):
-    @launcher
+    @launcher("copy", torch.clone, {"x": 0})
     def wrong(x: torch.Tensor) -> torch.Tensor:
         made = empty(x, x.shape)
         other = torch.empty(x.shape)
@@ -134,11 +135,11 @@ def test_a_launch_with_a_tensor_from_elsewhere_is_a_bug(driver):
 
 
 def test_a_launcher_that_calls_another_is_a_bug(driver):
-    @launcher
+    @launcher("copy", torch.clone, {"x": 0})
     def inner(x: torch.Tensor) -> torch.Tensor:
         return empty(x, x.shape)
 
-    @launcher
+    @launcher("copy", torch.clone, {"x": 0})
     def outer(x: torch.Tensor) -> torch.Tensor:
         return inner(x)
 

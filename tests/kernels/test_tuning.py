@@ -2,6 +2,7 @@
 
 import os
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,18 @@ import torch
 
 import ddt_kernels
 from attention_cases import make_heads
-from ddt_kernels import attention_launch, norm_launch, qk_norm_rope_launch, reference, runtime, swiglu_launch, tuning
+from ddt_kernels import (
+    attention_launch,
+    norm_launch,
+    qk_norm_rope_launch,
+    reference,
+    runtime,
+    store,
+    swiglu_launch,
+    tuning,
+)
 from ddt_kernels.compilation import ARCHITECTURES, compiling_for
+from ddt_kernels.store import Store
 from kernel_testing import BF16, FP16, FP32, check_against_reference, check_replays, poison_empty
 from operators import ATTENTION
 from swiglu_cases import make_inputs
@@ -21,20 +32,30 @@ GPU = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(tuning, "_choices", {})
+    monkeypatch.setattr(tuning, "_running", {})
     monkeypatch.delenv(tuning.VARIABLE, raising=False)
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """A stand-in: how long candidates take on it, whether it is capturing, and what was timed."""
+def gpu(monkeypatch, tmp_path):
+    """A stand-in: how long candidates take on it, whether it is capturing, what was timed, and what is kept."""
     fake = SimpleNamespace(speeds={"a": 3.0, "b": 1.0, "c": 2.0}, capturing=False, timed=[])
 
     def milliseconds(run, candidate, device):
         fake.timed.append((candidate, device))
+        if isinstance(fake.speeds[candidate], Exception):
+            raise fake.speeds[candidate]
         return fake.speeds[candidate]
 
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    monkeypatch.setattr(tuning, "launches_run", lambda device: device.type == "cuda")
+    def new_process():
+        stores = cache(lambda device: Store(tmp_path, {"gpu": str(device)}))
+        monkeypatch.setattr(tuning, "_choices", {})
+        monkeypatch.setattr(tuning, "store", stores)
+        return stores
+
+    fake.new_process, fake.kept = new_process, new_process()
+    monkeypatch.setattr(tuning, "milliseconds_of", milliseconds)
+    monkeypatch.setattr(runtime, "taping", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
     return fake
@@ -48,14 +69,73 @@ def test_the_fastest_is_timed_once_per_op_shape_and_device_and_kept(gpu):
     assert tuning.choices() == []
     assert choose() == "b"
     assert gpu.timed == [("a", GPU), ("b", GPU), ("c", GPU)]
-    assert tuning.choices() == [tuning.Choice("op", GPU, (1,), "b", (("a", 3.0), ("b", 1.0), ("c", 2.0)))]
+    assert tuning.choices() == [tuning.Choice("op", GPU, (1,), "b", {"a": 3.0, "b": 1.0, "c": 2.0})]
     gpu.speeds["c"] = 0.0
     for other in ({"op": "other"}, {"key": (2,)}, {"device": torch.device("cuda", 1)}):
         assert choose(**other) == "c"
     assert choose() == "b"
     assert len(gpu.timed) == 4 * 3
-    gpu.speeds = dict.fromkeys("abc", 1.0)
-    assert choose(key=(3,), default="c") == "a", "the first wins ties"
+
+
+def test_later_processes_take_the_same_without_timing(gpu):
+    assert choose() == "b"
+    gpu.new_process()
+    gpu.speeds, gpu.timed, gpu.capturing = {}, [], True
+    assert choose() == "b"
+    assert gpu.timed == []
+    (kept,) = tuning.choices()
+    assert kept.milliseconds == {"a": 3.0, "b": 1.0, "c": 2.0}
+    gpu.capturing, gpu.speeds = False, dict(zip("abcd", (4.0, 3.0, 2.0, 1.0), strict=True))
+    gpu.new_process()
+    assert choose(candidates=("a", "b", "c", "d")) == "d", "another candidate came: all are timed anew"
+
+
+@pytest.mark.parametrize(
+    ("speeds", "default", "chosen"),
+    [
+        ((1.0, 1.0, 1.0), "c", "c"),
+        ((1.0, 1.0, 1.01), "c", "c"),
+        ((1.0, 1.01, 2.0), "c", "a"),
+        ((1.03, 1.01, 1.0), "a", "b"),
+        ((1.0, 0.9, 1.0), "a", "b"),
+    ],
+)
+def test_ties_go_to_the_default_then_to_the_order(gpu, speeds, default, chosen):
+    gpu.speeds = dict(zip("abc", speeds, strict=True))
+    assert choose(default=default) == chosen
+
+
+def test_a_candidate_that_fails_is_not_chosen(gpu):
+    gpu.speeds["b"] = RuntimeError("out of shared memory\nRequired: 300000")
+    assert choose() == "c"
+    (kept,) = gpu.kept(GPU)._known.values()
+    assert kept["failed"] == {"b": "RuntimeError: out of shared memory"}
+
+
+def test_where_all_fail_the_caller_meets_the_error_and_nothing_is_kept(gpu):
+    gpu.speeds = dict.fromkeys("abc", RuntimeError("no"))
+    assert choose() == "a"
+    assert gpu.kept(GPU)._known == {}
+
+
+def test_candidates_found_wrong_are_left_out(gpu):
+    with tuning.without({"b": "wrong"}):
+        assert choose() == "c"
+    with tuning.without({"a": "wrong", "b": "wrong"}):
+        assert choose() == "c"
+    with tuning.without({"a": "1", "b": "2", "c": "3"}), pytest.raises(RuntimeError, match="none of a, b, c works"):
+        choose()
+
+
+def test_an_implementation_is_forced_by_ddt_kernels_and_said(gpu, monkeypatch):
+    def implementation():
+        return tuning.implementation("op", (1,), ("a", "b"), lambda name: None, GPU)
+
+    assert implementation() == "b"
+    assert tuning.running() == {"op": "b"}
+    monkeypatch.setenv("DDT_KERNELS", "triton")
+    assert implementation() == "a"
+    assert tuning.running() == {"op": "a and b"}
 
 
 def test_nothing_is_timed_during_capture_but_what_is_known_is_used(gpu):
@@ -67,6 +147,12 @@ def test_nothing_is_timed_during_capture_but_what_is_known_is_used(gpu):
     gpu.capturing = True
     assert choose() == "b"
     assert choose(key=(2,), default="c") == "c"
+
+
+def test_nothing_is_timed_while_torch_compile_traces(gpu, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose() == "a"
+    assert gpu.timed == []
 
 
 def test_the_variable_switches_timing_off(gpu, monkeypatch):
@@ -92,13 +178,12 @@ def test_on_meta_tensors_all_candidates_run_the_default_last_by_the_caller():
     assert ran == ["a", "c"]
 
 
-def test_launches_run_only_compiled_on_a_gpu_and_unrecorded(monkeypatch):
-    assert not runtime.launches_run(torch.device("cpu"))
-    assert runtime.launches_run(GPU) == (os.environ.get("TRITON_INTERPRET") != "1")
+def test_tapes_are_made_only_of_compiled_and_unrecorded_launches(monkeypatch):
+    assert runtime.taping() == (runtime.HAS_TRITON and os.environ.get("TRITON_INTERPRET") != "1")
     monkeypatch.setattr(runtime, "_compiling", True)
-    assert runtime.launches_run(GPU)
+    assert runtime.taping()
     with runtime.recording(lambda *launched: None):
-        assert not runtime.launches_run(GPU)
+        assert not runtime.taping()
 
 
 def launched(run, arch):
@@ -267,16 +352,24 @@ def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch
     check_attention((2, tokens, 4, head_dim))
 
 
+@pytest.fixture
+def empty_store(monkeypatch, tmp_path):
+    """Nothing is known of this GPU."""
+    monkeypatch.setenv("DDT_KERNELS_CACHE", str(tmp_path))
+    store.store.cache_clear()
+    yield
+    store.store.cache_clear()
+
+
 @pytest.mark.gpu
-def test_tuned_on_a_gpu():
+def test_tuned_on_a_gpu(empty_store):
     check_swiglu()
     check_attention((4, 256, 16, 72))
-    swiglu, attention = tuning.choices()
-    assert (swiglu.op, attention.op) == ("swiglu", "attention")
-    for choice in (swiglu, attention):
-        times = dict(choice.milliseconds)
-        assert len(times) > 1
-        assert times[choice.config] == min(times.values()) > 0
+    choices = {choice.op: choice for choice in tuning.choices()}
+    assert {"swiglu", "swiglu tile", "attention tile"} <= choices.keys()
+    for choice in choices.values():
+        assert len(choice.milliseconds) > 1
+        assert choice.milliseconds[choice.chosen] <= tuning.TIE * min(choice.milliseconds.values())
 
 
 @pytest.mark.gpu
@@ -288,13 +381,13 @@ def test_a_capture_after_a_call_takes_the_timed_choice(monkeypatch):
         return [ddt_kernels.swiglu(*inputs), ddt_kernels.attention(q, k, v)]
 
     run()
-    assert len(tuning.choices()) == 2
-    monkeypatch.setattr(tuning, "_milliseconds", None)  # timing again would call it
+    assert tuning.choices()
+    monkeypatch.setattr(tuning, "milliseconds_of", None)  # timing again would call it
     check_replays(run)
 
 
 @pytest.mark.gpu
-def test_a_capture_that_comes_first_is_not_timed(monkeypatch):
+def test_a_capture_that_comes_first_is_not_timed(monkeypatch, empty_store):
     inputs = list(swiglu_inputs().values())
     monkeypatch.setenv(tuning.VARIABLE, "0")
     expected = ddt_kernels.swiglu(*inputs)  # compiles the cost model's choice, which cannot be captured
