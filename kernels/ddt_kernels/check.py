@@ -48,7 +48,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Case:
-    """An op on inputs. With `backward`, the gradients of all that are floats count too."""
+    """An op on inputs. With `backward`, the gradients of the first `differentiable` ones count too."""
 
     op: str
     kind: str
@@ -58,6 +58,7 @@ class Case:
     plain: Callable[..., Any]  # the same by PyTorch
     cost: Cost
     backward: bool = False
+    differentiable: int | None = None  # None: all
 
     def call(self, function: Callable[..., Any], device: torch.device) -> Callable[[], object]:
         generator = torch.Generator(device).manual_seed(0)
@@ -68,14 +69,14 @@ class Case:
         args = self.make(randn)
         if not self.backward:
             return torch.no_grad()(lambda: function(*args))
-        leaves = [arg.detach().requires_grad_() if isinstance(arg, Tensor) else arg for arg in args]
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = [arg.detach().requires_grad_() for arg in args[: self.differentiable]]
+        leaves = (*inputs, *args[len(inputs) :])
 
         def forward_backward() -> object:
             with torch.enable_grad():
                 made = function(*leaves)
                 outputs = made if isinstance(made, tuple) else (made,)
-                return torch.autograd.grad(outputs, inputs, outputs, allow_unused=True)
+                return torch.autograd.grad(outputs, inputs, outputs)
 
         return forward_backward
 
@@ -141,7 +142,7 @@ def _layer_cases(sizes: Sizes, dtype: torch.dtype, backward: bool) -> Iterator[C
 
     yield Case(
         "qk_norm_rope", "copied", dtype, heads, ops.qk_norm_rope, reference.qk_norm_rope,
-        cost(ops.qk_norm_rope_cost, B, N, H, D), backward,
+        cost(ops.qk_norm_rope_cost, B, N, H, D), backward, differentiable=3,
     )  # fmt: skip
     yield Case(
         "attention", "packed", dtype, qkv, ops.attention, _attention, cost(ops.attention_cost, B, N, H, D), backward
@@ -167,13 +168,16 @@ def _sampling_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         counter = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         return randn(B, 4, side, side).float(), tokens[:B], tokens[B:], row, counter
 
-    def forecasting(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: function(*args[:-2], forecast=args[-2:])
+    def plainly(x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, *others: Tensor) -> Any:
+        shift, scale, *forecast = others
+        gate, shift, scale = (reference.forecast(history, *forecast) for history in (gate, shift, scale))
+        return reference.gated_residual_rms_norm_modulate(x, branch, gate, weight, shift, scale)
 
     name = "gated_residual_rms_norm_modulate"
     yield Case(
-        name, "per token, forecast from 2", dtype, forecast, forecasting(getattr(ops, name)),
-        forecasting(getattr(reference, name)), getattr(ops, f"{name}_cost")(B, N, C, dtype, True, history=2),
+        name, "per token, forecast from 2", dtype, forecast,
+        lambda *args: ops.gated_residual_rms_norm_modulate(*args[:-2], forecast=args[-2:]), plainly,
+        getattr(ops, f"{name}_cost")(B, N, C, dtype, True, history=2),
     )  # fmt: skip
     yield Case(
         "guided_step", "Euler, guided", dtype, step, lambda *args: ops.guided_step(*args, patch_size=2),
@@ -286,6 +290,10 @@ def report(device: torch.device, sizes: Sizes, ceilings: Ceilings, seconds: floa
     }
 
 
+def device_in_use() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Checks, prints, returns the exit code."""
     summary, details = (__doc__ or "").split("\n\n", 1)
@@ -301,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not runtime.HAS_TRITON:
         print("error: there is no triton to check: pip install triton, and unset DDT_KERNELS=torch", file=sys.stderr)
         return 2
-    device, sizes, started = torch.device("cuda", torch.cuda.current_device()), Sizes(), time.perf_counter()
+    device, sizes, started = device_in_use(), Sizes(), time.perf_counter()
     print(f"verifying and timing on {torch.cuda.get_device_name(device)}: about a minute", flush=True)
     ceilings = Ceilings.measure(device)
     rows = check(device, sizes, ceilings)

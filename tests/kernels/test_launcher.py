@@ -4,56 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.host_time import calls
-from ddt_kernels import launcher, norm_launch, runtime, swiglu_launch, tuning, verification
-from ddt_kernels.compilation import launching_into
-from ddt_kernels.store import Store
+from ddt_kernels import launcher, norm_launch, runtime, swiglu_launch, tuning
 from ddt_kernels.verification import COMPILED, Verdict
 from kernel_testing import BF16, COMPILES, seeded
 
 pytestmark = COMPILES
 CALLS = calls(16, heads=2, width=48)
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """A CPU that passes for a GPU: what is launched on it, what the worker is asked and answers, how long things
-    take."""
-    fake = SimpleNamespace(launched=[], asked=[], verdict=Verdict(), milliseconds={})
-    for known in (norm_launch.launch_forward.known, swiglu_launch._fused_forward.known):
-        known.clear()
-
-    def check(spec, device):
-        fake.asked.append(spec)
-        return fake.verdict
-
-    def milliseconds(run, candidate, device):
-        run(candidate)
-        return fake.milliseconds[str(candidate)]
-
-    def receive(binary):
-        return lambda *args: fake.launched.append(binary.name)
-
-    stores = cache(lambda device: Store(tmp_path, {"gpu": "stand-in"}))
-    for module in (launcher, tuning, verification):
-        monkeypatch.setattr(module, "store", stores)
-    monkeypatch.setattr(verification, "worker", lambda: SimpleNamespace(check=check))
-    monkeypatch.setattr(tuning, "milliseconds_of", milliseconds)
-    monkeypatch.setattr(tuning, "_choices", {})
-    monkeypatch.setattr(tuning, "_running", {})
-    monkeypatch.setattr(runtime, "is_gpu", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "0")
-    verification.warn_once.cache_clear()
-    with launching_into(receive):
-        yield fake
-    verification.warn_once.cache_clear()
 
 
 def norm_inputs(batch=2, tokens=5, channels=72):
@@ -69,40 +30,40 @@ def plain_norm(x, weight, shift, scale):
     return norm_launch.plain_forward(x, None, None, weight, shift, scale, 1e-6, "rms", False)
 
 
-def test_a_kernel_is_verified_before_its_first_launch_once_for_a_class_of_shapes(gpu):
+def test_a_kernel_is_verified_before_its_first_launch_once_for_a_class_of_shapes(gpu_stand_in):
     for batch in (5, 6, 7):
         norm(*norm_inputs(batch))
-    assert len(gpu.asked) == 1
-    assert gpu.launched == ["norm_modulate_forward_kernel"] * 3
+    assert len(gpu_stand_in.asked) == 1
+    assert gpu_stand_in.launched == ["norm_modulate_forward_kernel"] * 3
     norm(*norm_inputs(8))
-    assert len(gpu.asked) == 2
+    assert len(gpu_stand_in.asked) == 2
     assert tuning.running() == {"norm_modulate": "triton"}
 
 
-def test_a_kernel_that_fails_is_replaced_with_one_warning_and_that_is_kept(gpu, tmp_path):
-    gpu.verdict = Verdict("RuntimeError: out of shared memory")
+def test_a_kernel_that_fails_is_replaced_with_one_warning_and_that_is_kept(gpu_stand_in, tmp_path):
+    gpu_stand_in.verdict = Verdict("RuntimeError: out of shared memory")
     inputs = norm_inputs()
     with pytest.warns(UserWarning, match="norm_modulate runs in PyTorch on this GPU: RuntimeError: out of") as warned:
         made = [norm(*inputs), norm(*norm_inputs(4))]
     assert len(warned) == 1
     assert "report this with the output of python -m ddt_kernels.check" in str(warned[0].message)
     assert torch.equal(made[0][1], plain_norm(*inputs)[1])
-    assert gpu.launched == []
+    assert gpu_stand_in.launched == []
     assert tuning.running() == {"norm_modulate": "torch"}
     (file,) = tmp_path.glob("*.json")
     reasons = [found["reason"] for found in json.loads(file.read_text())["found"].values()]
     assert reasons == ["RuntimeError: out of shared memory"] * 2
 
 
-def test_what_could_not_be_verified_is_asked_again_by_the_next_process(gpu, tmp_path):
-    gpu.verdict = Verdict("OutOfMemoryError: of 80 GiB", lasting=False)
+def test_what_could_not_be_verified_is_asked_again_by_the_next_process(gpu_stand_in, tmp_path):
+    gpu_stand_in.verdict = Verdict("OutOfMemoryError: of 80 GiB", lasting=False)
     with pytest.warns(UserWarning, match="OutOfMemoryError"):
         norm(*norm_inputs())
-    assert gpu.launched == []
+    assert gpu_stand_in.launched == []
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_tile_that_fails_is_not_launched(gpu, monkeypatch):
+def test_a_tile_that_fails_is_not_launched(gpu_stand_in, monkeypatch):
     run = []
     monkeypatch.setattr(swiglu_launch, "launch", lambda *args, **meta: run.append(meta["BLOCK_M"]))
     randn = seeded(0, BF16)
@@ -110,32 +71,33 @@ def test_a_tile_that_fails_is_not_launched(gpu, monkeypatch):
     swiglu_launch._fused_forward(x, torch.stack([w1, w3]), None, None, False)
     default = run.pop()
     first, *others = swiglu_launch.HALF_BY_DESCRIPTOR
-    gpu.verdict = Verdict(candidates={str(c): "wrong" for c in swiglu_launch.HALF_BY_DESCRIPTOR if c != others[0]})
+    wrong = [config for config in swiglu_launch.HALF_BY_DESCRIPTOR if config != others[0]]
+    gpu_stand_in.verdict = Verdict(candidates=dict.fromkeys(map(str, wrong), "wrong"))
     swiglu_launch._fused_forward(randn(600, 64), torch.stack([w1, w3]), None, None, False)
     assert run == [others[0].block_m]
     assert default != run[0] or first != others[0]
 
 
-def test_torch_compile_runs_where_it_is_faster_and_right(gpu, monkeypatch):
+def test_torch_compile_runs_where_it_is_faster_and_right(gpu_stand_in, monkeypatch):
     monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "1")
     monkeypatch.setattr(launcher, "WORTH_COMPILING", 1)
     monkeypatch.setattr(tuning, "compiled_version", lambda function: function)
-    gpu.milliseconds = {"triton": 2.0, COMPILED: 1.0}
+    gpu_stand_in.milliseconds = {"triton": 2.0, COMPILED: 1.0}
     inputs = norm_inputs()
     assert torch.equal(norm(*inputs)[1], plain_norm(*inputs)[1])
     assert tuning.running() == {"norm_modulate": COMPILED}
-    assert gpu.asked[0]["compiled"]
-    assert gpu.launched == ["norm_modulate_forward_kernel"], "to be timed"
-    gpu.milliseconds = {"triton": 1.0, COMPILED: 2.0}
+    assert gpu_stand_in.asked[0]["compiled"]
+    assert gpu_stand_in.launched == ["norm_modulate_forward_kernel"], "to be timed"
+    gpu_stand_in.milliseconds = {"triton": 1.0, COMPILED: 2.0}
     norm(*norm_inputs(4))
     assert tuning.running() == {"norm_modulate": f"{COMPILED} and triton"}
-    gpu.verdict = Verdict(candidates={COMPILED: "wrong"})
-    gpu.milliseconds = {}
+    gpu_stand_in.verdict = Verdict(candidates={COMPILED: "wrong"})
+    gpu_stand_in.milliseconds = {}
     norm(*norm_inputs(8))
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_timing_changes_no_argument(gpu, monkeypatch, name):
+def test_timing_changes_no_argument(gpu_stand_in, monkeypatch, name):
     """Not those that a launcher writes to: they are copied first."""
     monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "1")
     monkeypatch.setattr(launcher, "WORTH_COMPILING", 1)
@@ -160,7 +122,7 @@ def test_timing_changes_no_argument(gpu, monkeypatch, name):
         assert all(map(torch.equal, state, before))
 
 
-def test_one_process_of_a_node_compiles_at_a_time(gpu, monkeypatch, tmp_path):
+def test_one_process_of_a_node_compiles_at_a_time(gpu_stand_in, monkeypatch, tmp_path):
     """The others find the binaries in Triton's cache."""
     fcntl = pytest.importorskip("fcntl")
     locked = []
