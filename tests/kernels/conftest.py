@@ -33,7 +33,7 @@ def gpu_stand_in(monkeypatch, tmp_path):
         for function in vars(module).values():
             getattr(function, "known", {}).clear()
 
-    def check(spec, device):
+    def verify(spec, device):
         fake.asked.append(spec)
         return fake.verdict
 
@@ -47,7 +47,7 @@ def gpu_stand_in(monkeypatch, tmp_path):
     stores = cache(lambda device: Store(tmp_path, {"gpu": "stand-in"}))
     for module in (check, launcher, tuning, verification):
         monkeypatch.setattr(module, "store", stores)
-    monkeypatch.setattr(verification, "worker", lambda: SimpleNamespace(check=check))
+    monkeypatch.setattr(verification, "worker", lambda: SimpleNamespace(check=verify))
     monkeypatch.setattr(tuning, "milliseconds_of", milliseconds)
     monkeypatch.setattr(tuning, "_choices", {})
     monkeypatch.setattr(tuning, "_running", {})
