@@ -44,6 +44,13 @@ def _missing(item: pytest.Item) -> tuple[str, str] | None:
     return None
 
 
+@pytest.fixture(autouse=True)
+def _kernels_unverified_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests on a GPU compare kernels with the reference themselves, on many shapes."""
+    if request.node.get_closest_marker("gpu") is not None:
+        monkeypatch.setenv("DDT_KERNELS", "triton")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Gathers in pytest's own folder, which is cleared, what others leave in the system's folder for temporary files:

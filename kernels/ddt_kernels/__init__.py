@@ -1,10 +1,11 @@
 """Fused Triton kernels for adaLN transformers (DDT, DiT, SiT, LightningDiT), forward and backward.
 
 Public functions take and return tensors; on CUDA they launch Triton kernels, on a CPU they run `ddt_kernels.reference`,
-the same functions in plain PyTorch, without triton. Each is a registered operator: autograd,
-torch.compile(fullgraph=True) and CUDA graphs work. Compiled for a CPU, all but guided_step become plain PyTorch in the
-graph, for Inductor to fuse. A user's mistake is a ValueError before any launch. `FUNCTION_cost` gives the bytes and
-FLOPs of a call; `python -m ddt_kernels.aot` compiles every kernel without a GPU.
+the same functions in plain PyTorch, without triton. On a GPU, kernels are verified before their first launch, and the
+fastest of several implementations runs (`verification`, `tuning`; `python -m ddt_kernels.check`). Each is a registered
+operator: autograd, torch.compile(fullgraph=True) and CUDA graphs work. Compiled for a CPU, all but guided_step become
+plain PyTorch in the graph, for Inductor to fuse. A user's mistake is a ValueError before any launch. `FUNCTION_cost`
+gives the bytes and FLOPs of a call; `python -m ddt_kernels.aot` compiles every kernel without a GPU.
 
 The Triton dialect of this package
 ----------------------------------
@@ -15,14 +16,14 @@ pointer, `x_sk, x_sb, x_sn` its strides in elements (entry, batch, token; the la
 elements may be accessed. Row offsets are int64 (B·N·6C overflows int32); arithmetic, reductions and eps are fp32; every
 load and store that could leave its tensor is masked; unused pointers are None; each result is rounded once, at the
 store. No atomics: sums over programs are fp32 partial sums added in a fixed order. The configuration is a pure function
-of shape and dtype, or the fastest of a few candidates, timed once (`tuning`; DDT_KERNELS_AUTOTUNE=0 never times).
+of shape, dtype and chip, or the fastest of a few candidates (`tuning`; DDT_KERNELS_AUTOTUNE=0 never times).
 
 How an op is built
 ------------------
 1. `reference.py`: the function and, if it is differentiable, FUNCTION_backward in closed form.
 2. Kernels (`from ddt_kernels.runtime import tl, triton`, never `import triton`), with the formulas and the reason for
-   the layout at the top of the file; a `runtime.launcher` that picks a configuration, once per signature; a function
-   that allocates with new_empty and calls it, through `tuning.choose` if there are several configurations to time.
+   the layout at the top of the file; a `launcher.launcher` with its plain version, which picks a configuration once per
+   signature, through `tuning.choose` if there are several to time.
 3. Operators: torch.library.custom_op("ddt_kernels::FUNCTION", mutates_args=(), device_types="cuda") around the
    launcher, register_kernel("cpu") around the reference (contiguous results), register_fake, register_autograd; the
    backward pass is an operator of its own. Save only inputs where recomputing the rest is free.

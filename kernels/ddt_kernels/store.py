@@ -95,7 +95,7 @@ class Store:
             finally:
                 self._depth -= 1
                 if self._depth == 0 and self._lock is not None:
-                    self._lock.close()
+                    _unlock(self._lock)
 
     def _locked(self) -> IO[str] | None:
         try:
@@ -119,6 +119,13 @@ class Store:
             )
 
 
+def _unlock(lock: IO[str]) -> None:
+    import fcntl
+
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not, while a forked process still has it open
+    lock.close()
+
+
 @cache
 def _say_once(gpu: str, path: Path) -> None:
     print(
@@ -139,8 +146,13 @@ def folder() -> Path:
 
 @cache
 def store(device: torch.device) -> Store:
-    """That of a CUDA device."""
-    return Store(folder(), environment(device))
+    """That of a CUDA device; GPUs of one kind share it."""
+    return _store(folder(), tuple(environment(device).items()))
+
+
+@cache
+def _store(folder: Path, environment: tuple[tuple[str, str], ...]) -> Store:
+    return Store(folder, dict(environment))
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from ddt_kernels import (
     attention_launch,
+    check,
     launcher,
     norm_launch,
     qk_norm_rope_launch,

@@ -8,7 +8,9 @@ import threading
 import time
 
 import pytest
+import torch
 
+from ddt_kernels import store
 from ddt_kernels.store import Store
 
 ENVIRONMENT = {"gpu": "NVIDIA X", "driver": "1.0"}
@@ -99,3 +101,31 @@ def test_it_says_once_what_is_found_out_and_where_it_is_kept(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ddt_kernels: verifying and timing kernels on NVIDIA X, once, at the first use of each")
     assert str(tmp_path) in line
+
+
+def test_any_gpu_has_an_environment(monkeypatch, tmp_path):
+    """Also one without a readable driver version, of a name no one has thought of."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX PRO 9999 Ti (Ünknown/Édition)")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 7))
+    found = store.environment(torch.device("cuda", 0))
+    assert {"gpu", "capability", "driver", "torch", "triton", "ddt_kernels"} == found.keys()
+    assert found["capability"] == "13.7"
+    path = Store(tmp_path, found).path
+    assert find_slowly(tmp_path, "a") == {"verdict": "a"}
+    assert path.parent == tmp_path
+    assert path.name.startswith("nvidia-rtx-pro-9999-ti-")
+    monkeypatch.setattr(store, "VARIABLE", "DDT_KERNELS_NOT_SET")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert store.folder() == tmp_path / "ddt_kernels"
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    known = Store(tmp_path, ENVIRONMENT)
+    context = multiprocessing.get_context("fork")
+    with known.alone():
+        child = context.Process(target=time.sleep, args=(5,))
+        child.start()
+    with context.Pool(1) as pool:
+        assert pool.apply_async(find_slowly, (tmp_path, "a")).get(timeout=3) == {"verdict": "a"}
+    child.kill()
+    child.join()

@@ -355,6 +355,7 @@ def test_every_attention_candidate_on_a_gpu(index, tokens, head_dim, monkeypatch
 @pytest.fixture
 def empty_store(monkeypatch, tmp_path):
     """Nothing is known of this GPU."""
+    monkeypatch.setenv("DDT_KERNELS", "auto")
     monkeypatch.setenv("DDT_KERNELS_CACHE", str(tmp_path))
     store.store.cache_clear()
     yield
