@@ -102,9 +102,9 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pareto, "fit_schedule", few)
     monkeypatch.setattr(tune_sampler, "_ITERATIONS", 8)
     monkeypatch.setattr(pareto, "BUDGET_SCALES", (2.0, 4.0))
-    monkeypatch.setitem(pareto.NUMBERS, "--truth-steps", (60, 60, "enough for 15 steps"))
+    monkeypatch.setitem(pareto.NUMBERS, "--truth-steps", (40, 40, "enough for 15 steps"))
     monkeypatch.setattr(tables, "BUDGETS", (10.0, 15.0))
-    pareto.main(["--samples", "65", "--truth-steps", "60", "--output-dir", str(tmp_path)])
+    pareto.main(["--samples", "65", "--truth-steps", "40", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "pareto.json").read_text())
     assert 0 < record["truth"]["own_error"] < 1e-3
     points = {point["series"]: point for point in record["points"]}
@@ -128,11 +128,11 @@ def test_a_small_run_of_pareto(tmp_path, monkeypatch, capsys):
 def test_a_small_run_of_candidates(tmp_path, monkeypatch, capsys):
     settings = dict(candidates.candidates())
     names = ("Euler 250, published", "multistep 3, 35, K 2 quadratic")
-    short = [(name, replace(settings[name], num_steps=n)) for n, name in zip((4, 8), names, strict=True)]
+    short = [(name, replace(settings[name], num_steps=n)) for n, name in zip((3, 6), names, strict=True)]
     monkeypatch.setattr(candidates, "candidates", lambda: iter(short))
     monkeypatch.setattr(candidates, "GUIDANCE", {"none": (1.0, (0.0, 1.0)), "2 in (0.3, 1)": (2.0, (0.3, 1.0))})
-    monkeypatch.setattr(candidates, "TRUTH", replace(candidates.TRUTH, num_steps=24))
-    monkeypatch.setattr(candidates, "FRECHET_REFERENCE", ("fine", replace(candidates.TRUTH, num_steps=16)))
+    monkeypatch.setattr(candidates, "TRUTH", replace(candidates.TRUTH, num_steps=16))
+    monkeypatch.setattr(candidates, "FRECHET_REFERENCE", ("fine", replace(candidates.TRUTH, num_steps=12)))
     monkeypatch.setattr(candidates, "FRECHET_CANDIDATES", names)
     candidates.main(["--samples", "8", "--frechet-samples", "650", "--output-dir", str(tmp_path)])
     record = json.loads((tmp_path / "candidates.json").read_text())
