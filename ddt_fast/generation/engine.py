@@ -20,6 +20,7 @@ from ddt_fast.sampling import Sampler, SamplingPlan
 from ddt_fast.sampling.buffers import fitting_batch_size
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps, schedule_cache_path
 from ddt_fast.sampling.tuned import check_schedule
+from ddt_kernels.tuning import running
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class LoadedEngine:
         )
 
     def made_with(self, sampler: Sampler, ranks: Ranks) -> dict[str, Any]:
-        """What to record with each shard, as plain JSON values."""
+        """What to record with each shard, as plain JSON values. On a GPU, with how each op runs there."""
         return {
             "engine": sampler.engine,
             "model": self.description,
@@ -80,6 +81,7 @@ class LoadedEngine:
             "processes": ranks.world_size,
             "batch_size": sampler.batch_size,
             "torch": torch.__version__,
+            **({"kernels": running()} if sampler.device.type == "cuda" else {}),
         }
 
 
@@ -172,6 +174,8 @@ def _prepare(reference: DDT, engine: Engine, ranks: Ranks) -> tuple[DDT | FusedD
         return reference, f"{dtype}, reference model"
     backend = resolve_backend(engine.attention, parameter.device, parameter.dtype, reference.config.head_dim)
     model = FusedDDT.from_reference(reference, engine.attention)
+    if parameter.device.type == "cuda" and engine.attention == "auto":  # chosen by time, for the first batch
+        return model, dtype
     if engine.quantize is None:
         return model, f"{dtype}, attention {backend}"
     quantized, config = quantize_int8(model), reference.config

@@ -35,7 +35,7 @@ from ddt_fast.wording import CompilationNotice, differences, plural
 _WAITING_BATCHES = 2
 """Batches that may wait for the background thread: enough to even out fluctuations on either side."""
 
-_ROUNDING = ("engine", "model", "device", "threads", "batch_size", "torch")
+_ROUNDING = ("engine", "model", "device", "threads", "batch_size", "torch", "kernels")
 """What may change the last bits of an image."""
 
 
@@ -256,7 +256,10 @@ class Job:
             f"{format_bytes(sampler.buffers.kept_bytes)} between steps"
         )
         now = self.engine.made_with(sampler, ranks)
-        if changed := differences({n: found[n] for n in _ROUNDING if found}, {n: now[n] for n in _ROUNDING if found}):
+        if kernels := now.get("kernels"):
+            ranks.say(f"kernels: {', '.join(f'{op} {how}' for op, how in kernels.items())}")
+        names = [name for name in _ROUNDING if name in found and name in now]
+        if changed := differences({name: found[name] for name in names}, {name: now[name] for name in names}):
             print(f"{ranks.who}the shards found were made with {'; '.join(changed)}: images may differ by rounding")
 
     def _report(self) -> None:

@@ -23,6 +23,7 @@ from ddt_fast.device import DTYPES
 from ddt_fast.evaluation.digits_score import DigitsScore
 from ddt_fast.files import atomic_file
 from ddt_fast.model import DDT, FusedDDT
+from ddt_fast.model.attention import resolve_backend
 from ddt_fast.model.base import DDTBase
 from ddt_fast.model.card import write_model_card
 from ddt_fast.model.weights import save_model
@@ -94,6 +95,7 @@ class Run:
         masters = build_model(self.experiment, self.device, self.objective.feature_size)
         average = read_start(settings.init, masters) if checkpoint is None and settings.init is not None else None
         wait_for_all(self._group)  # files from the Hub reach some processes sooner than others
+        self._choose_attention()
         self.replica = MixedPrecisionReplica(masters, self._dtype, settings.parallel, settings.compile)
         optimizer = torch.optim.AdamW(
             masters.parameters(),
@@ -112,6 +114,14 @@ class Run:
         elif average is not None:
             self.state.ema.start_from(average)
         self._continued, self._seconds_before = checkpoint, numbers.get("seconds", 0.0)
+
+    def _choose_attention(self) -> None:
+        """On a GPU by time, which compiled functions cannot."""
+        config, size, settings = self.experiment.model, self.experiment.data.sample_size, self.experiment.training
+        if settings.engine != "reference":
+            batch = settings.batch_size // dist.get_world_size() // settings.accumulation_steps
+            tokens = config.num_tokens(size, size)
+            resolve_backend("auto", self.device, self._dtype, config.head_dim, tokens, True, batch, config.num_heads)
 
     def _open_outputs(self, stack: ExitStack) -> None:
         settings, size = self.experiment.training, self.experiment.data.sample_size

@@ -20,6 +20,7 @@ from ddt_fast.training import checkpoint
 from ddt_fast.training.checkpoint import list_checkpoints, read_numbers
 from ddt_fast.training.log import LOG_NAMES
 from ddt_fast.training.parallel import wait_for_all
+from ddt_kernels.tuning import running
 
 _NAMES = ("recipe.yaml", "model", "checkpoints", "samples.png", "curves.png", "training.json", *LOG_NAMES)
 _MAY_CHANGE = {
@@ -149,6 +150,7 @@ def write_provenance(
         "device": device.type,
         "processes": dist.get_world_size(),
         **environment(device),
+        **({"kernels": running()} if device.type == "cuda" else {}),
         "scores": {kind: asdict(score) for kind, score in scores.items()},
     }
     write_json(folder / "training.json", content)
