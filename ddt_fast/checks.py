@@ -88,12 +88,14 @@ def require_choice(name: str, value: object, choices: Any) -> None:
 
 
 def require_choices_and_flags(settings: Any) -> None:
-    """Require that each Literal field of a dataclass has one of its values, and each bool field True or False."""
+    """Require that each Literal field of a dataclass has one of its values, and each bool field True or False, or None
+    if its type says so."""
     for name, kind in _annotations(type(settings)).items():
         if get_origin(kind) is Literal:
             require_choice(name, getattr(settings, name), kind)
-        elif kind is bool:
-            require(isinstance(getattr(settings, name), bool), name, getattr(settings, name), "true or false")
+        elif kind in (bool, bool | None):
+            value = getattr(settings, name)
+            require(isinstance(value, bool) or (value is None and kind is not bool), name, value, "true or false")
 
 
 _annotations: Callable[[type], dict[str, Any]] = cache(get_type_hints)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import warnings
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import Parameter, signature
@@ -58,8 +59,9 @@ class CommandParser(jsonargparse.ArgumentParser):
     ) -> None:
         """Add an option for each parameter of a function or settings class, with its type, default and description.
 
-        A sequence takes several values, a bool is a flag, and a union takes its first type. A parameter without a
-        default is required. In the function's docstring, a name in `backticks` is a parameter.
+        A sequence takes several values, a bool is a flag, one that may be None has two (--name and --no-name), and
+        another union takes its first type. A parameter without a default is required. In the function's docstring, a
+        name in `backticks` is a parameter.
 
         Args:
             names: the parameters; default: all.
@@ -112,6 +114,8 @@ def _option(name: str) -> str:
 def _argument(hint: Any) -> dict[str, Any]:
     """argparse's arguments for a type."""
     kind, inner = get_origin(hint), get_args(hint)
+    if hint == bool | None:
+        return {"action": BooleanOptionalAction}
     if kind in (Union, UnionType):
         return _argument(next(option for option in inner if option is not NoneType))
     if hint is bool:

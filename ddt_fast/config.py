@@ -6,7 +6,7 @@ configuration that exists is valid.
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal, Self
@@ -176,7 +176,7 @@ class SamplingConfig:
             the guidance difference v_cond - v_uncond comes from guidance_forecast.
         guidance_forecast: "hold" the last difference, or extrapolate it in t through the last two ("linear"); "pec"
             extrapolates differences as it does velocities, and ignores it.
-        cuda_graphs: replay the loop as CUDA graphs.
+        cuda_graphs: replay the loop as CUDA graphs; default: on a GPU.
         schedule: times and coefficients fitted to one model, in place of those of solver "pec"; order, timeshift and
             last_step are not read.
     """
@@ -196,7 +196,7 @@ class SamplingConfig:
     state_forecast: StateForecast = "hold"
     guidance_every: int = 1
     guidance_forecast: GuidanceForecast = "hold"
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -244,6 +244,12 @@ class SamplingConfig:
             valid = valid and list(steps) == sorted({0, *steps}) and steps[0] == 0 and steps[-1] < count
             require(valid, "refresh_steps", steps, f'"dp", or ascending step numbers, the first 0, below {count}')
             object.__setattr__(self, "refresh_steps", tuple(steps))
+
+    @classmethod
+    def saved(cls, entries: Mapping[str, Any]) -> Self:
+        """The settings in a model's files; ValueError or TypeError for wrong ones. Earlier versions saved false for
+        cuda_graphs, which was their default."""
+        return cls(**{**entries, "cuda_graphs": entries.get("cuda_graphs") or None})
 
     def override(self, **given: Any) -> Self:
         """A copy with other settings, by name. None keeps a setting, and last_step 0 means 1 / num_steps; refresh_every

@@ -35,5 +35,4 @@ def chosen_checkpoint(options: Any) -> tuple[Path, Experiment]:
 
 def given_settings(options: Any) -> dict[str, Any]:
     """The options that are fields of `SamplingConfig`, for `SamplingConfig.override`; None, if not given."""
-    given = {setting.name: getattr(options, setting.name, None) for setting in fields(SamplingConfig)}
-    return {name: None if value is False else value for name, value in given.items()}
+    return {setting.name: getattr(options, setting.name, None) for setting in fields(SamplingConfig)}

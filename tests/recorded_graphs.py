@@ -73,6 +73,7 @@ def play_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         "Stream": _Stream,
         "current_stream": _Stream,
         "stream": lambda stream: contextlib.nullcontext(),
+        "set_stream": lambda stream: None,
         "device": lambda device: contextlib.nullcontext(),
         "synchronize": lambda: None,
         "graph_pool_handle": object,

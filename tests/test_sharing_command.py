@@ -94,7 +94,7 @@ def test_every_option_reaches_the_study(tmp_path):
         **{"num_steps": 10, "guidance_scale": 4.0, "guidance_interval": [0.1, 0.6], "timeshift": 2.0, "last_step": 0.3},
         **{"solver": "sde", "order": 4, "diffusion": "constant", "diffusion_scale": 0.5, "state_forecast": "linear"},
         **{"guidance_every": 3, "refresh_every": 1, "num_refreshes": None},
-        **{"guidance_forecast": "hold", "cuda_graphs": False, "schedule": None},
+        **{"guidance_forecast": "hold", "cuda_graphs": None, "schedule": None},
     }
     small = ("--num-steps", "4", "--num-refreshes", "2", "--num-samples", "2", "--dtype")
     exact, coarse = (run(tmp_path, *small, dtype)["similarity"] for dtype in ("float32", "bfloat16"))

@@ -107,7 +107,7 @@ def class_choices(pipe: DDTPipeline) -> list[tuple[str, str]]:
 
 def _own_sampling(pipe: DDTPipeline) -> SamplingConfig:
     """The pipeline's settings with evenly spaced refreshes and a solver's steps, for which the page has sliders."""
-    unset: dict[str, Any] = {"refresh_steps": None, "num_refreshes": None, "cuda_graphs": False, "schedule": None}
+    unset: dict[str, Any] = {"refresh_steps": None, "num_refreshes": None, "cuda_graphs": None, "schedule": None}
     return replace(pipe.scheduler.sampling_config, **unset)
 
 

@@ -30,6 +30,7 @@ from ddt_fast.ranks import process_ranks
 from ddt_fast.sampling import Sampler
 from ddt_fast.sampling.buffers import format_bytes
 from ddt_fast.sampling.noise import seeded_noise
+from ddt_fast.sampling.progress import FinishedSteps
 from ddt_fast.wording import CompilationNotice, differences, plural
 
 _WAITING_BATCHES = 2
@@ -223,7 +224,12 @@ class Job:
             disable=ranks.rank > 0,
             dynamic_ncols=True,
         )
-        with bar, Background(_WAITING_BATCHES) as background:
+
+        def advance(images: float) -> None:
+            bar.update(images)
+            compilation.step_done()
+
+        with bar, Background(_WAITING_BATCHES) as background, FinishedSteps(sampler.device, advance) as steps:
             for shard in folder.todo:
                 positions = folder.shards.positions(shard)
                 for start in range(positions.start, positions.stop, batch_size):
@@ -231,8 +237,10 @@ class Job:
                     seeds, labels = self.assignment.seeds[part], torch.from_numpy(self.assignment.labels[part])
                     noise, generators = seeded_noise(seeds.tolist(), shape)
                     # Each step advances the bar by its share of the batch's images.
-                    step = partial(_advance, bar, len(seeds) / num_steps, compilation)
-                    samples = sampler(noise, labels, generators=generators, progress=step)
+                    share = len(seeds) / num_steps
+                    samples = sampler(
+                        noise, labels, generators=generators, progress=lambda *_, share=share: steps.launched(share)
+                    )
                     background.submit(writer.take, shard, part, samples, seeds, converter.mark())
         self.timings.sampling += time.perf_counter() - began
 
@@ -270,8 +278,3 @@ class Job:
             f"{who}{self.folder.num_images / seconds.sampling:.1f} img/s on {engine.device}, {engine.description}\n"
             f"{who}{seconds.sampling:.1f} s; in the background, {spent}"
         )
-
-
-def _advance(bar: tqdm, images: float, compilation: CompilationNotice, *_: object) -> None:
-    bar.update(images)
-    compilation.step_done()

@@ -95,7 +95,7 @@ def read_settings(file: Path) -> Experiment:
         parts = entries.get("model", entries)
         model = DDTConfig(**{setting.name: parts[setting.name] for setting in fields(DDTConfig)})
         data = DataConfig(**entries.get("data", {}))
-        sampling = SamplingConfig(**entries.get("sampling", {}))
+        sampling = SamplingConfig.saved(entries.get("sampling", {}))
         return Experiment(model, data, sampling=sampling)
     except FileNotFoundError as error:
         raise ValueError(f"{file} does not exist") from error

@@ -3,7 +3,7 @@
 # Annotations are not deferred here, and __init__ uses Optional: diffusers 0.36 reads the annotations as they are.
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import signature
 from typing import Any, Literal, Optional, Self
 
@@ -27,6 +27,7 @@ from ddt_fast.pipeline.scheduler import DDTScheduler, per_sample
 from ddt_fast.pipeline.transformer import DDTTransformer2DModel, settings_of
 from ddt_fast.sampling.engine import Sampler, StopSampling
 from ddt_fast.sampling.noise import normal
+from ddt_fast.sampling.progress import FinishedSteps
 from ddt_fast.wording import kind_of, plural
 
 logger = logging.get_logger(__name__)
@@ -90,7 +91,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
             id2label = default_id2label(self.data.dataset, config.num_classes, self.data.class_names)
         self.class_names = ClassNames(config.num_classes, id2label)
         self.register_to_config(id2label={str(label): name for label, name in self.id2label.items()})
-        self._cuda_graphs = False
+        self._cuda_graphs: bool | None = None
         self._interrupt = False
         self._num_timesteps = 0
         self._engine: tuple[Any, DDT | FusedDDT, bool] | None = None
@@ -117,8 +118,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         return self.class_names.labels(label)
 
     def enable_cuda_graphs(self) -> None:
-        """Replay the sampling loop as CUDA graphs, captured at the first call with a shape and settings; ValueError if
-        the transformer is not on a CUDA device."""
+        """Replay the sampling loop as CUDA graphs, captured at the first call with a shape and settings: the default on
+        a GPU. ValueError if the transformer is not on a CUDA device."""
         device = self.transformer.device
         if device.type != "cuda":
             there = "" if torch.cuda.is_available() else ", and torch sees none here"
@@ -126,7 +127,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         self._cuda_graphs = True
 
     def disable_cuda_graphs(self) -> None:
-        """Run the sampling loop eagerly again."""
+        """Run the sampling loop eagerly."""
         self._cuda_graphs = False
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
@@ -225,8 +226,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         require_arguments("DDTPipeline", settings, [*signature(self.__call__).parameters, *_SETTINGS])
         own = self.scheduler.sampling_config if sampling is None else sampling
         require_kind("sampling", own, SamplingConfig)
-        if self._cuda_graphs and settings.get("cuda_graphs") is None:
-            settings["cuda_graphs"] = True
+        if settings.get("cuda_graphs") is None:
+            settings["cuda_graphs"] = self._cuda_graphs
         return own.override(num_steps=num_steps, **settings)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
@@ -243,6 +244,8 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
     def _sampler_for(self, config: SamplingConfig, count: int, height: int, width: int) -> Sampler:
         """The latest sampler, with its buffers and graphs, if nothing has changed since; else a new one."""
         model, reusable = self._engine_model()
+        if config.cuda_graphs is None and not reusable:
+            config = replace(config, cuda_graphs=False)  # they would serve one call
         key = (config, count, height, width)
         if self._sampler is not None and self._sampler[0] == key and self._sampler[1].model is model:
             return self._sampler[1]
@@ -295,7 +298,7 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
         times = torch.tensor([step.t for step in sampler.plan.steps])
 
         def progress(done: int, x: Tensor) -> None:
-            bar.update()
+            steps.launched()
             returned = call(self, done - 1, times[done - 1], {name: x.clone() for name in names}) if call else None
             if not (returned is None or isinstance(returned, Mapping)):
                 raise ValueError(f"callback_on_step_end returned {kind_of(returned)}; expected None or a dict")
@@ -306,7 +309,10 @@ class DDTPipeline(SavedPipeline, LoraPipeline):
                 raise StopSampling
 
         self._interrupt, self._num_timesteps = False, len(times)
-        with self.progress_bar(total=self._num_timesteps) as bar:
+        with (
+            self.progress_bar(total=self._num_timesteps) as bar,
+            FinishedSteps(sampler.device, bar.update) as steps,
+        ):
             return sampler(latents, labels, generators=generators, progress=progress)
 
     def _finished(self, samples: Tensor, output_type: OutputType, whose: Sequence[str]) -> Any:

@@ -68,7 +68,7 @@ class DDTScheduler(SchedulerMixin, Component):  # type: ignore[misc]
     @property
     def sampling_config(self) -> SamplingConfig:
         """The settings."""
-        return SamplingConfig(**{name: self.config[name] for name in _SETTINGS})
+        return SamplingConfig.saved({name: self.config[name] for name in _SETTINGS})
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: torch.device | str | None = None) -> None:
         """Start a run of so many steps (None: the scheduler's own number): set `timesteps` to its times,

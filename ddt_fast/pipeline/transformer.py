@@ -171,6 +171,6 @@ def _check_fits(folder: Path, given: Mapping[str, Any]) -> None:
 def settings_of(config: Mapping[str, Any]) -> tuple[DataConfig, SamplingConfig]:
     """The data and sampling settings in a transformer's config; ValueError for wrong ones."""
     try:
-        return DataConfig(**(config["data"] or {})), SamplingConfig(**(config["sampling"] or {}))
+        return DataConfig(**(config["data"] or {})), SamplingConfig.saved(config["sampling"] or {})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json is not a valid configuration: {error}") from error

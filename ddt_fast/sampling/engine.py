@@ -23,7 +23,7 @@ from ddt_fast.sampling.plan import SamplingPlan
 from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds, step_tables
 from ddt_fast.sampling.tuned import check_schedule
-from ddt_fast.wording import kind_of
+from ddt_fast.wording import kind_of, one_line
 from ddt_kernels import guided_step_
 
 Progress = Callable[[int, Tensor], object]
@@ -74,7 +74,8 @@ class Sampler:
 
     Args:
         model: the model, on the device and in the dtype to compute with; its weights are read at every call.
-        config: the sampling settings. With cuda_graphs and a model that is not on CUDA, warn and run eagerly.
+        config: the sampling settings. CUDA graphs are the default for a model on CUDA; where they are asked for and
+            cannot be had, or cannot be captured, this warns and runs eagerly.
         batch_size: the most samples per call.
         height, width: size of the model's input.
         memory_budget: bytes for what is kept between steps, decoder modulations and precomputed encoder modulations;
@@ -113,25 +114,24 @@ class Sampler:
             raise ValueError("compile_model needs a FusedDDT; pass FusedDDT.from_reference(model)")
         check_schedule(model, config, height, width)
         self.plan = SamplingPlan.from_config(resolve_refresh_steps(model, config, height, width))
-        if compile_model and isinstance(model, FusedDDT):
-            model.compile_parts()  # after the refresh steps, whose probe may have another batch size
         self.batch_size, self.image_size = batch_size, (height, width)
         check_memory(self.plan, model, batch_size, height, width, memory_budget)
         self.memory_budget = memory_budget
         self.kinds, self.tables = step_kinds(self.plan), step_tables(self.plan, self.device)
-        graphs = config.cuda_graphs and self.device.type == "cuda"
-        if config.cuda_graphs and not graphs:
+        self.buffers = self._make_buffers(batch_size)
+        if on_gpu(self.device):
+            self._warm_up()
+        if compile_model and isinstance(model, FusedDDT):
+            model.compile_parts()  # after the refresh steps, whose probe may have another batch size
+        if config.cuda_graphs and not on_gpu(self.device):
             place = f"the model is on {self.device.type}, not on CUDA"
             warnings.warn(f"cuda_graphs is set, but {place}; sampling eagerly", stacklevel=3)
+        captured = self._capture() if on_gpu(self.device) and config.cuda_graphs is not False else None
         # A compiled model and a captured graph have one shape: smaller batches are filled up.
-        self.fixed_shape = graphs or compile_model
-        self.buffers = self._make_buffers(batch_size)
-        self._execute: Callable[[StepKind], object] = self._advance
-        self.capture_seconds = 0.0
-        if graphs:
-            captured = self._capture()
-            self._execute, self.capture_seconds = captured, captured.seconds
-        self.engine = ("CUDA graphs" if graphs else "eager") + (", torch.compile" if compile_model else "")
+        self.fixed_shape = captured is not None or compile_model
+        self._execute: Callable[[StepKind], object] = captured or self._advance
+        self.capture_seconds = captured.seconds if captured else 0.0
+        self.engine = ("CUDA graphs" if captured else "eager") + (", torch.compile" if compile_model else "")
 
     @torch.no_grad()
     def __call__(
@@ -216,8 +216,24 @@ class Sampler:
         return self.model.encode_tokens(tokens, *self.buffers.encoder_inputs(rows), self.buffers.rotary)
 
     @torch.no_grad()
-    def _capture(self) -> CapturedSteps:
-        return CapturedSteps(self._advance, self.kinds, self.buffers.rewind, self.device)
+    def _warm_up(self) -> None:
+        """Run a step of every kind: a GPU's kernels are chosen by time, which compiled and captured code cannot do."""
+        with torch.autocast(self.device.type, enabled=False):
+            for kind in dict.fromkeys(self.kinds):
+                self.buffers.rewind()
+                self._advance(kind)
+        self.buffers.rewind()
+
+    @torch.no_grad()
+    def _capture(self) -> CapturedSteps | None:
+        """The steps as CUDA graphs; None, with a warning, where they cannot be captured."""
+        try:
+            return CapturedSteps(self._advance, self.kinds, self.buffers.rewind, self.device)
+        except Exception as error:  # of CUDA, or of any operation that a graph cannot hold
+            reason = one_line(error)
+        warnings.warn(f"CUDA graphs cannot be captured ({reason}); sampling eagerly", stacklevel=4)
+        self.buffers.rewind()
+        return None
 
     def _check_inputs(self, noise: Tensor, labels: Tensor, generators: Sequence[torch.Generator] | None) -> None:
         _check_noise(self.model, noise)
@@ -235,6 +251,11 @@ class Sampler:
         given = 0 if generators is None else len(generators)
         if self.buffers.noise is not None and given != count:
             raise ValueError(f"the sde solver has {given} generators for {count} samples; expected one each")
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether steps can be captured there."""
+    return device.type == "cuda"
 
 
 def _single(velocity: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ class CapturedSteps:
 
     All graphs share one memory pool: no tensor made in a step is read after it, so graphs may overwrite each other's
     tensors, in any order of replays. `advance` runs a step of a kind on buffers at fixed addresses, `rewind` sets the
-    step counter to 0; `seconds` is the time to warm up and capture.
+    step counter to 0; `seconds` is the time to warm up and capture. If capturing fails, the error is raised, with
+    nothing left behind: the current stream is the caller's.
     """
 
     def __init__(
@@ -24,27 +25,35 @@ class CapturedSteps:
         device: torch.device,
     ) -> None:
         started = time.perf_counter()
-        kinds = list(dict.fromkeys(kinds))
         self.graphs: dict[StepKind, torch.cuda.CUDAGraph] = {}
         with torch.cuda.device(device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                # The first call compiles and times kernels, and makes workspaces, which a graph must not capture.
-                for kind in kinds:
-                    rewind()
-                    advance(kind)
-                rewind()
-            torch.cuda.synchronize()
-            pool = torch.cuda.graph_pool_handle()
-            for kind in kinds:
-                graph = torch.cuda.CUDAGraph()
-                # Other threads may use the device at the same time, to decode or to write images.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    advance(kind)
-                self.graphs[kind] = graph
-            torch.cuda.synchronize()
+            current = torch.cuda.current_stream()
+            try:
+                self._capture(advance, list(dict.fromkeys(kinds)), rewind)
+            except BaseException:
+                self.graphs.clear()
+                torch.cuda.set_stream(current)  # torch.cuda.graph leaves its own when a capture cannot be ended
+                raise
         self.seconds = time.perf_counter() - started
+
+    def _capture(self, advance: Callable[[StepKind], None], kinds: list[StepKind], rewind: Callable[[], None]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # The first call compiles and times kernels, and makes workspaces, which a graph must not capture.
+            for kind in kinds:
+                rewind()
+                advance(kind)
+            rewind()
+        torch.cuda.synchronize()
+        pool = torch.cuda.graph_pool_handle()
+        for kind in kinds:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device at the same time, to decode or to write images.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                advance(kind)
+            self.graphs[kind] = graph
+        torch.cuda.synchronize()
 
     def __call__(self, kind: StepKind) -> None:
         self.graphs[kind].replay()

@@ -1,5 +1,7 @@
 """Captured steps give the eager result, bit for bit, for every kind of plan: recorded graphs here, real on CUDA."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,6 +50,46 @@ def captured_on_cpu(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> Captur
     captured = sampler._capture()
     sampler._execute, sampler.fixed_shape = captured, True
     return captured
+
+
+@pytest.fixture
+def stand_in_gpu(monkeypatch):
+    """A CPU that a Sampler takes for a GPU, with recorded graphs."""
+    play_graphs(monkeypatch)
+    monkeypatch.setattr("ddt_fast.sampling.engine.on_gpu", lambda device: True)
+
+
+def test_graphs_are_the_default_on_a_gpu_and_can_be_turned_off(stand_in_gpu):
+    model, config = model_on("cpu", FusedDDT), SamplingConfig(num_steps=4, refresh_every=2)
+    engines = [Sampler(model, replace(config, cuda_graphs=given), 3, 8, 8).engine for given in (None, True, False)]
+    assert engines == ["CUDA graphs", "CUDA graphs", "eager"]
+
+
+def test_a_capture_that_fails_is_a_warning_and_the_same_images(stand_in_gpu, monkeypatch):
+    model, config = model_on("cpu", FusedDDT), SamplingConfig(num_steps=6, refresh_every=2, solver="lms")
+    eager = Sampler(model, replace(config, cuda_graphs=False), 3, 8, 8)
+    current, streams = object(), []
+
+    class Graph:
+        def __init__(self, *args, **options): ...
+
+        def __enter__(self): ...
+
+        def __exit__(self, *args):
+            raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    message = r"cannot be captured \(CUDA error: .* capturing\); sampling eagerly"
+    with pytest.warns(UserWarning, match=message) as warned:
+        failed = Sampler(model, config, 3, 8, 8)
+    assert len(warned) == 1
+    assert (failed.engine, failed.capture_seconds, failed.fixed_shape) == ("eager", 0.0, False)
+    assert streams == [current], "the failed capture's stream is left"
+    for seeds in (range(3), range(2)):
+        assert torch.equal(draw(failed, seeds), draw(eager, seeds))
 
 
 @pytest.mark.slow
