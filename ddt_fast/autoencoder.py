@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddt_fast.config import DataConfig, Experiment
+from ddt_fast.device import dtype_name, float32_as
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 from ddt_fast.weight_files import reason_in
@@ -67,20 +68,6 @@ def quiet_casts() -> Iterator[None]:
         logger.removeFilter(names_modules)
 
 
-@contextmanager
-def deterministic_convolutions() -> Iterator[None]:
-    """Make cuDNN's convolutions give the same bits at every call, so that a job that was stopped and continued encodes
-    or decodes like an uninterrupted one. The settings are restored."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark = False  # it would pick algorithms by their time
-    cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        cudnn.benchmark, cudnn.deterministic = before
-
-
 class Decoder:
     """A model's latents → pixels in [-1, 1]. ValueError if the autoencoder is neither a local folder nor on the Hub, or
     its latents have another size.
@@ -112,6 +99,12 @@ class Decoder:
         """Checksum of the weights and their names, in the dtype they are used in."""
         return weights_sha256(self.vae)
 
+    @property
+    def precision(self) -> str:
+        """What it computes in: "tf32", or a dtype."""
+        dtype, device = self.vae.dtype, self.vae.device
+        return "tf32" if dtype == torch.float32 and device.type == "cuda" else dtype_name(dtype)
+
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) latents → (N, 3, H, W) float32; the memory that decoding itself takes does not grow with N."""
@@ -141,10 +134,10 @@ def open_decoder(experiment: Experiment, device: torch.device, name: str | None 
 def decode_latents(vae: Any, latents: Tensor, batch_size: int | None = None, data: DataConfig = _AS_IT_IS) -> Tensor:
     """Latents (N, C, h, w) of a model of these data → pixels (N, 3, H, W) float32, around [-1, 1], on the autoencoder's
     device. They are decoded in its dtype, or in float32 if that is float16 and its config has force_upcast, batch_size
-    at a time: by default, 8 on a GPU and 1 on a CPU."""
+    at a time: by default, 8 on a GPU and 1 on a CPU. On a GPU, float32 is TF32 here."""
     scaling, device = float(vae.config.scaling_factor), vae.device
     parts = latents.split(batch_size or _batch_size(device))
-    with _upcast(vae):
+    with _upcast(vae), float32_as("tf32"):
         undone = (undo_normalisation(x.to(device), data, scaling) for x in parts)
         return torch.cat([vae.decode(z.to(vae.dtype)).sample.float() for z in undone])
 
@@ -231,5 +224,6 @@ class Encoder:
         """(N, 3, H, W) uint8 images → mean and logvar, each (N, C, h, w) float32 on the CPU, with logvar in
         [-30, 20]."""
         pixels = images.to(self.vae.device, non_blocking=True).float() / 127.5 - 1
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        with float32_as("ieee"):
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return posterior.mean.float().cpu(), posterior.logvar.float().cpu()

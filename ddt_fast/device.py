@@ -1,7 +1,8 @@
 """The device and dtype to compute with, and which dtypes a CPU has units for."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +16,37 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def dtype_name(dtype: torch.dtype) -> str:
     """torch.float32 → "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def float32_as(precision: Literal["ieee", "tf32"]) -> Iterator[None]:
+    """Inside, products and convolutions of float32 tensors are float32 ("ieee"), or on a GPU may round their inputs to
+    TF32, whatever the caller's settings, which are restored. PyTorch's own default is TF32 for convolutions alone."""
+    # Per operation, which no setting of another kind (torch.set_float32_matmul_precision, allow_tf32) makes raise.
+    backends: Any = torch.backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part, wanted in zip(parts, (precision, precision, "ieee", "ieee"), strict=True):
+            part.fp32_precision = wanted
+        yield
+    finally:
+        for part, was in zip(parts, before, strict=True):
+            part.fp32_precision = was
+
+
+@contextmanager
+def deterministic_convolutions() -> Iterator[None]:
+    """Make cuDNN's convolutions give the same bits at every call, so that a job that was stopped and continued encodes
+    or decodes like an uninterrupted one. The settings are restored."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark = False  # it would pick algorithms by their time
+    cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
 
 
 def choose_device(name: str) -> torch.device:

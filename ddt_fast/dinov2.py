@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddt_fast.device import float32_as
 from ddt_fast.hub import cache_only
 from ddt_fast.provenance import weights_sha256
 from ddt_fast.weight_files import reason_in
@@ -82,7 +83,8 @@ class DinoV2:
         pixels = images.to(self._mean.device, non_blocking=True).float() / 255
         pixels = (pixels - self._mean) / self._std
         pixels = functional.interpolate(pixels, (grid * self.patch_size,) * 2, mode="bicubic")
-        return self.model(pixels.to(self.model.dtype)).last_hidden_state[:, self._extra_tokens :]
+        with float32_as("ieee"):
+            return self.model(pixels.to(self.model.dtype)).last_hidden_state[:, self._extra_tokens :]
 
     def _resize_positions(self, grid: int) -> None:
         """Give the model position embeddings for this grid, which it then does not resize."""

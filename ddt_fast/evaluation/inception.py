@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ddt_fast.device import deterministic_convolutions, float32_as
+
 INPUT_SIZE = 299
 NUM_CLASSES = 1008
 POOL_DIM = 2048
@@ -208,10 +210,5 @@ def resize(images: Tensor, size: int = INPUT_SIZE) -> Tensor:
 def full_float32() -> Iterator[None]:
     """Compute float32 convolutions and products in float32, without TF32 or bfloat16, and the same way every time; the
     settings are restored afterwards."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with float32_as("ieee"), deterministic_convolutions():
+        yield

@@ -82,6 +82,7 @@ class LoadedEngine:
             "batch_size": sampler.batch_size,
             "torch": torch.__version__,
             **({"kernels": running()} if sampler.device.type == "cuda" else {}),
+            **({"decoded_in": self.decode.precision} if self.decode is not None else {}),
         }
 
 

@@ -13,10 +13,11 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from ddt_fast.autoencoder import deterministic_convolutions, open_decoder, undo_normalisation
+from ddt_fast.autoencoder import open_decoder, undo_normalisation
 from ddt_fast.checks import require_kind
 from ddt_fast.class_names import class_names_of
 from ddt_fast.config import SamplingConfig
+from ddt_fast.device import deterministic_convolutions
 from ddt_fast.files import output_folder
 from ddt_fast.generation.background import Background, OnImages, PixelConverter, ShardWriter, Timings
 from ddt_fast.generation.engine import LoadedEngine, load_engine, open_device

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ddt_fast.autoencoder import Encoder, deterministic_convolutions
+from ddt_fast.autoencoder import Encoder
 from ddt_fast.data.encode import cache_settings, encode_images
 from ddt_fast.data.image_folder import ImageFolder, list_images
 from ddt_fast.data.latent_cache import SETTINGS, check_owned
-from ddt_fast.device import DTYPES, choose_device
+from ddt_fast.device import DTYPES, choose_device, deterministic_convolutions
 from ddt_fast.dinov2 import DinoV2
 from ddt_fast.files import output_folder, read_json
 from ddt_fast.ranks import process_ranks

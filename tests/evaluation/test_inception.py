@@ -11,7 +11,7 @@ from torch import nn
 
 from ddt_fast.evaluation import inception_weights
 from ddt_fast.evaluation.features import InceptionExtractor
-from ddt_fast.evaluation.inception import Inception, full_float32, resize
+from ddt_fast.evaluation.inception import Inception, resize
 from ddt_fast.evaluation.inception_weights import load_inception
 from golden_data import relative_error
 from inception_cases import random_weights, smooth_images, weights_file
@@ -100,20 +100,6 @@ def test_features_do_not_depend_on_the_batch():
     apart = [torch.cat(tensors) for tensors in zip(*map(extractor, images.split(3)), strict=True)]
     for ours, expected in zip(apart, extractor(images), strict=True):
         assert relative_error(ours, expected) < 1e-5
-
-
-def test_float32_is_float32_whatever_the_settings(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with full_float32():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def test_images_must_be_uint8(network):
