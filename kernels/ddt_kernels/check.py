@@ -259,7 +259,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         share = f"{row['share_of_ceiling']:.0%} of {row['bound_by']}"
         times = f"{row['milliseconds']:.3f}", f"{row['torch_milliseconds']:.3f}"
-        cells.append((row["op"], row["dtype"], row["kind"], f"{row['error']:.2f}", row["verdict"], *times, share))
+        cells.append(
+            (
+                row["op"],
+                row["dtype"],
+                row["kind"],
+                "-" if row["verdict"] == "FAILED" else f"{row['error']:.2f}",
+                row["verdict"],
+                *times,
+                share,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     return "\n".join([*lines, *sorted({note for row in rows for note in row["notes"]})])

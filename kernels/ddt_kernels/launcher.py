@@ -106,25 +106,36 @@ def _decide(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device
     if not runtime.is_gpu(device):  # a stand-in for one: `compilation.launching_into`
         return runtime.Tape(device, launcher.__wrapped__, args, kwargs).play, True
     if not runtime.HAS_TRITON:
-        if verification.mode() != "torch":
-            verification.warn_once(f"{launcher.op} runs in PyTorch", "triton is not installed: pip install triton")
-        tuning.note(launcher.op, "torch")
-        return _in_pytorch(launcher.plain), True
+        return _replaced(launcher, "triton is not installed: pip install triton"), True
     if _collected is not None:
         _collected.append(verification.specification(launcher, args, kwargs, competes(launcher, args)))
         return _in_pytorch(launcher.plain), False
     with store(device).alone():  # one process of a node compiles and times; the others find what it left
         verdict = verification.verdict(launcher, args, kwargs, device, competes(launcher, args))
         if verdict.reason:
-            verification.warn_once(f"{launcher.op} runs in PyTorch", verdict.reason)
-            tuning.note(launcher.op, "torch")
-            return _in_pytorch(launcher.plain), True
-        with tuning.without(verdict.candidates):
-            tape = runtime.Tape(device, launcher.__wrapped__, args, kwargs)
+            return _replaced(launcher, verdict.reason), True
+        try:
+            with tuning.without(verdict.candidates):
+                tape = runtime.Tape(device, launcher.__wrapped__, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler or the driver, on sizes that were not verified
+            return _replaced(launcher, error), True
         if tape.provisional or not competes(launcher, args) or COMPILED in verdict.candidates:
             tuning.note(launcher.op, "triton")
             return tape.play, not tape.provisional
         return _fastest(launcher, tape, args, kwargs, device)
+
+
+def _replaced(launcher: Any, reason: str | Exception) -> Run:
+    """The plain version, with a warning unless it was asked for."""
+    mode = verification.mode()
+    if mode == "triton" and isinstance(reason, Exception):
+        raise reason
+    if mode != "torch":
+        verification.warn_once(f"{launcher.op} runs in PyTorch", verification.line(reason))
+    tuning.note(launcher.op, "torch")
+    return _in_pytorch(launcher.plain)
 
 
 def competes(launcher: Any, args: tuple[Any, ...]) -> bool:
@@ -140,7 +151,7 @@ def _fastest(
     given = verification.bound(launcher, args, kwargs)
     copies = verification.copies(given, launcher.writes)  # calls for timing must not change what others read
     pointers = [value.data_ptr() for value in copies.values() if isinstance(value, Tensor)]
-    words = verification.words("", verification.describe(given, {}))
+    words = verification.words("", verification.describe(given, launcher.samples))
     chosen, settled = tuning.decide(
         launcher.op, (words,), tuple(runs), "triton", lambda name: runs[name]([*pointers], (), copies), device
     )

@@ -207,11 +207,14 @@ def can_time(device: torch.device) -> bool:
 
 
 def _time(named: dict[str, Config], run: Callable[[Config], object], device: torch.device) -> dict[str, Any] | None:
-    """What the store keeps: the choice, and of each candidate its milliseconds or why it failed; None if all did."""
+    """What the store keeps: the choice, and of each candidate its milliseconds or why it failed; None if all did, or
+    memory ran out."""
     milliseconds, failed = {}, {}
     for name, candidate in named.items():
         try:
             milliseconds[name] = milliseconds_of(run, candidate, device)
+        except torch.OutOfMemoryError:
+            return None  # says nothing about the candidate
         except Exception as error:  # of any compiler or package
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     if not milliseconds:

@@ -45,6 +45,7 @@ def raises(x: Tensor) -> Tensor:
 
 @_launcher
 def crashes(x: Tensor) -> Tensor:
+    print("out of registers", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
     return x
 
@@ -53,12 +54,6 @@ def crashes(x: Tensor) -> Tensor:
 def hangs(x: Tensor) -> Tensor:
     time.sleep(600)
     return x
-
-
-@_launcher
-def ends(x: Tensor) -> Tensor:
-    print("out of registers", file=sys.stderr, flush=True)
-    os._exit(3)
 
 
 @_launcher

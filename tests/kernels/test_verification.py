@@ -1,6 +1,7 @@
 """Kernels are compared with PyTorch in a process of their own; whatever they do there, the verdict names it."""
 
 import json
+import sys
 import warnings
 from contextlib import nullcontext
 
@@ -34,8 +35,7 @@ def verdict_on(worker, name):
         ("wrong", "result 0 is off by "),
         ("unwritten", "result 0 is off by inf times what is allowed"),
         ("raises", "RuntimeError: PTXAS error"),
-        ("crashes", "the process that checked it ended (SIGSEGV)"),
-        ("ends", "the process that checked it ended (exit code 3): out of registers"),
+        ("crashes", "the process that checked it ended (SIGSEGV): out of registers"),
     ],
 )
 def test_whatever_a_kernel_does_the_verdict_names_it_and_the_next_is_checked(worker, name, reason):
@@ -50,6 +50,26 @@ def test_a_kernel_that_never_ends_is_given_up(worker):
     assert verdict_on(worker, "hangs").reason.startswith("the process that checked it did not end within 1 s (SIGKILL)")
     worker.seconds = 60.0
     assert verdict_on(worker, "right").reason == ""
+
+
+def test_an_idle_process_ends_and_a_new_one_takes_its_place():
+    code = "from ddt_kernels import verification; verification.IDLE_SECONDS = 0.2; verification._main()"
+    idle = Worker((sys.executable, "-c", code))
+    assert verdict_on(idle, "right").reason == ""
+    assert idle._process.wait(10) == 0
+    assert verdict_on(idle, "right").reason == ""
+    idle.close()
+
+
+def test_a_tensor_off_the_16_byte_grid_is_so_in_the_check():
+    storage = torch.zeros(2 * 3 * 72 + 1, dtype=BF16)
+    specs = [
+        specification(failing_launchers.right, (storage[offset:][: 2 * 216].view(2, 3, 72),), {}) for offset in (0, 1)
+    ]
+    offsets = [verification.arguments(spec, CPU)["x"].data_ptr() % 16 // 2 for spec in specs]
+    base = storage.data_ptr() % 16 // 2
+    assert offsets == [base, base + 1]
+    assert verification.key_of(specs[0]) != verification.key_of(specs[1])
 
 
 def test_memory_that_ran_out_says_nothing_about_a_kernel(worker):

@@ -101,7 +101,7 @@ def _inputs(shape: Shape, dtype: torch.dtype, device: torch.device, gradient: bo
 
 def _run(inputs: Any, name: str) -> None:
     qkv, grad = inputs()
-    with torch.set_grad_enabled(qkv.requires_grad):
+    with torch.inference_mode(False), torch.set_grad_enabled(qkv.requires_grad):
         out = BACKENDS[name].call(*qkv.unbind(2))
         if qkv.requires_grad:
             torch.autograd.grad(out, qkv, grad)
