@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 _collected: list[dict[str, Any]] | None = None
 Run = Callable[[list[int], tuple[Any, ...], dict[str, Any]], Any]
 
+RIVALS = ("triton", COMPILED)
 WORTH_COMPILING = 1 << 20  # elements of the largest tensor; with fewer, a pass takes less time than its launch
 
 
@@ -108,10 +109,10 @@ def _decide(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device
     if not runtime.HAS_TRITON:
         return _replaced(launcher, "triton is not installed: pip install triton"), True
     if _collected is not None:
-        _collected.append(verification.specification(launcher, args, kwargs, competes(launcher, args)))
+        _collected.append(verification.specification(launcher, args, kwargs, competes(launcher, args, kwargs, device)))
         return _in_pytorch(launcher.plain), False
     with store(device).alone():  # one process of a node compiles and times; the others find what it left
-        verdict = verification.verdict(launcher, args, kwargs, device, competes(launcher, args))
+        verdict = verification.verdict(launcher, args, kwargs, device, competes(launcher, args, kwargs, device))
         if verdict.reason:
             return _replaced(launcher, verdict.reason), True
         try:
@@ -121,7 +122,7 @@ def _decide(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device
             raise
         except Exception as error:  # of the compiler or the driver, on sizes that were not verified
             return _replaced(launcher, error), True
-        if tape.provisional or not competes(launcher, args) or COMPILED in verdict.candidates:
+        if tape.provisional or not competes(launcher, args, kwargs, device) or COMPILED in verdict.candidates:
             tuning.note(launcher.op, "triton")
             return tape.play, not tape.provisional
         return _fastest(launcher, tape, args, kwargs, device)
@@ -138,22 +139,38 @@ def _replaced(launcher: Any, reason: str | Exception) -> Run:
     return _in_pytorch(launcher.plain)
 
 
-def competes(launcher: Any, args: tuple[Any, ...]) -> bool:
-    """Whether torch.compile of the plain version is a candidate for such arguments."""
+def competes(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> bool:
+    """Whether torch.compile of the plain version may run on such arguments: it has not lost against the kernels yet."""
     large = any(isinstance(arg, Tensor) and arg.numel() >= WORTH_COMPILING for arg in args)
-    return launcher.compiled and large and verification.mode() == "auto" and tuning.timing_enabled()
+    if not (launcher.compiled and large and verification.mode() == "auto" and tuning.timing_enabled()):
+        return False
+    return tuning.known(launcher.op, _kind(launcher, args, kwargs), RIVALS, device) != "triton"
+
+
+def _kind(launcher: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """What of a call decides its contest: everything but the numbers of samples and tokens, with which the time of a
+    pass over memory grows whatever runs."""
+
+    def word(value: Any) -> str:
+        if not isinstance(value, Tensor):
+            return str(value)
+        wide = "x" if value.ndim < 2 or value.shape[-2] == 1 else "Nx"
+        return f"{str(value.dtype).removeprefix('torch.')}[{wide}{value.shape[-1]}]"
+
+    given = verification.bound(launcher, args, kwargs)
+    return tuple(f"{name}={word(value)}" for name, value in given.items() if value is not None)
 
 
 def _fastest(
     launcher: Any, tape: runtime.Tape, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
 ) -> tuple[Run, bool]:
-    runs = {"triton": tape.play, COMPILED: _in_pytorch(tuning.compiled_version(launcher.plain))}
+    runs = dict(zip(RIVALS, (tape.play, _in_pytorch(tuning.compiled_version(launcher.plain))), strict=True))
     given = verification.bound(launcher, args, kwargs)
     copies = verification.copies(given, launcher.writes)  # calls for timing must not change what others read
     pointers = [value.data_ptr() for value in copies.values() if isinstance(value, Tensor)]
-    words = verification.words("", verification.describe(given, launcher.samples))
     chosen, settled = tuning.decide(
-        launcher.op, (words,), tuple(runs), "triton", lambda name: runs[name]([*pointers], (), copies), device
+        *(launcher.op, _kind(launcher, args, kwargs), RIVALS, RIVALS[0]),
+        *(lambda name: runs[name]([*pointers], (), copies), device),
     )
     tuning.note(launcher.op, chosen)
     return runs[chosen], settled

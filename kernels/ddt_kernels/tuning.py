@@ -15,7 +15,7 @@ ValueError.
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -170,7 +170,7 @@ def decide(
     if not runtime.is_gpu(device) or len(named) == 1 or not timing_enabled():
         return first, True
     if known is None or known.chosen not in named:
-        words = f"{op} {key}: {', '.join(named)}"
+        words = _words(op, key, named)
         found = store(device).get(words)
         if found is None and can_time(device):
             found = store(device).find(words, lambda: _time(named, run, device))
@@ -188,6 +188,17 @@ def implementation(op: str, key: Key, names: Sequence[str], run: Callable[[str],
         chosen, _ = decide(op, key, names, chosen, run, device)
     note(op, chosen)
     return chosen
+
+
+def known(op: str, key: Key, names: Sequence[str], device: torch.device) -> str | None:
+    """What `decide` has chosen, here or in another process; None if nothing yet."""
+    choice = _choices.get((op, device, key))
+    found = store(device).get(_words(op, key, names)) if choice is None else None
+    return choice.chosen if choice else found and found["chosen"]
+
+
+def _words(op: str, key: Key, names: Iterable[str]) -> str:
+    return f"{op} {' '.join(map(str, key))}: {', '.join(names)}"
 
 
 def compiled_version(function: Callable[..., Any]) -> Callable[..., Any]:
