@@ -88,12 +88,17 @@ def test_torch_compile_runs_where_it_is_faster_and_right(gpu_stand_in, monkeypat
     assert tuning.running() == {"norm_modulate": COMPILED}
     assert gpu_stand_in.asked[0]["compiled"]
     assert gpu_stand_in.launched == ["norm_modulate_forward_kernel"], "to be timed"
-    gpu_stand_in.milliseconds = {"triton": 1.0, COMPILED: 2.0}
-    norm(*norm_inputs(4))
-    assert tuning.running() == {"norm_modulate": f"{COMPILED} and triton"}
-    gpu_stand_in.verdict = Verdict(candidates={COMPILED: "wrong"})
     gpu_stand_in.milliseconds = {}
+    norm(*norm_inputs(4, tokens=9))
+    assert tuning.running() == {"norm_modulate": COMPILED}, "one choice for all sizes"
+    gpu_stand_in.verdict = Verdict(candidates={COMPILED: "wrong"})
     norm(*norm_inputs(8))
+    assert tuning.running() == {"norm_modulate": f"{COMPILED} and triton"}
+    gpu_stand_in.verdict, gpu_stand_in.milliseconds = Verdict(), {"triton": 1.0, COMPILED: 2.0}
+    norm(*norm_inputs(channels=80))
+    assert gpu_stand_in.asked[-1]["compiled"]
+    norm(*norm_inputs(4, channels=80))
+    assert not gpu_stand_in.asked[-1]["compiled"], "it has lost"
 
 
 @pytest.mark.parametrize("name", CALLS)
