@@ -18,7 +18,7 @@ import gc
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from ddt_fast.sampling.refresh.schedules import resolve_refresh_steps
 from ddt_fast.sampling.tables import StepKind, step_kinds
 
 XL2 = PRESETS["xl2_256"].model
-# A round takes as long, so that the host's wait at its end counts for nothing; at least 3 rounds, at most 20.
-ROUND_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.05, 3, 20
-WHOLE_RUN_SECONDS = 5.0  # a run that takes longer is not checked
-
-Key = tuple[object, ...]
+# A round takes as long, so that the host's wait at its end counts for nothing; steps of seconds have fewest rounds.
+ROUND_SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.05, 2, 20
+WHOLE_RUN_SECONDS = 3.0  # a run that takes longer is not checked
+# The plan with most kinds of steps first: one sampler, and one capture, serves most of the others.
+PLANS = ("refresh 6", "refresh 1", "--fast", "refresh dp")
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,19 @@ def calls_and_rounds(seconds: float, wanted: float, num_steps: int) -> tuple[int
     return calls, max(MIN_ROUNDS, min(MAX_ROUNDS, round(wanted / (calls * seconds))))
 
 
-def step_keys(plan: SamplingPlan) -> list[Key]:
-    """For every step, what its time depends on: what it does, and how much the plan keeps."""
-    kept = (plan.state_history, plan.velocity_history, plan.difference_history, plan.cached_branches)
-    return [(step_words(kind), *kept) for kind in step_kinds(plan)]
+def start_key(plan: SamplingPlan) -> str:
+    """What the time before the first step depends on: the encoder's modulations for all refreshes are computed."""
+    return f"start, {plan.encoder_evaluations} encoder evaluations in {len(plan.steps)} steps"
 
 
-def start_key(plan: SamplingPlan) -> Key:
-    """What the time before the first step depends on, the encoder's modulations for all steps included."""
-    return ("start", len(plan.steps), sum(step.cond.encode for step in plan.steps), plan.cached_branches)
+def step_keys(plan: SamplingPlan) -> dict[str, StepKind]:
+    """The kinds of steps, by what their time depends on. How much history the update reads makes less than 0.1%."""
+    return {step_words(kind): kind for kind in step_kinds(plan)}
+
+
+def counts(plan: SamplingPlan) -> dict[str, int]:
+    """How often a run has each of its parts."""
+    return {start_key(plan): 1} | Counter(map(step_words, step_kinds(plan)))
 
 
 class Headline:
@@ -122,8 +126,8 @@ class Headline:
         for case in cases:
             if case.config not in models:
                 models[case.config] = FusedDDT.from_reference(random_model(case.config, device=DEVICE).to(DTYPE))
-            timings: dict[Key, dict[str, Any]] = {}
-            for name in SETTINGS:
+            timings: dict[str, dict[str, Any]] = {}
+            for name in PLANS:
                 title = f"{case.title}, {name}"
                 if time.monotonic() > self.deadline:
                     self.miss(title, "not started in time")
@@ -141,51 +145,60 @@ class Plan:
     """One plan of a case. timings: what the case has timed so far, by key; added to."""
 
     def __init__(
-        self, headline: Headline, case: Case, model: FusedDDT, name: str, timings: dict[Key, dict[str, Any]]
+        self, headline: Headline, case: Case, model: FusedDDT, name: str, timings: dict[str, dict[str, Any]]
     ) -> None:
         self.headline, self.case, self.model, self.name, self.timings = headline, case, model, name, timings
-        self.config = replace(headline.setting(name, model, case.side), cuda_graphs=case.graphs)
+        self.config = headline.setting(name, model, case.side)
         self.plan = SamplingPlan.from_config(self.config)
         noise, _ = seeded_noise(range(case.batch_size), (4, case.side, case.side))
         self.noise, self.labels = noise.to(DEVICE), torch.arange(case.batch_size, device=DEVICE)
-        self.counts = {start_key(self.plan): 1} | Counter(step_keys(self.plan))
+        self.counts, self.kinds = counts(self.plan), step_keys(self.plan)
 
-    @cached_property
-    def sampler(self) -> Sampler:
-        """Made only if something of the plan was not timed yet."""
-        side = self.case.side
-        return Sampler(self.model, self.config, self.case.batch_size, side, side)
+    def sampler(self, graphs: bool) -> Sampler:
+        config, side = replace(self.config, cuda_graphs=graphs), self.case.side
+        return Sampler(self.model, config, self.case.batch_size, side, side)
+
+    def total(self) -> float:
+        return sum(count * self.timings[part]["seconds"]["median"] for part, count in self.counts.items())
 
     def measure(self) -> None:
-        timed_here = [key for key in self.counts if key not in self.timings]
-        kinds = dict(zip(step_keys(self.plan), step_kinds(self.plan), strict=True))
-        for key in timed_here:
-            seconds = self._time_step(kinds[key]) if key in kinds else self._time_start()
-            # The engine as it is, not as it was asked for: the sampler runs eagerly where capture fails.
-            self.timings[key] = {"engine": self.sampler.engine, "step": key[0], "seconds": seconds}
-            size = {"case": self.case.name, "batch_size": self.case.batch_size, "first_timed_for": self.name}
-            self.headline.record["steps"].append(size | self.timings[key])
-            self.headline.write()
-        total = sum(count * self.timings[key]["seconds"]["median"] for key, count in self.counts.items())
+        new = [part for part in self.counts if part not in self.timings]
+        captured = any(part in self.kinds for part in new)
+        # Graphs are captured for steps alone: what precedes them is run eagerly.
+        sampler = self.sampler(self.case.graphs and captured)
+        for part in new:
+            self._time(sampler, part)
         whole = None
-        if timed_here and total <= WHOLE_RUN_SECONDS:
-            seconds = min(timed(partial(self.sampler, self.noise, self.labels)) for _ in range(2))
-            whole = {"seconds": seconds, "difference": seconds / total - 1}
-        self._report(total, whole)
+        # A sampler for steps that were timed already is made for the shortest run alone.
+        if self.total() <= WHOLE_RUN_SECONDS and (captured or self.name == "--fast"):
+            if not captured:
+                del sampler  # before the new one takes memory
+                sampler = self.sampler(self.case.graphs)
+            seconds = timed(partial(sampler, self.noise, self.labels))
+            whole = {"seconds": seconds, "difference": seconds / self.total() - 1}
+        self._report(whole)
 
-    def _report(self, total: float, whole: dict[str, float] | None) -> None:
-        batch, side = self.case.batch_size, self.case.side
+    def _time(self, sampler: Sampler, part: str) -> None:
+        seconds = self._time_step(sampler, self.kinds[part]) if part in self.kinds else self._time_start(sampler)
+        # The engine as it is, not as it was asked for: the sampler runs eagerly where capture fails.
+        self.timings[part] = {"engine": sampler.engine, "step": part, "seconds": seconds}
+        size = {"case": self.case.name, "batch_size": self.case.batch_size, "first_timed_for": self.name}
+        self.headline.record["steps"].append(size | self.timings[part])
+        self.headline.write()
+
+    def _report(self, whole: dict[str, float] | None) -> None:
+        total, batch, side = self.total(), self.case.batch_size, self.case.side
         flops = batch * self.plan.flops(self.case.config, side, side)
         row = {
             "case": self.case.name,
             "batch_size": batch,
-            "engine": self.timings[start_key(self.plan)]["engine"],
+            "engine": self.timings[next(iter(self.kinds))]["engine"],
             "plan": self.name,
             "seconds_per_batch": total,
             "images_per_second": batch / total,
             "tflop_per_image": flops / batch / 1e12,
             "tflops": flops / total / 1e12,
-            "counts": {str(key[0]): count for key, count in self.counts.items()},
+            "counts": self.counts,
             "whole_run": whole,
         }
         self.headline.record["headline"].append(row)
@@ -193,31 +206,31 @@ class Plan:
         print(f"{self.case.title}, {self.name}: {batch / total:.4g} img/s, {total:.4g} s a batch", flush=True)
 
     @torch.no_grad()
-    def _time_start(self) -> dict[str, Any]:
-        return timing([timed(self._start) for _ in range(1 + MIN_ROUNDS)][1:])
+    def _time_start(self, sampler: Sampler) -> dict[str, Any]:
+        return timing([timed(partial(self._start, sampler)) for _ in range(1 + MIN_ROUNDS)][1:])
 
-    def _start(self) -> None:
-        buffers = self.sampler.buffers
-        buffers.start(self.noise, self.labels)
+    def _start(self, sampler: Sampler) -> None:
+        sampler.buffers.start(self.noise, self.labels)
         for step in range(len(self.plan.steps)):
-            buffers.prepare_conditions(step)
+            sampler.buffers.prepare_conditions(step)
 
     @torch.no_grad()
-    def _time_step(self, kind: StepKind) -> dict[str, Any]:
-        """Calls follow each other as in a run; the modulations of a step without encoder are those of the first."""
-        self._start()
-        self.sampler._execute(self.sampler.kinds[0])
+    def _time_step(self, sampler: Sampler, kind: StepKind) -> dict[str, Any]:
+        """Calls follow each other as in a run. A capture has run every kind before; eagerly, the first call may compile
+        and does not count."""
         calls = 1
 
-        def round_of_calls() -> None:
-            self.sampler.buffers.x.copy_(self.noise)
-            self.sampler.buffers.rewind()
-            for _ in range(calls):
-                self.sampler._execute(kind)
+        def round_of_calls() -> float:
+            sampler.buffers.x.copy_(self.noise)
+            sampler.buffers.rewind()
+            return timed(partial(sampler._execute, kind), calls)
 
-        timed(round_of_calls)
-        calls, rounds = calls_and_rounds(timed(round_of_calls), self.headline.seconds, len(self.plan.steps))
-        return timing([timed(round_of_calls) / calls for _ in range(rounds)])
+        self._start(sampler)
+        if not self.case.graphs:
+            round_of_calls()
+        first = round_of_calls()
+        calls, rounds = calls_and_rounds(first, self.headline.seconds, len(self.plan.steps))
+        return timing([first] * (calls == 1) + [round_of_calls() for _ in range(rounds)])
 
 
 def main() -> None:

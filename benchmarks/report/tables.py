@@ -120,12 +120,12 @@ def headline(record: Record) -> Iterator[str]:
     """Seconds per image and images per second by plan; on a CPU ratios only."""
     gpu = bool(record["environment"]["gpus"])
     rows: list[list[object]] = []
-    base: dict[tuple[object, ...], float] = {}
+    every_step = [row for row in record["headline"] if row["plan"] == "refresh 1"]
+    sizes = {(row["case"], row["engine"], row["batch_size"]): row for row in every_step}
     for row in record["headline"]:
         batch = row["batch_size"]
-        size = row["case"], row["engine"], batch
-        base.setdefault(size, row["seconds_per_batch"])  # of the first plan, which refreshes at every step
-        times = [ratio(row["seconds_per_batch"] / base[size])]
+        base = sizes.get((row["case"], row["engine"], batch))
+        times = [base and ratio(row["seconds_per_batch"] / base["seconds_per_batch"])]
         if gpu:
             times += [row["seconds_per_batch"] / batch, row["images_per_second"], row["tflops"]]
         off = row["whole_run"] and f"{row['whole_run']['difference']:+.1%}"
