@@ -144,11 +144,11 @@ def suite_command(name: str, folder: Path, only: str, seconds: float) -> list[st
 
 def training_command(folder: Path, dry_run: bool) -> list[str]:
     """By its function: the command itself needs jsonargparse."""
-    batch, calls = (1, 1) if dry_run else (None, 5)
+    batch, calls, config = (1, 1, "TINY") if dry_run else (None, 5, None)
     output = f"Path({str(folder / 'training_step.json')!r})"
-    imports = ("pathlib import Path", "benchmarks.harness import DEVICE", "benchmarks.training_step import run")
-    call = f"run({output}, {TRAINING_VARIANTS}, {batch}, {calls}, DEVICE)"
-    return ["-c", "\n".join([*(f"from {name}" for name in imports), call])]
+    modules = {"pathlib": "Path", "benchmarks.bench_sampling": "DEVICE, TINY", "benchmarks.training_step": "run"}
+    call = f"run({output}, {TRAINING_VARIANTS}, {batch}, {calls}, DEVICE, {config})"
+    return ["-c", "\n".join([*(f"from {module} import {names}" for module, names in modules.items()), call])]
 
 
 def first_steps(folder: Path, options: argparse.Namespace) -> dict[str, list[str]]:
