@@ -163,20 +163,26 @@ class Plan:
 
     def measure(self) -> None:
         new = [part for part in self.counts if part not in self.timings]
-        captured = any(part in self.kinds for part in new)
-        # Graphs are captured for steps alone: what precedes them is run eagerly.
-        sampler = self.sampler(self.case.graphs and captured)
-        for part in new:
-            self._time(sampler, part)
-        whole = None
-        # A sampler for steps that were timed already is made for the shortest run alone.
-        if self.total() <= WHOLE_RUN_SECONDS and (captured or self.name == "--fast"):
-            if not captured:
-                del sampler  # before the new one takes memory
-                sampler = self.sampler(self.case.graphs)
-            seconds = timed(partial(sampler, self.noise, self.labels))
-            whole = {"seconds": seconds, "difference": seconds / self.total() - 1}
+        captured, whole = any(part in self.kinds for part in new), None
+        if new:
+            # Graphs are captured for steps alone: what precedes them is run eagerly.
+            sampler = self.sampler(self.case.graphs and captured)
+            for part in new:
+                self._time(sampler, part)
+            if captured and self.short:
+                whole = self._whole_run(sampler)
+            del sampler  # before another takes memory
+        if not captured and self.short and self.name == "--fast":
+            whole = self._whole_run(self.sampler(self.case.graphs))
         self._report(whole)
+
+    @property
+    def short(self) -> bool:
+        return self.total() <= WHOLE_RUN_SECONDS
+
+    def _whole_run(self, sampler: Sampler) -> dict[str, float]:
+        seconds = timed(partial(sampler, self.noise, self.labels))
+        return {"seconds": seconds, "difference": seconds / self.total() - 1}
 
     def _time(self, sampler: Sampler, part: str) -> None:
         seconds = self._time_step(sampler, self.kinds[part]) if part in self.kinds else self._time_start(sampler)

@@ -115,6 +115,17 @@ def test_plans_that_had_no_time_or_fail_are_listed(tmp_path, monkeypatch):
     assert {entry["reason"] for entry in record["missing"]} == {"OutOfMemoryError: CUDA out of memory"}
 
 
+def test_the_engine_is_the_one_that_ran(tmp_path):
+    output = tmp_path / "headline.json"
+    with pytest.warns(UserWarning, match="sampling eagerly"):
+        Headline(output, 1e-3, 12, 1e9).measure((Case("minimal", MINIMAL, 4, 1, True),))
+    rows = json.loads(output.read_text())["headline"]
+    assert {row["engine"] for row in rows} == {"eager"}
+    checked = {row["plan"] for row in rows if row["whole_run"]}
+    assert {"refresh 6", "--fast"} <= checked
+    assert "refresh dp" not in checked  # its steps were timed before: no sampler is made
+
+
 def test_steps_are_timed_in_the_rows_that_a_run_has(monkeypatch):
     """Each execution moves the step counter on; beyond the last row there is nothing to read."""
     model = FusedDDT.from_reference(random_model(MINIMAL))
