@@ -1,4 +1,4 @@
-"""Scoring: Inception features per second, precision and recall.
+"""Scoring: Inception features per second, precision and recall; and latents decoded per second.
 
 Peers are what the usual scripts do: the network with its batch norms apart, and compiled; all distances at once. The
 network's weights are random, of the size of trained ones; its time does not depend on them.
@@ -6,14 +6,16 @@ network's weights are random, of the size of trained ones; its time does not dep
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward
+from benchmarks.harness import DEVICE, ON_GPU, Case, Inputs, Run, Variant, Workload, forward, randn
 from benchmarks.peers import COMPILE
+from ddt_fast.autoencoder import decode_latents
 from ddt_fast.evaluation.inception import Inception, full_float32
 from ddt_fast.evaluation.manifold import precision_recall
 from ddt_kernels import Cost
@@ -21,7 +23,7 @@ from ddt_kernels import Cost
 PLAIN, OURS = "batch norms apart, NCHW", "ddt_fast, batch norms folded"
 
 
-def inception_case(batch: int) -> Case:
+def inception_case(batch: int, detail: str, peer: str) -> Case:
     def inputs() -> Inputs:
         generator, size = torch.Generator(DEVICE).manual_seed(0), (batch, 3, 256, 256)
         return Inputs((torch.randint(256, size, generator=generator, device=DEVICE, dtype=torch.uint8),))
@@ -39,10 +41,10 @@ def inception_case(batch: int) -> Case:
             COMPILE: variant(lambda network: torch.compile(network, dynamic=False)),
         }
         right = features_of(exact.to(DEVICE, torch.float64))
-        return Workload(inputs, variants, right, torch.float32, cost, images=batch)
+        return Workload(inputs, {name: variants[name] for name in names}, right, torch.float32, cost, images=batch)
 
-    size = f"B {batch}, 256 px, float32"
-    return Case("evaluation", "Inception features", size, (PLAIN, OURS, COMPILE), build, seconds=3.0)
+    names, size = (PLAIN, peer), f"B {batch}, 256 px, float32"
+    return Case("evaluation", f"Inception features{detail}", size, names, build, seconds=3.0)
 
 
 def features_of(network: Callable[..., Any]) -> Run:
@@ -108,11 +110,44 @@ def precision_recall_case(count: int, dims: int) -> Case:
     return Case("evaluation", "precision and recall", size, names, build, seconds=2.0)
 
 
-CASES = (
-    [inception_case(64), precision_recall_case(10_000, 2048)]
-    if ON_GPU
-    else [inception_case(4), precision_recall_case(1500, 512)]
-)
+def decode_case(batch: int, side: int) -> Case:
+    """The autoencoder of the released models, with random weights."""
+    names, dtype = ("diffusers' AutoencoderKL, all at once", "ddt_fast"), torch.float32
+
+    def inputs() -> Inputs:
+        return Inputs((randn(torch.Generator(DEVICE).manual_seed(0), batch, 4, side, side, dtype=dtype),))
+
+    def build() -> Workload:
+        try:
+            from diffusers import AutoencoderKL
+        except ImportError:
+            missing: dict[str, Variant | str] = dict.fromkeys(
+                names, "diffusers is not installed: pip install diffusers"
+            )
+            return Workload(inputs, missing, lambda x: x.tensors, dtype)
+        channels = (128, 256, 512, 512)
+        kinds = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae: Any = AutoencoderKL(block_out_channels=channels, layers_per_block=2, **kinds)
+        vae = vae.to(DEVICE).requires_grad_(False)
+        exact = copy.deepcopy(vae).double()
+        made = {
+            names[0]: Variant(lambda: forward(lambda z: vae.decode(z / vae.config.scaling_factor).sample)),
+            names[1]: Variant(lambda: forward(partial(decode_latents, vae)), ours=True),
+        }
+        right = forward(lambda z: exact.decode(z.double() / vae.config.scaling_factor).sample)
+        # PyTorch's convolutions may run in TF32.
+        return Workload(inputs, made, right, dtype, images=batch, tolerance=1e-2)
+
+    return Case("evaluation", "VAE decoding", f"B {batch}, {8 * side} px, float32", names, build, seconds=2.0)
+
+
+BATCH = 64 if ON_GPU else 4
+CASES = [
+    inception_case(BATCH, "", OURS),
+    decode_case(*((16, 32) if ON_GPU else (1, 8))),
+    precision_recall_case(*((10_000, 2048) if ON_GPU else (1500, 512))),
+    inception_case(BATCH, ", compiled", COMPILE),
+]
 
 
 def test_evaluation(case: Case, variant: str, replay: Callable[[Case, str], None]) -> None:

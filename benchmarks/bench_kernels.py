@@ -181,7 +181,8 @@ def swiglu_cases(shape: Shape) -> Iterator[Case]:
         plain, fused = getattr(reference, name), getattr(ops, name)
         cost = partial(getattr(ops, f"{name}_cost"), B, N, C, shape.width, DTYPE)
         costs = cost(), cost(training=True) + cost(backward=True)
-        yield from kernel_cases(name, shape, partial(make, whole), plain, fused, *costs, compiled(plain))
+        for detail, peers in (("", {}), (", torch.compile", compiled(plain))):  # to compile takes a minute
+            yield from kernel_cases(name + detail, shape, partial(make, whole), plain, fused, *costs, peers)
 
 
 def attention_cases(shape: Shape) -> Iterator[Case]:

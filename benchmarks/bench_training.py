@@ -80,8 +80,8 @@ def training_cases() -> Iterator[Case]:
     if not ON_GPU:
         yield training_case("small, 4+2 blocks, C 192, 32x32 latents,", SMALL, 4)
         return
-    yield training_case("B/2 256 px", PRESETS["b2_256"].model, 64)
     yield training_case("XL/2 256 px", PRESETS["xl2_256"].model, 16, (BASELINE, FUSED))
+    yield training_case("B/2 256 px", PRESETS["b2_256"].model, 64)
 
 
 CASES = list(training_cases())

@@ -56,8 +56,7 @@ class StepCosts:
 
     def __init__(self, sampler: Sampler, noise: Tensor, labels: Tensor) -> None:
         self.sampler, self.noise, self.labels = sampler, noise, labels
-        # Which slot a refresh writes to does not change its time.
-        self.parts = [_words(replace(kind, slot=0)) for kind in sampler.kinds]
+        self.parts = [step_words(kind) for kind in sampler.kinds]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -85,7 +84,8 @@ class StepCosts:
         self.sampler._advance(self.sampler.kinds[number])
 
 
-def _words(kind: StepKind) -> str:
+def step_words(kind: StepKind) -> str:
+    """What a step does; which slot a refresh writes to does not change its time."""
     parts = [f"encode {kind.encode}"] if kind.encode else []
     parts.append(f"decode {kind.decode}" + (" forecast" if kind.forecast else ""))
     if kind.fresh_uncond:

@@ -1,16 +1,21 @@
-"""Everything worth knowing from ten minutes on a GPU machine: `python benchmarks/gpu_run.py --profile`.
+"""The headline numbers of a GPU machine, in nine minutes: `python benchmarks/gpu_run.py`.
 
-From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or later, triton 3.6 or later and pytest; no
-network needed. In this order, each step in a process of its own, so that what breaks one leaves the others alone:
+From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or later, triton 3.6 or later, numpy and
+pytest; no network needed. In this order, each step in a process of its own, so that what breaks one leaves the others
+alone:
 
-    tests          pytest -m gpu, several at a time with pytest-xdist  tests.txt
-    profile        with --profile: benchmarks.profile_steps            *_step.trace.json.gz, profile.json
-    training_step  benchmarks.training_step, nothing compiled          training_step.json
-    suite          every bench_*.py, by pytest                         results.json, suite.txt (output of all but tests)
+    check               ddt_kernels.check: every kernel against its reference      check.json
+    attention, swiglu   bench_kernels: every implementation, without torch.compile  results.json
+    headline            benchmarks.headline: seconds per image of XL/2             headline.json
+    training_step       benchmarks.training_step: FusedDDT in bf16, reference fp32 training_step.json
+    scoring             bench_evaluation: Inception, VAE decoding                  results.json
+    profile             with --profile: benchmarks.profile_steps                   traces.zip, profile.json
+    tests               pytest -m gpu on the files that have such tests, several at a time with pytest-xdist
+    suite               every other bench_*.py, by pytest                          results.json
 
-steps.json says how each step ended. All files are written as the run goes: one that is cut off leaves what it had. A
-step that takes longer than its share of --minutes is stopped. What is not installed is listed first: without
-pytest-benchmark the suite prints the report's tables alone, without jsonargparse training_step and some tests fail.
+log.txt has what they print, steps.json how each ended. All files are written as the run goes: one that is cut off
+leaves what it had. A step that takes longer than its limit is stopped; `benchmarks.schedule` forecasts that none does.
+What is not installed is listed first: without diffusers there is no VAE decoding, without jsonargparse some tests fail.
 """
 
 import argparse
@@ -27,16 +32,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the suite's time, in the order of what is wanted most; what one module leaves goes to the next ones.
-SHARES = {
-    **{"bench_kernels": 0.4, "bench_sampling": 0.25, "bench_model": 0.19},
-    **{"bench_training": 0.07, "bench_evaluation": 0.05, "bench_data": 0.04},
+# Seconds that a step may take, in the order of what is wanted most. Those that follow share what is left.
+LIMITS = {
+    **{"check": 75.0, "attention": 65.0, "swiglu": 60.0, "headline": 240.0, "training_step": 75.0, "scoring": 50.0},
+    "profile": 60.0,
 }
-TESTS_SHARE, PROFILE_SECONDS, TRAINING_SHARE = 0.25, 60.0, 0.15
+TESTS_SHARE = 0.5  # of what is left then
+# Of the suite's time; what one module leaves goes to the next ones.
+SHARES = {
+    **{"bench_training": 0.3, "bench_model": 0.25, "bench_kernels": 0.2, "bench_sampling": 0.2, "bench_data": 0.05},
+}
 START_SECONDS, GRACE_SECONDS = 10.0, 30.0  # until a module of the suite measures, and for its last case to end
 STOP_SECONDS = 20.0  # what it may take to stop a step; kept free at the end: no step starts with less left
-# Beside the baseline, on a GPU: to compile takes minutes, and the suite's training cases do it on a smaller model.
-TRAINING_VARIANTS = ("reference, bf16 autocast", "FusedDDT, bf16")
+# Beside the reference in fp32; the suite has the slower ones.
+TRAINING_VARIANTS = ("FusedDDT, bf16",)
+LOG = "log.txt"
 WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensors", "triton", "scipy")
 
 
@@ -54,18 +64,18 @@ class Steps:
     def left(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
 
-    def run(self, name: str, command: list[str], log: str, seconds: float) -> None:
-        """Run a Python command, its output appended to a log file; after `seconds` it is interrupted, then killed."""
+    def run(self, name: str, command: list[str], seconds: float) -> None:
+        """Run a Python command, its output appended to the log; after `seconds` it is interrupted, then killed."""
         started, status = time.monotonic(), "left out: no time left"
         if self.left >= STOP_SECONDS:
             seconds = min(seconds, self.left)
-            print(f"{name}: python {' '.join(command)} (up to {seconds:.0f} s)", flush=True)
-            with (self.folder / log).open("a") as stream:
+            print(f"{name}: up to {seconds:.0f} s", flush=True)
+            with (self.folder / LOG).open("a") as stream:
                 print(f"\n$ python {' '.join(command)}", file=stream, flush=True)
                 options: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
                 process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, **options)
                 status = _wait(process, seconds)
-            print("\n".join((self.folder / log).read_text(errors="replace").splitlines()[-4:]), flush=True)
+            print("\n".join((self.folder / LOG).read_text(errors="replace").splitlines()[-4:]), flush=True)
         seconds = time.monotonic() - started
         print(f"{name}: {status}, {seconds:.0f} s, {self.left:.0f} s left", flush=True)
         self.done.append({"step": name, "status": status, "seconds": round(seconds, 1)})
@@ -119,28 +129,66 @@ def preflight(folder: Path, dry_run: bool) -> None:
     print(f"not installed here: {', '.join(missing) or 'nothing'}", flush=True)
 
 
+def gpu_tests(path: Path) -> list[str]:
+    """The test files that have tests for a GPU: to collect all others takes a minute."""
+    files = sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+    return [str(file) for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
+
+
+def suite_command(name: str, folder: Path, only: str, seconds: float) -> list[str]:
+    """A module of the suite, which starts no case later than after `seconds`."""
+    command = ["-m", "pytest", f"benchmarks/{name}.py", "-q", "-rfE", "--append", "--only", only]
+    command += ["--benchmark-only"] * installed("pytest_benchmark")
+    return [*command, "--results", str(folder / "results.json"), "--time-limit", f"{max(1.0, seconds):.0f}"]
+
+
+def training_command(folder: Path, dry_run: bool) -> list[str]:
+    """By its function: the command itself needs jsonargparse."""
+    batch, calls, config = (1, 1, "TINY") if dry_run else (None, 5, None)
+    output = f"Path({str(folder / 'training_step.json')!r})"
+    modules = {"pathlib": "Path", "benchmarks.bench_sampling": "DEVICE, TINY", "benchmarks.training_step": "run"}
+    call = f"run({output}, {TRAINING_VARIANTS}, {batch}, {calls}, DEVICE, {config})"
+    return ["-c", "\n".join([*(f"from {module} import {names}" for module, names in modules.items()), call])]
+
+
+def first_steps(folder: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Command by step of LIMITS, in their order."""
+
+    def kernels(name: str) -> list[str]:
+        return suite_command("bench_kernels", folder, f": {name} forward", LIMITS[name] / 2)
+
+    headline = ["-m", "benchmarks.headline", "--output", str(folder / "headline.json")]
+    headline += ["--time-limit", f"{LIMITS['headline'] - GRACE_SECONDS:.0f}"]
+    headline += ["--seconds", "0.02", "--num-steps", "24"] * options.dry_run
+    steps = {
+        "check": ["-m", "ddt_kernels.check", "--output", str(folder / "check.json")],
+        "attention": kernels("attention"),
+        "swiglu": kernels("swiglu"),
+        "headline": headline,
+        "training_step": training_command(folder, options.dry_run),
+        "scoring": suite_command("bench_evaluation", folder, options.only, LIMITS["scoring"] / 2),
+    }
+    if options.profile:
+        steps["profile"] = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
+    return steps
+
+
 def run_steps(steps: Steps, options: argparse.Namespace) -> None:
-    folder, seconds, cores = steps.folder, 60 * options.minutes, os.cpu_count() or 1
-    tests = ["-m", "pytest", options.tests, "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
+    folder, cores = steps.folder, os.cpu_count() or 1
+    for name, command in first_steps(folder, options).items():
+        steps.run(name, command, LIMITS[name])
+    tests = ["-m", "pytest", *gpu_tests(options.tests), "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
     if installed("xdist") and cores >= 8:
         tests += ["-n", str(min(8, cores // 2))]  # most of their time is Triton's compiler, on the CPU
-    steps.run("tests", tests, "tests.txt", TESTS_SHARE * seconds)
-    if options.profile:
-        command = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
-        steps.run("profile", command, "suite.txt", PROFILE_SECONDS)
-    command = ["-m", "benchmarks.training_step", "--output", str(folder / "training_step.json"), "--only"]
-    command += ["FusedDDT, bf16", "--batch-size", "1", "--calls", "1"] if options.dry_run else TRAINING_VARIANTS
-    steps.run("training_step", command, "suite.txt", TRAINING_SHARE * seconds)
+    steps.run("tests", tests, TESTS_SHARE * steps.left)
     modules = [name for name in SHARES if name in options.modules]
     for i, name in enumerate(modules):
         limit = SHARES[name] / sum(SHARES[other] for other in modules[i:]) * steps.left
-        command = ["-m", "pytest", f"benchmarks/{name}.py", "-q", "-rfE", "--append", "--only", options.only]
-        command += ["--benchmark-only"] * installed("pytest_benchmark")
-        command += ["--results", str(folder / "results.json"), "--time-limit", f"{max(1.0, limit - START_SECONDS):.0f}"]
-        steps.run(name, command, "suite.txt", limit + GRACE_SECONDS)
+        command = suite_command(name, folder, options.only, limit - START_SECONDS)
+        steps.run(name, command, limit + GRACE_SECONDS)
 
 
-def main() -> None:
+def command_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python benchmarks/gpu_run.py", description=__doc__.splitlines()[0])
     default = os.environ.get("OUT") or str(ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--output-dir", type=Path, default=Path(default))
@@ -148,11 +196,17 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="trace a refresh step and a reuse step")
     parser.add_argument("--dry-run", action="store_true", help="go through the steps without a GPU, on small shapes")
     parser.add_argument("--commit", help="of the source, where it came without its history")
-    parser.add_argument("--modules", nargs="+", default=list(SHARES), choices=SHARES, help="of the suite")
+    parser.add_argument(
+        "--modules", nargs="*", default=list(SHARES), choices=SHARES, help="of the suite; none: no suite"
+    )
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose title has these words")
-    parser.add_argument("--tests", default="tests", help="folder or file of the tests to run")
+    parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder or file of the tests to run")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install its wheels first, for this run alone")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = command_parser().parse_args()
     folder = options.output_dir.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if options.commit:

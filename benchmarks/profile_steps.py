@@ -1,16 +1,18 @@
 """Traces one refresh step and one reuse step of sampling: `python -m benchmarks.profile_steps --output-dir DIR`.
 
-Writes refresh_step.trace.json.gz and reuse_step.trace.json.gz (torch.profiler's Chrome traces: chrome://tracing,
+Writes traces.zip of refresh_step.trace.json and reuse_step.trace.json (torch.profiler's Chrome traces: chrome://tracing,
 Perfetto) and profile.json: {steps: {refresh, reuse: [{name, calls, microseconds}]}}, the time of every kernel on a GPU,
 or of every operator on a CPU, without what it calls. A guided step of DDT-XL/2 at 256 px in bf16, batch 32, eager; on a
 CPU a tiny model.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import torch
 from torch.autograd import DeviceType
@@ -21,7 +23,7 @@ from benchmarks.cpu_sampling import StepCosts
 from benchmarks.environment import environment
 from benchmarks.harness import DEVICE, DTYPE, ON_GPU, timed
 from benchmarks.models import PUBLISHED, random_model
-from ddt_fast.files import atomic_file, write_json
+from ddt_fast.files import write_json
 from ddt_fast.model import FusedDDT
 from ddt_fast.presets import PRESETS
 from ddt_fast.sampling import Sampler
@@ -30,15 +32,17 @@ from ddt_fast.sampling.noise import seeded_noise
 PARTS = {"refresh": "encode 2, decode 2", "reuse": "decode 2"}
 
 
-def trace(run: Callable[[], object], file: Path) -> list[dict[str, Any]]:
-    """Trace one call, after two that warm up; the time of each kernel or operator, the longest first. On a GPU an
-    operator's device time is that of its kernels, which stand for themselves."""
+def trace(run: Callable[[], object], archive: Path, name: str) -> list[dict[str, Any]]:
+    """Trace one call into an archive, after two that warm up; the time of each kernel or operator, the longest first.
+    On a GPU an operator's device time is that of its kernels, which stand for themselves."""
     for _ in range(2):
         run()
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * ON_GPU]) as profiler:
         timed(run)
-    with atomic_file(file) as temporary:
-        profiler.export_chrome_trace(str(temporary))
+    with tempfile.TemporaryDirectory() as folder, ZipFile(archive, "a", ZIP_DEFLATED) as traces:
+        file = Path(folder) / f"{name}_step.trace.json"
+        profiler.export_chrome_trace(str(file))
+        traces.write(file, file.name)
     events = [e for e in profiler.key_averages() if not ON_GPU or e.device_type == DeviceType.CUDA]
     times = [(e.self_device_time_total if ON_GPU else e.self_cpu_time_total, e.count, e.key) for e in events]
     names = ("microseconds", "calls", "name")
@@ -56,8 +60,10 @@ def main() -> None:
     noise, _ = seeded_noise(range(batch), (4, side, side))
     functions = StepCosts(sampler, noise.to(DEVICE), torch.arange(batch, device=DEVICE)).functions()
     record: dict[str, Any] = {"environment": environment(), "batch_size": batch, "steps": {}}
+    archive = folder / "traces.zip"
+    archive.unlink(missing_ok=True)
     for name, part in PARTS.items():
-        record["steps"][name] = trace(functions[part], folder / f"{name}_step.trace.json.gz")
+        record["steps"][name] = trace(functions[part], archive, name)
         write_json(folder / "profile.json", record)
         print(f"{name} step ({part}):")
         for entry in record["steps"][name][:12]:

@@ -14,7 +14,7 @@ features.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -227,27 +227,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=5, help="of every variant")
     parser.add_argument("--only", nargs="+", help="variants to measure beside the baseline, such as 'FusedDDT, bf16'")
     options = parser.parse_args(arguments)
-    device = choose_device(options.device)
-    gpu = device.type == "cuda"
-    # 32: the reference in fp32 keeps 1.2 GB an image, beside 25 GB that the variants share; a GPU has 80 GB or more.
-    batch_size = options.batch_size if options.batch_size is not None else 32 if gpu else 4
-    require_int("--batch-size", batch_size, 1)
     require_int("--calls", options.calls, 1)
+    if options.batch_size is not None:
+        require_int("--batch-size", options.batch_size, 1)
     names = [variant.name for variant in VARIANTS]
     for name in options.only or ():
         require(name in names, "--only", name, ", ".join(names))
-    chosen = tuple(variant for variant in VARIANTS if variant.name in (REFERENCE, *(options.only or names)))
+    run(options.output, options.only or names, options.batch_size, options.calls, choose_device(options.device))
+
+
+def run(
+    output: Path,
+    names: Sequence[str],
+    batch_size: int | None,
+    calls: int,
+    device: torch.device,
+    config: DDTConfig | None = None,
+) -> None:
+    """Measure these variants beside the baseline, write the file and print its table. config: on a CPU, of a model
+    other than B_SHAPED."""
+    gpu = device.type == "cuda"
+    # 32: the reference in fp32 keeps 1.2 GB an image, beside 25 GB that the variants share; a GPU has 80 GB or more.
+    batch_size = batch_size or (32 if gpu else 4)
     torch._dynamo.config.recompile_limit = 128
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    record: dict[str, Any] = {
-        "environment": environment(),
-        "model": "XL/2, 256 px, REPA" if gpu else "B-shaped: 12 blocks, C 384, 32x32 latents, no REPA",
-        "batch_size": batch_size,
-    }
+    config = PRESETS["xl2_256"].model if gpu else config or B_SHAPED
+    size = "B-shaped: " * (config == B_SHAPED) + f"{config.num_blocks} blocks, C {config.hidden_size}"
+    model = "XL/2, 256 px, REPA" if gpu else f"{size}, 32x32 latents, no REPA"
+    record: dict[str, Any] = {"environment": environment(), "model": model, "batch_size": batch_size}
     with process_group(device):
-        config = PRESETS["xl2_256"].model if gpu else B_SHAPED
-        record["rows"] = list(measure(config, batch_size, options.calls, gpu, device, chosen))
-    write_json(options.output, record)
+        chosen = tuple(variant for variant in VARIANTS if variant.name in (REFERENCE, *names))
+        record["rows"] = list(measure(config, batch_size, calls, gpu, device, chosen))
+    write_json(output, record)
     print("\n\n".join(tables.training_step(record)))
 
 

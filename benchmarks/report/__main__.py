@@ -54,7 +54,16 @@ def suite(files: Files) -> Iterator[str]:
             yield file.provenance(group)
 
 
+def headline(files: Files) -> Iterator[str]:
+    """Nothing where there is no file: it takes a GPU."""
+    for file in files:
+        if file.kind == "headline":
+            yield from tables.headline(file.record)
+            yield file.provenance()
+
+
 BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
+    "headline": headline,
     "suite": suite,
     "CPU sampling": of_kind("cpu_sampling", tables.cpu_sampling),
     "training step": of_kind("training_step", tables.training_step),

@@ -18,6 +18,7 @@ FOLDER = ROOT / "benchmarks" / "results"
 KINDS = {
     "suite": ("pytest benchmarks --benchmark-only --results benchmarks/results/suite.json", {"format", "cases"}),
     "cpu_sampling": ("python -m benchmarks.cpu_sampling", {"forward", "sampling", "runs"}),
+    "headline": ("python -m benchmarks.headline", {"headline", "steps", "missing"}),
     "training_step": ("python -m benchmarks.training_step", {"batch_size", "rows"}),
     "host_time": ("python -m benchmarks.host_time", {"host_time"}),
     "forecast": ("python -m benchmarks.forecast", {"num_samples", "results"}),

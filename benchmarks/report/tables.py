@@ -116,6 +116,33 @@ def suite_groups(record: Record) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def headline(record: Record) -> Iterator[str]:
+    """Seconds per image and images per second by plan; on a CPU ratios only."""
+    gpu = bool(record["environment"]["gpus"])
+    rows: list[list[object]] = []
+    every_step = [row for row in record["headline"] if row["plan"] == "refresh 1"]
+    sizes = {(row["case"], row["engine"], row["batch_size"]): row for row in every_step}
+    for row in record["headline"]:
+        batch = row["batch_size"]
+        base = sizes.get((row["case"], row["engine"], batch))
+        times = [base and ratio(row["seconds_per_batch"] / base["seconds_per_batch"])]
+        if gpu:
+            times += [row["seconds_per_batch"] / batch, row["images_per_second"], row["tflops"]]
+        off = row["whole_run"] and f"{row['whole_run']['difference']:+.1%}"
+        cells = f"{row['case']}, B {batch}", row["engine"], row["plan"], row["tflop_per_image"]
+        rows.append([*cells, *times, off])
+    if rows:
+        yield (
+            f"Medians of every kind of step, multiplied by how often a plan of {record['num_steps']} steps has it "
+            "(`--fast`: 21). The last column is by how much a whole run took longer, where one was timed:"
+        )
+        head = "case | engine | plan | TFLOP an image | of refresh 1's time"
+        head += " | s per image | img/s | TFLOP/s" * gpu
+        yield table(f"{head} | a whole run", rows)
+    if record["missing"]:
+        yield "Missing: " + "; ".join(f"{entry['case']}: {entry['reason']}" for entry in record["missing"]) + "."
+
+
 def training_step(record: Record) -> Iterator[str]:
     gpu = bool(record["environment"]["gpus"])
     rows: list[list[object]] = []

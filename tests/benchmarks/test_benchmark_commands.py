@@ -1,18 +1,11 @@
-"""The benchmarks as they are run: answers to mistakes, pytest's tables, and the one command for a GPU machine."""
+"""The benchmarks as they are run: answers to mistakes, and pytest's tables."""
 
-import gzip
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from benchmarks import attention, candidates, cpu_sampling, forecast, gpu_run, pareto, training_step
-from benchmarks.gpu_run import Steps, install
+from benchmarks import attention, candidates, cpu_sampling, forecast, pareto, training_step
 from benchmarks.report import __main__ as report
 from ddt_fast.command import run_command
 
@@ -95,92 +88,3 @@ def test_pytest_shows_the_interleaved_rounds(alone, tmp_path, capsys):
     results.write_text("{}")
     assert pytest.main([str(ROOT / "benchmarks"), *files, "--append"]) == pytest.ExitCode.USAGE_ERROR
     assert "has format None; allowed: 1" in capsys.readouterr().err
-
-
-def run_gpu_run(*arguments, paths=()):
-    """`python benchmarks/gpu_run.py`, on one thread; paths: folders to import from first."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "benchmarks/gpu_run.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.slow
-def test_the_gpu_command_without_a_gpu_and_its_packages(alone, tmp_path):
-    code = "import sys\nsys.modules['jsonargparse'] = sys.modules['diffusers'] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(code)
-    folder = tmp_path / "out"
-    options = ("--modules", "bench_evaluation", "--only", "precision", "--tests", "tests/kernels/test_tuning.py")
-    command = ("--dry-run", "--profile", "--minutes", "4", "--output-dir", folder, *options)
-    done = run_gpu_run(*command, paths=[tmp_path])
-    assert done.returncode == 0, done.stderr
-    assert "not installed here: diffusers, jsonargparse" in done.stdout
-    steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
-    expected = {"tests": "done", "profile": "done", "training_step": "exit code 1", "bench_evaluation": "done"}
-    assert steps == expected, done.stdout
-    assert len(json.loads((folder / "results.json").read_text())["cases"]) == 1
-    for step in ("refresh", "reuse"):
-        with gzip.open(folder / f"{step}_step.trace.json.gz") as file:
-            assert json.load(file)["traceEvents"]
-    times = json.loads((folder / "profile.json").read_text())["steps"]
-    # A reuse step has no encoder: fewer products.
-    products = [sum(t["calls"] for t in times[step] if "mm" in t["name"]) for step in ("refresh", "reuse")]
-    assert products[0] > 2 * products[1] > 0
-    assert len(list(folder.iterdir())) <= 8  # as many come back from the GPU machine
-
-
-def make_wheel(folder, tag="py3-none-any"):
-    """Of a module of one line, which says that it needs another."""
-    info = "brought_along-1.0.dist-info"
-    files = {
-        "brought_along.py": "WORD = 'here'\n",
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: brought_along\nVersion: 1.0\nRequires-Dist: another\n",
-        f"{info}/WHEEL": f"Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: {tag}\n",
-    }
-    files[f"{info}/RECORD"] = "".join(f"{file},,\n" for file in (*files, f"{info}/RECORD"))
-    with zipfile.ZipFile(folder / f"brought_along-1.0-{tag}.whl", "w") as wheel:
-        for file, content in files.items():
-            wheel.writestr(file, content)
-
-
-def test_wheels_are_there_for_every_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    make_wheel(tmp_path)
-    install(tmp_path, tmp_path / "packages")
-    assert importlib.util.find_spec("brought_along") is not None
-    steps = Steps(tmp_path, 60, tmp_path / "packages")
-    steps.run("imports", ["-c", "import brought_along; print(brought_along.WORD)"], "log.txt", 20.0)
-    assert "\nhere\n" in (tmp_path / "log.txt").read_text()
-
-
-def test_mistakes_of_the_gpu_command(tmp_path, monkeypatch, capsys):
-    def error(*options):
-        arguments = ["gpu_run.py", "--output-dir", str(tmp_path / "out"), *map(str, options)]
-        monkeypatch.setattr(sys, "argv", arguments)
-        with pytest.raises(SystemExit) as ended:
-            gpu_run.main()
-        assert ended.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1]
-
-    results = tmp_path / "out" / "results.json"
-    results.parent.mkdir()
-    results.touch()
-    assert error("--dry-run") == f"error: {results.parent} holds results.json of another run; name another folder"
-    results.unlink()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert error() == "error: PyTorch sees no NVIDIA GPU here; --dry-run goes through the steps without one"
-    assert error("--dry-run", "--wheels", tmp_path) == f"error: --wheels is {tmp_path}, which holds no .whl file"
-    make_wheel(tmp_path, tag="cp27-cp27m-win32")
-    message = "cannot be installed: ERROR: brought_along-1.0-cp27-cp27m-win32.whl is not a supported wheel"
-    assert message in error("--dry-run", "--wheels", tmp_path)
-
-
-def test_a_step_that_hangs_is_stopped_and_none_begins_too_late(tmp_path):
-    steps = Steps(tmp_path, seconds=60)
-    steps.run("hangs", ["-c", "print('started'); import time; time.sleep(60)"], "log.txt", 1.0)
-    steps.run("fails", ["-c", "raise SystemExit(3)"], "log.txt", 10.0)
-    steps.deadline -= 30
-    steps.run("late", ["-c", "print('late')"], "log.txt", 10.0)
-    statuses = [step["status"] for step in json.loads((tmp_path / "steps.json").read_text())]
-    assert statuses == ["stopped after 1 s", "exit code 3", "left out: no time left"]
-    assert "started" in (tmp_path / "log.txt").read_text()
-    assert "late" not in (tmp_path / "log.txt").read_text()

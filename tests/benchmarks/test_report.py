@@ -77,6 +77,23 @@ def training(gpu=False):
     return {"environment": environment, "model": "some model", "batch_size": 3, "rows": [row]}
 
 
+def headline(gpu=False):
+    """Of two images in two batches: a plan in 0.5 s, another in 0.125 s."""
+    row = {
+        "case": "some model",
+        "batch_size": 2,
+        "engine": "CUDA graphs",
+        "plan": "refresh 1",
+        "tflop_per_image": 111.0,
+    }
+    row |= {"seconds_per_batch": 0.5, "images_per_second": 4.0, "tflops": 444.0, "whole_run": None}
+    faster = row | {"plan": "--fast", "seconds_per_batch": 0.125, "images_per_second": 16.0, "tflop_per_image": 10.0}
+    faster |= {"whole_run": {"seconds": 0.13, "difference": 0.04}}
+    missing = [{"case": "some model, B 256, CUDA graphs, --fast", "reason": "out of memory"}]
+    environment = ENVIRONMENT | (ON_GPU if gpu else {})
+    return {"environment": environment, "num_steps": 250, "headline": [faster, row], "steps": [], "missing": missing}
+
+
 def results(folder, **files):
     """Written to the folder, and read."""
     for name, content in files.items():
@@ -131,6 +148,24 @@ def test_on_a_gpu_there_are_speeds_and_shares(tmp_path):
     assert "Some GPU, driver 123.45; Some CPU" in text
     assert "No GPU run" not in text
     assert ["FusedDDT, bf16", "2.50", "0.38", "0.38", "0", "321", "123", "46%"] in rows("training step", files)
+
+
+def test_headline_numbers_are_those_of_the_file(tmp_path):
+    files = results(tmp_path, headline=headline(gpu=True))
+    table = rows("headline", files)
+    line = dict(zip(table[0], table[2], strict=True))
+    assert line == {
+        **{"case": "some model, B 2", "engine": "CUDA graphs", "plan": "--fast", "TFLOP an image": "10"},
+        **{"of refresh 1's time": "0.25", "s per image": "0.0625", "img/s": "16", "TFLOP/s": "444"},
+        "a whole run": "+4.0%",
+    }
+    assert table[3][-1] == "-"
+    text = " ".join(report.block_text("headline", files).split())
+    assert "Missing: some model, B 256, CUDA graphs, --fast: out of memory." in text
+    assert "Some GPU, driver 123.45" in text
+    on_cpu = report.block_text("headline", results(tmp_path, headline=headline()))
+    assert not re.search(ABSOLUTE, on_cpu)
+    assert report.block_text("headline", results(tmp_path / "other", suite=suite())) == ""
 
 
 def test_other_tables_hold_their_files_numbers(tmp_path):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from benchmarks import bench_training, training_step
-from benchmarks.gpu_run import TRAINING_VARIANTS
 from benchmarks.harness import Ceilings
 from benchmarks.harness import measure as measure_case
 from benchmarks.training_step import REFERENCE, VARIANTS, Variant, measure, measure_memory
@@ -71,10 +70,6 @@ def test_the_suites_case_verifies_losses_and_gradients():
     result = measure_case(replace(case, rounds=1), Ceilings({"float32": 1e9}, 1e9, ""))
     assert list(result.rounds) == list(names), result.wrong
     assert all(v["error"] < 1e-4 for v in result.record["variants"])
-
-
-def test_the_variants_of_a_gpu_run_exist():
-    assert set(TRAINING_VARIANTS) < {variant.name for variant in VARIANTS}
 
 
 @pytest.mark.slow
