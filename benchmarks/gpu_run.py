@@ -4,14 +4,14 @@ From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or late
 pytest; no network needed. In this order, each step in a process of its own, so that what breaks one leaves the others
 alone:
 
-    check               ddt_kernels.check: every kernel against its reference      check.json
+    check               ddt_kernels.check: every kernel against its reference       check.json
     attention, swiglu   bench_kernels: every implementation, without torch.compile  results.json
-    headline            benchmarks.headline: seconds per image of XL/2             headline.json
-    training_step       benchmarks.training_step: FusedDDT in bf16, reference fp32 training_step.json
-    scoring             bench_evaluation: Inception, VAE decoding                  results.json
-    profile             with --profile: benchmarks.profile_steps                   traces.zip, profile.json
+    headline            benchmarks.headline: seconds per image of XL/2              headline.json
+    training_step       benchmarks.training_step: FusedDDT bf16, reference fp32     training_step.json
+    scoring             bench_evaluation: Inception, VAE decoding                   results.json
+    profile             with --profile: benchmarks.profile_steps                    traces.zip, profile.json
     tests               pytest -m gpu on the files that have such tests, several at a time with pytest-xdist
-    suite               every other bench_*.py, by pytest                          results.json
+    suite               every other bench_*.py, by pytest                           results.json
 
 log.txt has what they print, steps.json how each ended. All files are written as the run goes: one that is cut off
 leaves what it had. A step that takes longer than its limit is stopped; `benchmarks.schedule` forecasts that none does.
@@ -155,7 +155,7 @@ def first_steps(folder: Path, options: argparse.Namespace) -> dict[str, list[str
     """Command by step of LIMITS, in their order."""
 
     def kernels(name: str) -> list[str]:
-        return suite_command("bench_kernels", folder, f": {name} forward", LIMITS[name] / 2)
+        return suite_command("bench_kernels", folder, f": {name} forward", LIMITS[name] - 2 * START_SECONDS)
 
     headline = ["-m", "benchmarks.headline", "--output", str(folder / "headline.json")]
     headline += ["--time-limit", f"{LIMITS['headline'] - GRACE_SECONDS:.0f}"]
@@ -166,6 +166,7 @@ def first_steps(folder: Path, options: argparse.Namespace) -> dict[str, list[str
         "swiglu": kernels("swiglu"),
         "headline": headline,
         "training_step": training_command(folder, options.dry_run),
+        # Half of it: the last case is torch.compile's, which takes a minute.
         "scoring": suite_command("bench_evaluation", folder, options.only, LIMITS["scoring"] / 2),
     }
     if options.profile:

@@ -108,7 +108,7 @@ class Headline:
         self.record |= {"headline": [], "steps": [], "missing": []}
 
     def write(self) -> None:
-        write_json(self.output, self.record | {"gpu_after": gpu_state()})
+        write_json(self.output, self.record)
 
     def miss(self, title: str, reason: str) -> None:
         print(f"{title}: {reason}", flush=True)
@@ -139,6 +139,8 @@ class Headline:
                 gc.collect()
                 if ON_GPU:
                     torch.cuda.empty_cache()
+            self.record["gpu_after"] = gpu_state()
+            self.write()
 
 
 class Plan:
