@@ -48,6 +48,10 @@ class Rates:
 # Binaries by step: of the kernels that it runs and the tiles it tries, beyond those that Triton's cache has from the
 # steps before. The check's 60 s are its own promise.
 BINARIES = {"attention": 12, "swiglu": 14, "headline": 16, "training_step": 10}
+# Classes of calls that are verified for the first time in a step, beyond the check's: by size, granularity and pass.
+VERIFIED = {"attention": 10, "swiglu": 6, "headline": 58, "training_step": 12}
+VERIFICATION_SECONDS = 0.15  # of one, besides compiling: its kernels and plain PyTorch on 8 million elements
+VERIFIER_SECONDS = 5.0  # until the process that does it answers
 CHECK_SECONDS = 60.0
 START_SECONDS = 0.5  # of what precedes the first step of a run, three times
 PROBE_SECONDS = 10.0  # for the refresh steps by dynamic programming: 250 steps of 8 images, and a search on the CPU
@@ -78,8 +82,8 @@ def case_seconds(case: Case, seconds: float, rates: Rates) -> float:
         new = times.keys() - known
         known |= new
         checked = run <= WHOLE_RUN_SECONDS and bool(new or name == "--fast")
-        if new or checked:
-            total += rates.capture + case.graphs * sum(times.values())
+        if new or checked:  # a sampler runs every kind eagerly, and to capture it does so again
+            total += rates.capture + sum(times.values()) + case.graphs * sum(times.values())
         for part in new:
             calls, rounds = calls_and_rounds(times[part], seconds, len(plan.steps))
             total += times[part] * (1 + (not case.graphs) + calls * rounds)
@@ -113,7 +117,13 @@ def forecast(rates: Rates = Rates(), headline_seconds: float = 1.0) -> dict[str,
         "training_step": training_seconds(rates),
         "scoring": rates.start + SCORING_SECONDS,
     }
-    return {name: time + rates.binary * BINARIES.get(name, 0) for name, time in seconds.items()}
+    return {
+        name: time
+        + rates.binary * BINARIES.get(name, 0)
+        + (name in VERIFIED) * VERIFIER_SECONDS
+        + VERIFICATION_SECONDS * VERIFIED.get(name, 0)
+        for name, time in seconds.items()
+    }
 
 
 def schedule(minutes: float = 9.0, rates: Rates = Rates()) -> Iterator[tuple[str, float, float, float]]:
