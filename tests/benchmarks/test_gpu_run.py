@@ -65,7 +65,7 @@ def test_every_step_fits_its_limit_on_a_slow_machine():
     assert [name for name, *_ in rows] == [name for name in LIMITS if name != "profile"]
     for name, seconds, limit, _ in rows:
         assert seconds <= limit, name
-    assert rows[-1][-1] >= 60  # for the tests and the suite
+    assert rows[-1][-1] >= 30  # for the tests and the suite
     # No case is left out for lack of time.
     seconds, commands = {name: row[0] for name, *row in rows}, gpu_run.first_steps(Path("unused"), parsed())
     for name in ("attention", "swiglu", "headline"):

@@ -29,6 +29,7 @@ class Colours:
     """Stands for a VAE's decoder: three channels, twice the side; remembers who called it with how many."""
 
     batch_size = 2
+    precision = "float32"
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []

@@ -105,7 +105,7 @@ def test_moving_and_casting_is_quiet(caplog, recwarn, latent_model):
     assert with_vae.vae.dtype == torch.float32
     pipe.transformer.to(torch.bfloat16).to("cpu", torch.float32)
     assert caplog.text == ""
-    assert not recwarn.list
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_images_per_label_and_given_latents(pipe):
