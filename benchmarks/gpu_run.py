@@ -1,8 +1,8 @@
 """The headline numbers of a GPU machine, in nine minutes: `python benchmarks/gpu_run.py`.
 
 From the repository's root, on a machine with one NVIDIA GPU, torch 2.11 or later, triton 3.6 or later, numpy, pytest,
-PyYAML, safetensors and tqdm; no network needed. In this order, each step in a process of its own, so that what breaks
-one leaves the others alone:
+PyYAML, safetensors and tqdm, for the training step also Pillow and scikit-learn; no network needed. In this order, each
+step in a process of its own, so that what breaks one leaves the others alone:
 
     check               ddt_kernels.check: every kernel against its reference       check.json
     attention, swiglu   bench_kernels: every implementation, without torch.compile  results.json
@@ -47,7 +47,18 @@ STOP_SECONDS = 20.0  # what it may take to stop a step; kept free at the end: no
 # Beside the reference in fp32; the suite has the slower ones.
 TRAINING_VARIANTS = ("FusedDDT, bf16",)
 LOG = "log.txt"
-WANTED = ("pytest", "pytest_benchmark", "diffusers", "jsonargparse", "safetensors", "tqdm", "triton", "yaml", "scipy")
+WANTED = (
+    "pytest",
+    "pytest_benchmark",
+    "diffusers",
+    "jsonargparse",
+    "safetensors",
+    "tqdm",
+    "triton",
+    "yaml",
+    "PIL",
+    "scipy",
+)
 
 
 class Steps:

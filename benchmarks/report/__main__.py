@@ -63,9 +63,9 @@ def headline(files: Files) -> Iterator[str]:
 
 
 BLOCKS: dict[str, Callable[[Files], Iterator[str]]] = {
-    "headline": headline,
     "suite": suite,
     "CPU sampling": of_kind("cpu_sampling", tables.cpu_sampling),
+    "headline": headline,
     "training step": of_kind("training_step", tables.training_step),
     "host time": of_kind("host_time", tables.host_time),
     "forecast": of_kind("forecast", tables.forecast),
