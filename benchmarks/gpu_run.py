@@ -9,7 +9,7 @@ step in a process of its own, so that what breaks one leaves the others alone:
     headline            benchmarks.headline: seconds per image of XL/2              headline.json
     training_step       benchmarks.training_step: FusedDDT bf16, reference fp32     training_step.json
     scoring             bench_evaluation: Inception, VAE decoding                   results.json
-    profile             with --profile: benchmarks.profile_steps                    traces.zip, profile.json
+    profile             if --steps has it: benchmarks.profile_steps    traces.zip, profile.json
     tests               pytest -m gpu on the files that have such tests, several at a time with pytest-xdist
     suite               every other bench_*.py, by pytest                           results.json
 
@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds that a step may take, in the order of what is wanted most. Those that follow share what is left.
 LIMITS = {
-    **{"check": 75.0, "attention": 65.0, "swiglu": 60.0, "headline": 240.0, "training_step": 75.0, "scoring": 50.0},
+    **{"check": 75.0, "attention": 70.0, "swiglu": 60.0, "headline": 240.0, "training_step": 75.0, "scoring": 50.0},
     "profile": 60.0,
 }
 TESTS_SHARE = 0.5  # of what is left then
@@ -180,9 +180,8 @@ def first_steps(folder: Path, options: argparse.Namespace) -> dict[str, list[str
         # Half of it: the last case is torch.compile's, which takes a minute.
         "scoring": suite_command("bench_evaluation", folder, options.only, LIMITS["scoring"] / 2),
     }
-    if options.profile:
-        steps["profile"] = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
-    return steps
+    steps["profile"] = ["-m", "benchmarks.profile_steps", "--output-dir", str(folder)]
+    return {name: command for name, command in steps.items() if name in options.steps}
 
 
 def run_steps(steps: Steps, options: argparse.Namespace) -> None:
@@ -192,8 +191,9 @@ def run_steps(steps: Steps, options: argparse.Namespace) -> None:
     tests = ["-m", "pytest", *gpu_tests(options.tests), "-m", "gpu", "-q", "-rfE", "--continue-on-collection-errors"]
     if installed("xdist") and cores >= 8:
         tests += ["-n", str(min(8, cores // 2))]  # most of their time is Triton's compiler, on the CPU
-    steps.run("tests", tests, TESTS_SHARE * steps.left)
-    modules = [name for name in SHARES if name in options.modules]
+    if "tests" in options.steps:
+        steps.run("tests", tests, TESTS_SHARE * steps.left)
+    modules = [name for name in SHARES if name in options.steps]
     for i, name in enumerate(modules):
         limit = SHARES[name] / sum(SHARES[other] for other in modules[i:]) * steps.left
         command = suite_command(name, folder, options.only, limit - START_SECONDS)
@@ -205,12 +205,11 @@ def command_parser() -> argparse.ArgumentParser:
     default = os.environ.get("OUT") or str(ROOT / "benchmarks" / "results" / "gpu")
     parser.add_argument("--output-dir", type=Path, default=Path(default))
     parser.add_argument("--minutes", type=float, default=9.0, help="that all may take")
-    parser.add_argument("--profile", action="store_true", help="trace a refresh step and a reuse step")
     parser.add_argument("--dry-run", action="store_true", help="go through the steps without a GPU, on small shapes")
     parser.add_argument("--commit", help="of the source, where it came without its history")
-    parser.add_argument(
-        "--modules", nargs="*", default=list(SHARES), choices=SHARES, help="of the suite; none: no suite"
-    )
+    names = [*LIMITS, "tests", *SHARES]
+    usual = [name for name in names if name != "profile"]
+    parser.add_argument("--steps", nargs="+", default=usual, choices=names, help="default: all but profile")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose title has these words")
     parser.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder or file of the tests to run")
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", help="install its wheels first, for this run alone")

@@ -37,26 +37,19 @@ def test_a_dry_run_needs_neither_a_gpu_nor_jsonargparse_nor_diffusers(tmp_path):
     code = "import sys\nsys.modules['jsonargparse'] = sys.modules['diffusers'] = None\n"
     (tmp_path / "sitecustomize.py").write_text(code)
     folder = tmp_path / "out"
-    options = ("--only", "precision", "--tests", "tests/kernels/test_tuning.py", "--modules")
-    command = ("--dry-run", "--profile", "--minutes", "8", "--output-dir", folder, *options)
-    done = run_gpu_run(*command, paths=[tmp_path])
+    names = ("headline", "training_step", "profile")
+    done = run_gpu_run("--dry-run", "--output-dir", folder, "--steps", "check", *names, paths=[tmp_path])
     assert done.returncode == 0, done.stderr
     steps = {step["step"]: step["status"] for step in json.loads((folder / "steps.json").read_text())}
-    assert list(steps) == [*LIMITS, "tests"]
-    assert steps.pop("check") in ("done", "exit code 1")  # without a GPU there is nothing to check
-    assert set(steps.values()) == {"done"}, (folder / "log.txt").read_text()
-    cases = [case["case"] for case in json.loads((folder / "results.json").read_text())["cases"]]
-    kernels = [f"{op} {words}" for op in ("attention", "swiglu") for words in ("forward", "forward+backward")]
-    assert cases == [*kernels, "precision and recall"]
+    assert list(steps.items()) == [
+        ("check", "exit code 2"),  # without a GPU there is nothing to check
+        *((name, "done") for name in names),
+    ], (folder / "log.txt").read_text()
     assert {row["plan"] for row in json.loads((folder / "headline.json").read_text())["headline"]} == {*headline.PLANS}
     assert len(json.loads((folder / "training_step.json").read_text())["rows"]) == 1 + len(TRAINING_VARIANTS)
     with zipfile.ZipFile(folder / "traces.zip") as traces:
         for step in ("refresh", "reuse"):
             assert json.loads(traces.read(f"{step}_step.trace.json"))["traceEvents"]
-    times = json.loads((folder / "profile.json").read_text())["steps"]
-    # A reuse step has no encoder: fewer products.
-    products = [sum(t["calls"] for t in times[step] if "mm" in t["name"]) for step in ("refresh", "reuse")]
-    assert products[0] > 2 * products[1] > 0
     assert len(list(folder.iterdir())) <= 8  # as many come back from the GPU machine
 
 
@@ -143,7 +136,7 @@ def test_steps_are_timed_in_the_rows_that_a_run_has(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "steps", "expected"),
-    [(1e-3, 250, (50, 20)), (1e-4, 21, (21, 20)), (0.1, 250, (1, 10)), (2.6, 250, (1, 2))],
+    [(1e-3, 250, (50, 20)), (1e-4, 21, (21, 20)), (0.1, 250, (1, 10)), (2.6, 250, (1, 1))],
 )
 def test_about_a_second_is_spent_on_a_kind_of_step(seconds, steps, expected):
     assert calls_and_rounds(seconds, 1.0, steps) == expected
