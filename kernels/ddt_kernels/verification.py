@@ -333,7 +333,7 @@ def serve(requests: Iterator[str], answer: Callable[[str], object]) -> None:
         try:
             found = check(spec, torch.device(device))
         except Exception as error:
-            usable = False  # after an illegal access, everything fails that follows
+            usable = isinstance(error, torch.OutOfMemoryError)  # after an illegal access, all fails that follows
             traceback.print_exc()
             lasting = not isinstance(error, torch.OutOfMemoryError) and BUSY not in str(error)
             found = Verdict(line(error), lasting=lasting)

@@ -45,20 +45,14 @@ def test_whatever_a_kernel_does_the_verdict_names_it_and_the_next_is_checked(wor
     assert 0 <= right.share <= 1
 
 
-def test_a_kernel_that_never_ends_is_given_up(worker):
-    worker.seconds = 1.0
-    assert verdict_on(worker, "hangs").reason.startswith("the process that checked it did not end within 1 s (SIGKILL)")
-    worker.seconds = 60.0
-    assert verdict_on(worker, "right").reason == ""
-
-
-def test_an_idle_process_ends_and_a_new_one_takes_its_place():
+def test_an_idle_process_ends_a_new_one_takes_its_place_and_a_kernel_that_never_ends_is_given_up():
     code = "from ddt_kernels import verification; verification.IDLE_SECONDS = 0.2; verification._main()"
     idle = Worker((sys.executable, "-c", code))
     assert verdict_on(idle, "right").reason == ""
     assert idle._process.wait(10) == 0
     assert verdict_on(idle, "right").reason == ""
-    idle.close()
+    idle.seconds = 1.0
+    assert verdict_on(idle, "hangs").reason.startswith("the process that checked it did not end within 1 s (SIGKILL)")
 
 
 def test_a_tensor_off_the_16_byte_grid_is_so_in_the_check():

@@ -40,7 +40,7 @@ def test_the_table_in_the_documentation():
     model = FusedDDT.from_reference(DDT(DDTConfig(4, 2, 32, 2, 28, 22, num_classes=10)))
     sampler = Sampler(model, SamplingConfig(refresh_every=6), 2, 8, 8)
     counts = {}
-    for kind in sampler.kinds:
+    for kind in dict.fromkeys(sampler.kinds):
         sampler.buffers.rewind()
         with Launches() as launches:
             sampler._advance(kind)
