@@ -11,7 +11,7 @@ them on meta tensors under `recording` and compiles exactly what a GPU would hav
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,6 +45,7 @@ except ImportError:
 
 SMS = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _recorder: Recorder | None = None
 _recorded_grid: tuple[int, ...] = ()
@@ -209,7 +210,13 @@ def inlined(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and torch.compiler.is_compiling() and not _exporting()
 
 
-@torch.compiler.assume_constant_result
+def constant_result(function: Function) -> Function:
+    """`torch.compiler.assume_constant_result`, without its import of torch._dynamo, which takes as long as torch's."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_result
 def _exporting() -> bool:
     """torch.compiler.is_exporting(), evaluated: torch 2.11, while compiling, assumes that it returns True."""
     return torch.compiler.is_exporting()

@@ -98,6 +98,7 @@ class Store:
                     _unlock(self._lock)
 
     def _locked(self) -> IO[str] | None:
+        lock = None
         try:
             import fcntl
 
@@ -105,6 +106,8 @@ class Store:
             lock = self.path.with_suffix(".lock").open("w")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except (ImportError, OSError) as error:
+            if lock is not None:
+                lock.close()
             self._say_unwritable(error)
             return None
         return lock

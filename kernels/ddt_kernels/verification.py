@@ -129,9 +129,14 @@ def _found_out(spec: Mapping[str, Any], device: torch.device) -> Verdict:
     return made if found is None else Verdict(**found)
 
 
-@cache
+_warned: set[str] = set()
+
+
 def warn_once(what: str, reason: str) -> None:
-    """what: an op is replaced or left out."""
+    """what: an op is replaced or left out. One warning for all its reasons: they differ in numbers."""
+    if what in _warned:
+        return
+    _warned.add(what)
     warnings.warn(
         f"ddt_kernels: {what} on this GPU: {reason}. Please report this with the output of "
         f"python -m ddt_kernels.check; {VARIABLE}=triton takes kernels without verifying them, {VARIABLE}=torch none",
@@ -239,9 +244,11 @@ def share_of_allowed(actual: Tensor, plain: Tensor, exact: Tensor) -> float:
     same dtype, and two ulps; in fp32 16, enough for another exponential, and no TF32. Above 1 it is wrong; NaN counts
     as infinite. exact: the same in a wider dtype."""
     wide, ulps = exact.double(), 2 if actual.itemsize == 2 else 16
-    allowed = 2 * (plain.double() - wide).abs().max() + ulps * torch.finfo(actual.dtype).eps * wide.abs()
-    errors = (actual.double() - wide).abs()
-    return float(torch.where(errors == 0, 0.0, errors / allowed).nan_to_num(nan=torch.inf).max())
+    plain_errors, errors = (plain.double() - wide).abs(), (actual.double() - wide).abs()
+    finite = plain_errors[plain_errors.isfinite()]  # fp16 may overflow, in both alike
+    allowed = 2 * (finite.max() if finite.numel() else 0.0) + ulps * torch.finfo(actual.dtype).eps * wide.abs()
+    shares = torch.where((errors == 0) | (actual == plain), 0.0, errors / allowed)
+    return float(shares.nan_to_num(nan=torch.inf).max())
 
 
 def results(function: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, Tensor]:

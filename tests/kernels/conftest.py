@@ -55,7 +55,7 @@ def gpu_stand_in(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime, "is_gpu", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("DDT_KERNELS_AUTOTUNE", "0")
-    verification.warn_once.cache_clear()
+    verification._warned.clear()
     with launching_into(receive):
         yield fake
-    verification.warn_once.cache_clear()
+    verification._warned.clear()

@@ -15,7 +15,7 @@ import ddt_kernels
 from ddt_fast.config import DDTConfig
 from ddt_fast.model.base import rotary_tables
 from ddt_fast.model.reference import Block
-from ddt_kernels import floors
+from ddt_kernels import floors, runtime
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 README = (KERNELS / "README.md").read_text(encoding="utf-8")
@@ -144,3 +144,15 @@ def test_without_triton_the_package_imports_and_its_cpu_kernels_run():
 def test_no_kernel_uses_atomics(source):
     """Sums over programs have a fixed order: that is why gradients repeat, which a serial interpreter cannot show."""
     assert "tl.atomic" not in source.read_text()
+
+
+def test_importing_leaves_out_torch_dynamo():
+    """It takes as long to import as torch itself. `constant_result` does what PyTorch's own does without it."""
+    code = "import sys, ddt_kernels, ddt_fast.sampling.engine; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+    def ours(): ...
+
+    def theirs(): ...
+
+    assert vars(runtime.constant_result(ours)) == vars(torch.compiler.assume_constant_result(theirs)) != {}

@@ -118,6 +118,27 @@ def test_a_tensor_given_twice_is_one_tensor_in_the_check():
     assert verification.check(spec, CPU).reason == ""
 
 
+INFINITE, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("actual", "plain", "exact", "wrong"),
+    [
+        ((1.0, 2.0), (1.0, 2.0), (1.0, 2.0), False),
+        ((1.0, 2.02), (1.0, 2.01), (1.0, 2.0), False),
+        ((1.0, 2.05), (1.0, 2.01), (1.0, 2.0), True),
+        ((1.0, NAN), (1.0, 2.0), (1.0, 2.0), True),
+        ((1.0, INFINITE), (1.0, 2.0), (1.0, 2.0), True),
+        ((1.0, INFINITE), (1.0, INFINITE), (1.0, 1e5), False),  # fp16 overflows, and the rest is as exact as ever
+        ((1.1, INFINITE), (1.0, INFINITE), (1.0, 1e5), True),
+        ((INFINITE,), (INFINITE,), (1e5,), False),
+    ],
+)
+def test_twice_the_error_of_plain_pytorch_is_allowed(actual, plain, exact, wrong):
+    share = verification.share_of_allowed(*(torch.tensor(values) for values in (actual, plain, exact)))
+    assert (share > 1) == wrong
+
+
 @pytest.fixture
 def met(monkeypatch):
     """The specification of every launcher's call in `benchmarks.host_time`, none of whose kernels may run."""

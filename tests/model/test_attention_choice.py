@@ -42,10 +42,10 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(package, "unavailable", lambda name, *_: None if name in ORDER else "is not here")
     monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
     package._usable.cache_clear()
-    verification.warn_once.cache_clear()
+    verification._warned.clear()
     yield fake
     package._usable.cache_clear()
-    verification.warn_once.cache_clear()
+    verification._warned.clear()
 
 
 def resolve(backend="auto", batch=64, tokens=256, gradient=False):

@@ -16,6 +16,7 @@ from ddt_fast.checks import require
 from ddt_fast.device import cpu_has_bf16
 from ddt_fast.model.attention.backends import BACKENDS, preferences, sdpa, unavailable
 from ddt_fast.model.attention.choice import fastest, latest
+from ddt_kernels.runtime import constant_result
 from ddt_kernels.tuning import timing_enabled
 
 AttentionBackend = str
@@ -61,7 +62,7 @@ def backend_for(x: Tensor, backend: AttentionBackend, gradient: bool) -> str:
     return resolve_backend(backend, x.device, x.dtype, head_dim, tokens, gradient, batch, heads)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def resolve_backend(
     backend: AttentionBackend,
     device: torch.device | str,
@@ -144,4 +145,4 @@ def _two_gemms(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
 
 
-_has_bf16 = torch.compiler.assume_constant_result(cpu_has_bf16)
+_has_bf16 = constant_result(cpu_has_bf16)
