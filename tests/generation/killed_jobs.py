@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # its import and the next one's would be every child's own
 
-import ddt_fast.generation.job  # noqa: F401  (the command would import it in every child)
+import ddt_fast.generation.job  # noqa: F401
 
 sample_command = importlib.import_module("ddt_fast.sample")
 

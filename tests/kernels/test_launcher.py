@@ -55,6 +55,29 @@ def test_a_kernel_that_fails_is_replaced_with_one_warning_and_that_is_kept(gpu_s
     assert reasons == ["RuntimeError: out of shared memory"] * 2
 
 
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_a_kernel_that_does_not_compile_here_is_replaced_unless_it_is_forced(gpu_stand_in, monkeypatch, mode):
+    """Though it was verified: at other sizes, or on another driver."""
+    monkeypatch.setenv("DDT_KERNELS", mode)
+
+    def fails(*args, **options):
+        raise RuntimeError("PTXAS error: Internal Triton PTX codegen error\nof many lines")
+
+    monkeypatch.setattr("triton.compiler.compiler.CompiledKernel._init_handles", fails)
+    inputs = norm_inputs(channels=88)
+    if mode == "triton":
+        with pytest.raises(RuntimeError, match="PTXAS error"):
+            norm(*inputs)
+        return
+    with pytest.warns(
+        UserWarning, match="norm_modulate runs in PyTorch .*: RuntimeError: PTXAS error: .* codegen error."
+    ) as warned:
+        made = norm(*inputs)
+    assert len(warned) == 1
+    assert "of many lines" not in str(warned[0].message)
+    assert torch.equal(made[1], plain_norm(*inputs)[1])
+
+
 def test_what_could_not_be_verified_is_asked_again_by_the_next_process(gpu_stand_in, tmp_path):
     gpu_stand_in.verdict = Verdict("OutOfMemoryError: of 80 GiB", lasting=False)
     with pytest.warns(UserWarning, match="OutOfMemoryError"):

@@ -98,10 +98,17 @@ def test_without_timings_only_the_preferred_are_tried_in_their_order(gpu, monkey
 
 def test_compiled_functions_take_what_was_chosen_for_such_heads(gpu):
     assert resolve_backend("auto", CUDA, BF16, 72) == "triton"
-    gpu.milliseconds["sdpa_flash"] = 1.0
-    assert resolve() == "sdpa_flash"
-    assert resolve_backend("auto", CUDA, BF16, 72) == "sdpa_flash"
+    gpu.milliseconds["flash_attn_3"] = 1.0
+    assert resolve() == "flash_attn_3"
+    assert resolve_backend("auto", CUDA, BF16, 72) == "flash_attn_3"
     assert resolve_backend("auto", CUDA, BF16, 72, gradient=True) == "triton"
+
+
+def test_ddt_kernels_triton_takes_ours_in_float32_too(gpu, monkeypatch):
+    assert resolve_backend("auto", CUDA, torch.float32, 72, 256, False, 64, 16) == "sdpa_efficient"
+    package._usable.cache_clear()
+    monkeypatch.setenv("DDT_KERNELS", "triton")
+    assert resolve_backend("auto", CUDA, torch.float32, 72, 256, False, 64, 16) == "triton"
 
 
 def test_a_forced_backend_is_neither_verified_nor_timed(gpu):

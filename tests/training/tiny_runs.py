@@ -78,7 +78,7 @@ def launch(function: Callable[[Any], None], argument: Any, output: Path, process
     They are forked from a server that has imported everything: starting Python takes longer than such a run.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ddt_fast.train", "tiny_runs"])
+    context.set_forkserver_preload(["torch._dynamo", "ddt_fast.train", "tiny_runs"])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the server, which starts with the first
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -131,13 +131,15 @@ def preferences(device: torch.device, dtype: torch.dtype, tokens: int | None, gr
     CUDA: reasoned, not measured. In bf16 and fp16, triton reads q, k, v in place from the packed projection, pads a D
     of 72 to 80 (FlashAttention 2 and 3: 96), and its gradients repeat bit for bit. Then comes PyTorch's own order:
     cuDNN before flash on 9.x and 10.x. In fp32, efficient attention forms a product from three TF32 ones on tensor
-    cores, two to three times as fast as the FMA units that triton uses.
+    cores, two to three times as fast as the FMA units that triton uses. DDT_KERNELS=triton always puts triton first.
     """
     if device.type == "cpu":
         few = gradient and tokens is not None and tokens <= FEW_TOKENS.get(dtype, 0)
         return () if few else ("sdpa_flash",)
     if device.type != "cuda":
         return ()
+    if mode() == "triton":
+        return ("triton", "sdpa_flash", "sdpa_efficient")
     if dtype.itemsize > 2:
         return ("sdpa_efficient", "triton")
     if (_capability(device) or (0,))[0] in (9, 10):
