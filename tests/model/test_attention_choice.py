@@ -1,8 +1,9 @@
 """On a GPU, "auto" takes the fastest attention of those that are right there."""
 
+import sys
 import warnings
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -126,3 +127,18 @@ def test_backends_are_verified_as_the_worker_calls_them(name, gradient):
     found = verification.check(verification.specification(op, args, {}), CPU)
     assert found.reason == ""
     assert found.share <= 1
+
+
+def test_the_process_that_verifies_imports_an_optional_package_itself(monkeypatch):
+    """Where none has been imported, and looked for, before."""
+    ops = ModuleType("xformers.ops")
+    ops.memory_efficient_attention = lambda q, k, v, scale: v + 1
+    monkeypatch.setitem(sys.modules, "xformers", ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(backends, "_imported", {})
+    monkeypatch.setattr(backends, "_is_installed", lambda module: True)
+    q, k, v = torch.zeros(2, 5, 3, 4, 16, dtype=BF16).unbind(2)
+    with pytest.raises(RuntimeError, match="needs an NVIDIA GPU"):
+        choice.attend("xformers", q, k, v)
+    monkeypatch.setattr(backends, "_capability", lambda device: (9, 0))
+    assert torch.equal(choice.attend("xformers", q, k, v), v + 1)

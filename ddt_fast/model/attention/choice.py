@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddt_fast.model.attention.backends import BACKENDS
+from ddt_fast.model.attention.backends import BACKENDS, unavailable
 from ddt_fast.provenance import package_version
 from ddt_kernels import tuning, verification
 from ddt_kernels.runtime import next_power_of_2
@@ -65,7 +65,9 @@ def _is_right(name: str, shape: Shape, dtype: torch.dtype, device: torch.device,
 
 
 def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """A backend as `ddt_kernels.verification` calls it."""
+    """A backend as `ddt_kernels.verification` calls it, in a process that has imported none yet."""
+    if (why := unavailable(name, q.device, q.dtype, q.shape[-1])) is not None:
+        raise RuntimeError(why)
     return BACKENDS[name].call(q, k, v)
 
 
@@ -73,7 +75,7 @@ def attend_with_gradients(name: str, q: Tensor, k: Tensor, v: Tensor, grad: Tens
     """The output and the gradients of q, k and v."""
     with torch.enable_grad():
         inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-        out = BACKENDS[name].call(*inputs)
+        out = attend(name, *inputs)
     return out.detach(), *torch.autograd.grad(out, inputs, grad)
 
 
