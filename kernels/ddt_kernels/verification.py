@@ -81,11 +81,14 @@ def verdict(
         return Verdict()
     spec = specification(op, args, kwargs, compiled)
     found = store(device).get(key_of(spec))
-    return Verdict(**found) if found is not None else _found_out(spec, device)
+    if found is not None:
+        return Verdict(**found)
+    return _found_out(spec, specification(op, args, kwargs, compiled, max_elements=1), device)
 
 
 def verify_all(specs: Sequence[Mapping[str, Any]], device: torch.device, processes: int) -> dict[str, Verdict]:
-    """Verdicts on specified calls by their `key_of`, found out anew, several at a time in processes of their own."""
+    """Verdicts on specified calls by their `key_of`, found out anew, several at a time in processes of their own; where
+    memory was too small for several, one at a time."""
     distinct = {key_of(spec): spec for spec in specs}
     idle: Queue[Worker] = Queue()
     for _ in range(processes):
@@ -101,11 +104,14 @@ def verify_all(specs: Sequence[Mapping[str, Any]], device: torch.device, process
     with store(device).alone():
         with ThreadPoolExecutor(processes) as pool:
             found = dict(zip(distinct, pool.map(verify, distinct.values()), strict=True))
+        for _ in range(processes - 1):
+            idle.get().close()
         for key, verdict in found.items():
+            if not verdict.lasting:
+                verdict = found[key] = verify(distinct[key])
             if verdict.lasting:
                 store(device).put(key, asdict(verdict))
-    while not idle.empty():
-        idle.get().close()
+    idle.get().close()
     return found
 
 
@@ -113,7 +119,8 @@ def key_of(spec: Mapping[str, Any]) -> str:
     return words(spec["op"], spec["args"]) + (f", {COMPILED}" if spec["compiled"] else "")
 
 
-def _found_out(spec: Mapping[str, Any], device: torch.device) -> Verdict:
+def _found_out(spec: Mapping[str, Any], smallest: Mapping[str, Any], device: torch.device) -> Verdict:
+    """smallest: the same with as few samples as can be, for want of memory."""
     made = Verdict()
 
     def find_out() -> dict[str, Any] | None:
@@ -121,6 +128,8 @@ def _found_out(spec: Mapping[str, Any], device: torch.device) -> Verdict:
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()  # the other process needs memory too
         made = worker().check(spec, device)
+        if not made.lasting:
+            made = worker().check(smallest, device)
         if BUSY in made.reason:  # a GPU that takes one process only
             made = check(spec, device)
         return asdict(made) if made.lasting else None
@@ -150,16 +159,22 @@ def bound(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, 
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def specification(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], compiled: bool = False) -> dict[str, Any]:
+def specification(
+    op: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    compiled: bool = False,
+    max_elements: int = MAX_ELEMENTS,
+) -> dict[str, Any]:
     """What JSON can hold of a class of calls: tensors as {shape, strides, dtype, offset}, or {same} as another one.
     offset: elements from a multiple of 16 bytes."""
-    described = describe(bound(op, args, kwargs), op.samples)
+    described = describe(bound(op, args, kwargs), op.samples, max_elements)
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     name = f"{op.__module__}:{op.__qualname__}"
     return {"op": op.op, "function": name, "args": described, "compiled": compiled, "tf32": tf32}
 
 
-def describe(given: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, Any]:
+def describe(given: Mapping[str, Any], samples: Mapping[str, int], max_elements: int) -> dict[str, Any]:
     described: dict[str, Any] = {}
     seen: dict[tuple[Any, ...], str] = {}
     for name, arg in given.items():
@@ -172,7 +187,7 @@ def describe(given: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, 
             continue
         shape = list(arg.shape)
         if name in samples:
-            shape[samples[name]] = _fewer(shape[samples[name]], prod(shape))
+            shape[samples[name]] = _fewer(shape[samples[name]], prod(shape), max_elements)
         dtype = str(arg.dtype).removeprefix("torch.")
         offset = 0 if arg.device.type == "meta" else arg.data_ptr() % 16 // arg.itemsize
         described[name] = {"shape": shape, "strides": list(arg.stride()), "dtype": dtype, "offset": offset}
@@ -182,9 +197,9 @@ def describe(given: Mapping[str, Any], samples: Mapping[str, int]) -> dict[str, 
     return described
 
 
-def _fewer(samples: int, elements: int) -> int:
+def _fewer(samples: int, elements: int, max_elements: int) -> int:
     """A power of two, and one more where `samples` is none: the last tile of a kernel may be partial."""
-    most = 1 << (max(MAX_ELEMENTS * samples // max(elements, 1), 1).bit_length() - 1)
+    most = 1 << (max(max_elements * samples // max(elements, 1), 1).bit_length() - 1)
     power = 1 << (samples.bit_length() - 1)
     return min(power, most) + (samples != power)
 

@@ -78,10 +78,11 @@ def test_a_kernel_that_does_not_compile_here_is_replaced_unless_it_is_forced(gpu
     assert torch.equal(made[1], plain_norm(*inputs)[1])
 
 
-def test_what_could_not_be_verified_is_asked_again_by_the_next_process(gpu_stand_in, tmp_path):
+def test_what_could_not_be_verified_is_asked_with_few_samples_and_again_by_the_next_process(gpu_stand_in, tmp_path):
     gpu_stand_in.verdict = Verdict("OutOfMemoryError: of 80 GiB", lasting=False)
     with pytest.warns(UserWarning, match="OutOfMemoryError"):
-        norm(*norm_inputs())
+        norm(*norm_inputs(batch=64))
+    assert [spec["args"]["x"]["shape"][0] for spec in gpu_stand_in.asked] == [64, 1]
     assert gpu_stand_in.launched == []
     assert not list(tmp_path.glob("*.json"))
 

@@ -12,6 +12,7 @@ import failing_launchers
 from benchmarks.host_time import calls
 from ddt_kernels import launcher, norm_launch, runtime, verification
 from ddt_kernels.compilation import launching_into
+from ddt_kernels.store import Store
 from ddt_kernels.verification import Verdict, Worker, mode, specification
 from kernel_testing import BF16, COMPILES, FP32, seeded
 
@@ -70,6 +71,30 @@ def test_memory_that_ran_out_says_nothing_about_a_kernel(worker):
     found = verdict_on(worker, "runs_out_of_memory")
     assert not found.lasting
     assert "OutOfMemoryError" in found.reason
+
+
+def test_what_does_not_fit_beside_others_is_verified_alone(monkeypatch, tmp_path):
+    alive, asked = set(), []
+
+    class Fake:
+        def check(self, spec, device):
+            alive.add(self)
+            asked.append((spec["op"], len(alive)))
+            if spec["op"] == "large" and len(alive) > 1:
+                return Verdict("OutOfMemoryError: of 10 GiB", lasting=False)
+            return Verdict(share=0.5)
+
+        def close(self):
+            alive.discard(self)
+
+    known = Store(tmp_path, {"gpu": "stand-in"})
+    monkeypatch.setattr(verification, "Worker", Fake)
+    monkeypatch.setattr(verification, "store", lambda device: known)
+    specs = [{"op": op, "args": {}, "compiled": False} for op in ("a", "large", "b", "a")]
+    found = verification.verify_all(specs, CPU, 2)
+    assert {key.strip(): verdict.reason for key, verdict in found.items()} == {"a": "", "large": "", "b": ""}
+    assert [op for op, _ in asked].count("a") == 1
+    assert {key.strip() for key in known._known} == {"a", "large", "b"}
 
 
 def test_every_candidate_is_checked_and_those_that_fail_are_named(worker):
