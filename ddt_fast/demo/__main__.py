@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from operator import attrgetter
@@ -80,3 +81,6 @@ if __name__ == "__main__":
         if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
             signal.signal(getattr(signal, name), interrupt)
     run_command(main)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is cleaned up; a thread that is still drawing would abort the interpreter's own end
